@@ -1,0 +1,159 @@
+"""The sections of a run's configuration that are ours.
+
+Names are megatron-core's where it has one. Every field is read somewhere: a field that nothing
+reads does not exist. megatron-core's own dataclasses (optimizer, DDP, model) are used as they are.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How long to train, on what batches, for what objective."""
+
+    train_iters: int | None = None
+    """Optimizer steps. Exactly one of train_iters, train_samples and epochs is given."""
+    train_samples: int | None = None
+    """Samples to train on; must be a multiple of the global batch size."""
+    epochs: int | None = None
+    """Passes over the training data."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass on one rank."""
+    global_batch_size: int = 1
+    """Samples of one optimizer step, over all ranks and microbatches."""
+    loss_normalization: Literal["token", "microbatch"] = "token"
+    """token: sum of losses over sum of tokens, of the whole step. microbatch: Megatron-LM's mean
+    of the microbatches' means, for porting."""
+    num_workers: int = 0
+    """Data loading processes of each rank; 0 loads in the training process."""
+    check_for_nan: bool = True
+    """Raise when a loss was NaN or infinite. Read at logged steps and before checkpoints, so that
+    other steps need no host synchronisation."""
+    manual_gc_interval: int = 100
+    """Steps between Python garbage collections, at the same step on every rank; 0 leaves it to
+    Python, which then stalls ranks at different times."""
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """When to evaluate, and on how much."""
+
+    eval_interval: int | None = None
+    """Steps between evaluations; None evaluates only at the end."""
+    eval_iters: int | None = None
+    """Global batches of one evaluation; None takes the whole validation set, 0 turns it off."""
+    eval_at_start: bool = False
+    """Evaluate before the first step too."""
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """The learning rate and weight decay over the run (the peak is optimizer.lr)."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay from optimizer.lr to optimizer.min_lr."""
+    lr_warmup_fraction: float | None = None
+    """Part of the decay horizon spent warming up; exclusive with lr_warmup_iters."""
+    lr_warmup_iters: int | None = None
+    """Steps of warm-up; exclusive with lr_warmup_fraction."""
+    lr_warmup_init: float = 0.0
+    """Learning rate at the start of the warm-up."""
+    lr_decay_iters: int | None = None
+    """Steps after which the rate has reached optimizer.min_lr; the whole run if None."""
+    lr_wsd_decay_iters: int | None = None
+    """Steps of the final decay of the WSD style."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of the final decay of the WSD style."""
+    start_weight_decay: float | None = None
+    """Weight decay at the start; optimizer.weight_decay if None."""
+    end_weight_decay: float | None = None
+    """Weight decay at the end; optimizer.weight_decay if None."""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How the weight decay moves from start to end."""
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """Which of megatron-core's tokenizers turns text into tokens."""
+
+    type: Literal["bytes", "huggingface", "sentencepiece", "tiktoken", "null"] = "bytes"
+    """bytes needs no files; null is for mock data."""
+    model: str | None = None
+    """Directory or file of the tokenizer (huggingface, sentencepiece, tiktoken)."""
+    vocab_size: int | None = None
+    """Number of tokens, for the null tokenizer."""
+
+
+@dataclass(kw_only=True)
+class LoggerConfig:
+    """What is logged, when and where. metrics.jsonl is always written."""
+
+    log_interval: int = 10
+    """Steps between logged steps."""
+    tensorboard: bool = True
+    """Write the same values for TensorBoard."""
+    wandb_project: str | None = None
+    """Log to this Weights & Biases project; None turns it off."""
+    wandb_entity: str | None = None
+    """The team or user that owns the project."""
+    wandb_name: str | None = None
+    """The run's name there; the run directory's name if None."""
+    timing_log_level: int = 0
+    """0, 1 or 2: how many of megatron-core's timers are logged (1 and 2 synchronise the device)."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Where the run lives on disk, and what it saves and loads."""
+
+    run_dir: str | None = None
+    """The run's directory; a new runs/RECIPE-TIMESTAMP if None."""
+    resume: bool = False
+    """Continue the run in run_dir; without it an existing run is refused."""
+    save_interval: int | None = None
+    """Steps between checkpoints; None saves at the end only."""
+    save_at_end: bool = True
+    """Save a checkpoint when the run ends or is asked to stop."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept; 0 keeps all."""
+    pretrained_checkpoint: str | None = None
+    """A run or a checkpoint whose weights a new run starts from (nothing else is taken)."""
+
+
+@dataclass(kw_only=True)
+class DistConfig:
+    """Devices and process groups."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes the GPU where there is one; cpu rehearses the same run over gloo."""
+    timeout_minutes: float = 10.0
+    """How long a collective may wait for the other ranks."""
+
+
+@dataclass(kw_only=True)
+class RNGConfig:
+    """Random numbers."""
+
+    seed: int = 1234
+    """Seed of the weights, the dropout and the data order."""
+    layout_invariant_init: bool = True
+    """Draw every weight as a function of the seed, its global name and its full shape, so that
+    runs under different parallel layouts start from the same model. Costs building each full
+    tensor once on every rank."""
+
+
+@dataclass(kw_only=True)
+class RerunConfig:
+    """megatron-core's rerun state machine, which repeats a step to find faulty hardware."""
+
+    rerun_mode: Literal["disabled", "validate_results", "report_determinism_stats"] = "disabled"
+    """Other modes than disabled synchronise the host at every step."""
+
+
+@dataclass(kw_only=True)
+class MixedPrecisionConfig:
+    """The numbers that the model computes in. The optimizer's main copy is always float32."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto is bf16 on a GPU and fp32 on a CPU."""

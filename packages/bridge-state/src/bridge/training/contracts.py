@@ -1,0 +1,120 @@
+"""What a run asks of the pieces that it does not own: a model, its data, a recipe.
+
+The loop knows no model family. Whatever satisfies these Protocols can be trained, so one's own
+module, dataset and forward step make a run.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from bridge.training.config import ConfigContainer
+
+
+@runtime_checkable
+class ModelConfig(Protocol):
+    """Describes a model and builds the part of it that belongs to one pipeline stage.
+
+    A config that is also a megatron-core ``ModelParallelConfig`` brings the parallel layout
+    (``tensor_model_parallel_size`` and so on); any other is trained data-parallel only.
+    """
+
+    def build(
+        self,
+        pg_collection: "ProcessGroupCollection",
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> torch.nn.Module:
+        """Build one model chunk on the current device.
+
+        Args:
+            pg_collection: The process groups of this rank.
+            pre_process: Whether the chunk holds the input side (the embedding).
+            post_process: Whether the chunk holds the output side (the logits and the loss).
+            vp_stage: Index of the virtual pipeline stage, None without interleaving.
+        """
+        ...
+
+
+@dataclass(kw_only=True, frozen=True)
+class DataRequest:
+    """How much data a run will draw, told to the dataset before it is built."""
+
+    config: "ConfigContainer"
+    """The resolved configuration of the run."""
+    train_samples: int | None
+    """Samples that training draws in all; None asks for exactly one pass over the data."""
+    validation_samples: int | None
+    """Samples that one evaluation draws; None asks for the whole validation set."""
+    test_samples: int | None
+    """As `validation_samples`, for the test set."""
+
+
+class SizedDataset(Protocol):
+    """A map-style dataset: torch's ``Dataset`` with a length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(kw_only=True)
+class DataSplits:
+    """The data of a run. Every rank builds the same splits; the loop cuts out each rank's share."""
+
+    train: SizedDataset | None
+    validation: SizedDataset | None = None
+    test: SizedDataset | None = None
+    shuffle: bool = True
+    """Draw the training samples in a new seeded order each epoch. False: in the dataset's order,
+    for a dataset that has shuffled already."""
+    collate: Callable[[Sequence[Any]], Any] | None = None
+    """Makes a microbatch of a list of samples; torch's default_collate if None."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Facts for the start-up lines, such as ``{"train tokens": 12_000_000}``."""
+
+
+@runtime_checkable
+class DatasetConfig(Protocol):
+    """Describes the data of a run and builds its splits."""
+
+    def build(self, request: DataRequest) -> DataSplits | Sequence[SizedDataset | None]:
+        """Build the splits: `DataSplits`, or a sequence of train, validation and test data."""
+        ...
+
+
+@runtime_checkable
+class ChecksItself(Protocol):
+    """A section of one's own may look for contradictions before anything is built."""
+
+    def problems(self, config: "ConfigContainer") -> Iterable[str]:
+        """Yield one line for each problem: field, value and remedy. It must build nothing."""
+        ...
+
+
+@dataclass(kw_only=True, frozen=True)
+class Recipe:
+    """A named run: calling it gives a fresh configuration, beside it the step that goes with it."""
+
+    name: str
+    summary: str
+    """One line for ``bridge recipes``."""
+    make_config: Callable[[], "ConfigContainer"]
+    forward_step: Callable[..., Any]
+    callbacks: Callable[[], Sequence[Any]] = tuple
+    """Makes the callbacks that the command adds (what a recipe prints at its end, say)."""
+
+    def __call__(self) -> "ConfigContainer":
+        """Return a fresh, unshared configuration."""
+        config = self.make_config()
+        config.recipe = self.name
+        return config
+
+
+type DataIterator = Iterator[Any]
