@@ -1,0 +1,374 @@
+"""Run megatron-core's CUDA code on CPU tensors, with gloo between the ranks.
+
+While active, a table of functions that megatron-core calls on a GPU does the same on the CPU, so
+the schedules, DDP, optimizers and checkpoints of a run are megatron-core's own. Almost every
+replaced call would raise without a GPU. Working CPU code sees four differences:
+``F.dropout`` draws from the stand-in for the device's generator, ``torch.manual_seed`` seeds that
+one too (as on a GPU), ``Tensor.type()`` says ``torch.cuda.*`` to megatron-core's optimizer alone,
+and megatron-core's Adam is `bridge.training.cpu_optimizer.FusedAdam`.
+
+Entered explicitly, never detected; refused where a GPU is visible. A run that passes here says
+nothing about stream races, GPU memory, Transformer Engine's numerics or NCCL.
+"""
+
+import contextlib
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed.distributed_c10d as c10d
+from torch.nn import functional
+
+from bridge.training.megatron_import import quiet_import
+
+with quiet_import():
+    import megatron.core.jit
+    import megatron.core.optimizer
+    import megatron.core.optimizer.clip_grads
+    import megatron.core.optimizer.distrib_optimizer
+    import megatron.core.optimizer.optimizer
+    import megatron.core.tensor_parallel.random
+    import megatron.core.transformer.moe.moe_utils
+    import megatron.core.transformer.moe.token_dispatcher
+    import megatron.core.utils
+
+from bridge.training.cpu_optimizer import FusedAdam
+from bridge.training.cpu_random import DeviceStream, dropout_from, make_tracker_class
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_MEGATRON_CORE = ("0.19.2",)
+"""Versions whose private names the table was written for and is tested on."""
+
+CPU = torch.device("cpu")
+
+type Patch = tuple[Any, str, Any]
+"""Owner (a module or a class), attribute, replacement."""
+
+_MISSING = object()
+_undo: list[Patch] = []
+
+
+def is_active() -> bool:
+    """Say whether the stand-in is in place."""
+    return bool(_undo)
+
+
+def enable() -> None:
+    """Put the stand-in in place for this process; a second call does nothing.
+
+    Raises:
+        RuntimeError: If a GPU is visible, or megatron-core is of a version not tested here.
+    """
+    if _undo:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "a GPU is visible and the CPU stand-in does not hide it; "
+            "set dist.device=cpu, or CUDA_VISIBLE_DEVICES= before torch is imported"
+        )
+    installed = version("megatron-core")
+    if installed not in SUPPORTED_MEGATRON_CORE:
+        raise RuntimeError(
+            f"megatron-core {installed} has not been tested on a CPU; "
+            f"install one of {', '.join(SUPPORTED_MEGATRON_CORE)}"
+        )
+    # The list is complete before the first replacement: later ones wrap what is there now.
+    for owner, name, replacement in list(patches()):
+        _undo.append((owner, name, vars(owner).get(name, _MISSING)))
+        setattr(owner, name, replacement)
+    logger.info("CPU rehearsal: megatron-core's CUDA calls run on the CPU, over gloo")
+
+
+def disable() -> None:
+    """Take the stand-in away again and leave everything as it was."""
+    while _undo:
+        owner, name, original = _undo.pop()
+        if original is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def cpu_training() -> Iterator[None]:
+    """Enter the stand-in for a block; inside another such block this does nothing."""
+    if is_active():
+        yield
+        return
+    enable()
+    try:
+        yield
+    finally:
+        disable()
+
+
+def patches() -> Iterator[Patch]:
+    """Make the table anew: what is replaced, in which module or class, by what."""
+    yield from _stream_patches()
+    yield from _device_patches()
+    yield from _factory_patches()
+    yield from _random_patches()
+    yield from _optimizer_patches()
+    yield from _compiler_patches()
+    yield from _expert_patches()
+    yield from _process_group_patches()
+
+
+class Stream:
+    """A stream on which all work is done at once: the CPU's."""
+
+    device = CPU
+    cuda_stream = 0
+    priority = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    def wait_stream(self, stream: "Stream") -> None:
+        """Everything before this call is done already."""
+
+    def wait_event(self, event: "Event") -> None:
+        """Everything before this call is done already."""
+
+    def synchronize(self) -> None:
+        """Everything before this call is done already."""
+
+    def query(self) -> bool:
+        """Whether all work is done."""
+        return True
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        """Record `event`, or a new one, here."""
+        event = event or Event()
+        event.record(self)
+        return event
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """Return the lowest and the highest priority."""
+        return 0, 0
+
+
+class Event:
+    """A point in time of a `Stream`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._seconds = 0.0
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Record the time."""
+        self._seconds = time.perf_counter()
+
+    def wait(self, stream: Stream | None = None) -> None:
+        """Everything before the event is done already."""
+
+    def synchronize(self) -> None:
+        """Everything before the event is done already."""
+
+    def query(self) -> bool:
+        """Whether the event was reached."""
+        return True
+
+    def elapsed_time(self, end_event: "Event") -> float:
+        """Return the milliseconds from this event to `end_event`."""
+        return (end_event._seconds - self._seconds) * 1000.0
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for a call that has no work to do on a CPU."""
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _stream_patches() -> Iterator[Patch]:
+    """Streams, events: pipeline_parallel/utils.py, moe_layer.py, param_and_grad_buffer.py."""
+    cuda, stream = torch.cuda, Stream()
+    yield cuda, "Stream", Stream
+    yield cuda, "Event", Event
+    yield cuda, "stream", lambda stream: contextlib.nullcontext()
+    yield cuda, "current_stream", lambda device=None: stream
+    yield cuda, "default_stream", lambda device=None: stream
+    yield cuda, "set_stream", _nothing
+    yield cuda, "synchronize", _nothing
+    yield cuda, "is_current_stream_capturing", lambda: False
+    yield cuda.nvtx, "range_push", _nothing
+    yield cuda.nvtx, "range_pop", _nothing
+    yield torch.Tensor, "record_stream", _nothing
+
+
+def _device_patches() -> Iterator[Patch]:
+    """The current device (199 places in megatron-core), its memory, and moves to it."""
+    cuda = torch.cuda
+    yield cuda, "current_device", lambda: CPU
+    yield cuda, "set_device", _nothing
+    yield cuda, "empty_cache", _nothing
+    yield cuda, "reset_peak_memory_stats", _nothing
+    yield cuda, "memory_stats", lambda device=None: {}
+    for name in ("memory_allocated", "memory_reserved"):
+        yield cuda, name, _zero
+        yield cuda, f"max_{name}", _zero
+    yield torch.Tensor, "cuda", _self
+    yield torch.Tensor, "pin_memory", _self
+    yield torch.Tensor, "to", _to_cpu(torch.Tensor.to)
+
+
+def _self(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _to_cpu(to: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def to_cpu(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        elif kwargs and _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return to(tensor, *args, **kwargs)
+
+    return to_cpu
+
+
+_FACTORIES = (
+    "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand rand_like "
+    "randint randn randn_like randperm tensor zeros zeros_like"
+).split()
+
+
+def _factory_patches() -> Iterator[Patch]:
+    """Functions called with device="cuda": schedules.py, clip_grads.py, grad_scaler.py, ..."""
+    for name in _FACTORIES:
+        yield torch, name, _on_cpu(getattr(torch, name))
+    for name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
+        yield torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name))
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    # On the path of every call, so it does as little as it can.
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            kwargs.pop("pin_memory", None)  # pinning asks the driver
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _random_patches() -> Iterator[Patch]:
+    """The device's generator and the streams forked from it: tensor_parallel/random.py."""
+    stream, cuda, tracked = DeviceStream(), torch.cuda, megatron.core.tensor_parallel.random
+
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return stream.get_state()
+
+    def set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        stream.set_state(new_state)
+
+    for owner in (cuda, cuda.random):
+        yield owner, "get_rng_state", get_state
+        yield owner, "set_rng_state", set_state
+        yield owner, "manual_seed", stream.manual_seed
+        yield owner, "manual_seed_all", stream.manual_seed
+    yield tracked, "_get_cuda_rng_state", get_state
+    yield tracked, "_set_cuda_rng_state", set_state
+    yield tracked, "CudaRNGStatesTracker", make_tracker_class(stream)
+    # The tracker in use belongs to what ran before; the stand-in starts with a fresh one.
+    yield tracked, "_CUDA_RNG_STATE_TRACKER", None
+    yield tracked, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", False
+    yield functional, "dropout", dropout_from(stream, functional.dropout)
+
+
+def _optimizer_patches() -> Iterator[Patch]:
+    """Adam and the multi-tensor kernels of Transformer Engine or Apex: optimizer/*.py."""
+    package, core = megatron.core.optimizer, megatron.core.utils
+    sharded = package.distrib_optimizer
+    yield package, "Adam", FusedAdam
+    yield package, "USING_PYTORCH_OPTIMIZER", False
+    yield sharded, "Adam", FusedAdam
+    yield sharded, "HAVE_APEX_OR_TE", True
+    yield sharded, "USING_TE_OPTIMIZER", False
+    yield sharded, "USING_APEX_OPTIMIZER", True
+    for module in (package.clip_grads, package.optimizer):
+        yield module, "multi_tensor_applier", core.local_multi_tensor_applier
+        yield module, "multi_tensor_scale_impl", core.local_multi_tensor_scale
+    yield package.clip_grads, "l2_norm_impl", core.local_multi_tensor_l2_norm
+    yield package.clip_grads, "multi_tensor_scale_tensor_impl", None
+    yield torch.Tensor, "type", _type_for_optimizer(torch.Tensor.type)
+
+
+def _type_for_optimizer(type_of: Callable[..., Any]) -> Callable[..., Any]:
+    """Name tensors as CUDA's to the callers that compare with such names: optimizer/*.py."""
+
+    def named_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = type_of(tensor, *args, **kwargs)
+        if args or kwargs:
+            return result
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("megatron.core.optimizer"):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    return named_type
+
+
+def _compiler_patches() -> Iterator[Patch]:
+    """torch.compile as a decorator, which would call a C++ compiler in each run: jit.py."""
+    yield megatron.core.jit, "jit_fuser", megatron.core.jit.noop_decorator
+
+
+def _expert_patches() -> Iterator[Patch]:
+    """Split sizes of the all-to-all, which are taken to the host only from a GPU: moe_utils.py."""
+    moe = megatron.core.transformer.moe
+    move = moe.moe_utils.maybe_move_tensor_to_cpu
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return move(tensor, as_numpy, record_stream)
+
+    for module in (moe.moe_utils, moe.token_dispatcher):
+        yield module, "maybe_move_tensor_to_cpu", to_host
+
+
+def _process_group_patches() -> Iterator[Patch]:
+    """Groups asked for over NCCL by name: bridge_communicator.py, colocated_communicator.py."""
+    for name in ("new_group", "new_subgroups_by_enumeration"):
+        over_gloo = _over_gloo(getattr(c10d, name))
+        yield c10d, name, over_gloo
+        yield torch.distributed, name, over_gloo
+
+
+def _over_gloo(make_group: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(make_group)
+    def over_gloo(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("backend") == "nccl":
+            kwargs["backend"] = "gloo"
+        return make_group(*args, **kwargs)
+
+    return over_gloo
