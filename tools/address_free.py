@@ -1,4 +1,4 @@
-"""Turn the text of a uv.lock into the form that is committed: no address, only what every mirror serves.
+"""Turn the text of a uv.lock into the form that is committed, which holds no address.
 
     python3 tools/address_free.py < uv.lock      # git runs this as the clean filter of uv.lock
 
