@@ -1,0 +1,189 @@
+"""Code of one's own at fixed points of a run, without a change to the loop.
+
+A callback is an instance of `Callback`, or of any class that defines some of its ``on_*``
+methods. Callbacks run in the order given, on every rank, so they may use collectives.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bridge.training.config import ConfigContainer
+    from bridge.training.state import GlobalState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class CallbackContext:
+    """What every event is told: the run's parts, as they are at that moment."""
+
+    state: "GlobalState"
+    model: list[torch.nn.Module]
+    """The model chunks of this rank, as wrapped for training."""
+    optimizer: Any = None
+    """megatron-core's optimizer; None where nothing is trained."""
+    scheduler: Any = None
+    """megatron-core's OptimizerParamScheduler."""
+    exception: BaseException | None = None
+    """What ended the run, in on_train_end; None if it ended as planned."""
+    summary: list[str] = field(default_factory=list)
+    """Lines that a callback wants in the summary at the end of the run."""
+
+    @property
+    def config(self) -> "ConfigContainer":
+        """The resolved configuration."""
+        return self.state.cfg
+
+
+class Callback:
+    """Base class whose events do nothing: override those that you want."""
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        """Before the first step; a checkpoint has been loaded if there is one."""
+
+    def on_train_end(self, context: CallbackContext) -> None:
+        """After the last step, also of a run that failed: see `context.exception`."""
+
+    def on_step_start(self, context: CallbackContext) -> None:
+        """Before a step reads its data; `context.state.train_state.step` steps are done."""
+
+    def on_step_end(self, context: CallbackContext, result: Any) -> None:
+        """After a step, with its StepResult (reading its metrics waits for the device)."""
+
+    def on_before_optimizer_step(self, context: CallbackContext) -> None:
+        """When the reduced gradients are in ``main_grad``, before clipping and the update."""
+
+    def on_evaluate_start(self, context: CallbackContext) -> None:
+        """Before an evaluation."""
+
+    def on_evaluate_end(self, context: CallbackContext, results: Mapping[str, float]) -> None:
+        """After an evaluation, with its metrics."""
+
+    def on_log(self, context: CallbackContext, metrics: dict[str, float]) -> None:
+        """Before a logged step's row is written; what is added to `metrics` is written too."""
+
+    def on_checkpoint_save(self, context: CallbackContext, path: "Path") -> None:
+        """After a checkpoint is on disk at `path`."""
+
+
+_EVENTS = {name: method for name, method in vars(Callback).items() if name.startswith("on_")}
+
+
+class Callbacks:
+    """Runs the callbacks of a run, in their order."""
+
+    def __init__(self, callbacks: Iterable[object] = ()) -> None:
+        """Collect the events that each callback defines.
+
+        Raises:
+            ValueError: A callback is a class, has no event, one with an unknown name, or one
+                that cannot take the event's arguments.
+        """
+        self._listeners = [(callback, _handlers_of(callback)) for callback in callbacks]
+
+    def has(self, event: str) -> bool:
+        """Say whether any callback listens to `event`."""
+        return any(event in handlers for _, handlers in self._listeners)
+
+    def fire(self, event: str, context: CallbackContext, *arguments: Any) -> None:
+        """Call every listener of `event`; an exception names the callback and keeps its type."""
+        if event not in _EVENTS:
+            raise ValueError(f"no event {event!r}; events: {', '.join(_EVENTS)}")
+        for callback, handlers in self._listeners:
+            if event in handlers:
+                _call(callback, event, handlers[event], context, *arguments)
+
+    @contextmanager
+    def training(self, context: CallbackContext) -> Iterator[None]:
+        """Fire on_train_start, then on_train_end however the block ends.
+
+        Callbacks that were not started, because an earlier one or their own on_train_start
+        failed, hear no on_train_end; all others do, whatever fails. The first exception is the
+        one that is raised.
+        """
+        started = 0
+        try:
+            for callback, handlers in self._listeners:
+                if "on_train_start" in handlers:
+                    _call(callback, "on_train_start", handlers["on_train_start"], context)
+                started += 1
+            yield
+        except BaseException as error:
+            context.exception = error
+            self._end_training(context, started, error)
+            raise
+        else:
+            if failure := self._end_training(context, started, None):
+                raise failure
+
+    def _end_training(
+        self, context: CallbackContext, started: int, first: BaseException | None
+    ) -> BaseException | None:
+        """Fire on_train_end for the callbacks that were started; return the first failure."""
+        for callback, handlers in self._listeners[:started]:
+            if "on_train_end" not in handlers:
+                continue
+            try:
+                _call(callback, "on_train_end", handlers["on_train_end"], context)
+            except Exception as error:
+                if first is not None:  # What ended the run must stay the one that is raised.
+                    log.exception("on_train_end failed too, after %r", first)
+                first = first or error
+        return first
+
+
+def _call(callback: object, event: str, handler: Callable[..., None], *arguments: Any) -> None:
+    try:
+        handler(*arguments)
+    except BaseException as error:
+        error.add_note(f"in callback {_name(callback)}.{event}")
+        raise
+
+
+def _handlers_of(callback: object) -> dict[str, Callable[..., None]]:
+    """Find the events that a callback defines, and check that it can take them."""
+    if inspect.isclass(callback):
+        raise ValueError(f"callback {_name(callback)} is a class: pass an instance of it")
+    found = {}
+    for name in dir(callback):
+        if not name.startswith("on_") or not callable(handler := getattr(callback, name)):
+            continue
+        if name not in _EVENTS:
+            near = get_close_matches(name, _EVENTS, n=1, cutoff=0.0)
+            raise ValueError(
+                f"callback {_name(callback)} defines {name}, which is no event; "
+                f"did you mean {near[0]}? Events: {', '.join(_EVENTS)}"
+            )
+        if getattr(handler, "__func__", None) is not _EVENTS[name]:
+            _check_arguments(callback, name, handler)
+            found[name] = handler
+    if not found and not isinstance(callback, Callback):
+        raise ValueError(
+            f"callback {_name(callback)} defines no event. Events: {', '.join(_EVENTS)}"
+        )
+    return found
+
+
+def _check_arguments(callback: object, event: str, handler: Callable[..., None]) -> None:
+    names = list(inspect.signature(_EVENTS[event]).parameters)[1:]
+    try:
+        inspect.signature(handler).bind(*names)
+    except TypeError as error:
+        raise ValueError(
+            f"{_name(callback)}.{event} must take ({', '.join(names)}): {error}"
+        ) from error
+
+
+def _name(callback: object) -> str:
+    kind = callback if inspect.isclass(callback) else type(callback)
+    return kind.__qualname__

@@ -1,0 +1,287 @@
+"""Where metrics go: metrics.jsonl, TensorBoard and Weights & Biases, with one call a row.
+
+Each backend gets the same names and values. A step may have several rows (its training metrics,
+then its validation metrics) as long as no name repeats; a step never goes back. JSONL writes one
+line a row; TensorBoard one point a name; W&B merges the rows of a step into one commit.
+
+The trackers are imported only by the class that needs them.
+"""
+
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+log = logging.getLogger(__name__)
+
+
+class MetricLogger(Protocol):
+    """Takes one row of metrics at a time."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write one row: the value of each name after optimizer step ``step``."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is held back and release the files; a second call does nothing."""
+        ...
+
+
+class JsonlLogger:
+    """One strict JSON object a line: ``{"step": 10, "lm loss": 2.5, ...}``.
+
+    JSON has no NaN and no infinity: such a value is written as null under its name. Each row is
+    flushed as a whole line. A file that ends in a torn line (its writer was killed) loses that
+    line when it is opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open ``path`` for appending, with its directory where that is missing."""
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append one line; raises ValueError if a metric is called "step"."""
+        if "step" in metrics:
+            raise ValueError('a metric cannot be called "step": that is the key of the row')
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = json.dumps({"step": step, **row}, allow_nan=False, ensure_ascii=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Make the rows durable and close the file."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+class TensorBoardLogger:
+    """Scalars in TensorBoard's event files (which hold them in float32)."""
+
+    def __init__(self, directory: str | os.PathLike[str], *, purge_step: int | None = None) -> None:
+        """Open a new event file in ``directory``.
+
+        Args:
+            directory: Where the event files are.
+            purge_step: First step that a resumed run writes again: earlier files' points from
+                there on are hidden. None for a new run.
+
+        Raises:
+            ValueError: TensorBoard is not installed.
+        """
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "logger.tensorboard=true needs TensorBoard, which is not installed: "
+                'pip install "bridge-state[tensorboard]", or set logger.tensorboard=false'
+            ) from error
+        self.writer: SummaryWriter = SummaryWriter(os.fspath(directory), purge_step=purge_step)
+        self._closed = False
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add one point to each name's curve."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        # A row comes once in many steps, and whoever watches a curve wants its last point.
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Write out the last points and close the event file."""
+        if not self._closed:
+            self._closed = True
+            self.writer.close()
+
+
+class WandbLogger:
+    """Rows of one Weights & Biases run, which a resumed run continues under the same id.
+
+    The id stands in ``run_dir/wandb/run_id``. ``WANDB_MODE=offline`` works, also on resume; each
+    start then has its own folder under ``run_dir/wandb``. W&B keeps rows that it has already
+    received: the steps that a resumed run repeats are not written twice.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        project: str,
+        entity: str | None = None,
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Start or continue the W&B run of ``run_dir``.
+
+        Args:
+            run_dir: The run's directory; W&B's files go to its subfolder ``wandb``.
+            project: The W&B project.
+            entity: The team or user that owns it; W&B's default if None.
+            name: The run's name; the name of ``run_dir`` if None.
+            config: Shown as the run's configuration.
+
+        Raises:
+            ValueError: wandb is not installed, or it cannot start (no API key, say).
+        """
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                f"logger.wandb_project={project!r} needs wandb, which is not installed: "
+                'pip install "bridge-state[wandb]"'
+            ) from error
+        folder = Path(run_dir).absolute()
+        id_file = folder / "wandb" / "run_id"
+        known_id = id_file.read_text(encoding="ascii").strip() if id_file.exists() else None
+        (folder / "wandb").mkdir(parents=True, exist_ok=True)
+        try:
+            self.run: Run = wandb.init(
+                project=project,
+                entity=entity,
+                name=name or folder.name,
+                id=known_id,
+                resume="allow" if known_id else None,
+                dir=folder,
+                config=dict(config or {}),
+            )
+        except wandb.errors.UsageError as error:
+            raise ValueError(
+                f"logger.wandb_project={project!r}: {error}; log in with `wandb login`, "
+                "or set WANDB_MODE=offline"
+            ) from error
+        _replace_bytes(id_file, f"{self.run.id}\n".encode())
+        self._exit_code = 0
+        self._closed = False
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add the row to ``step``, which W&B commits once a later step or the end comes."""
+        self.run.log(dict(metrics), step=step)
+
+    def mark_failed(self) -> None:
+        """Let W&B show the run as failed when it is closed."""
+        self._exit_code = 1
+
+    def close(self) -> None:
+        """Commit the last step and finish the W&B run."""
+        if not self._closed:
+            self._closed = True
+            self.run.finish(exit_code=self._exit_code)
+
+
+class MetricLoggers:
+    """Hands each row to every logger; without loggers (ranks that do not log) it only checks."""
+
+    def __init__(self, loggers: Sequence[MetricLogger] = ()) -> None:
+        """Fan out to ``loggers``, in their order."""
+        self.loggers = tuple(loggers)
+        self._step: int | None = None
+        self._names: set[str] = set()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write one row everywhere.
+
+        Raises:
+            ValueError: The step is lower than the last one, or a name was already written for it.
+        """
+        if self._step is not None and step < self._step:
+            raise ValueError(f"metrics of step {step} come after those of step {self._step}")
+        if step != self._step:
+            self._step, self._names = step, set()
+        if repeated := sorted(self._names & metrics.keys()):
+            raise ValueError(
+                f"step {step} already has a value for {', '.join(map(repr, repeated))}: "
+                "log each name once a step"
+            )
+        self._names |= metrics.keys()
+        for logger in self.loggers:
+            logger.log(metrics, step)
+
+    def close(self) -> None:
+        """Close every logger, also if one of them fails."""
+        with ExitStack() as stack:
+            for logger in reversed(self.loggers):
+                stack.callback(logger.close)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close every logger."""
+        self.close()
+
+
+def truncate_jsonl(path: str | os.PathLike[str], after_step: int) -> int:
+    """Remove the rows of steps after ``after_step`` and a torn last line; return how many went.
+
+    A run that resumes from the checkpoint of ``after_step`` writes those steps again; -1 empties
+    the file. The file is replaced atomically, or left alone when nothing is to be removed.
+
+    Raises:
+        ValueError: A line other than the last one is not a row of metrics.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for number, line in enumerate(lines) if _belongs(path, lines, number, after_step)]
+    if len(kept) < len(lines):
+        _replace_bytes(path, b"".join(kept))
+    return len(lines) - len(kept)
+
+
+def _belongs(path: Path, lines: list[bytes], number: int, after_step: int) -> bool:
+    """Say whether a line is a whole row of a step up to ``after_step``."""
+    last = number == len(lines) - 1
+    if last and not lines[number].endswith(b"\n"):
+        return False
+    try:
+        step = json.loads(lines[number])["step"]
+    except (ValueError, KeyError, TypeError) as error:
+        if last:  # After a power failure a torn line may be filled with zeros.
+            return False
+        raise ValueError(
+            f"{path}, line {number + 1} is not a row of metrics: {error}; repair or move the file"
+        ) from error
+    return bool(step <= after_step)
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what stands after the last newline."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        log.warning("%s: dropped a torn last line of %d bytes", path, len(content) - whole)
+        os.truncate(path, whole)
+
+
+def _replace_bytes(path: Path, content: bytes) -> None:
+    """Replace a file so that a reader, or a crash, sees either the old or the new content."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
