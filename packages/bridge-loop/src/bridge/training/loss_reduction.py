@@ -1,0 +1,464 @@
+"""Reduces a step's metrics over microbatches and ranks, in one collective, to what was optimised.
+
+Each metric declares how it is reduced. Over microbatches m and the contributing ranks r:
+
+    token_mean    sum_mr value / sum_mr count         (train.loss_normalization=token)
+                  mean over microbatches and data-parallel ranks of sum_c value / sum_c count,
+                  c the context-parallel ranks        (train.loss_normalization=microbatch)
+    mean          sum_mr value / number of values
+    total         sum_mr value
+    maximum       max_mr value
+    local         mean over this rank's microbatches, not reduced
+
+Everything is added in float64, so that counts are exact beyond 2**24.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+type Kind = Literal["token_mean", "mean", "total", "maximum", "local"]
+type Number = torch.Tensor | float
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric's value on one microbatch of one rank, with the way to reduce it."""
+
+    kind: Kind
+    value: Number
+    count: Number = 0.0
+    """Denominator of a token mean; unused by the others."""
+
+
+def token_mean(loss_sum: Number, count: Number) -> Metric:
+    """Declare a sum over tokens and their number: reduced to sum of sums / sum of counts."""
+    return Metric("token_mean", _number(loss_sum), _number(count))
+
+
+def mean(value: Number) -> Metric:
+    """Declare a value that is averaged over microbatches and ranks, each with the same weight."""
+    return Metric("mean", _number(value))
+
+
+def total(value: Number) -> Metric:
+    """Declare a value that is added over microbatches and ranks."""
+    return Metric("total", _number(value))
+
+
+def maximum(value: Number) -> Metric:
+    """Declare a value of which the largest over microbatches and ranks is reported."""
+    return Metric("maximum", _number(value))
+
+
+def local(value: Number) -> Metric:
+    """Declare a value that each rank reports for itself, averaged over its microbatches."""
+    return Metric("local", _number(value))
+
+
+def as_metric(key: str, value: Any) -> Metric:
+    """Read a metric: a `Metric`, ``[sum, count]`` (token mean), or one number (mean).
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if isinstance(value, Metric):
+        return value
+    if isinstance(value, torch.Tensor) and value.shape == (2,) and not value.is_complex():
+        return Metric("token_mean", value[0], value[1])
+    try:
+        return mean(value)
+    except ValueError as error:
+        raise ValueError(
+            f"Metric {key!r}: {error} Return a tensor [sum, count], one number, or token_mean(), "
+            "mean(), total(), maximum() or local() of bridge.training.loss_reduction."
+        ) from None
+
+
+def snapshot(metric: Metric, device: torch.device) -> Metric:
+    """Copy a metric to float64 on the device, so that nothing that happens later changes it."""
+    return Metric(metric.kind, _copy(metric.value, device), _copy(metric.count, device))
+
+
+@dataclass(frozen=True, slots=True)
+class MicrobatchRecord:
+    """What one microbatch reported, unreduced."""
+
+    metrics: dict[str, Metric]
+    loss: torch.Tensor
+    """The loss that was optimised: a sum if there is a count, else a mean."""
+    count: torch.Tensor | None
+    """Tokens in the loss (int32 scalar); None for the pattern (loss, metrics)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Metrics of some microbatches, stacked. K keys, M microbatches."""
+
+    keys: tuple[tuple[str, Kind], ...]
+    values: torch.Tensor
+    """float64 [2, K, M]: values and counts; where absent 0, or -inf for a maximum."""
+    present: torch.Tensor
+    """float64 [K, M] in host memory: 1 where the microbatch reported the key."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """This rank's part of a reduction, kept until the result is read."""
+
+    blocks: list[_Block]
+    alarm: torch.Tensor | None
+    conflicts: set[str]
+    patterns: set[str]
+
+
+class MetricReducer:
+    """Turns the records of a step, or of several, into numbers that are equal on every rank.
+
+    All ranks of the group call `reduce`, those without a record too. One all-reduce carries the
+    agreed keys (in ``microbatch`` normalisation with context parallelism another one, within the
+    context-parallel group). When some rank reports a key that was not agreed, the result says so
+    to all, and reading it exchanges the keys and reduces once more.
+    """
+
+    def __init__(
+        self,
+        *,
+        normalization: Literal["token", "microbatch"],
+        contributes: bool,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        context_parallel_size: int = 1,
+        context_parallel_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Set up a reducer.
+
+        Args:
+            normalization: ``train.loss_normalization``.
+            contributes: Whether this rank's records count: true on the last pipeline stage's
+                ranks with tensor-parallel rank 0, of which no two hold the same tokens.
+            device: Where the collective runs.
+            group: The ranks that learn the result; the default group, or without
+                torch.distributed this process alone, if None.
+            context_parallel_size: Ranks that share a microbatch's sequences.
+            context_parallel_group: Those ranks.
+        """
+        self._normalization = normalization
+        self._contributes = contributes
+        self._device = device
+        self._group = group
+        self._rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self._size = dist.get_world_size(group) if dist.is_initialized() else 1
+        self._cp_size = context_parallel_size
+        self._cp_group = context_parallel_group
+        self._agreed: dict[str, Kind] = {}
+        self._blocks: list[_Block] = []
+        self._conflicts: set[str] = set()
+        self._patterns: set[str] = set()
+        self._indices: dict[tuple[int, ...], torch.Tensor] = {}
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
+
+    def accumulate(self, records: Iterable[MicrobatchRecord]) -> None:
+        """Add microbatches to the next reduction; no collective, no wait for the device."""
+        records = list(records) if self._contributes else []
+        if not records:
+            return
+        kinds: dict[str, Kind] = {}
+        for record in records:
+            self._patterns.add("(loss, ...)" if record.count is None else "(sum, count, ...)")
+            for key, metric in record.metrics.items():
+                if kinds.setdefault(key, metric.kind) != metric.kind:
+                    self._conflicts.add(f"{key!r} ({kinds[key]} and {metric.kind})")
+        if kinds:
+            self._blocks.append(self._stack(records, kinds))
+
+    def reduce(
+        self, records: Iterable[MicrobatchRecord] = (), *, alarm: torch.Tensor | None = None
+    ) -> "ReducedMetrics":
+        """Reduce the records, and those accumulated before them, over the group; start afresh.
+
+        Collective, but it does not wait for the device.
+
+        Args:
+            records: A step's records, one for each microbatch; what the schedule returned.
+            alarm: `LossWatch.alarm` of this rank.
+        """
+        self.accumulate(records)
+        pending = _Pending(self._blocks, alarm, self._conflicts, self._patterns)
+        self._blocks, self._conflicts, self._patterns = [], set(), set()
+        return self._launch(pending)
+
+    def _launch(self, pending: _Pending) -> "ReducedMetrics":
+        layout = _Layout(dict(self._agreed), self._size, self._normalization)
+        vector = self._pack(layout, pending)
+        if self._size > 1:
+            dist.all_reduce(vector, group=self._group)
+        own = _own_means(pending.blocks)
+        return ReducedMetrics(layout, vector, own, lambda: self._agree_and_repeat(pending))
+
+    def _agree_and_repeat(self, pending: _Pending) -> "ReducedMetrics":
+        """Exchange the keys over the group, extend the agreed ones, and reduce once more."""
+        mine = (
+            [item for block in pending.blocks for item in block.keys],
+            sorted(pending.conflicts),
+            sorted(pending.patterns),
+        )
+        everyone: list[Any] = [mine]
+        if self._size > 1:
+            everyone = [None] * self._size
+            dist.all_gather_object(everyone, mine, group=self._group)
+        conflicts: set[str] = set()
+        patterns: set[str] = set()
+        for keys, own_conflicts, own_patterns in everyone:
+            conflicts.update(own_conflicts)
+            patterns.update(own_patterns)
+            for key, kind in keys:
+                if self._agreed.setdefault(key, kind) != kind:
+                    conflicts.add(f"{key!r} ({self._agreed[key]} and {kind})")
+        if conflicts:
+            raise ValueError(
+                "Metrics are declared with different reductions on different microbatches, steps "
+                f"or ranks: {', '.join(sorted(conflicts))}. Declare each always the same way."
+            )
+        if len(patterns) > 1:
+            raise ValueError(
+                f"Loss functions return {' and '.join(sorted(patterns))} on different ranks. The "
+                "two weigh microbatches differently: return always the same."
+            )
+        return self._launch(pending)
+
+    def _stack(self, records: Sequence[MicrobatchRecord], kinds: dict[str, Kind]) -> _Block:
+        """Stack K keys of M records with one kernel, Python numbers aside."""
+        host = torch.zeros(2, len(kinds), len(records), dtype=torch.float64)
+        present = torch.zeros(len(kinds), len(records), dtype=torch.float64)
+        cells = [self._zero] * host.numel()
+        flat_host = host.view(-1)
+        for row, (key, kind) in enumerate(kinds.items()):
+            if kind == "maximum":
+                host[0, row] = -torch.inf
+            for column, record in enumerate(records):
+                metric = record.metrics.get(key)
+                if metric is None:
+                    continue
+                present[row, column] = 1.0
+                host[0, row, column] = 0.0
+                place = row * len(records) + column
+                for number in (metric.value, metric.count):
+                    if isinstance(number, torch.Tensor):
+                        cells[place] = number
+                    else:
+                        flat_host[place] = number
+                    place += present.numel()
+        values = torch.stack(cells).view_as(host)
+        if host.any():
+            values += _to_device(host, self._device)
+        return _Block(tuple(kinds.items()), values, present)
+
+    def _pack(self, layout: "_Layout", pending: _Pending) -> torch.Tensor:
+        """Put this rank's sums in the agreed places of a vector of zeros."""
+        host = torch.zeros(layout.length, dtype=torch.float64)
+        known = all(layout.kinds.get(k) == kind for b in pending.blocks for k, kind in b.keys)
+        host[layout.CHANGED] = float(not known or bool(pending.conflicts))
+        for first in layout.maxima.values():
+            host[first + self._rank] = -torch.inf
+        in_microbatches = self._normalization == "microbatch"
+        for block in pending.blocks:
+            for row, reports in enumerate(block.present.sum(dim=1).tolist()):
+                key, kind = block.keys[row]
+                place = layout.place(key, kind)
+                if place is not None and not (in_microbatches and kind == "token_mean"):
+                    host[place] += reports
+        vector = _to_device(host, self._device)
+        for block in pending.blocks:
+            self._add_sums(layout, block, vector)
+            self._add_maxima(layout, block, vector)
+        if in_microbatches and self._contributes:
+            self._add_ratios(layout, pending.blocks, vector)
+        if pending.alarm is not None:
+            vector[layout.ALARM] += pending.alarm
+        return vector
+
+    def _add_sums(self, layout: "_Layout", block: _Block, vector: torch.Tensor) -> None:
+        rows: list[int] = []
+        places: list[int] = []
+        for row, (key, kind) in enumerate(block.keys):
+            place = layout.place(key, kind)
+            by_ratio = kind == "token_mean" and self._normalization == "microbatch"
+            if place is None or kind in ("maximum", "local") or by_ratio:
+                continue
+            rows += [row, len(block.keys) + row]
+            places += [place + 1, place + 2]
+        if rows:
+            sums = block.values.sum(dim=2).view(-1)
+            vector.index_add_(0, self._index(places), sums.index_select(0, self._index(rows)))
+
+    def _add_maxima(self, layout: "_Layout", block: _Block, vector: torch.Tensor) -> None:
+        for row, (key, kind) in enumerate(block.keys):
+            if kind == "maximum" and layout.place(key, kind) is not None:
+                mine = vector[layout.maxima[key] + self._rank]
+                torch.maximum(mine, block.values[0, row].amax(), out=mine)
+
+    def _add_ratios(
+        self, layout: "_Layout", blocks: Sequence[_Block], vector: torch.Tensor
+    ) -> None:
+        """Divide each microbatch's sums over the context-parallel ranks, then add the ratios."""
+        keys = [key for key, kind in layout.kinds.items() if kind == "token_mean"]
+        if not keys or not blocks:
+            return
+        parts = []
+        for block in blocks:
+            part = block.values.new_zeros(3, len(keys), block.values.shape[2])
+            row_of = {
+                key: row for row, (key, kind) in enumerate(block.keys) if kind == "token_mean"
+            }
+            to = [index for index, key in enumerate(keys) if key in row_of]
+            if to:
+                rows = self._index([row_of[keys[index]] for index in to])
+                present = _to_device(block.present, self._device)
+                stacked = torch.cat((block.values, present[None])).index_select(1, rows)
+                part.index_add_(1, self._index(to), stacked)
+            parts.append(part)
+        sums, counts, present = together = torch.cat(parts, dim=2)
+        if self._cp_size > 1:
+            dist.all_reduce(together, group=self._cp_group)
+        # As the objective has it: a microbatch without tokens is a loss of sum / 1.
+        ratios = torch.where(counts == 0, sums, sums / counts)
+        rows3 = ((present > 0).sum(dim=1), ratios.sum(dim=1), counts.sum(dim=1))
+        places = [layout.places[key] + part for part in range(3) for key in keys]
+        vector.index_add_(0, self._index(places), torch.cat([row.double() for row in rows3]))
+
+    def _index(self, numbers: Sequence[int]) -> torch.Tensor:
+        key = tuple(numbers)
+        if key not in self._indices:
+            self._indices[key] = _to_device(torch.tensor(key, dtype=torch.int64), self._device)
+        return self._indices[key]
+
+
+class _Layout:
+    """Places of the agreed keys in the vector that is all-reduced.
+
+    ``[changed, alarm, (reports, sum, count) for each key, a slot per rank for each maximum]``;
+    a maximum travels as a sum, every rank filling its own slot.
+    """
+
+    CHANGED = 0
+    ALARM = 1
+
+    def __init__(self, kinds: dict[str, Kind], size: int, normalization: str) -> None:
+        self.kinds = kinds
+        self.by_ratio = normalization == "microbatch"
+        self.size = size
+        self.places = {key: 2 + 3 * index for index, key in enumerate(kinds)}
+        self.maxima: dict[str, int] = {}
+        self.length = 2 + 3 * len(kinds)
+        for key, kind in kinds.items():
+            if kind == "maximum":
+                self.maxima[key] = self.length
+                self.length += size
+
+    def place(self, key: str, kind: Kind) -> int | None:
+        """First slot of a key, None if it is not agreed with this kind."""
+        return self.places[key] if self.kinds.get(key) == kind else None
+
+
+@dataclass(slots=True)
+class ReducedMetrics:
+    """A reduction's result, on the device until it is asked for."""
+
+    _layout: _Layout
+    _vector: torch.Tensor
+    _own: dict[str, torch.Tensor]
+    _repeat: Callable[[], "ReducedMetrics"]
+    _read: tuple[dict[str, float | None], bool] | None = field(default=None, init=False)
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Wait for the device and return each metric's value, equal on every rank.
+
+        A collective if some rank reported a new key: call it on all ranks of the group or none.
+        A token mean over no token is None. A key that nobody reported is left out, and `local`
+        ones are this rank's own.
+
+        Raises:
+            ValueError: A metric was declared with different reductions; on every rank.
+        """
+        return dict(self._resolve()[0])
+
+    @property
+    def alarm(self) -> bool:
+        """Whether some rank's loss was NaN or Inf, equal on every rank; waits, as `to_dict`."""
+        return self._resolve()[1]
+
+    def _resolve(self) -> tuple[dict[str, float | None], bool]:
+        if self._read is None:
+            numbers = self._vector.tolist()
+            if numbers[_Layout.CHANGED]:
+                self._read = self._repeat()._resolve()
+            else:
+                self._read = (self._values(numbers), numbers[_Layout.ALARM] != 0)
+        return self._read
+
+    def _values(self, numbers: list[float]) -> dict[str, float | None]:
+        values: dict[str, float | None] = {}
+        for key, place in self._layout.places.items():
+            kind = self._layout.kinds[key]
+            reports, value, count = numbers[place : place + 3]
+            if kind == "local":
+                if key in self._own:
+                    values[key] = float(self._own[key])
+            elif not reports:
+                continue
+            elif kind == "token_mean":
+                weight = reports if self._layout.by_ratio else count
+                values[key] = value / weight if count else None
+            elif kind == "mean":
+                values[key] = value / reports
+            elif kind == "total":
+                values[key] = value
+            else:
+                first = self._layout.maxima[key]
+                values[key] = _largest(numbers[first : first + self._layout.size])
+        return values
+
+
+def _own_means(blocks: Sequence[_Block]) -> dict[str, torch.Tensor]:
+    """Average this rank's local metrics over its microbatches."""
+    sums: dict[str, list[torch.Tensor]] = {}
+    reports: dict[str, float] = {}
+    for block in blocks:
+        for row, (key, kind) in enumerate(block.keys):
+            if kind == "local":
+                sums.setdefault(key, []).append(block.values[0, row].sum())
+                reports[key] = reports.get(key, 0.0) + block.present[row].sum().item()
+    return {key: torch.stack(parts).sum() / reports[key] for key, parts in sums.items()}
+
+
+def _largest(numbers: Sequence[float]) -> float:
+    return float("nan") if any(n != n for n in numbers) else max(numbers)
+
+
+def _number(value: Any) -> Number:
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"a tensor of shape {tuple(value.shape)} is not one number.")
+        return value
+    if isinstance(value, int | float):
+        return float(value)
+    raise ValueError(f"a {type(value).__name__} is not one number.")
+
+
+def _copy(number: Number, device: torch.device) -> Number:
+    if not isinstance(number, torch.Tensor):
+        return number
+    if number.device.type == "cpu" and device.type != "cpu":
+        return float(number)
+    return number.detach().reshape(()).to(torch.float64, copy=True)
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy host memory to the device without waiting for it; a copy on the CPU too."""
+    if device.type == "cpu":
+        return tensor.clone()
+    return tensor.pin_memory().to(device, non_blocking=True)
