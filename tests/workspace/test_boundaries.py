@@ -1,0 +1,72 @@
+"""What holds the pieces apart: declared imports, the shared namespace, light contract modules."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+
+from declared import Member, differences, read_members
+
+ROOT = Path(__file__).resolve().parents[2]
+MEMBERS = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
+TOP_LEVEL = {"packages", "tests", "tools", "pyproject.toml", "uv.lock", "README.md", "LICENSE"}
+
+# A user's own forward step or loss imports these; they must not pull in a training stack.
+LIGHT_MODULES = ["losses", "loss_reduction", "forward_step", "contracts", "callbacks"]
+HEAVY_PACKAGES = ["megatron", "transformer_engine", "tensorboard", "wandb", "datasets"]
+
+
+def test_members_import_what_they_declare_and_nothing_else() -> None:
+    graph = grimp.build_graph("bridge", include_external_packages=True, cache_dir=None)
+    assert list(differences(read_members(ROOT), graph)) == []
+
+
+def test_an_undeclared_import_of_a_sibling_or_a_library_is_reported() -> None:
+    graph = grimp.ImportGraph()
+    for importer, imported in [("bridge.a", "bridge.b"), ("bridge.a", "numpy")]:
+        graph.add_import(importer=importer, imported=imported)
+    members = [
+        Member(name="a", dependencies={"torch"}, extras=set(), modules={"bridge.a"}),
+        Member(name="b", dependencies=set(), extras=set(), modules={"bridge.b"}),
+    ]
+    assert list(differences(members, graph)) == [
+        "a: bridge.a imports bridge.b; b is not declared",
+        "a: bridge.a imports numpy; numpy is not declared",
+        "a: declares torch and imports nothing of it",
+    ]
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda path: path.name)
+def test_no_member_closes_the_shared_namespace(member: Path) -> None:
+    for folder in ("bridge", "bridge/training"):
+        assert not (member / "src" / folder / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda path: path.name)
+def test_a_member_carries_its_readme_and_the_license(member: Path) -> None:
+    assert (member / "README.md").read_text().strip()
+    assert (member / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+
+
+def test_the_top_of_the_repository_holds_only_what_belongs_there() -> None:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    names = {line.partition("/")[0] for line in listing.stdout.splitlines()}
+    assert {name for name in names if not name.startswith(".")} - TOP_LEVEL == set()
+
+
+def test_what_a_custom_step_imports_brings_no_training_stack() -> None:
+    program = (
+        "import importlib, json, sys\n"
+        f"for name in {LIGHT_MODULES}: importlib.import_module('bridge.training.' + name)\n"
+        f"print(json.dumps([name for name in {HEAVY_PACKAGES} if name in sys.modules]))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert json.loads(found.stdout) == []
