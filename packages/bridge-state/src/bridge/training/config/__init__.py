@@ -1,0 +1,49 @@
+"""The configuration of a run: typed sections, one strict validator, lossless YAML.
+
+Importing this imports megatron-core, without its noise.
+"""
+
+from bridge.training.megatron_import import quiet_import
+
+with quiet_import():
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge.training.config.container import ConfigContainer
+from bridge.training.config.errors import ConfigError
+from bridge.training.config.layout import Layout, layout_of
+from bridge.training.config.resolve import resolve
+from bridge.training.config.sections import (
+    CheckpointConfig,
+    DistConfig,
+    LoggerConfig,
+    MixedPrecisionConfig,
+    RerunConfig,
+    RNGConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigContainer",
+    "ConfigError",
+    "DistConfig",
+    "DistributedDataParallelConfig",
+    "Layout",
+    "LoggerConfig",
+    "MixedPrecisionConfig",
+    "OptimizerConfig",
+    "RNGConfig",
+    "RerunConfig",
+    "SchedulerConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "TransformerConfig",
+    "ValidationConfig",
+    "layout_of",
+    "resolve",
+]

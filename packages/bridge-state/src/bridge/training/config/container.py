@@ -1,0 +1,148 @@
+"""The configuration of a run: all sections in one object, to and from plain values."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+
+from bridge.training.config.conversion import (
+    FieldProblems,
+    build_dataclass,
+    to_plain,
+)
+from bridge.training.config.errors import ConfigError, ConversionError
+from bridge.training.config.sections import (
+    CheckpointConfig,
+    DistConfig,
+    LoggerConfig,
+    MixedPrecisionConfig,
+    RerunConfig,
+    RNGConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from bridge.training.config.yaml_text import dump_yaml, load_yaml
+from bridge.training.contracts import DatasetConfig, ModelConfig
+
+
+def _default_optimizer() -> OptimizerConfig:
+    return OptimizerConfig(lr=3e-4, min_lr=3e-5, weight_decay=0.1, adam_beta2=0.95)
+
+
+def _default_ddp() -> DistributedDataParallelConfig:
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+    )
+
+
+@dataclass(kw_only=True)
+class ConfigContainer:
+    """All that a run needs to know.
+
+    Attributes may be set freely; `resolve` finds what is wrong with them. `optimizer` and `ddp`
+    are megatron-core's own dataclasses, and a model section may be a `TransformerConfig`.
+    """
+
+    recipe: str | None = None
+    """The recipe that the configuration started from."""
+    model: ModelConfig
+    """What is trained, and its parallel layout."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long to train, on what batches."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """When to evaluate."""
+    optimizer: OptimizerConfig = field(default_factory=_default_optimizer)
+    """megatron-core's optimizer and its peak learning rate."""
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    """The learning rate over the run."""
+    ddp: DistributedDataParallelConfig = field(default_factory=_default_ddp)
+    """megatron-core's data-parallel wrapper."""
+    dataset: DatasetConfig
+    """What it is trained on."""
+    tokenizer: TokenizerConfig | None = None
+    """How text becomes tokens, for datasets of text."""
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    """What is logged, when and where."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Where the run lives on disk."""
+    dist: DistConfig = field(default_factory=DistConfig)
+    """Devices and process groups."""
+    rng: RNGConfig = field(default_factory=RNGConfig)
+    """Random numbers."""
+    rerun: RerunConfig = field(default_factory=RerunConfig)
+    """Repeating steps to find faulty hardware."""
+    mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
+    """The numbers that the model computes in."""
+
+    def __post_init__(self) -> None:
+        """Start without a record of where values came from."""
+        self._derived: dict[str, Any] = {}
+        """Fields that resolution filled in, with the value: they follow the others if those
+        change, and are not taken for the user's."""
+        self._given: set[str] = set()
+        """Fields that the command line set, which resolution must not fill in otherwise."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values (YAML's types) from which `from_dict` makes an equal object.
+
+        Raises:
+            ConfigError: Values have no name to be written by, such as a lambda.
+        """
+        try:
+            plain: dict[str, Any] = to_plain(self, type(self), "")
+        except FieldProblems as error:
+            raise ConfigError(error.lines) from error
+        return plain
+
+    def to_yaml(self) -> str:
+        """Return `to_dict` as YAML text."""
+        return dump_yaml(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        """Build the configuration that `to_dict` wrote.
+
+        Sections that are Protocols (model, dataset) name their class in ``_target_``.
+
+        Raises:
+            ConfigError: With every unknown key, wrong type and missing value.
+        """
+        from bridge.training.config.resolve import note_derived_values
+
+        try:
+            config: Self = build_dataclass(cls, plain, "")
+        except FieldProblems as error:
+            raise ConfigError(error.lines) from error
+        note_derived_values(config)
+        return config
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Self:
+        """Build the configuration that `to_yaml` wrote.
+
+        Raises:
+            ConfigError: As `from_dict`, or the text is not YAML.
+        """
+        try:
+            plain = load_yaml(text)
+        except ConversionError as error:
+            raise ConfigError([f"the text {error}"]) from error
+        if not isinstance(plain, Mapping):
+            raise ConfigError([f"expected sections, got {plain!r}"])
+        return cls.from_dict(plain)
+
+    def copy(self) -> Self:
+        """Return an unshared copy."""
+        return copy.deepcopy(self)
+
+
+SECTIONS = tuple(f.name for f in dataclasses.fields(ConfigContainer) if f.name != "recipe")

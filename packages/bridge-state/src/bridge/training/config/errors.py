@@ -1,0 +1,24 @@
+"""The one error of a configuration: everything that is wrong with it, at once."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bridge.training.config.container import ConfigContainer
+
+
+class ConfigError(ValueError):
+    """A configuration cannot be used; `problems` has one line for each reason."""
+
+    def __init__(self, problems: list[str], *, remainder: "ConfigContainer | None" = None) -> None:
+        """Collect `problems`; `remainder` is the configuration without the refused values."""
+        self.problems = list(dict.fromkeys(problems))
+        self.remainder = remainder
+        count = len(self.problems)
+        heading = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__(
+            "\n".join([f"{heading} in the configuration:", *(f"  - {p}" for p in self.problems)])
+        )
+
+
+class ConversionError(ValueError):
+    """One value does not fit its field, or cannot be written as text."""

@@ -1,0 +1,62 @@
+"""How the ranks of a run are arranged."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.model_parallel_config import ModelParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of the parallel groups; `tensor * pipeline * context * data == world_size`."""
+
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int | None
+    context: int
+    expert: int
+    expert_tensor: int
+    data: int
+    world_size: int
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model between them."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def expert_data(self) -> int:
+        """Copies of each expert's weights (0 if the experts' layout does not fit)."""
+        return self.world_size // (self.expert_tensor * self.expert * self.pipeline)
+
+
+def layout_of(model: Any, world_size: int) -> Layout:
+    """Return the layout of `model` on `world_size` ranks.
+
+    A model that is not a megatron-core ``ModelParallelConfig`` is data-parallel only. `data` is
+    rounded down where the layout does not fit, which `resolve` reports.
+    """
+    if not isinstance(model, ModelParallelConfig):
+        return Layout(
+            tensor=1,
+            pipeline=1,
+            virtual_pipeline=None,
+            context=1,
+            expert=1,
+            expert_tensor=1,
+            data=world_size,
+            world_size=world_size,
+        )
+    tensor = model.tensor_model_parallel_size
+    model_ranks = tensor * model.pipeline_model_parallel_size * model.context_parallel_size
+    expert_tensor = model.expert_tensor_parallel_size
+    return Layout(
+        tensor=tensor,
+        pipeline=model.pipeline_model_parallel_size,
+        virtual_pipeline=model.virtual_pipeline_model_parallel_size,
+        context=model.context_parallel_size,
+        expert=model.expert_model_parallel_size,
+        expert_tensor=tensor if expert_tensor is None else expert_tensor,
+        data=world_size // model_ranks,
+        world_size=world_size,
+    )

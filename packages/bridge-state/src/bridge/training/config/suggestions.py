@@ -1,0 +1,52 @@
+"""What an unknown key was probably meant to be."""
+
+import dataclasses
+from typing import Any
+
+from bridge.training.config.container import SECTIONS, ConfigContainer
+from bridge.training.config.conversion import annotations_of, fields_of
+from bridge.training.config.names import nearest
+
+
+def section_fields(config: ConfigContainer, section: str) -> list[str]:
+    """Return the keys of a section; of one that is None, those of its declared class."""
+    value: Any = getattr(config, section)
+    if value is None:
+        value = declared_class(section)
+    return list(fields_of(value)) if dataclasses.is_dataclass(value) else []
+
+
+def declared_class(section: str) -> type | None:
+    """Return the dataclass that a section's annotation names, if it names one."""
+    annotation = annotations_of(ConfigContainer)[section]
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def unknown_key(config: ConfigContainer, path: str) -> str:
+    """Return the line about a key that does not exist, with the nearest one that does."""
+    meant = _meant(config, path)
+    return f"{path}: unknown key" + (f"; did you mean {meant}?" if meant else "")
+
+
+def _meant(config: ConfigContainer, path: str) -> str | None:
+    section, _, key = path.rpartition(".")
+    key = key or section
+    near_section = section if section in SECTIONS else nearest(section, list(SECTIONS))
+    homes = {name: section_fields(config, name) for name in SECTIONS}
+    if near_section and near_section != section and key in homes[near_section]:
+        return f"{near_section}.{key}"
+    exact = [f"{name}.{key}" for name, keys in homes.items() if key in keys]
+    if exact:
+        return " or ".join(exact)
+    if near_section:
+        hint = nearest(key, homes[near_section])
+        if hint:
+            return f"{near_section}.{hint}"
+    if not section and (hint := nearest(key, [*SECTIONS, "recipe"])):
+        return hint
+    everywhere = {key: name for name, keys in reversed(homes.items()) for key in keys}
+    hint = nearest(key, list(everywhere), cutoff=0.75)
+    return f"{everywhere[hint]}.{hint}" if hint else None

@@ -1,0 +1,377 @@
+"""Contradictions within and across sections. Every check adds lines; none stops the others."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge.training.config.container import SECTIONS, ConfigContainer
+from bridge.training.config.layout import Layout, layout_of
+from bridge.training.contracts import ChecksItself
+
+
+@runtime_checkable
+class HasSequenceLength(Protocol):
+    """A model that says how long its samples are."""
+
+    seq_length: int
+
+
+@runtime_checkable
+class CanBeFinalized(Protocol):
+    """A model section that defers megatron-core's own checks until it is asked."""
+
+    def finalized(self) -> Any:
+        """Return a copy that megatron-core has checked and completed."""
+        ...
+
+
+def validate(config: ConfigContainer, *, world_size: int, refused: set[str]) -> list[str]:
+    """Return a line for each contradiction in a config whose derived values are filled in.
+
+    `refused` names fields whose values had the wrong type; lines about those are left out, since
+    they would speak of a value that nobody gave.
+    """
+    lines = [
+        *_train(config),
+        *_validation(config),
+        *_schedule(config),
+        *_ddp(config),
+        *_others(config),
+        *_model(config, world_size, refused),
+        *_own_checks(config),
+    ]
+    return [line for line in lines if not any(path in line for path in refused)]
+
+
+def rebuilt_sections(config: ConfigContainer, refused: set[str]) -> list[str]:
+    """Run megatron-core's own checks of optimizer and ddp on their present values.
+
+    These dataclasses check and complete themselves when they are constructed, which was before
+    the values were set: both are constructed anew, in place.
+    """
+    problems = []
+    for name in ("optimizer", "ddp"):
+        if any(path.startswith(f"{name}.") for path in refused):
+            continue
+        try:
+            setattr(config, name, dataclasses.replace(getattr(config, name)))
+        except (ValueError, AssertionError, RuntimeError, TypeError) as error:
+            problems.append(f"{name}: {_message(error)}")
+    return problems
+
+
+def _message(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _positive(config: ConfigContainer, section: str, *names: str) -> Iterator[str]:
+    for name in names:
+        value = getattr(getattr(config, section), name)
+        if value is not None and value < 1:
+            yield f"{section}.{name}={value} must be positive"
+
+
+def _not_negative(config: ConfigContainer, section: str, *names: str) -> Iterator[str]:
+    for name in names:
+        value = getattr(getattr(config, section), name)
+        if value is not None and value < 0:
+            yield f"{section}.{name}={value} must not be negative"
+
+
+def _train(config: ConfigContainer) -> Iterator[str]:
+    train = config.train
+    lengths = {
+        f"train.{name}": getattr(train, name) for name in ("train_iters", "train_samples", "epochs")
+    }
+    given = [path for path, value in lengths.items() if value is not None]
+    if len(given) != 1:
+        what = " and ".join(f"{path}={lengths[path]}" for path in given) or "none"
+        yield (
+            "exactly one of train.train_iters, train.train_samples and train.epochs must be "
+            f"given, got {what}"
+        )
+    yield from _positive(config, "train", "train_iters", "train_samples", "epochs")
+    yield from _positive(config, "train", "micro_batch_size", "global_batch_size")
+    yield from _not_negative(config, "train", "num_workers", "manual_gc_interval")
+    batch, samples = train.global_batch_size, train.train_samples
+    if batch > 0 and samples is not None and samples % batch:
+        yield (
+            f"train.train_samples={samples} is not a multiple of "
+            f"train.global_batch_size={batch}; the nearest is {_nearest_multiple(samples, batch)}"
+        )
+
+
+def _nearest_multiple(number: int, base: int) -> int:
+    return max(1, round(number / base)) * base
+
+
+def _validation(config: ConfigContainer) -> Iterator[str]:
+    yield from _positive(config, "validation", "eval_interval")
+    yield from _not_negative(config, "validation", "eval_iters")
+
+
+def _schedule(config: ConfigContainer) -> Iterator[str]:
+    scheduler, optimizer = config.scheduler, config.optimizer
+    fraction, warmup = scheduler.lr_warmup_fraction, scheduler.lr_warmup_iters
+    if fraction is not None and warmup is not None:
+        yield (
+            f"scheduler.lr_warmup_fraction={fraction} and scheduler.lr_warmup_iters={warmup} "
+            "exclude each other: remove one"
+        )
+    if fraction is not None and not 0 <= fraction < 1:
+        yield f"scheduler.lr_warmup_fraction={fraction} must be at least 0 and below 1"
+    yield from _positive(config, "scheduler", "lr_decay_iters", "lr_wsd_decay_iters")
+    yield from _not_negative(
+        config, "scheduler", "lr_warmup_iters", "start_weight_decay", "end_weight_decay"
+    )
+    horizon_name = "scheduler.lr_decay_iters" if scheduler.lr_decay_iters else "train.train_iters"
+    horizon = scheduler.lr_decay_iters or config.train.train_iters
+    if horizon and warmup is not None and warmup >= horizon:
+        yield (
+            f"scheduler.lr_warmup_iters={warmup} must be below {horizon_name}={horizon}; "
+            "scheduler.lr_warmup_fraction fits a run of any length"
+        )
+    decay = scheduler.lr_wsd_decay_iters
+    if scheduler.lr_decay_style == "WSD":
+        if decay is None:
+            yield "scheduler.lr_decay_style=WSD needs scheduler.lr_wsd_decay_iters"
+        elif horizon and decay + (warmup or 0) > horizon:
+            yield (
+                f"scheduler.lr_wsd_decay_iters={decay} and the warm-up are longer than "
+                f"{horizon_name}={horizon}"
+            )
+    if optimizer.lr is None:
+        yield "optimizer.lr has no value; give the peak learning rate"
+        return
+    yield from _not_negative(config, "optimizer", "lr", "min_lr", "weight_decay", "clip_grad")
+    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
+        yield f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}"
+    if not 0 <= scheduler.lr_warmup_init <= optimizer.lr:
+        yield (
+            f"scheduler.lr_warmup_init={scheduler.lr_warmup_init} must be between 0 and "
+            f"optimizer.lr={optimizer.lr}"
+        )
+
+
+def _ddp(config: ConfigContainer) -> Iterator[str]:
+    ddp = config.ddp
+    if ddp.overlap_param_gather and not ddp.use_distributed_optimizer:
+        yield (
+            "ddp.overlap_param_gather=true needs ddp.use_distributed_optimizer=true: only the "
+            "distributed optimizer gathers parameters"
+        )
+    if ddp.overlap_param_gather and not ddp.overlap_grad_reduce:
+        yield "ddp.overlap_param_gather=true needs ddp.overlap_grad_reduce=true"
+    if ddp.average_in_collective and config.train.loss_normalization == "token":
+        yield (
+            "ddp.average_in_collective=true would divide by the ranks what "
+            "train.loss_normalization=token divides by the tokens: set it to false, or "
+            "train.loss_normalization=microbatch"
+        )
+    if ddp.use_megatron_fsdp or ddp.use_custom_fsdp:
+        yield "ddp.use_megatron_fsdp=true is not supported: the loop uses the DDP wrapper"
+
+
+def _others(config: ConfigContainer) -> Iterator[str]:
+    yield from _positive(config, "logger", "log_interval")
+    if config.logger.timing_log_level not in (0, 1, 2):
+        yield f"logger.timing_log_level={config.logger.timing_log_level} must be 0, 1 or 2"
+    yield from _positive(config, "checkpoint", "save_interval")
+    yield from _not_negative(config, "checkpoint", "keep_last")
+    if config.dist.timeout_minutes <= 0:
+        yield f"dist.timeout_minutes={config.dist.timeout_minutes} must be positive"
+    yield from _not_negative(config, "rng", "seed")
+    if config.mixed_precision.precision == "fp16" and config.dist.device == "cpu":
+        yield (
+            "mixed_precision.precision=fp16 does not run on dist.device=cpu: take fp32 or bf16 there"
+        )
+
+
+def _model(config: ConfigContainer, world_size: int, refused: set[str]) -> Iterator[str]:
+    model = config.model
+    sizes_fit = True
+    if isinstance(model, ModelParallelConfig):
+        for line in _parallel_sizes(config):
+            sizes_fit = False
+            yield line
+    if world_size < 1:
+        yield f"the world size {world_size} must be positive"
+    elif sizes_fit:
+        layout = layout_of(model, world_size)
+        yield from _batches(config, layout)
+        if isinstance(model, ModelParallelConfig):
+            yield from _ranks(model, layout)
+            yield from _pipeline(model, layout)
+            yield from _sequence(model, layout)
+        if isinstance(model, TransformerConfig):
+            yield from _transformer(model, layout)
+    if isinstance(model, CanBeFinalized) and not any(p.startswith("model.") for p in refused):
+        try:
+            # Its warnings come once more, to be seen, when the model is built.
+            with warnings.catch_warnings(action="ignore"):
+                model.finalized()
+        except (ValueError, AssertionError, RuntimeError, TypeError, ZeroDivisionError) as error:
+            yield f"model: {_message(error)}"
+
+
+def _parallel_sizes(config: ConfigContainer) -> Iterator[str]:
+    yield from _positive(
+        config,
+        "model",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+    )
+
+
+def _batches(config: ConfigContainer, layout: Layout) -> Iterator[str]:
+    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+    if micro < 1 or batch < 1 or layout.data < 1:
+        return
+    step = micro * layout.data
+    if batch % step:
+        yield (
+            f"train.global_batch_size={batch} is not a multiple of train.micro_batch_size={micro} "
+            f"times {layout.data} data-parallel ranks ({layout.world_size} ranks in all); the "
+            f"nearest is {_nearest_multiple(batch, step)}"
+        )
+        return
+    microbatches = batch // step
+    group = layout.pipeline
+    if (layout.virtual_pipeline or 1) > 1 and microbatches % group:
+        yield (
+            f"interleaved pipelining needs a multiple of model.pipeline_model_parallel_size="
+            f"{group} microbatches a step, and train.global_batch_size={batch} makes {microbatches}"
+        )
+
+
+def _ranks(model: ModelParallelConfig, layout: Layout) -> Iterator[str]:
+    if layout.world_size % layout.model_ranks:
+        yield (
+            f"{layout.world_size} ranks are not a multiple of model.tensor_model_parallel_size="
+            f"{layout.tensor} x model.pipeline_model_parallel_size={layout.pipeline} x "
+            f"model.context_parallel_size={layout.context} = {layout.model_ranks}"
+        )
+    elif layout.world_size % (layout.expert_tensor * layout.expert * layout.pipeline):
+        yield (
+            f"{layout.world_size} ranks are not a multiple of model.expert_tensor_parallel_size="
+            f"{layout.expert_tensor} x model.expert_model_parallel_size={layout.expert} x "
+            f"model.pipeline_model_parallel_size={layout.pipeline}"
+        )
+    if model.sequence_parallel and layout.tensor == 1:
+        yield (
+            "model.sequence_parallel=true needs model.tensor_model_parallel_size above 1; "
+            "set it to false"
+        )
+    if model.overlap_moe_expert_parallel_comm and layout.expert == 1:
+        yield (
+            "model.overlap_moe_expert_parallel_comm=true needs model.expert_model_parallel_size "
+            "above 1"
+        )
+    for name in ("tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"):
+        shards = getattr(model, name)
+        whole = layout.expert_tensor if name.startswith("expert") else layout.tensor
+        if shards is not None and shards != whole:
+            yield f"model.{name}={shards} is not supported beyond the tensor-parallel size {whole}"
+
+
+def _pipeline(model: ModelParallelConfig, layout: Layout) -> Iterator[str]:
+    virtual = layout.virtual_pipeline
+    if virtual is not None and virtual > 1 and layout.pipeline == 1:
+        yield (
+            f"model.virtual_pipeline_model_parallel_size={virtual} needs "
+            "model.pipeline_model_parallel_size above 1"
+        )
+    if model.overlap_p2p_comm and model.batch_p2p_comm:
+        yield "model.overlap_p2p_comm=true needs model.batch_p2p_comm=false"
+    if not isinstance(model, TransformerConfig):
+        return
+    uneven = (
+        model.num_layers_in_first_pipeline_stage is not None
+        or model.num_layers_in_last_pipeline_stage is not None
+        or model.pipeline_model_parallel_layout is not None
+        or model.account_for_embedding_in_pipeline_split
+        or model.account_for_loss_in_pipeline_split
+    )
+    stages = layout.pipeline * (virtual or 1)
+    if not uneven and model.num_layers % stages:
+        times = f" x model.virtual_pipeline_model_parallel_size={virtual}" if virtual else ""
+        yield (
+            f"model.num_layers={model.num_layers} is not a multiple of "
+            f"model.pipeline_model_parallel_size={layout.pipeline}{times} = {stages} stages"
+        )
+
+
+def _sequence(model: ModelParallelConfig, layout: Layout) -> Iterator[str]:
+    if not isinstance(model, HasSequenceLength):
+        return
+    length, context, tensor = model.seq_length, layout.context, layout.tensor
+    if not isinstance(length, int) or length < 1:
+        yield f"model.seq_length={length} must be positive"
+        return
+    if context > 1 and length % (2 * context):
+        yield (
+            f"model.seq_length={length} is not a multiple of 2 x model.context_parallel_size="
+            f"{context}: each rank takes two blocks, for balance"
+        )
+    elif model.sequence_parallel and (length // context) % tensor:
+        yield (
+            f"model.seq_length={length} on {context} context-parallel ranks is not a multiple of "
+            f"model.tensor_model_parallel_size={tensor}, which model.sequence_parallel=true needs"
+        )
+
+
+def _transformer(model: TransformerConfig, layout: Layout) -> Iterator[str]:
+    heads, hidden, groups = model.num_attention_heads, model.hidden_size, model.num_query_groups
+    positive = True
+    for name in ("num_layers", "hidden_size", "num_attention_heads"):
+        if getattr(model, name) < 1:
+            positive = False
+            yield f"model.{name}={getattr(model, name)} must be positive"
+    if not positive:
+        return
+    if model.kv_channels is None and hidden % heads:
+        yield (
+            f"model.hidden_size={hidden} is not a multiple of model.num_attention_heads={heads}; "
+            "or give model.kv_channels"
+        )
+    if heads % layout.tensor:
+        yield (
+            f"model.num_attention_heads={heads} is not a multiple of "
+            f"model.tensor_model_parallel_size={layout.tensor}"
+        )
+    if groups is not None:
+        if groups < 1 or heads % groups:
+            yield (
+                f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}"
+            )
+        elif groups % layout.tensor and layout.tensor % groups:
+            yield (
+                f"model.num_query_groups={groups} is neither a multiple nor a divisor of "
+                f"model.tensor_model_parallel_size={layout.tensor}"
+            )
+    experts = model.num_moe_experts
+    if layout.expert > 1 and experts is None:
+        yield (
+            f"model.expert_model_parallel_size={layout.expert} needs experts: give "
+            "model.num_moe_experts"
+        )
+    elif experts is not None and experts % layout.expert:
+        yield (
+            f"model.num_moe_experts={experts} is not a multiple of "
+            f"model.expert_model_parallel_size={layout.expert}"
+        )
+
+
+def _own_checks(config: ConfigContainer) -> Iterator[str]:
+    for name in SECTIONS:
+        section = getattr(config, name)
+        if isinstance(section, ChecksItself):
+            yield from section.problems(config)
