@@ -1,0 +1,268 @@
+"""Tokenize documents into .bin/.idx files, once, and never leave half of one behind."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from bridge.gpt.data.documents import TextFile, read_documents
+from bridge.gpt.data.tokenizers import Encoder, Tokenizer, build_tokenizer, identity
+from bridge.training.config import TokenizerConfig
+from bridge.training.megatron_import import quiet_import
+
+with quiet_import():
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+"""Part of every cache key: raise it when documents are cut or encoded differently."""
+_ABANDONED_AFTER_S = 3600.0
+_TOKENS = "tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCounts:
+    """What was written."""
+
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedTokens:
+    """Token files in the cache."""
+
+    prefix: str
+    """Where they are once the block that made them has ended."""
+    readable_prefix: str
+    """Where they are inside that block."""
+
+
+def default_cache_dir() -> Path:
+    """``bridge/data`` under XDG_CACHE_HOME, or under ~/.cache where that is not set."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "bridge" / "data"
+
+
+def write_tokens(
+    documents: Iterable[bytes],
+    tokenizer: Tokenizer,
+    prefix: str,
+    *,
+    append_eod: bool = True,
+) -> TokenCounts:
+    """Write documents to ``prefix.bin`` and ``prefix.idx`` in megatron-core's format.
+
+    Raises:
+        ValueError: There is no document.
+    """
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    encode = Encoder(tokenizer, dtype, append_eod=append_eod)
+    written = tokens = 0
+    try:
+        for document in documents:
+            # megatron-core annotates a tensor and takes an array.
+            ids: Any = encode(document)
+            if len(ids) == 0:
+                continue
+            builder.add_document(ids, [len(ids)])
+            written += 1
+            tokens += len(ids)
+    finally:
+        builder.data_file.close()
+    if not written:
+        raise ValueError("the files hold no text (binary files in directories are skipped)")
+    builder.finalize(f"{prefix}.idx")
+    if encode.repaired_documents:
+        logger.warning(
+            "%d of %d documents were not UTF-8; their wrong bytes were read as U+FFFD",
+            encode.repaired_documents,
+            written,
+        )
+    return TokenCounts(documents=written, tokens=tokens)
+
+
+def build_index(
+    files: Sequence[TextFile],
+    tokenizer: Tokenizer,
+    prefix: str,
+    *,
+    json_key: str = "text",
+    append_eod: bool = True,
+) -> TokenCounts:
+    """Tokenize files into a new ``prefix.bin`` and ``prefix.idx``; both appear, or neither.
+
+    Raises:
+        ValueError: One of them exists, their directory does not, or there is no text.
+    """
+    target = Path(os.path.abspath(os.path.expanduser(prefix)))
+    halves = [target.with_name(target.name + suffix) for suffix in (".bin", ".idx")]
+    existing = [str(half) for half in halves if half.exists()]
+    if existing:
+        raise ValueError(
+            f"--output={prefix!r}: {' and '.join(existing)} exist and are not overwritten; "
+            "choose another prefix or remove them"
+        )
+    if not target.parent.is_dir():
+        raise ValueError(f"--output={prefix!r}: create the directory {target.parent} first")
+    with _directory_for_parts(target.parent, target.name) as parts:
+        documents = read_documents(files, json_key=json_key)
+        counts = write_tokens(documents, tokenizer, str(parts / _TOKENS), append_eod=append_eod)
+        for half in halves:
+            # Unlike a rename, a link fails where another process has written in the meantime.
+            os.link(parts / f"{_TOKENS}{half.suffix}", half)
+    return counts
+
+
+@contextmanager
+def cached_tokens(
+    files: Sequence[TextFile],
+    tokenizer_config: TokenizerConfig,
+    cache_dir: Path,
+    *,
+    json_key: str = "text",
+) -> Iterator[CachedTokens]:
+    """Tokenize files into the cache, unless the same is there already.
+
+    The same are: the files' names, sizes and times of change, the tokenizer and its files. What
+    was written enters the cache when the block ends; if the block raises, it is thrown away.
+
+    Raises:
+        ValueError: There is no text, or the cache cannot be written.
+    """
+    key = digest(
+        {
+            "format": _FORMAT,
+            "files": [[str(f.path), f.size, f.modified_ns, f.chosen] for f in files],
+            "tokenizer": identity(tokenizer_config),
+            "json_key": json_key,
+        }
+    )
+    final = cache_dir / "tokens" / key
+    with published(final) as directory:
+        readable = directory / _TOKENS
+        if not readable.with_suffix(".idx").exists():
+            _tokenize_into(readable, files, tokenizer_config, json_key)
+        yield CachedTokens(prefix=str(final / _TOKENS), readable_prefix=str(readable))
+
+
+def _tokenize_into(
+    prefix: Path, files: Sequence[TextFile], tokenizer_config: TokenizerConfig, json_key: str
+) -> None:
+    size = sum(file.size for file in files)
+    logger.info("tokenizing %d files, %.1f MB", len(files), size / 1e6)
+    start = time.monotonic()
+    tokenizer = build_tokenizer(tokenizer_config)
+    counts = write_tokens(read_documents(files, json_key=json_key), tokenizer, str(prefix))
+    logger.info(
+        "tokenized %d documents into %d tokens in %.1f s",
+        counts.documents,
+        counts.tokens,
+        time.monotonic() - start,
+    )
+
+
+@contextmanager
+def published(final: Path) -> Iterator[Path]:
+    """Yield a directory to fill, which becomes `final` if the block ends without an exception.
+
+    Where `final` exists it is yielded as it is. Processes may do this at the same time: each
+    fills a directory of its own and the first one to end wins.
+
+    Raises:
+        ValueError: The cache cannot be written.
+    """
+    if final.is_dir():
+        yield final
+        return
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(final)
+    except OSError as error:
+        raise ValueError(
+            f"dataset.cache_dir: {final.parent} cannot be written ({error}); "
+            "name a directory that can with dataset.cache_dir=DIR"
+        ) from error
+    with _directory_for_parts(final.parent, final.name) as directory:
+        yield directory
+        try:
+            directory.rename(final)
+        except OSError:
+            if not final.is_dir():
+                raise
+
+
+@contextmanager
+def _directory_for_parts(parent: Path, name: str) -> Iterator[Path]:
+    """A fresh directory beside `name`, on the same file system, removed at the end."""
+    directory = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=parent))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Remove what killed processes left; one that still writes has touched its files lately."""
+    for partial in final.parent.glob(f".{final.name}.partial-*"):
+        touched = [path.stat().st_mtime for path in (partial, *partial.iterdir())]
+        if time.time() - max(touched) > _ABANDONED_AFTER_S:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def digest(description: Any) -> str:
+    """A short name for anything that JSON can hold."""
+    text = json.dumps(description, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def on_first_rank[T](function: Callable[[], T]) -> T:
+    """Call on global rank 0 only and return its result, or raise its exception, on every rank.
+
+    An exception that went to one rank alone would leave the others waiting for it.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return function()
+    result: T | None = None
+    failure: Exception | None = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+    # Only what every rank can surely unpickle travels.
+    known = (
+        failure
+        if failure is None or type(failure) is ValueError
+        else RuntimeError(f"rank 0: {failure!r}")
+    )
+    outcome: list[Any] = [result, known]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise outcome[1]
+    agreed: T = outcome[0]
+    return agreed
+
+
+@contextmanager
+def published_by_first_rank(final: Path) -> Iterator[Path]:
+    """`published` for a directory that rank 0 fills while the other ranks read it."""
+    with ExitStack() as stack:
+        yield on_first_rank(lambda: stack.enter_context(published(final)))
+        if torch.distributed.is_initialized():
+            # The others still open files by the name that ends with this block.
+            torch.distributed.barrier()

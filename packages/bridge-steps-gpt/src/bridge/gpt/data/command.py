@@ -1,0 +1,85 @@
+"""`bridge data build`: token files from text, made once and used by many runs."""
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def register(subparsers: "Subparsers") -> None:
+    """Add ``data`` to the `bridge` command; an entry point of the group ``bridge.commands``."""
+    data = subparsers.add_parser("data", help="make training data")
+    actions = data.add_subparsers(dest="data_command", required=True, metavar="ACTION")
+    build = actions.add_parser(
+        "build",
+        help="tokenize text into PREFIX.bin and PREFIX.idx",
+        description="Tokenize text into PREFIX.bin and PREFIX.idx, for dataset.path=PREFIX.",
+    )
+    build.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="a text file, a directory, a glob in quotes, or JSON Lines (.jsonl)",
+    )
+    build.add_argument("--output", required=True, metavar="PREFIX", help="never overwritten")
+    build.add_argument(
+        "--tokenizer",
+        default="bytes",
+        choices=["bytes", "huggingface", "sentencepiece", "tiktoken"],
+        help="kind of tokenizer (default: bytes)",
+    )
+    build.add_argument(
+        "--tokenizer-model", metavar="PATH", help="the tokenizer's file or directory"
+    )
+    build.add_argument(
+        "--json-key", default="text", metavar="KEY", help="where JSON Lines hold the text"
+    )
+    build.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end every document with the end-of-document token (default: yes)",
+    )
+    build.set_defaults(run=run_build)
+
+
+def run_build(arguments: argparse.Namespace) -> int:
+    """Run ``bridge data build``; returns the exit code.
+
+    Raises:
+        ValueError: Input is missing or empty, or the output exists.
+    """
+    # These bring torch and megatron-core, which other commands should not wait for.
+    from bridge.gpt.data.build import build_index
+    from bridge.gpt.data.documents import find_source
+    from bridge.gpt.data.tokenizers import build_tokenizer
+    from bridge.training.config import TokenizerConfig
+
+    start = time.monotonic()
+    sources = [find_source(entry, field="INPUT") for entry in arguments.inputs]
+    for source in sources:
+        if source.prefixes:
+            raise ValueError(
+                f"INPUT={source.entry!r} holds token files ({source.prefixes[0]}), not text; "
+                "give them to training as they are: dataset.path=PREFIX"
+            )
+    files = [file for source in sources for file in source.files]
+    tokenizer = build_tokenizer(
+        TokenizerConfig(type=arguments.tokenizer, model=arguments.tokenizer_model)
+    )
+    counts = build_index(
+        files,
+        tokenizer,
+        arguments.output,
+        json_key=arguments.json_key,
+        append_eod=arguments.append_eod,
+    )
+    sys.stdout.write(
+        f"{counts.documents} documents, {counts.tokens} tokens of {len(files)} files "
+        f"in {time.monotonic() - start:.1f} s\n"
+        f"wrote {arguments.output}.bin and {arguments.output}.idx\n"
+    )
+    return 0

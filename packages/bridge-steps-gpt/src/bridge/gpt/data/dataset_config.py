@@ -1,0 +1,429 @@
+"""The data of a GPT run: from a path, or none at all, to megatron-core's datasets."""
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bridge.gpt.data import build as index_files
+from bridge.gpt.data.documents import Source, find_source, python_standard_library
+from bridge.gpt.data.split_plan import (
+    SPLIT_NAMES,
+    WHOLE,
+    Bounds,
+    Corpus,
+    SplitPlan,
+    check_vocabulary,
+    parse_split,
+    plan_split,
+    read_corpus,
+)
+from bridge.gpt.data.tokenizers import Tokenizer, build_tokenizer, identity, vocab_size
+from bridge.training.contracts import DataRequest, DataSplits, SizedDataset
+from bridge.training.megatron_import import quiet_import
+
+with quiet_import():
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig as MegatronDatasetConfig
+
+if TYPE_CHECKING:
+    from bridge.training.config import ConfigContainer
+
+MOCK_TRAIN_SAMPLES = 10_000
+"""One pass over mock data."""
+MOCK_EVALUATION_SAMPLES = 64
+"""The whole of a mock validation or test set."""
+
+
+@dataclass(kw_only=True)
+class GPTDatasetConfig:
+    """Next-token samples from text, from token files, or of random tokens."""
+
+    path: str | list[str] | None = None
+    """A text file, a directory, a glob, JSON Lines (.jsonl), the prefix of a .bin/.idx pair, or a
+    list of them. Text is tokenized once and cached. Goes before standard_library."""
+    standard_library: bool = False
+    """Without a path: the sources of this Python's standard library, real text on any machine."""
+    mock: bool = False
+    """Random tokens, for measuring; goes before standard_library."""
+    weights: list[float] | None = None
+    """Shares of the entries of path in the training samples; in proportion to their sizes if
+    None. Validation and test take every sample once."""
+    split: str = "99,1,0"
+    """Shares of train, validation and test; whole documents go to one of them, in order."""
+    validation_path: str | list[str] | None = None
+    """As path, for validation alone; split is then not used, all of path is for training."""
+    test_path: str | list[str] | None = None
+    """As validation_path, for test."""
+    json_key: str = "text"
+    """Where a line of JSON Lines holds its text."""
+    seq_length: int | None = None
+    """Tokens of a sample; model.seq_length if None."""
+    reset_position_ids: bool = False
+    """Count positions from 0 again after each end of document."""
+    eod_mask_loss: bool = False
+    """Leave the token after an end of document out of the loss."""
+    cache_dir: str | None = None
+    """Where tokens and indices are kept; bridge/data in the user's cache directory if None. On
+    several nodes a directory that all share."""
+    num_dataset_builder_threads: int = 1
+    """Threads that index the corpora of a blend."""
+
+    def problems(self, config: "ConfigContainer") -> Iterable[str]:
+        """Yield contradictions, and paths that are missing or empty; reads no contents."""
+        if self.mock and self.path is not None:
+            yield "dataset.mock=true and dataset.path: there is either; leave one out"
+        if not (self.mock or self.path or self.standard_library):
+            yield (
+                "dataset.path: nothing to train on; give a text file, a directory, a glob or the "
+                "prefix of a .bin/.idx pair (or dataset.mock=true)"
+            )
+        yield from self._weights_problems()
+        if self.num_dataset_builder_threads < 1:
+            yield (
+                f"dataset.num_dataset_builder_threads={self.num_dataset_builder_threads}: "
+                "at least one is needed; leave it out"
+            )
+        if config.tokenizer is None and not self.mock:
+            yield "tokenizer: real data needs one; set tokenizer.type (bytes needs no files)"
+        for check in (
+            lambda: self.sequence_length(config),
+            lambda: parse_split(self.split),
+            self._find_given,
+        ):
+            try:
+                check()
+            except ValueError as error:
+                yield str(error)
+
+    def build(self, request: DataRequest) -> DataSplits:
+        """Build the splits; every rank calls it, and rank 0 does the tokenizing.
+
+        Training samples come in megatron-core's order, shuffled by rng.seed, except where one pass
+        is asked for (`train_samples` is None): then the loop shuffles each epoch. Validation and
+        test are one pass at most, even if more samples are asked for: a repeated sample would
+        count twice.
+
+        Raises:
+            ValueError: Data is missing, empty, damaged, or too short for one sample of a split.
+        """
+        if self.mock:
+            return self._build_mock(request)
+        if request.config.tokenizer is None:
+            raise ValueError("tokenizer: real data needs one; set tokenizer.type")
+        plans = index_files.on_first_rank(lambda: self._plan(request))
+        tokenizer = build_tokenizer(request.config.tokenizer)
+        directory = self._cache_dir() / "indices" / self._indices_key(request, plans)
+        with index_files.published_by_first_rank(directory) as place:
+            datasets = [
+                None if plan is None else self._build_split(index, plan, request, tokenizer, place)
+                for index, plan in enumerate(plans)
+            ]
+        return DataSplits(
+            train=datasets[0],
+            validation=datasets[1],
+            test=datasets[2],
+            shuffle=request.train_samples is None,
+            fingerprint=self._fingerprint(request, plans[0]),
+            notes=_notes(plans),
+        )
+
+    def sequence_length(self, config: "ConfigContainer") -> int:
+        """Tokens of a sample.
+
+        Raises:
+            ValueError: Neither the model nor this section has it, or they differ.
+        """
+        of_model = getattr(config.model, "seq_length", None)
+        length = of_model if self.seq_length is None else self.seq_length
+        if length is None:
+            raise ValueError("dataset.seq_length: the model has no seq_length; give it here")
+        if length < 1:
+            raise ValueError(f"dataset.seq_length={length}: a sample has at least one token")
+        if of_model is not None and length != of_model:
+            raise ValueError(
+                f"dataset.seq_length={length} and model.seq_length={of_model}: they must be "
+                "equal; set model.seq_length alone"
+            )
+        return int(length)
+
+    def _weights_problems(self) -> Iterable[str]:
+        if self.weights is None:
+            return
+        entries = len(_entries(self.path))
+        if len(self.weights) != entries:
+            yield (
+                f"dataset.weights: {len(self.weights)} weights for {entries} paths; give one for "
+                "each entry of dataset.path, or none"
+            )
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            yield (
+                f"dataset.weights={self.weights}: each must be above 0; leave out the paths that "
+                "are not wanted"
+            )
+
+    def _find_given(self) -> dict[str, list[Source]]:
+        """Sources of the three paths that the user may give."""
+        given = {
+            "path": self.path,
+            "validation_path": self.validation_path,
+            "test_path": self.test_path,
+        }
+        return {
+            name: [find_source(entry, field=f"dataset.{name}") for entry in _entries(value)]
+            for name, value in given.items()
+        }
+
+    def _find_all(self) -> dict[str, list[Source]]:
+        found = self._find_given()
+        if not found["path"] and self.standard_library:
+            found["path"] = [python_standard_library()]
+        if not found["path"]:
+            raise ValueError("dataset.path: nothing to train on")
+        return found
+
+    def _plan(self, request: DataRequest) -> list[SplitPlan | None]:
+        """Tokenize what is not cached, and plan the splits. Runs on rank 0."""
+        found = self._find_all()
+        with ExitStack() as stack:
+            corpora = {
+                name: self._corpora(name, sources, request.config, stack)
+                for name, sources in found.items()
+            }
+            # Too little data ends the block with an error, and then enters no cache.
+            return self._plan_splits(corpora, request)
+
+    def _plan_splits(
+        self, corpora: dict[str, list[Corpus]], request: DataRequest
+    ) -> list[SplitPlan | None]:
+        cuts: list[tuple[list[Corpus], Bounds | None]]
+        if corpora["validation_path"] or corpora["test_path"]:
+            names = ("path", "validation_path", "test_path")
+            cuts = [(corpora[name], WHOLE if corpora[name] else None) for name in names]
+        else:
+            cuts = [(corpora["path"], bounds) for bounds in parse_split(self.split)]
+        wanted = (request.train_samples, request.validation_samples, request.test_samples)
+        seq_length = self.sequence_length(request.config)
+        plans: list[SplitPlan | None] = []
+        for index, (of_split, bounds) in enumerate(cuts):
+            if bounds is None or (index > 0 and wanted[index] == 0):
+                plans.append(None)
+                continue
+            plans.append(
+                plan_split(
+                    index,
+                    of_split,
+                    bounds=bounds,
+                    seq_length=seq_length,
+                    split=self.split,
+                    weights=self.weights if index == 0 else None,
+                    size=wanted[index] if index == 0 else None,
+                )
+            )
+        return plans
+
+    def _corpora(
+        self, name: str, sources: Sequence[Source], config: "ConfigContainer", stack: ExitStack
+    ) -> list[Corpus]:
+        """One corpus for each weight; without weights one for all text and one for each pair."""
+        assert config.tokenizer is not None
+        if name != "path" or self.weights is None:
+            prefixes = [prefix for source in sources for prefix in source.prefixes]
+            groups = [tuple(file for source in sources for file in source.files)]
+            order: list[Any] = [*prefixes, *(group for group in groups if group)]
+        else:
+            order = []
+            for source in sources:
+                parts: list[Any] = [*source.prefixes, *([source.files] if source.files else [])]
+                if len(parts) != 1:
+                    raise ValueError(
+                        f"dataset.weights: {source.entry!r} stands for {len(parts)} corpora and "
+                        "has one weight; list them one by one"
+                    )
+                order += parts
+        vocabulary = vocab_size(config.tokenizer)
+        corpora = []
+        for part in order:
+            if isinstance(part, str):
+                corpora.append(read_corpus(part))
+                check_vocabulary(part, vocabulary)
+                continue
+            if config.tokenizer.type == "null":
+                raise ValueError(
+                    "tokenizer.type=null is for mock data and token files, not for text; set "
+                    "tokenizer.type=bytes"
+                )
+            cached = stack.enter_context(
+                index_files.cached_tokens(
+                    part, config.tokenizer, self._cache_dir(), json_key=self.json_key
+                )
+            )
+            corpora.append(read_corpus(cached.readable_prefix, name=cached.prefix))
+        return corpora
+
+    def _build_split(
+        self,
+        index: int,
+        plan: SplitPlan,
+        request: DataRequest,
+        tokenizer: Tokenizer,
+        directory: Path,
+    ) -> SizedDataset:
+        weights = None if plan.weights is None else list(plan.weights)
+        of_megatron: Any = tokenizer
+        config = MegatronDatasetConfig(
+            random_seed=request.config.rng.seed,
+            sequence_length=self.sequence_length(request.config),
+            blend=(list(plan.prefixes), weights),
+            split=self.split,
+            num_dataset_builder_threads=self.num_dataset_builder_threads,
+            path_to_cache=str(directory),
+            tokenizer=of_megatron,
+            reset_position_ids=self.reset_position_ids,
+            reset_attention_mask=False,
+            eod_mask_loss=self.eod_mask_loss,
+            create_attention_mask=False,
+        )
+        # Sizes and weights differ by split, so each is built by itself.
+        matrix: list[Any] = [None] * len(SPLIT_NAMES)
+        matrix[index] = plan.bounds
+        config.split_matrix = matrix
+        sizes: list[Any] = [0] * len(SPLIT_NAMES)
+        sizes[index] = plan.size
+        builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
+        dataset: Any = builder.build()[index]
+        built: SizedDataset = dataset
+        return built
+
+    def _indices_key(self, request: DataRequest, plans: Sequence[SplitPlan | None]) -> str:
+        """megatron-core knows its cached indices by the path of the data, not by what it holds."""
+        assert request.config.tokenizer is not None
+        return index_files.digest(
+            {
+                "plans": [
+                    None if plan is None else [plan.prefixes, plan.bounds, plan.weights, plan.size]
+                    for plan in plans
+                ],
+                "data": [
+                    [os.path.getsize(f"{prefix}.bin"), *_size_and_time(f"{prefix}.idx")]
+                    for plan in plans
+                    if plan is not None
+                    for prefix in plan.prefixes
+                ],
+                "tokenizer": identity(request.config.tokenizer),
+                "seq_length": self.sequence_length(request.config),
+                "seed": request.config.rng.seed,
+            }
+        )
+
+    def _fingerprint(self, request: DataRequest, plan: SplitPlan | None) -> str:
+        """Names the order of the training samples, wherever their files are."""
+        assert plan is not None
+        shuffled_by = "the loop" if request.train_samples is None else "megatron-core"
+        described = {
+            "corpora": plan.corpora_digest,
+            "bounds": plan.bounds,
+            "weights": plan.weights,
+            "size": plan.size,
+            "seed": request.config.rng.seed,
+        }
+        return (
+            f"{plan.samples} samples of {self.sequence_length(request.config)} tokens, shuffled "
+            f"by {shuffled_by}: {index_files.digest(described)}"
+        )
+
+    def _cache_dir(self) -> Path:
+        if self.cache_dir is None:
+            return index_files.default_cache_dir()
+        return Path(os.path.abspath(os.path.expanduser(self.cache_dir)))
+
+    def _build_mock(self, request: DataRequest) -> DataSplits:
+        config = request.config
+        if config.tokenizer is not None:
+            vocabulary = vocab_size(config.tokenizer)
+        else:
+            vocabulary = getattr(config.model, "vocab_size", None) or 0
+        if vocabulary < 1:
+            raise ValueError(
+                "dataset.mock=true: neither tokenizer nor model.vocab_size tells the number of "
+                "tokens; set tokenizer.type=null tokenizer.vocab_size=N"
+            )
+        seq_length = self.sequence_length(config)
+        wanted = (request.train_samples, request.validation_samples, request.test_samples)
+        usual = (MOCK_TRAIN_SAMPLES, MOCK_EVALUATION_SAMPLES, MOCK_EVALUATION_SAMPLES)
+        datasets = [
+            RandomTokens(
+                samples=usual[index] if samples is None else samples,
+                seq_length=seq_length,
+                vocab_size=vocabulary,
+                seed=(config.rng.seed, index),
+            )
+            for index, samples in enumerate(wanted)
+            if samples != 0
+        ]
+        by_split = {dataset.seed[1]: dataset for dataset in datasets}
+        return DataSplits(
+            train=by_split.get(0),
+            validation=by_split.get(1),
+            test=by_split.get(2),
+            shuffle=False,
+            fingerprint=f"random tokens below {vocabulary}, seed {config.rng.seed}",
+            notes={"mock samples": sum(len(dataset) for dataset in datasets)},
+        )
+
+
+class RandomTokens:
+    """Samples of uniformly random tokens, each a function of the seed and its index alone."""
+
+    def __init__(
+        self, *, samples: int, seq_length: int, vocab_size: int, seed: tuple[int, int]
+    ) -> None:
+        self.samples = samples
+        self.seq_length = seq_length
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.loss_mask = torch.ones(seq_length)
+        self.position_ids = torch.arange(seq_length)
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int, /) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.samples:
+            raise IndexError(f"sample {index} of {self.samples}")
+        generator = np.random.default_rng([*self.seed, index])
+        text = torch.from_numpy(generator.integers(self.vocab_size, size=self.seq_length + 1))
+        return {
+            "tokens": text[:-1].contiguous(),
+            "labels": text[1:].contiguous(),
+            "loss_mask": self.loss_mask,
+            "position_ids": self.position_ids,
+        }
+
+
+def _entries(value: str | list[str] | None) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _notes(plans: Sequence[SplitPlan | None]) -> dict[str, Any]:
+    notes: dict[str, Any] = {}
+    for name, plan in zip(SPLIT_NAMES, plans, strict=True):
+        if plan is not None:
+            notes[f"{name} documents"] = plan.documents
+            notes[f"{name} tokens"] = plan.tokens
+    return notes

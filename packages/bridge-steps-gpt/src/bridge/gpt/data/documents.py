@@ -1,0 +1,255 @@
+"""Find text on disk and cut it into documents.
+
+megatron-core splits data into train, validation and test by whole documents, so one long file has
+to become many. Everything is sorted: the same files give the same documents in the same order.
+"""
+
+import glob
+import json
+import logging
+import mmap
+import os
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+LARGEST_TARGET_BYTES = 16 * 1024
+"""Size that the documents of a large corpus are cut to."""
+SMALLEST_TARGET_BYTES = 512
+"""Size that the documents of a tiny corpus are cut to."""
+DOCUMENTS_WANTED = 200
+"""A small corpus is cut finer to reach this many, so that a split of one percent is not empty."""
+
+_BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+_BINARY_PROBE_BYTES = 8 * 1024
+_JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+# Test suites are left out because some distributions package them apart: without them every
+# machine with the same Python has the same text.
+_NOT_STANDARD_LIBRARY = frozenset(
+    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFile:
+    """A file of text, as it was when it was found."""
+
+    path: Path
+    size: int
+    modified_ns: int
+    chosen: bool = False
+    """Named by the user, not found in a directory or by a glob: read even if it looks binary."""
+
+    @property
+    def is_json_lines(self) -> bool:
+        """Whether each line is a JSON object that holds one document."""
+        return self.path.suffix.lower() in _JSON_LINES_SUFFIXES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What one entry of ``dataset.path`` stands for."""
+
+    entry: str
+    prefixes: tuple[str, ...] = ()
+    """Token files that are there already: the paths without .bin and .idx."""
+    files: tuple[TextFile, ...] = ()
+    """Files of text that have to be tokenized."""
+
+
+def find_source(entry: str, *, field: str = "dataset.path") -> Source:
+    """Find the files that an entry stands for; reads no contents.
+
+    Args:
+        entry: A text file, a directory (searched through, without hidden files), a glob, a JSON
+            Lines file (.jsonl), or the prefix of a .bin/.idx pair.
+        field: What the user calls the entry, for error messages.
+
+    Raises:
+        ValueError: Nothing is there, or all of it is empty.
+    """
+    path = Path(entry).expanduser()
+    if not entry.strip():
+        raise ValueError(f"{field}: an empty string is no path; give a file, directory or glob")
+    if _is_prefix(path):
+        return Source(entry=entry, prefixes=(_absolute(path),))
+    if path.is_dir():
+        return _source_of_many(entry, _walk(path), field)
+    if path.suffix in (".bin", ".idx"):
+        return Source(entry=entry, prefixes=(_prefix_of_half(path, field),))
+    if path.is_file():
+        return _source_of_files(entry, [_text_file(path, chosen=True)], field)
+    if glob.has_magic(entry):
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+        return _source_of_many(entry, [p for p in found if p.is_file()], field)
+    raise ValueError(
+        f"{field}={entry!r}: there is no such file, directory or .bin/.idx pair (looked for "
+        f"{_absolute(path)}); give a text file, a directory, a glob, a .jsonl file, or the prefix "
+        "of a .bin/.idx pair"
+    )
+
+
+def python_standard_library() -> Source:
+    """Find the Python sources of the running interpreter's standard library, sorted.
+
+    Installed packages and the library's own test suites are not part of it. About 10 MB.
+
+    Raises:
+        ValueError: The interpreter came without its sources.
+    """
+    root = Path(sysconfig.get_path("stdlib")).resolve()
+    files = [
+        _text_file(path)
+        for path in sorted(root.rglob("*.py"))
+        if not _NOT_STANDARD_LIBRARY.intersection(path.relative_to(root).parts) and path.is_file()
+    ]
+    return _source_of_files(str(root), files, "dataset.standard_library: " + str(root))
+
+
+def read_documents(files: Sequence[TextFile], *, json_key: str = "text") -> Iterator[bytes]:
+    """Read the files one after the other and yield their documents; none is empty.
+
+    A file is a document; a large one is cut at blank lines, else at line ends, else anywhere
+    between two UTF-8 characters. A line of JSON Lines is a document and is not cut.
+
+    Raises:
+        ValueError: A line of JSON Lines is not an object with text under `json_key`.
+    """
+    target = target_bytes(sum(file.size for file in files if not file.is_json_lines))
+    skipped = []
+    for file in files:
+        if file.size == 0:
+            continue
+        if file.is_json_lines:
+            yield from _read_json_lines(file.path, json_key)
+        elif not file.chosen and _looks_binary(file.path):
+            skipped.append(file.path)
+        else:
+            yield from _read_text(file.path, target)
+    if skipped:
+        logger.warning("%d binary files were skipped, the first is %s", len(skipped), skipped[0])
+
+
+def target_bytes(corpus_bytes: int) -> int:
+    """Size in bytes that the documents of a corpus of this size are cut to."""
+    return max(SMALLEST_TARGET_BYTES, min(LARGEST_TARGET_BYTES, corpus_bytes // DOCUMENTS_WANTED))
+
+
+def cut(text: bytes | mmap.mmap, target: int) -> Iterator[bytes]:
+    """Cut text into pieces of about `target` bytes that together are the text again."""
+    start, end = 0, len(text)
+    while end - start > target + target // 2:
+        stop = _cut_position(text, start, target)
+        yield bytes(text[start:stop])
+        start = stop
+    if start < end:
+        yield bytes(text[start:end])
+
+
+def _cut_position(text: bytes | mmap.mmap, start: int, target: int) -> int:
+    blank_line = _BLANK_LINE.search(text, start + target, start + 2 * target)
+    if blank_line is not None:
+        return blank_line.end()
+    line_end = text.find(b"\n", start + target, start + 2 * target)
+    if line_end >= 0:
+        return line_end + 1
+    stop = start + target
+    # 0b10xxxxxx is the inside of a UTF-8 character, which has at most three such bytes.
+    for back in range(4):
+        if text[stop - back] & 0b1100_0000 != 0b1000_0000:
+            return stop - back
+    return stop
+
+
+def _read_text(path: Path, target: int) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            yield from cut(text, target)
+
+
+def _read_json_lines(path: Path, key: str) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            text = record.get(key) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                keys = ", ".join(record) if isinstance(record, dict) else "no object"
+                raise ValueError(
+                    f"{path}, line {number}: no text under the key {key!r} (there is: {keys}); "
+                    "name the right one with dataset.json_key (bridge data build: --json-key)"
+                )
+            if text:
+                # JSON can hold lone surrogates, which UTF-8 cannot.
+                yield text.encode("utf-8", errors="replace")
+
+
+def _looks_binary(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return b"\0" in stream.read(_BINARY_PROBE_BYTES)
+
+
+def _source_of_many(entry: str, paths: Sequence[Path], field: str) -> Source:
+    """A directory or glob may hold text, token files, or both."""
+    pairs = [path for path in paths if path.suffix == ".bin" and path.with_suffix(".idx").is_file()]
+    halves = {path for pair in pairs for path in (pair, pair.with_suffix(".idx"))}
+    prefixes = tuple(_absolute(path.with_suffix("")) for path in pairs)
+    files = [_text_file(path) for path in paths if path not in halves]
+    if prefixes and not any(file.size for file in files):
+        return Source(entry=entry, prefixes=prefixes)
+    source = _source_of_files(entry, files, field)
+    return Source(entry=entry, prefixes=prefixes, files=source.files)
+
+
+def _source_of_files(entry: str, files: Sequence[TextFile], field: str) -> Source:
+    if not files:
+        raise ValueError(f"{field}={entry!r}: no file is there; name files that hold text")
+    if not any(file.size for file in files):
+        what = "the file is empty" if len(files) == 1 else f"all {len(files)} files are empty"
+        raise ValueError(f"{field}={entry!r}: {what}; name files that hold text")
+    return Source(entry=entry, files=tuple(files))
+
+
+def _walk(root: Path) -> list[Path]:
+    found = []
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = [d for d in subdirectories if d[0] != "." and d != "__pycache__"]
+        found += [Path(directory, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
+
+
+def _text_file(path: Path, *, chosen: bool = False) -> TextFile:
+    status = path.stat()
+    return TextFile(
+        path=Path(_absolute(path)),
+        size=status.st_size,
+        modified_ns=status.st_mtime_ns,
+        chosen=chosen,
+    )
+
+
+def _is_prefix(path: Path) -> bool:
+    return Path(f"{path}.bin").is_file() and Path(f"{path}.idx").is_file()
+
+
+def _prefix_of_half(path: Path, field: str) -> str:
+    prefix = path.with_suffix("")
+    missing = [half for half in (f"{prefix}.bin", f"{prefix}.idx") if not Path(half).is_file()]
+    if missing:
+        raise ValueError(
+            f"{field}={str(path)!r}: {' and '.join(missing)} missing; token files come in pairs, "
+            "made by 'bridge data build'"
+        )
+    return _absolute(prefix)
+
+
+def _absolute(path: Path) -> str:
+    return os.path.abspath(path)

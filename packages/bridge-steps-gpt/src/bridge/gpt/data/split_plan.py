@@ -1,0 +1,250 @@
+"""Which documents go to training, validation and test, and how many samples that makes.
+
+It is worked out here, before megatron-core sees the data: on an empty split its count of epochs
+never ends, and a sequence longer than the data fails deep inside it.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge.training.megatron_import import quiet_import
+
+with quiet_import():
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+Bounds = tuple[float, float]
+
+WHOLE: Bounds = (0.0, 1.0)
+SPLIT_NAMES = ("train", "validation", "test")
+
+_INDEX_HEADER = b"MMIDIDX\x00\x00"
+_TOKENS_PROBED = 2**20
+_SHARES_TO_SUGGEST = (1, 2, 5, 10, 20, 30, 50)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """One .bin/.idx pair, and how long its documents are."""
+
+    prefix: str
+    lengths: NDArray[np.int32]
+    """Tokens of each document (megatron-core calls them sequences). Shape [documents]."""
+
+    def documents_within(self, bounds: Bounds) -> NDArray[np.int32]:
+        """Lengths of the documents of a split: megatron-core's rounding, with the same doubles."""
+        first, last = (int(round(bound * float(len(self.lengths)))) for bound in bounds)
+        return self.lengths[first:last]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitPlan:
+    """One split, ready for megatron-core's builder."""
+
+    prefixes: tuple[str, ...]
+    bounds: Bounds
+    documents: int
+    tokens: int
+    samples: int
+    """Samples of one pass."""
+    weights: tuple[float, ...] | None
+    """Shares of the corpora in the blend; None takes each sample once."""
+    size: int | None
+    """Samples to build; None builds one pass."""
+    corpora_digest: str
+    """Names the lengths of the documents of all its corpora."""
+
+
+def parse_split(split: str) -> list[Bounds | None]:
+    """Turn ``"99,1,0"`` into the bounds of train, validation and test; None for no share.
+
+    Raises:
+        ValueError: It is not one to three numbers, none negative and the first above 0.
+    """
+    parts = [part.strip() for part in split.split(",")]
+    try:
+        shares = [float(part) for part in parts]
+    except ValueError:
+        shares = []
+    wrong = not 1 <= len(shares) <= 3 or shares[0] <= 0
+    if wrong or any(not 0 <= share < float("inf") for share in shares):
+        raise ValueError(
+            f"dataset.split={split!r}: give the shares of train, validation and test as up to "
+            "three numbers, the first above 0, such as 99,1,0"
+        )
+    plain = ",".join(f"{share:f}" for share in shares)
+    bounds: list[Bounds | None] = convert_split_vector_to_split_matrix(
+        parse_and_normalize_split(plain)
+    )
+    return bounds
+
+
+def read_corpus(prefix: str, *, name: str | None = None) -> Corpus:
+    """Read the document lengths of a .bin/.idx pair and check that the two belong together.
+
+    Args:
+        prefix: Where the files are.
+        name: The prefix to record, if the files are to be moved there.
+
+    Raises:
+        ValueError: The files are missing, empty, damaged or of another format.
+    """
+    for suffix in (".bin", ".idx"):
+        if not os.path.isfile(prefix + suffix):
+            raise ValueError(
+                f"dataset.path: {prefix}{suffix} cannot be seen from this rank; on several nodes "
+                "data and dataset.cache_dir must be on a file system that all of them share"
+            )
+    with open(f"{prefix}.idx", "rb") as stream:
+        if stream.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
+            raise ValueError(
+                f"dataset.path: {prefix}.idx is not an index of megatron-core; make one with "
+                "'bridge data build'"
+            )
+    held = os.path.getsize(f"{prefix}.bin")
+    if held == 0:
+        raise ValueError(f"dataset.path: {prefix}.bin is empty; build it from files with text")
+    index = IndexedDataset(prefix).index
+    lengths = np.array(index.sequence_lengths)
+    needed = int(lengths.sum(dtype=np.int64)) * index.dtype_size
+    if needed > held:
+        raise ValueError(
+            f"dataset.path: {prefix}.bin has {held} bytes and its index tells of {needed}; "
+            "the files do not belong together or were cut short, build them again"
+        )
+    return Corpus(prefix=name or prefix, lengths=lengths)
+
+
+def check_vocabulary(prefix: str, vocab_size: int) -> None:
+    """Look whether the first tokens of a corpus are in the vocabulary.
+
+    Raises:
+        ValueError: One is not: the files were made with another tokenizer.
+    """
+    dtype: Any = IndexedDataset(prefix).index.dtype
+    tokens = np.fromfile(f"{prefix}.bin", dtype=dtype, count=_TOKENS_PROBED)
+    largest, smallest = int(tokens.max()), int(tokens.min())
+    if largest >= vocab_size or smallest < 0:
+        wrong = largest if largest >= vocab_size else smallest
+        raise ValueError(
+            f"dataset.path: {prefix}.bin holds token {wrong}, and the tokenizer has {vocab_size} "
+            "tokens; set tokenizer.type and tokenizer.model to those that made the files"
+        )
+
+
+def plan_split(
+    split_index: int,
+    corpora: Sequence[Corpus],
+    *,
+    bounds: Bounds,
+    seq_length: int,
+    split: str,
+    weights: Sequence[float] | None = None,
+    size: int | None = None,
+) -> SplitPlan:
+    """Count the documents, tokens and samples of one split.
+
+    A corpus whose share is too small for one sample is left out, unless the user gave it a weight.
+
+    Args:
+        split_index: 0 train, 1 validation, 2 test.
+        corpora: What the split is cut from.
+        bounds: First and last document, as fractions of each corpus.
+        seq_length: Tokens of a sample; it reads one more, for the last label.
+        split: What the user wrote in dataset.split, for the messages.
+        weights: Shares of the corpora, as the user gave them.
+        size: Samples that will be drawn; None for one pass.
+
+    Raises:
+        ValueError: There is not one sample, or not one of a corpus that has a weight.
+    """
+    shares = [corpus.documents_within(bounds) for corpus in corpora]
+    tokens = [int(share.sum(dtype=np.int64)) for share in shares]
+    samples = [max(0, count - 1) // seq_length for count in tokens]
+    if not any(samples):
+        raise ValueError(_too_little(split_index, corpora, bounds, seq_length, split))
+    if weights is not None and not all(samples):
+        prefix = corpora[samples.index(0)].prefix
+        raise ValueError(
+            f"dataset.weights: the {SPLIT_NAMES[split_index]} split of {prefix} has no sample of "
+            f"model.seq_length={seq_length} tokens; leave that path out"
+        )
+    kept = [index for index, count in enumerate(samples) if count]
+    passes = sum(samples)
+    if len(kept) == 1:
+        # Up to one pass the order does not depend on how much of it is drawn.
+        shares_drawn, drawn = None, size if size is not None and size > passes else None
+    elif weights is not None:
+        shares_drawn, drawn = [weights[index] for index in kept], size or passes
+    elif size is not None:
+        # Without weights megatron-core would stop after one pass over a blend.
+        shares_drawn, drawn = [float(samples[index]) for index in kept], size
+    else:
+        shares_drawn, drawn = None, None
+    return SplitPlan(
+        prefixes=tuple(corpora[index].prefix for index in kept),
+        bounds=bounds,
+        documents=sum(len(share) for share in shares),
+        tokens=sum(tokens),
+        samples=passes,
+        weights=None if shares_drawn is None else tuple(shares_drawn),
+        size=drawn,
+        corpora_digest=_digest_of_lengths(corpora[index] for index in kept),
+    )
+
+
+def _digest_of_lengths(corpora: Iterable[Corpus]) -> str:
+    digest = hashlib.sha256()
+    for corpus in corpora:
+        digest.update(len(corpus.lengths).to_bytes(8, "little"))
+        digest.update(corpus.lengths.tobytes())
+    return digest.hexdigest()
+
+
+def _too_little(
+    split_index: int, corpora: Sequence[Corpus], bounds: Bounds, seq_length: int, split: str
+) -> str:
+    name = SPLIT_NAMES[split_index]
+    every = sum(int(corpus.lengths.sum(dtype=np.int64)) for corpus in corpora)
+    if every <= seq_length:
+        return (
+            f"model.seq_length={seq_length}: the {name} data holds {every} tokens in all and one "
+            f"sample needs {seq_length + 1}; give more text or a shorter sequence"
+        )
+    shares = [corpus.documents_within(bounds) for corpus in corpora]
+    documents = sum(len(corpus.lengths) for corpus in corpora)
+    message = (
+        f"dataset.split={split!r}: the {name} split gets {sum(map(len, shares))} of {documents} "
+        f"documents, {sum(int(share.sum(dtype=np.int64)) for share in shares)} tokens, and one "
+        f"sample of model.seq_length={seq_length} needs {seq_length + 1}; "
+    )
+    if split_index != 1:
+        return message + "give it a larger share, more text or a shorter sequence"
+    off = "or turn evaluation off with validation.eval_iters=0"
+    share = _sufficient_share(corpora, seq_length)
+    if share is None:
+        return message + f"give more text or a shorter sequence, {off}"
+    return message + f"set dataset.split={100 - share},{share},0 {off}"
+
+
+def _sufficient_share(corpora: Sequence[Corpus], seq_length: int) -> int | None:
+    """Smallest round percentage that leaves a sample to both training and validation."""
+    for share in _SHARES_TO_SUGGEST:
+        bounds = parse_split(f"{100 - share},{share},0")
+        counts = [
+            max(int(c.documents_within(b).sum(dtype=np.int64)) for c in corpora)
+            for b in bounds
+            if b is not None
+        ]
+        if min(counts) > seq_length:
+            return share
+    return None

@@ -1,0 +1,247 @@
+"""megatron-core's tokenizers by name, and one for plain bytes."""
+
+import importlib.util
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge.training.config import TokenizerConfig
+from bridge.training.megatron_import import quiet_import
+
+with quiet_import():
+    from megatron.core.tokenizers import MegatronTokenizer
+
+logger = logging.getLogger(__name__)
+
+BYTE_VALUES = 256
+END_OF_DOCUMENT = 256
+"""The one token of the byte tokenizer that is no byte."""
+
+# Name here: (name in megatron-core, module that it needs).
+_LIBRARIES = {
+    "huggingface": ("huggingface", "transformers"),
+    "sentencepiece": ("sentencepiece", "sentencepiece"),
+    "tiktoken": ("tiktoken", "tiktoken"),
+}
+# megatron-core's own defaults for tiktoken files.
+_TIKTOKEN_SPECIAL_TOKENS = 1000
+_TIKTOKEN_LARGEST_VOCABULARY = 2**17
+
+
+class Tokenizer(Protocol):
+    """What datasets and sampling use of megatron-core's tokenizers."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Turn text into token ids."""
+        ...
+
+    def detokenize(self, ids: list[int]) -> str:
+        """Turn token ids into text."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        ...
+
+    @property
+    def eod(self) -> int:
+        """Id of the token that ends a document."""
+        ...
+
+
+class ByteTokenizer:
+    """One token a byte, and one for the end of a document.
+
+    megatron-core's byte-level tokenizer ends documents with byte 0, pads with byte 1 and strips
+    white space when it decodes; this one takes no byte for itself and returns what went in.
+    """
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the UTF-8 bytes of the text."""
+        return list(text.encode("utf-8"))
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        """Decode UTF-8; ends of documents are left out, stray bytes become U+FFFD."""
+        known = bytes(index for index in map(int, ids) if 0 <= index < BYTE_VALUES)
+        return known.decode("utf-8", errors="replace")
+
+    @property
+    def vocab_size(self) -> int:
+        """257: every byte and the end of a document."""
+        return BYTE_VALUES + 1
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Token to id; a byte is written as ``<0x41>``."""
+        return {name: index for index, name in self.inv_vocab.items()}
+
+    @property
+    def inv_vocab(self) -> dict[int, str]:
+        """Id to token."""
+        names = {value: f"<0x{value:02X}>" for value in range(BYTE_VALUES)}
+        return names | {END_OF_DOCUMENT: "<end-of-document>"}
+
+    @property
+    def eod(self) -> int:
+        """Id of the end of a document."""
+        return END_OF_DOCUMENT
+
+    @property
+    def eos(self) -> int:
+        """The same as `eod`."""
+        return END_OF_DOCUMENT
+
+    @property
+    def pad(self) -> int:
+        """-1: no token is padding (megatron-core masks the loss wherever a label is this id)."""
+        return -1
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, Any]:
+        """What megatron-core writes into the names of its cached indices."""
+        return OrderedDict({"class": f"{type(self).__module__}.{type(self).__qualname__}"})
+
+
+def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """Build the tokenizer that the configuration names; reads local files only.
+
+    Raises:
+        ValueError: A library or a file is missing, or the tokenizer cannot mark the end of a
+            document.
+    """
+    if config.type == "bytes":
+        return ByteTokenizer()
+    if config.type == "null":
+        return _from_megatron("null-text", vocab_size=_given_vocab_size(config))
+    library, module = _LIBRARIES[config.type]
+    model = _existing_model(config)
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(
+            f"tokenizer.type={config.type} needs the package {module}, which is not installed; "
+            f"install it with: pip install {module} (with uv: uv run --with {module} bridge ...)"
+        )
+    options: dict[str, Any] = {}
+    if config.type == "tiktoken":
+        options["vocab_size"] = config.vocab_size or _tiktoken_vocab_size(model)
+    tokenizer = _from_megatron(library, tokenizer_path=model, **options)
+    if _end_of_document(tokenizer) is None:
+        raise ValueError(
+            f"tokenizer.model={config.model!r} has no end-of-sequence token, which marks the end "
+            "of a document; use a tokenizer that has one"
+        )
+    return tokenizer
+
+
+def vocab_size(config: TokenizerConfig) -> int:
+    """Number of tokens; cheap for bytes and null, else the tokenizer is loaded.
+
+    Raises:
+        ValueError: As `build_tokenizer`.
+    """
+    if config.type == "bytes":
+        return BYTE_VALUES + 1
+    if config.type == "null":
+        return _given_vocab_size(config)
+    return int(build_tokenizer(config).vocab_size)
+
+
+def identity(config: TokenizerConfig) -> dict[str, Any]:
+    """What tells this tokenizer from others, its files included; the key of cached tokens."""
+    described: dict[str, Any] = {"type": config.type, "vocab_size": config.vocab_size}
+    if config.type in _LIBRARIES:
+        model = Path(_existing_model(config))
+        files = sorted(model.iterdir()) if model.is_dir() else [model]
+        described["files"] = [
+            [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+            for file in files
+            if file.is_file()
+        ]
+    return described
+
+
+class Encoder:
+    """Turns documents into arrays of token ids, each ended by the end-of-document token."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, dtype: type[np.number[Any]], *, append_eod: bool
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.append_eod = append_eod
+        self.repaired_documents = 0
+        """Documents that were not UTF-8: their wrong bytes became U+FFFD."""
+
+    def __call__(self, document: bytes) -> NDArray[Any]:
+        """Encode one document: 1-D, of the dtype given."""
+        if isinstance(self.tokenizer, ByteTokenizer):
+            ids: NDArray[Any] = np.frombuffer(document, dtype=np.uint8)
+        else:
+            ids = np.asarray(self.tokenizer.tokenize(self._decode(document)))
+        tokens = np.empty(len(ids) + self.append_eod, dtype=self.dtype)
+        tokens[: len(ids)] = ids
+        if self.append_eod:
+            tokens[-1] = self.tokenizer.eod
+        return tokens
+
+    def _decode(self, document: bytes) -> str:
+        try:
+            return document.decode("utf-8")
+        except UnicodeDecodeError:
+            self.repaired_documents += 1
+            return document.decode("utf-8", errors="replace")
+
+
+def _from_megatron(library: str, **options: Any) -> Tokenizer:
+    tokenizer: Any = MegatronTokenizer.from_pretrained(
+        metadata_path={"library": library}, **options
+    )
+    found: Tokenizer = tokenizer
+    return found
+
+
+def _end_of_document(tokenizer: Tokenizer) -> int | None:
+    try:
+        end = tokenizer.eod
+    except (AttributeError, TypeError, IndexError):
+        # Hugging Face's fails in several ways where there is no such token.
+        return None
+    return end if isinstance(end, int) and end >= 0 else None
+
+
+def _given_vocab_size(config: TokenizerConfig) -> int:
+    if config.vocab_size is None or config.vocab_size < 1:
+        raise ValueError(
+            f"tokenizer.vocab_size={config.vocab_size}: the null tokenizer has no files to take "
+            "it from; give the number of tokens, such as tokenizer.vocab_size=32000"
+        )
+    return config.vocab_size
+
+
+def _existing_model(config: TokenizerConfig) -> str:
+    what = "directory or file" if config.type == "huggingface" else "file"
+    if not config.model:
+        raise ValueError(
+            f"tokenizer.model: tokenizer.type={config.type} needs the {what} of the tokenizer; "
+            "give tokenizer.model=PATH"
+        )
+    path = os.path.abspath(os.path.expanduser(config.model))
+    if not os.path.exists(path) or (config.type != "huggingface" and not os.path.isfile(path)):
+        raise ValueError(
+            f"tokenizer.model={config.model!r}: there is no such {what} ({path}); it is not "
+            "downloaded for you, fetch it first"
+        )
+    return path
+
+
+def _tiktoken_vocab_size(model: str) -> int:
+    with open(model, "rb") as stream:
+        entries = len(json.load(stream))
+    return min(_TIKTOKEN_LARGEST_VOCABULARY, entries + _TIKTOKEN_SPECIAL_TOKENS)
