@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bridge.training.config import ConfigContainer
+    from bridge.training.data_loading import RunData
     from bridge.training.state import GlobalState
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,12 @@ class CallbackContext:
     """megatron-core's optimizer; None where nothing is trained."""
     scheduler: Any = None
     """megatron-core's OptimizerParamScheduler."""
+    data: "RunData | None" = None
+    """The run's data."""
+    pg_collection: Any = None
+    """megatron-core's process groups of this rank."""
+    validation: Mapping[str, float | None] = field(default_factory=dict)
+    """The newest evaluation's metrics; empty before the first."""
     exception: BaseException | None = None
     """What ended the run, in on_train_end; None if it ended as planned."""
     summary: list[str] = field(default_factory=list)

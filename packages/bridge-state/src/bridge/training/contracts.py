@@ -76,6 +76,9 @@ class DataSplits:
     for a dataset that has shuffled already."""
     collate: Callable[[Sequence[Any]], Any] | None = None
     """Makes a microbatch of a list of samples; torch's default_collate if None."""
+    fingerprint: str | None = None
+    """Names the order of the training samples, for a dataset that orders them itself: a resumed
+    run must draw the same. None derives it from the length, `shuffle` and the seed."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Facts for the start-up lines, such as ``{"train tokens": 12_000_000}``."""
 

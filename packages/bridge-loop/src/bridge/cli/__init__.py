@@ -1,0 +1,36 @@
+"""The ``bridge`` command.
+
+Exit codes: 0 for success, 2 for what the user can mend (printed without a traceback), 1 for a
+failure while running, 128 + N when signal N asked the run to stop.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+from bridge.cli import doctor, pretrain, recipes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="bridge", description="Train Megatron-core models, on GPUs or rehearsed on a CPU."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (pretrain, recipes, doctor):
+        command.register(commands)
+    for entry_point in sorted(entry_points(group="bridge.commands"), key=lambda entry: entry.name):
+        entry_point.load()(commands)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one piece only: overrides after an option come here.
+    unknown = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
+    if unknown or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        options.overrides += rest
+    try:
+        return int(options.run(options))
+    except ValueError as error:
+        print(f"bridge: {error}", file=sys.stderr)
+        return 2

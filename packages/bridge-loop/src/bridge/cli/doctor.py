@@ -1,0 +1,79 @@
+"""``bridge doctor``: versions, devices, what is missing and how to get it."""
+
+import argparse
+import importlib
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A package that a run may use."""
+
+    distribution: str
+    purpose: str
+    remedy: str
+
+
+_PARTS = (
+    _Part("torch", "tensors", "pip install torch"),
+    _Part("megatron-core", "the engine", "pip install megatron-core==0.19.2"),
+    _Part("bridge-state", "configuration and state", "pip install bridge-state"),
+    _Part("bridge-loop", "the training loop", "pip install bridge-loop"),
+    _Part(
+        "bridge-steps-gpt",
+        "GPT: step, data, recipes",
+        "pip install --find-links DIST bridge-steps-gpt",
+    ),
+    _Part(
+        "transformer-engine",
+        "fused layers on GPUs",
+        'pip install "bridge-loop[te]" on a machine with a GPU and its compiler; without it GPUs '
+        "use our local layers",
+    ),
+    _Part(
+        "apex",
+        "fused gradient accumulation on GPUs",
+        "nothing to do: Transformer Engine brings what the loop uses",
+    ),
+    _Part("tensorboard", "curves", 'pip install "bridge-state[tensorboard]"'),
+    _Part("wandb", "tracking", 'pip install "bridge-state[wandb]"'),
+    _Part("transformers", "Hugging Face tokenizers", "pip install transformers"),
+    _Part("sentencepiece", "SentencePiece tokenizers", "pip install sentencepiece"),
+    _Part("tiktoken", "tiktoken tokenizers", "pip install tiktoken"),
+)
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser("doctor", help="versions, devices, what is missing")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    print(f"python              {platform.python_version()}")
+    for part in _PARTS:
+        try:
+            found = version(part.distribution)
+        except PackageNotFoundError:
+            found = f"not installed ({part.purpose}): {part.remedy}"
+        print(f"{part.distribution:<20}{found}")
+    _print_devices()
+    free = shutil.disk_usage(".").free / 2**30
+    print(f"{'disk':<20}{free:.0f} GiB free here")
+    recipes = sorted(entry.name for entry in entry_points(group="bridge.recipes"))
+    print(f"{'recipes':<20}{', '.join(recipes) or 'none installed'}")
+    return 0
+
+
+def _print_devices() -> None:
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        print(f"{'device':<20}cpu: runs rehearse here over gloo (torch sees no GPU)")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        print(f"{'device':<20}cuda:{index} {properties.name}, {memory:.0f} GiB")

@@ -1,0 +1,161 @@
+"""``bridge pretrain``: train a recipe, on this process's rank or on several local ones."""
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.cli import launch
+from bridge.cli.recipes import (
+    add_configuration_arguments,
+    checked_ranks,
+    configure,
+    find_recipe,
+    print_keys,
+    read_documents,
+)
+
+if TYPE_CHECKING:
+    from bridge.training.config import ConfigContainer
+    from bridge.training.contracts import Recipe
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "pretrain",
+        help="train a recipe",
+        description="Train a recipe. Keys: `bridge pretrain RECIPE --help`.",
+        add_help=False,
+    )
+    add_configuration_arguments(parser)
+    parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
+    parser.add_argument("--run-dir", metavar="DIR", help="the run's directory")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, build nothing, train nothing"
+    )
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="list the keys and leave")
+    parser.set_defaults(run=run)
+
+
+class _Help(argparse.Action):
+    """Lists the keys of the recipe that was named, with their values."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, "recipe", None):
+            print_keys(parser, find_recipe(namespace.recipe))
+        else:
+            parser.print_help()
+        parser.exit()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the command; return its exit code."""
+    overrides = list(options.overrides)
+    if options.run_dir is not None:
+        overrides.append(f"checkpoint.run_dir={options.run_dir}")
+    overrides.append(f"checkpoint.resume={'true' if options.resume else 'false'}")
+    documents = read_documents(options.config)
+    is_a_rank = "RANK" in os.environ
+    if is_a_rank and options.nproc is not None:
+        raise ValueError(
+            "--nproc: a launcher has started this rank already; leave --nproc away under torchrun"
+        )
+    ranks = int(os.environ["WORLD_SIZE"]) if is_a_rank else checked_ranks(options.nproc)
+    launch.hide_gpus_for_rehearsal([*_resumed_document(options), *documents], overrides)
+    recipe = find_recipe(options.recipe)
+    config = _configuration(recipe, options, documents, overrides)
+    _check(config, ranks)
+    if options.dry_run:
+        print(f"dry run: {recipe.name} is ready for {ranks} rank{'s' if ranks > 1 else ''}")
+        return 0
+    if is_a_rank or ranks == 1:
+        return train_here(recipe, config)
+    return launch.on_local_ranks(ranks, recipe, config)
+
+
+def train_here(recipe: "Recipe", config: "ConfigContainer") -> int:
+    """Train as one rank of a run; return the exit code."""
+    from bridge.training.pretrain import pretrain
+
+    started = _Started()
+    try:
+        result = pretrain(config, recipe.forward_step, [started, *recipe.callbacks()])
+    except ValueError:
+        if not started.training:
+            # The user's to mend: `main` prints it in one line.
+            raise
+        traceback.print_exc()
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        print(f"bridge: {'; '.join(getattr(error, '__notes__', []))}", file=sys.stderr)
+        traceback.print_exc()
+        return int(getattr(error, "exit_code", 1))
+    return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason]
+
+
+class _Started:
+    """Knows whether training has begun: a ValueError is the user's to mend only before that."""
+
+    training = False
+
+    def on_train_start(self, context: Any) -> None:
+        """Training begins."""
+        self.training = True
+
+
+def _configuration(
+    recipe: "Recipe",
+    options: argparse.Namespace,
+    documents: Sequence[str],
+    overrides: Sequence[str],
+) -> "ConfigContainer":
+    """Return the run's configuration; a resumed one starts from that which the run saved."""
+    from bridge.cli.resume import refuse_another_run
+
+    saved = _resumed_document(options)
+    config = configure(recipe, [*saved, *documents], overrides)
+    if saved:
+        refuse_another_run(configure(recipe, saved, []), config)
+    return config
+
+
+def _resumed_document(options: argparse.Namespace) -> list[str]:
+    if not options.resume:
+        return []
+    if options.run_dir is None:
+        raise ValueError("--resume: say which run to continue with --run-dir DIR")
+    path = Path(options.run_dir) / "config.yaml"
+    if not path.exists():
+        raise ValueError(
+            f"--resume: {options.run_dir!r} holds no run ({path.name} is missing); check the path, "
+            "or start a new run without --resume"
+        )
+    return [path.read_text()]
+
+
+def _check(config: "ConfigContainer", ranks: int) -> None:
+    """Find the user's mistakes before ranks are started, for the layout of all of them."""
+    from bridge.training.config import resolve
+    from bridge.training.distributed import choose_device
+    from bridge.training.run_directory import RunDirectory
+    from bridge.training.setup import refuse_wrong_directory
+
+    device = choose_device(config.dist.device)
+    resolve(config, device=device, world_size=ranks)
+    if config.checkpoint.run_dir is not None:
+        directory = RunDirectory(Path(config.checkpoint.run_dir))
+        refuse_wrong_directory(config, holds_a_run=directory.holds_a_run())

@@ -1,0 +1,125 @@
+"""``bridge recipes`` and ``bridge show``; how a recipe is found and a run's configuration put together."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bridge.training.config import ConfigContainer
+    from bridge.training.contracts import Recipe
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands."""
+    listing = commands.add_parser("recipes", help="list the recipes that are installed")
+    listing.set_defaults(run=_list)
+    show = commands.add_parser("show", help="print a recipe's resolved configuration")
+    add_configuration_arguments(show)
+    show.add_argument("--nproc", type=int, metavar="N", help="resolve for N ranks")
+    show.set_defaults(run=_show)
+
+
+def add_configuration_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which configuration is meant: recipe, files, overrides."""
+    parser.add_argument("recipe", metavar="RECIPE", help="one of `bridge recipes`")
+    parser.add_argument(
+        "overrides", metavar="section.field=value", nargs="*", help="values that replace others"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        action="append",
+        default=[],
+        help="values that replace the recipe's, section by section; may be given again",
+    )
+
+
+def find_recipe(name: str) -> "Recipe":
+    """Return the recipe that an installed package offers under `name`.
+
+    Raises:
+        ValueError: There is none; the message says what there is, or what to install.
+    """
+    found = {entry.name: entry for entry in entry_points(group="bridge.recipes")}
+    if name in found:
+        recipe: Recipe = found[name].load()
+        return recipe
+    if not found:
+        raise ValueError(
+            f"recipe: {name!r} is not there, as no package with recipes is installed; "
+            "install one beside this package, such as bridge-steps-gpt "
+            "(pip install --find-links DIST bridge-steps-gpt, from the folder of wheels)"
+        )
+    near = difflib.get_close_matches(name, found, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"recipe: there is no {name!r}{hint} (there are {', '.join(sorted(found))})")
+
+
+def read_documents(paths: Sequence[str]) -> list[str]:
+    """Return the text of configuration files.
+
+    Raises:
+        ValueError: A file cannot be read.
+    """
+    texts = []
+    for path in paths:
+        try:
+            texts.append(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config: cannot read {path!r} ({error}); check the path") from error
+    return texts
+
+
+def configure(
+    recipe: "Recipe", documents: Sequence[str], overrides: Sequence[str]
+) -> "ConfigContainer":
+    """Return the recipe's configuration with files and then overrides put on it."""
+    from bridge.training.config import apply_overrides
+
+    return apply_overrides(recipe(), overrides, yaml_documents=documents)
+
+
+def _list(options: argparse.Namespace) -> int:
+    found = sorted(entry_points(group="bridge.recipes"), key=lambda entry: entry.name)
+    for entry in found:
+        print(f"{entry.name:<16}{entry.load().summary}")
+    if not found:
+        print("no package with recipes is installed (bridge-steps-gpt brings some)")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from bridge.training.config import resolve
+    from bridge.training.distributed import choose_device
+
+    config = configure(
+        find_recipe(options.recipe), read_documents(options.config), options.overrides
+    )
+    ranks = checked_ranks(options.nproc)
+    device = choose_device(config.dist.device)
+    sys.stdout.write(resolve(config, device=device, world_size=ranks).to_yaml())
+    return 0
+
+
+def checked_ranks(nproc: int | None, default: int = 1) -> int:
+    """Return the number of ranks that ``--nproc`` asks for.
+
+    Raises:
+        ValueError: It is less than 1.
+    """
+    if nproc is not None and nproc < 1:
+        raise ValueError(f"--nproc: {nproc} ranks cannot train; give 1 or more")
+    return default if nproc is None else nproc
+
+
+def print_keys(parser: argparse.ArgumentParser, recipe: Any) -> None:
+    """Print the usage of a command, and every key of a recipe with its type and default."""
+    from bridge.training.config import describe
+
+    parser.print_help()
+    print(f"\nkeys of {recipe.name}, with the recipe's values:\n")
+    print(describe(recipe()))

@@ -1,0 +1,236 @@
+"""Checkpoints by megatron-core's dist_checkpointing, and the order of writes that makes them safe.
+
+A checkpoint is written beside its final name, made durable, renamed, and only then named by
+`latest`. So whenever the process dies, `latest` names a whole checkpoint or is absent. Older ones
+go only after the newer one is named.
+
+What is saved: model, optimizer, schedule, random-number states of every rank, the counters of
+TrainState (the data's position is one of them) and the resolved configuration. The optimizer is
+saved fully reshardable, so that another layout can read it.
+"""
+
+import logging
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bridge.training.config import ConfigContainer
+from bridge.training.distributed import Ranks, is_logging_rank, rank, world_size
+from bridge.training.run_directory import RunDirectory, sync_directory, sync_tree
+
+_logger = logging.getLogger(__name__)
+
+_PARTIAL = ".partial"
+
+
+class Checkpointer:
+    """Saves and restores one run.
+
+    Args:
+        directory: The run's files.
+        config: The resolved configuration, written into every checkpoint.
+        ranks: The process groups.
+        model: This rank's model chunks, DDP-wrapped.
+        optimizer: megatron-core's optimizer.
+        scheduler: megatron-core's schedule.
+        train_state: The run's counters.
+        data_fingerprint: Names the order of the training samples.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: RunDirectory,
+        config: ConfigContainer,
+        ranks: Ranks,
+        model: list[torch.nn.Module],
+        optimizer: Any,
+        scheduler: Any,
+        train_state: Any,
+        data_fingerprint: str,
+    ) -> None:
+        self._directory = directory
+        self._config = config
+        self._ranks = ranks
+        self._model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._train_state = train_state
+        self._data_fingerprint = data_fingerprint
+        self._last_saved: int | None = None
+
+    def save(self) -> Path | None:
+        """Save the run as it stands; return the checkpoint, or None if this step is saved already.
+
+        A collective over all ranks. The state to be saved is that at the call.
+        """
+        from megatron.core import dist_checkpointing
+
+        step = self._train_state.step
+        if step == self._last_saved:
+            return None
+        final = self._directory.checkpoint(step)
+        partial = final.with_name(final.name + _PARTIAL)
+        if is_logging_rank():
+            self._directory.checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in self._directory.checkpoints.glob(f"*{_PARTIAL}"):
+                shutil.rmtree(leftover)
+            partial.mkdir()
+        self._wait_for_all()
+        dist_checkpointing.save(
+            self._sharded_state(is_loading=False),
+            str(partial),
+            async_sharded_save=False,
+            content_metadata=self._content(),
+        )
+        self._wait_for_all()
+        if is_logging_rank():
+            (partial / "config.yaml").write_text(self._config.to_yaml())
+            sync_tree(partial)
+            if final.exists():
+                # Left by a run that died after the rename and before `latest` was replaced.
+                shutil.rmtree(final)
+            partial.rename(final)
+            sync_directory(final.parent)
+            self._directory.publish(final)
+            self._remove_old()
+        self._wait_for_all()
+        self._last_saved = step
+        return final
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint of this run: everything that `save` wrote comes back.
+
+        Raises:
+            ValueError: The checkpoint belongs to another model or another order of the data.
+        """
+        from megatron.core import dist_checkpointing
+
+        self._check_same_data(checkpoint)
+        state = self._load(checkpoint, self._sharded_state(is_loading=True))
+        self._load_model(state)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._train_state.load_state_dict(state["train_state"])
+        if f"rng_{rank()}" in state and state["world_size"] == world_size():
+            _restore_random_state(state[f"rng_{rank()}"])
+        self._last_saved = self._train_state.step
+        del dist_checkpointing
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Take the model's weights from a checkpoint, and nothing else.
+
+        The optimizer's float32 copies follow, else its first step would bring the old ones back.
+        """
+        self._load_model(self._load(checkpoint, self._model_state()))
+        self._optimizer.reload_model_params()
+
+    def _load(self, checkpoint: Path, wanted: dict[str, Any]) -> Any:
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.core import CheckpointingException
+        from torch.distributed.checkpoint import CheckpointException
+
+        try:
+            return dist_checkpointing.load(wanted, str(checkpoint))
+        except (CheckpointingException, CheckpointException, KeyError) as error:
+            raise ValueError(
+                f"{checkpoint}: this checkpoint does not fit the model that is configured "
+                f"({type(error).__name__}: {error}); compare {checkpoint / 'config.yaml'} with "
+                "`bridge show`"
+            ) from error
+
+    def _load_model(self, state: Mapping[str, Any]) -> None:
+        for index, chunk in enumerate(self._model):
+            chunk.module.load_state_dict(state[self._chunk_name(index)])
+
+    def _chunk_name(self, index: int) -> str:
+        return "model" if len(self._model) == 1 else f"model{index}"
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+        }
+
+    def _metadata(self) -> dict[str, Any]:
+        return {**self._content(), "dp_cp_group": self._ranks.pg_collection.dp_cp}
+
+    def _model_state(self) -> dict[str, Any]:
+        return {
+            self._chunk_name(index): chunk.module.sharded_state_dict(metadata=self._metadata())
+            for index, chunk in enumerate(self._model)
+        }
+
+    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+        state = self._model_state()
+        # The optimizer finds its parameters in the chunks' dictionaries, of one chunk or of many.
+        state["optimizer"] = self._optimizer.sharded_state_dict(
+            dict(state) if len(self._model) > 1 else state["model"],
+            is_loading=is_loading,
+            metadata=self._metadata(),
+        )
+        state["scheduler"] = self._scheduler.state_dict()
+        state["train_state"] = self._train_state.state_dict()
+        state["data_fingerprint"] = self._data_fingerprint
+        state["world_size"] = world_size()
+        if not is_loading or self._saved_world_size() == world_size():
+            state[f"rng_{rank()}"] = ShardedObject(
+                "rng", _random_state(), (world_size(),), (rank(),), replica_id=0
+            )
+        return state
+
+    def _saved_world_size(self) -> int:
+        return int(self._common["world_size"])
+
+    def _check_same_data(self, checkpoint: Path) -> None:
+        from megatron.core import dist_checkpointing
+
+        self._common: Mapping[str, Any] = dist_checkpointing.load_common_state_dict(str(checkpoint))
+        saved = self._common.get("data_fingerprint")
+        if saved != self._data_fingerprint:
+            raise ValueError(
+                f"{checkpoint}: the run was trained on data in the order {saved!r}; the present "
+                f"configuration draws {self._data_fingerprint!r}. Undo the overrides of dataset.*, "
+                "rng.seed or train.train_iters, or start a new run with "
+                "checkpoint.pretrained_checkpoint"
+            )
+
+    def _remove_old(self) -> None:
+        keep = self._config.checkpoint.keep_last
+        for old in self._directory.saved()[:-keep] if keep else []:
+            shutil.rmtree(old)
+
+    def _wait_for_all(self) -> None:
+        dist.barrier(group=self._ranks.control_group)
+
+
+def _random_state() -> dict[str, Any]:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(state["tracker"])

@@ -1,0 +1,143 @@
+"""The process groups of a run: whoever made them takes them down.
+
+A run that finds torch.distributed or megatron-core's groups already initialised uses them and
+leaves them as they were, so that the loop can live inside a larger program.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+
+from bridge.training import cpu
+from bridge.training.config import ConfigContainer, Layout, layout_of
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+type Device = Literal["cuda", "cpu"]
+
+
+def world_size() -> int:
+    """Return the number of ranks of this run, before or after torch.distributed is initialised."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Return this process's rank, before or after torch.distributed is initialised."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def is_logging_rank() -> bool:
+    """Whether this rank writes metrics and speaks to the user: rank 0, as every rank knows all."""
+    return rank() == 0
+
+
+def choose_device(wanted: Literal["auto", "cuda", "cpu"]) -> Device:
+    """Return the device that ``dist.device`` stands for on this machine.
+
+    Raises:
+        ValueError: cuda was asked for and there is none, or cpu was asked for in a process that
+            can see a GPU (the stand-in never hides a device that exists).
+    """
+    present = torch.cuda.is_available()
+    if wanted == "cuda" and not present:
+        raise ValueError(
+            "dist.device: 'cuda' was asked for and this process sees no GPU; use dist.device=cpu "
+            "to rehearse, or look at `bridge doctor`"
+        )
+    if wanted == "cpu" and present:
+        raise ValueError(
+            "dist.device: 'cpu' was asked for and this process sees a GPU; hide it with "
+            "CUDA_VISIBLE_DEVICES= in the environment (the bridge command does that by itself)"
+        )
+    return "cuda" if present else "cpu"
+
+
+@dataclass(kw_only=True, frozen=True)
+class Ranks:
+    """Where this process stands among the ranks of the run."""
+
+    device: Device
+    layout: Layout
+    pg_collection: "ProcessGroupCollection"
+    control_group: dist.ProcessGroup
+    """All ranks over gloo: what the hosts agree on without waiting for a GPU."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the end of the pipeline, where losses are known."""
+        group = self.pg_collection.pp
+        return bool(group.rank() == group.size() - 1)
+
+
+@contextlib.contextmanager
+def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
+    """Bring up the process groups that a resolved configuration asks for, and take them down.
+
+    Args:
+        config: A resolved configuration.
+        device: What `choose_device` returned.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    layout = layout_of(config.model, world_size())
+    with contextlib.ExitStack() as stack:
+        if device == "cpu":
+            stack.enter_context(cpu.cpu_training())
+        else:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if not dist.is_initialized():
+            _initialize_default_group(device, config.dist.timeout_minutes)
+            stack.callback(_destroy_default_group)
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tensor,
+                pipeline_model_parallel_size=layout.pipeline,
+                virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+                context_parallel_size=layout.context,
+                expert_model_parallel_size=layout.expert,
+                expert_tensor_parallel_size=layout.expert_tensor,
+                distributed_timeout_minutes=max(1, round(config.dist.timeout_minutes)),
+            )
+            stack.callback(parallel_state.destroy_model_parallel)
+        control_group = dist.new_group(
+            backend="gloo", timeout=datetime.timedelta(minutes=config.dist.timeout_minutes)
+        )
+        stack.callback(dist.destroy_process_group, control_group)
+        yield Ranks(
+            device=device,
+            layout=layout,
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            control_group=control_group,
+        )
+
+
+def _initialize_default_group(device: Device, timeout_minutes: float) -> None:
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    # CPU tensors travel too (object exchanges, checkpoints), so a GPU run has both backends.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    device_id = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    else:
+        # One process without a launcher needs no port.
+        dist.init_process_group(
+            backend,
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+            timeout=timeout,
+            device_id=device_id,
+        )
+
+
+def _destroy_default_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,229 @@
+"""From a model configuration to the chunks that are trained on this rank.
+
+build -> initial weights -> 16-bit wrapper -> megatron-core's DDP -> the hooks that its schedules call.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bridge.training.config import ConfigContainer
+from bridge.training.distributed import Ranks
+from bridge.training.weights_init import initialize_weights
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def build_model(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module]:
+    """Build this rank's model chunks, DDP-wrapped: one, or one a virtual pipeline stage.
+
+    Args:
+        config: A resolved configuration.
+        ranks: The process groups.
+    """
+    from megatron.core.transformer.module import Float16Module
+
+    chunks = [_on_device(chunk, ranks.device) for chunk in _build_chunks(config, ranks)]
+    if config.rng.layout_invariant_init:
+        initialize_weights(chunks, config.rng.seed, ranks.pg_collection)
+    model_config = chunks[0].config
+    if model_config.bf16 or model_config.fp16:
+        chunks = [Float16Module(model_config, chunk) for chunk in chunks]
+    return _wrap_in_ddp(config, ranks, chunks)
+
+
+def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, timers: Any) -> None:
+    """Give megatron-core's schedules the loop's hooks: no_sync, grad scale, grad finalisation.
+
+    They live on the model's TransformerConfig, where the schedules look for them. The chunks of a
+    rank share one such object; a model that made copies would train without its gradients reduced,
+    so that is refused.
+
+    Raises:
+        ValueError: The chunks do not share their config.
+    """
+    from megatron.core.utils import get_model_config
+
+    model_config = get_model_config(model[0])
+    for chunk in model:
+        inner = chunk.module
+        while hasattr(inner, "module"):
+            inner = inner.module
+        if get_model_config(chunk) is not model_config or inner.config is not model_config:
+            raise ValueError(
+                f"model: {type(inner).__name__}.config is not the config of its first chunk; build "
+                "every chunk with the same config object, since the loop's hooks live on it"
+            )
+    model_config.timers = timers
+    model_config.grad_scale_func = optimizer.scale_loss
+    model_config.finalize_model_grads_func = GradientFinalizer()
+    if config.ddp.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in model]
+        model_config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+        if config.ddp.align_grad_reduce and len(model) > 1:
+            model_config.grad_sync_func = [chunk.start_grad_sync for chunk in model]
+    if config.ddp.overlap_param_gather and config.ddp.align_param_gather:
+        param_sync = [chunk.start_param_sync for chunk in model]
+        model_config.param_sync_func = param_sync if len(model) > 1 else param_sync[0]
+
+
+class GradientFinalizer:
+    """megatron-core's finalize_model_grads, and how often it was called.
+
+    A schedule that does not call it leaves gradients unreduced and undivided, and trains on.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Reduce the gradients over all ranks and divide them by the number of tokens."""
+        from megatron.core.distributed import finalize_model_grads
+
+        self.calls += 1
+        finalize_model_grads(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def parameters_in_sync(model: list[Any]) -> Iterator[None]:
+    """Make every rank's parameters whole, for evaluation and checkpoints.
+
+    With overlapped gathering a rank has only its own shard of the new parameters until the next
+    training step's forward pass fetches the others, layer by layer.
+    """
+    gathering = [chunk for chunk in model if chunk.remove_forward_pre_hook_handles]
+    for chunk in gathering:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in gathering:
+            chunk.enable_forward_pre_hook()
+
+
+def count_parameters(model: list[torch.nn.Module]) -> int:
+    """Return the number of parameters on this rank."""
+    return sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
+
+
+def _build_chunks(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module]:
+    from megatron.core import parallel_state
+
+    stages = range(ranks.layout.virtual_pipeline) if ranks.layout.virtual_pipeline else (None,)
+    chunks = []
+    for vp_stage in stages:
+        chunk = config.model.build(
+            pg_collection=ranks.pg_collection,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=vp_stage is None, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=vp_stage is None, vp_stage=vp_stage
+            ),
+            vp_stage=vp_stage,
+        )
+        if not isinstance(chunk, torch.nn.Module):
+            raise ValueError(
+                f"model.build: returned {type(chunk).__name__}; it must return a torch.nn.Module"
+            )
+        chunks.append(_as_megatron_module(chunk, config, ranks))
+    return chunks
+
+
+def _as_megatron_module(
+    module: torch.nn.Module, config: ConfigContainer, ranks: Ranks
+) -> torch.nn.Module:
+    from megatron.core.enums import ModelType
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel import (
+        set_defaults_if_not_set_tensor_model_parallel_attributes,
+    )
+
+    for parameter in module.parameters():
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    if not isinstance(getattr(module, "config", None), ModelParallelConfig):
+        module = _plain_module(module, _config_for_plain_module(config), ranks)
+    if not hasattr(module, "model_type"):
+        module.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]
+    return module
+
+
+def _plain_module(
+    module: torch.nn.Module, model_config: "TransformerConfig", ranks: Ranks
+) -> torch.nn.Module:
+    """Give a module of one's own what megatron-core's schedules ask of a model."""
+    from megatron.core.transformer.module import MegatronModule
+
+    class PlainModule(MegatronModule):  # type: ignore[misc]
+        """A module that knows nothing of megatron-core, trained data-parallel."""
+
+        def __init__(self) -> None:
+            super().__init__(model_config)
+            self.module = module
+            self.pg_collection = ranks.pg_collection
+            self.tp_group = ranks.pg_collection.tp
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.module(*args, **kwargs)
+
+        def set_input_tensor(self, input_tensor: Any) -> None:
+            """Take nothing: without a pipeline there is no earlier stage."""
+
+    return PlainModule()
+
+
+def _config_for_plain_module(config: ConfigContainer) -> "TransformerConfig":
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = half.get(config.mixed_precision.precision, torch.float32)
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=1,
+        num_attention_heads=1,
+        calculate_per_token_loss=config.train.loss_normalization == "token",
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+    )
+
+
+def _on_device(module: torch.nn.Module, device: str) -> torch.nn.Module:
+    return module.cuda(torch.cuda.current_device()) if device == "cuda" else module
+
+
+def _wrap_in_ddp(config: ConfigContainer, ranks: Ranks, chunks: list[Any]) -> list[torch.nn.Module]:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    groups, model_config = ranks.pg_collection, chunks[0].config
+    ddp_config = config.ddp
+    bucket_size = ddp_config.bucket_size or max(40_000_000, 1_000_000 * groups.dp_cp.size())
+    wrap = partial(DistributedDataParallel, config=model_config, pg_collection=groups)
+    wrapped = []
+    # DDP writes the bucket size into its config and builds buffers on a stream of its own.
+    for index, chunk in enumerate(chunks):
+        layout = None
+        if ddp_config.use_distributed_optimizer:
+            layout = DistributedOptimizer.compute_full_param_layout(
+                [parameter for parameter in chunk.parameters() if parameter.requires_grad],
+                bucket_size if ddp_config.overlap_grad_reduce else None,
+                groups.intra_dp_cp.size(),
+                ddp_config,
+                expert_data_parallel_world_size=groups.intra_expt_dp.size(),
+            )
+        wrapped.append(
+            wrap(
+                ddp_config=ddp_config,
+                module=chunk,
+                # Only the first chunk's gradients are ready early enough for buckets to help.
+                disable_bucketing=index > 0,
+                full_param_layout=layout,
+            )
+        )
+    return wrapped

@@ -1,0 +1,81 @@
+"""The optimizer and the schedule of its learning rate, both megatron-core's.
+
+The schedule counts samples. It is a function of the configuration and the number of samples
+consumed, so a resumed run continues it exactly. Step k uses the rate of k steps' samples: with a
+warm-up from 0 the first step has rate `scheduler.lr_warmup_init`, as in Megatron-LM.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bridge.training.config import ConfigContainer
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+def build_optimizer(
+    config: ConfigContainer,
+    model: list[torch.nn.Module],
+    pg_collection: "ProcessGroupCollection",
+) -> "MegatronOptimizer":
+    """Build megatron-core's optimizer over the DDP-wrapped model chunks of this rank."""
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import OptimizerConfig
+
+    # A copy: megatron-core keeps the object, and writes to it.
+    optimizer_config = OptimizerConfig(
+        **{
+            name: value
+            for name, value in vars(config.optimizer).items()
+            if name in OptimizerConfig.__dataclass_fields__
+            and OptimizerConfig.__dataclass_fields__[name].init
+        }
+    )
+    return get_megatron_optimizer(optimizer_config, model, pg_collection=pg_collection)
+
+
+def build_scheduler(
+    config: ConfigContainer, optimizer: Any, train_iters: int
+) -> "OptimizerParamScheduler":
+    """Build the schedule of learning rate and weight decay over `train_iters` steps."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    schedule, batch = config.scheduler, config.train.global_batch_size
+    decay_iters = schedule.lr_decay_iters or train_iters
+    warmup_steps = (schedule.lr_warmup_iters or 0) * batch
+    if schedule.lr_warmup_fraction is not None:
+        warmup_steps = int(schedule.lr_warmup_fraction * decay_iters * batch)
+    decay_steps = decay_iters * batch
+    wsd_steps = schedule.lr_wsd_decay_iters
+    weight_decay = config.optimizer.weight_decay
+    start_decay, end_decay = schedule.start_weight_decay, schedule.end_weight_decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=schedule.lr_warmup_init,
+        max_lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr or 0.0,
+        lr_warmup_steps=min(warmup_steps, decay_steps - 1),
+        lr_decay_steps=decay_steps,
+        lr_decay_style=schedule.lr_decay_style,
+        start_wd=weight_decay if start_decay is None else start_decay,
+        end_wd=weight_decay if end_decay is None else end_decay,
+        wd_incr_steps=train_iters * batch,
+        wd_incr_style=schedule.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=wsd_steps * batch if wsd_steps is not None else None,
+        lr_wsd_decay_style=schedule.lr_wsd_decay_style,
+    )
+
+
+def learning_rate(optimizer: Any) -> float:
+    """Return the learning rate that the next step will use (that of the first scaled group)."""
+    groups = optimizer.param_groups
+    for group in groups:
+        if group.get("default_config", True) and group.get("lr_mult", 1.0) == 1.0:
+            return float(group["lr"])
+    return float(groups[0]["lr"])

@@ -1,0 +1,105 @@
+"""Pretraining: set up, train, evaluate, take down."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.training.config import ConfigContainer, resolve
+from bridge.training.distributed import choose_device, is_logging_rank, rank, ranks_of, world_size
+from bridge.training.progress import Progress
+from bridge.training.setup import Run, set_up
+from bridge.training.train import StopReason, train
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrainResult:
+    """What a run came to, equal on every rank."""
+
+    reason: StopReason
+    """"finished", or the signal that asked it to stop."""
+    step: int
+    """Steps done."""
+    consumed_samples: int
+    """Training samples drawn."""
+    metrics: Mapping[str, Any]
+    """The last logged step's row."""
+    validation: Mapping[str, float | None]
+    """The last evaluation's metrics."""
+    run_dir: Path
+    """Where the run's files are."""
+
+
+def pretrain(
+    config: ConfigContainer,
+    forward_step_func: Callable[..., Any],
+    callbacks: Sequence[object] | None = None,
+) -> TrainResult:
+    """Train a model as `config` says.
+
+    Under a launcher (torchrun, Slurm, Kubernetes) every rank calls it; alone it is one rank.
+    Process groups that exist are used and left; others are made and taken down.
+
+    Args:
+        config: The run; it is not changed.
+        forward_step_func: The forward step, in any form that
+            `bridge.training.forward_step.prepare_forward_step_func` accepts.
+        callbacks: Callbacks (`bridge.training.callbacks.Callback`), called in this order.
+
+    Raises:
+        ConfigError: The configuration has problems; the message lists all of them.
+        ValueError: The data, the run directory or a checkpoint does not fit.
+    """
+    device = choose_device(config.dist.device)
+    config = resolve(config, device=device, world_size=world_size())
+    progress = Progress(enabled=is_logging_rank())
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.close)
+        with progress.phase("process groups"):
+            ranks = stack.enter_context(ranks_of(config, device))
+        run = stack.enter_context(
+            set_up(config, ranks, forward_step_func, callbacks or (), progress)
+        )
+        return _run(run)
+
+
+def _run(run: Run) -> TrainResult:
+    try:
+        with run.callbacks.training(run.context):
+            reason = train(run)
+            if reason == "finished":
+                run.phase = "final evaluation"
+                run.validate()
+                run.test()
+    except BaseException as error:
+        error.add_note(f"rank {rank()}, in {run.phase}")
+        raise
+    run.progress.summary(_summary(run, reason))
+    counters = run.state.train_state
+    return TrainResult(
+        reason=reason,
+        step=counters.step,
+        consumed_samples=counters.consumed_train_samples,
+        metrics=run.metrics,
+        validation=run.validation,
+        run_dir=run.directory.path,
+    )
+
+
+def _summary(run: Run, reason: StopReason) -> list[str]:
+    place, step, last = run.directory.path, run.state.train_state.step, run.data.train_iters
+    lines = [
+        f"{'finished' if reason == 'finished' else 'stopped by ' + reason} at step {step}/{last}"
+    ]
+    lines.append(f"run         {place}")
+    lines.append(f"metrics     {run.directory.metrics}")
+    latest = run.directory.latest()
+    if latest is not None:
+        lines.append(f"checkpoint  {latest}")
+    if run.config.recipe is not None:
+        command = f"bridge pretrain {run.config.recipe} --run-dir {place} --resume"
+        lines.append(f"resume      {command}")
+    if run.config.logger.tensorboard:
+        lines.append(f"curves      tensorboard --logdir {run.directory.tensorboard}")
+    return lines + run.context.summary

@@ -1,0 +1,85 @@
+"""megatron-core's rerun state machine: repeat a suspicious step to tell faulty hardware from bugs.
+
+Off by default, since validating every loss waits for the device. When a validation fails, the step
+is run again on the same data; the machine then asks for a checkpoint and another start on other
+hardware, with an exit code that tells the launcher which (16: continue the run to find out, 17: the
+result is wrong).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bridge.training.config import ConfigContainer
+
+
+class RerunRequest(RuntimeError):
+    """The rerun state machine wants the run to end and start again; exit with `exit_code`."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(
+            f"the rerun state machine found a result that must be checked again (exit code "
+            f"{exit_code}); continue the run with --resume, on other devices"
+        )
+        self.exit_code = exit_code
+
+
+def start_rerun_machine(config: ConfigContainer) -> None:
+    """Start megatron-core's machine in the configured mode; call `stop_rerun_machine` at the end."""
+    from megatron.core import rerun_state_machine
+
+    rerun_state_machine.initialize_rerun_state_machine(
+        mode=rerun_state_machine.RerunMode(config.rerun.rerun_mode)
+    )
+
+
+def stop_rerun_machine() -> None:
+    """Forget the machine, so that the next run of this process starts with its own."""
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+
+    destroy_rerun_state_machine()
+
+
+def rewindable(config: ConfigContainer, iterators: list[Iterator[Any]]) -> list[Iterator[Any]]:
+    """Let a step's data be drawn again, where a step may be repeated."""
+    from megatron.core.rerun_state_machine import RerunDataIterator
+
+    if config.rerun.rerun_mode == "disabled":
+        return iterators
+    return [RerunDataIterator(iterator) for iterator in iterators]
+
+
+def attempts(config: ConfigContainer, iterators: list[Iterator[Any]]) -> Iterator[None]:
+    """Yield once for each time that the step's forward and backward pass is to be run."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    if config.rerun.rerun_mode == "disabled":
+        yield
+        return
+    machine = get_rerun_state_machine()
+    while machine.should_run_forward_backward(iterators):
+        yield
+
+
+def check_loss(loss: torch.Tensor) -> None:
+    """Have the machine look at a microbatch's loss; waits for the device."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    get_rerun_state_machine().validate_result(
+        result=loss,
+        rejection_func=lambda value: not torch.isfinite(torch.as_tensor(value)).all(),
+        message="a loss that is not finite",
+        tolerance=0.0,
+        fatal=True,
+    )
+
+
+def wants(config: ConfigContainer) -> tuple[bool, int | None]:
+    """Return whether the machine asks for a checkpoint now, and the exit code if for the end."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    if config.rerun.rerun_mode == "disabled":
+        return False, None
+    checkpoint, leave, exit_code = get_rerun_state_machine().should_checkpoint_and_exit()
+    return bool(checkpoint), exit_code if leave else None

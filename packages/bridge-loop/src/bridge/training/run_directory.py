@@ -1,0 +1,149 @@
+"""The run on disk: where its files are, and the rule that nothing is ever overwritten.
+
+config.yaml          the resolved configuration
+metrics.jsonl        one JSON object a logged step
+tensorboard/         the same values
+checkpoints/step-0000100/, latest
+"""
+
+import contextlib
+import datetime
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_STEP = re.compile(r"step-(\d{7,})")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run, by name."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a checkpoint, and the file `latest`."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint that was taken after `step` steps."""
+        return self.checkpoints / f"step-{step:07d}"
+
+    def holds_a_run(self) -> bool:
+        """Whether something is there already; an empty folder is free."""
+        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+
+    def latest(self) -> Path | None:
+        """Return the newest durable checkpoint, None when the run has saved none.
+
+        Raises:
+            ValueError: `latest` names a checkpoint that is not there.
+        """
+        pointer = self.checkpoints / "latest"
+        if not pointer.exists():
+            return None
+        checkpoint = self.checkpoints / pointer.read_text().strip()
+        if not checkpoint.is_dir():
+            raise ValueError(
+                f"{pointer}: names {checkpoint.name}, which is not there; write the name of one of "
+                f"{[path.name for path in self.saved()]} into it, or start a new run"
+            )
+        return checkpoint
+
+    def publish(self, checkpoint: Path) -> None:
+        """Make `latest` name a checkpoint whose data is durable, atomically."""
+        replace_durably(self.checkpoints / "latest", checkpoint.name + "\n")
+
+    def saved(self) -> list[Path]:
+        """Return the finished checkpoints, oldest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [path for path in self.checkpoints.iterdir() if _STEP.fullmatch(path.name)]
+        return sorted(found, key=lambda path: step_of(path))
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps that a checkpoint's folder is named for."""
+    match = _STEP.fullmatch(checkpoint.name)
+    if match is None:
+        raise ValueError(f"{checkpoint}: not a checkpoint; its name should be like step-0000100")
+    return int(match[1])
+
+
+def new_run_name(recipe: str | None) -> str:
+    """Return the default directory of a new run: runs/RECIPE-TIMESTAMP."""
+    moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    return str(Path("runs") / f"{recipe or 'run'}-{moment}")
+
+
+def find_checkpoint(path: str | Path, field: str) -> Path:
+    """Return the checkpoint that a user's path means: itself, or the latest of the run there.
+
+    Raises:
+        ValueError: There is no checkpoint; the message says what was found instead.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise ValueError(f"{field}: {str(path)!r} does not exist; give a run or a checkpoint")
+    if (place / ".metadata").exists():
+        return place
+    latest = RunDirectory(place).latest()
+    if latest is None:
+        raise ValueError(
+            f"{field}: {str(path)!r} holds no checkpoint; give a run's directory (with "
+            "checkpoints/latest in it) or one of its checkpoints"
+        )
+    return latest
+
+
+def replace_durably(path: Path, text: str) -> None:
+    """Write a small file such that a reader sees the old content or the new, also after a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Make every file below a directory durable."""
+    for folder, _, files in os.walk(path):
+        for name in files:
+            with _opened(Path(folder) / name) as descriptor:
+                os.fsync(descriptor)
+        sync_directory(Path(folder))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

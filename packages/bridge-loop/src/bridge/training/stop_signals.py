@@ -1,0 +1,59 @@
+"""Ctrl-C and SIGTERM: finish the step, save, say how to go on.
+
+The first signal asks the loop to stop at the end of the step. A second Ctrl-C ends the process at
+once. The handlers that were there before come back when the run ends, however it ends.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Remembers the first signal that asked this rank to stop."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def agreed(self, control_group: dist.ProcessGroup) -> signal.Signals | None:
+        """Return the signal that any rank has received, the same on every rank.
+
+        A collective of one number on the host, so it waits for no GPU. Every rank leaves the loop
+        at the same step, whichever of them was told to.
+
+        Args:
+            control_group: All ranks, over gloo.
+        """
+        if control_group.size() == 1:
+            return self.signal
+        number = torch.tensor(0 if self.signal is None else int(self.signal), dtype=torch.int32)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=control_group)
+        found = int(number.item())
+        return signal.Signals(found) if found else None
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT == self.signal:
+            raise KeyboardInterrupt
+        self.signal = self.signal or signal.Signals(number)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Catch SIGINT and SIGTERM while the run lasts; in another thread than the main one, do not."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = {number: signal.signal(number, request._receive) for number in _SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

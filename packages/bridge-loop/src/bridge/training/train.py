@@ -1,0 +1,224 @@
+"""The training loop, and one step of it.
+
+`train_step` stands alone: a program with its own loop calls it step by step and keeps control of
+its process groups, its data and its end. `train` is our loop around it.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from bridge.training import rerun
+from bridge.training.evaluate import run_schedule, sequence_length
+from bridge.training.loss_adapter import LossAdapter
+from bridge.training.loss_reduction import MetricReducer, ReducedMetrics
+from bridge.training.optimization import learning_rate
+from bridge.training.state import GlobalState
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from bridge.training.setup import Run
+
+type StopReason = Literal["finished", "SIGINT", "SIGTERM"]
+
+
+@dataclass(kw_only=True, frozen=True)
+class StepResult:
+    """What one training step did. Nothing in it has waited for the device yet."""
+
+    learning_rate: float
+    """The rate that this step used."""
+    grad_norm: torch.Tensor | float | None
+    """L2 norm of the gradients before clipping, over all ranks; None if the step was skipped or
+    nothing clips."""
+    skipped: bool
+    """Whether the optimizer refused the step: a gradient overflowed (fp16)."""
+    samples: int
+    """Samples of the step, over all ranks."""
+    tokens: int
+    """Token positions of the step, over all ranks, padding included."""
+    reduced: ReducedMetrics | None
+    """The step's metrics on the device; None when they were not asked for."""
+
+    @property
+    def metrics(self) -> Mapping[str, float | None]:
+        """The step's metrics by name, equal on every rank; None where no token counted.
+
+        Waits for the device, and is a collective when some rank reported a new key: ask for it on
+        every rank or on none.
+        """
+        return {} if self.reduced is None else self.reduced.to_dict()
+
+
+def train_step(
+    forward_step: LossAdapter,
+    data_iterator: list[Iterator[Any]],
+    model: list[torch.nn.Module],
+    optimizer: Any,
+    scheduler: Any,
+    state: GlobalState,
+    *,
+    pg_collection: "ProcessGroupCollection",
+    num_microbatches: int | None = None,
+    reducer: MetricReducer | None = None,
+    before_optimizer_step: Callable[[], None] | None = None,
+) -> StepResult:
+    """Train on one global batch; a collective over all ranks.
+
+    Args:
+        forward_step: The user's forward step, adapted (`bridge.training.setup.adapt_forward_step`).
+        data_iterator: One iterator of this rank's microbatches for each model chunk.
+        model: This rank's model chunks, DDP-wrapped.
+        optimizer: megatron-core's optimizer.
+        scheduler: Its schedule; advanced by the step's samples unless the step was skipped.
+        state: The run's state; its counters are advanced.
+        pg_collection: The process groups.
+        num_microbatches: Microbatches of this rank; from the batch sizes if None.
+        reducer: Reduces the metrics; None leaves them, which saves the collective.
+        before_optimizer_step: Called when the reduced gradients are in ``main_grad``.
+    """
+    train, counters = state.cfg.train, state.train_state
+    replicas = pg_collection.dp.size()
+    if num_microbatches is None:
+        num_microbatches = train.global_batch_size // (train.micro_batch_size * replicas)
+    samples = num_microbatches * train.micro_batch_size * replicas
+
+    forward_step.watch.start(f"step {counters.step + 1}")
+    for _ in rerun.attempts(state.cfg, data_iterator):
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        records = _forward_backward(
+            forward_step, data_iterator, model, state, num_microbatches, pg_collection
+        )
+    if before_optimizer_step is not None:
+        before_optimizer_step()
+
+    rate = learning_rate(optimizer)
+    succeeded, grad_norm, _ = optimizer.step()
+    if succeeded:
+        scheduler.step(increment=samples)
+
+    counters.step += 1
+    counters.consumed_train_samples += samples
+    counters.skipped_train_samples += 0 if succeeded else samples
+    tokens = samples * sequence_length(state.cfg.model)
+    counters.consumed_tokens += tokens
+    return StepResult(
+        learning_rate=rate,
+        grad_norm=grad_norm if succeeded else None,
+        skipped=not succeeded,
+        samples=samples,
+        tokens=tokens,
+        reduced=reducer.reduce(records, alarm=forward_step.watch.alarm()) if reducer else None,
+    )
+
+
+def train(run: "Run") -> StopReason:
+    """Train until the run's last step, or until a signal asks to stop; a checkpoint is saved.
+
+    Returns:
+        Why it ended: "finished", or the name of the signal.
+    """
+    settings, counters = run.config, run.state.train_state
+    for chunk in run.model:
+        chunk.train()
+    if settings.validation.eval_at_start:
+        run.validate()
+    data_iterator = rerun.rewindable(settings, run.data.training(counters.consumed_train_samples))
+    reason: StopReason = "finished"
+    with _collected_by_hand(settings.train.manual_gc_interval) as collect_garbage:
+        while counters.step < run.data.train_iters:
+            run.phase = f"step {counters.step + 1}"
+            logs = _is_due(counters.step + 1, settings.logger.log_interval, run.data.train_iters)
+            run.callbacks.fire("on_step_start", run.context)
+            result = train_step(
+                run.forward_step,
+                data_iterator,
+                run.model,
+                run.optimizer,
+                run.scheduler,
+                run.state,
+                pg_collection=run.ranks.pg_collection,
+                num_microbatches=run.num_microbatches(),
+                reducer=run.reducer if logs else None,
+                before_optimizer_step=run.before_optimizer_step,
+            )
+            run.callbacks.fire("on_step_end", run.context, result)
+            run.log(result)
+            collect_garbage(counters.step)
+            run.obey_rerun_machine()
+            if signal := run.stop.agreed(run.ranks.control_group):
+                reason = signal.name  # type: ignore[assignment]
+                break
+            if _is_due(counters.step, settings.validation.eval_interval):
+                run.validate()
+            if _is_due(counters.step, settings.checkpoint.save_interval):
+                run.save()
+    if settings.checkpoint.save_at_end:
+        run.save()
+    return reason
+
+
+def _forward_backward(
+    forward_step: LossAdapter,
+    data_iterator: list[Iterator[Any]],
+    model: list[torch.nn.Module],
+    state: GlobalState,
+    num_microbatches: int,
+    pg_collection: "ProcessGroupCollection",
+) -> list[Any]:
+    """Fill the gradient buffers; return the microbatches' records, on the last stage."""
+    from megatron.core.utils import get_model_config
+
+    finalizer = get_model_config(model[0]).finalize_model_grads_func
+    calls = finalizer.calls
+    records = run_schedule(
+        forward_step,
+        data_iterator,
+        model,
+        state,
+        num_microbatches=num_microbatches,
+        pg_collection=pg_collection,
+        forward_only=False,
+    )
+    if finalizer.calls != calls + 1:
+        raise RuntimeError(
+            f"the schedule finalised the gradients {finalizer.calls - calls} times in one step; "
+            "they must be reduced and divided exactly once"
+        )
+    return records
+
+
+def _is_due(step: int, interval: int | None, last: int | None = None) -> bool:
+    return step == last or (interval is not None and step % interval == 0)
+
+
+class _collected_by_hand:
+    """Collect Python's garbage every `interval` steps instead of whenever Python likes.
+
+    A collection takes tens of milliseconds; when ranks collect at different steps, all of them
+    wait for each. An interval of 0 leaves it to Python.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._was_enabled = gc.isenabled()
+
+    def __enter__(self) -> Callable[[int], None]:
+        if self._interval:
+            gc.disable()
+            gc.collect()
+        return self._step
+
+    def __exit__(self, *exception: object) -> None:
+        if self._interval and self._was_enabled:
+            gc.enable()
+
+    def _step(self, step: int) -> None:
+        if self._interval and step % self._interval == 0:
+            gc.collect()
