@@ -43,10 +43,11 @@ class RankFailure(AssertionError):
 
 @cache
 def import_megatron_once() -> None:
-    """Import what ranks need before they are forked."""
+    """Import what ranks need before they are forked, for a conftest too: once, without noise."""
     from bridge.training.megatron_import import quiet_import
 
-    with quiet_import():
+    with warnings.catch_warnings(), quiet_import():
+        warnings.simplefilter("ignore")
         for name in _WARM_MODULES:
             importlib.import_module(name)
 

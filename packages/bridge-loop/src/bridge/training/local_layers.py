@@ -1,0 +1,286 @@
+"""Norms and attention for a layer spec without Transformer Engine, on a CPU or a GPU.
+
+megatron-core's own local norms refuse sequence parallelism, and its local attention refuses
+context parallelism and packed sequences; these do all three, so every layout can be rehearsed.
+Letters in shapes: s sequence, b batch, n attention heads and g query groups on this rank,
+d channels of a head, t tokens of a pack.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+from torch.nn import functional
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class _Norm(torch.nn.Module):
+    """What both norms share: a gain that sequence parallelism and zero-centring are told of."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.config = config
+        self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = self._parameter(hidden_size, fill=0.0 if self.zero_centered else 1.0)
+
+    def _parameter(self, size: int, fill: float) -> torch.nn.Parameter:
+        device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
+        values = torch.full((size,), fill, dtype=self.config.params_dtype, device=device)
+        parameter = torch.nn.Parameter(values)
+        # Each tensor-parallel rank sees a part of the sequence only; megatron-core sums the
+        # gradients of parameters with this mark over the ranks.
+        parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+        return parameter
+
+    def _gain(self) -> Tensor:
+        # Callers give it the input's type: a residual stream may be kept in float32.
+        return self.weight + 1 if self.zero_centered else self.weight
+
+
+class RMSNorm(_Norm):
+    """``x / sqrt(mean(x**2) + eps) * weight`` over the last dimension (arXiv:1910.07467)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` ``[..., hidden]``; the result has the weight's type."""
+        gain = self._gain().to(x.dtype)
+        normalized = functional.rms_norm(x, self.weight.shape, gain, self.eps)
+        return normalized.to(self.weight.dtype)
+
+
+class LayerNorm(_Norm):
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.bias = self._parameter(hidden_size, fill=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` ``[..., hidden]``; the result has the weight's type."""
+        gain, bias = self._gain().to(x.dtype), self.bias.to(x.dtype)
+        normalized = functional.layer_norm(x, self.weight.shape, gain, bias, self.eps)
+        return normalized.to(self.weight.dtype)
+
+
+class LocalAttention(torch.nn.Module):
+    """Core attention on torch's scaled_dot_product_attention.
+
+    With context parallelism the keys and values of the whole sequence are gathered on every
+    rank, whatever ``cp_comm_type`` says; the sequence is cut as megatron-core's
+    ``get_batch_on_this_cp_rank`` cuts it. A mask costs memory for each pair of positions, so
+    long contexts want Transformer Engine; plain causal attention has none.
+
+    Raises:
+        ValueError: If the config asks for a softmax or a clipping that torch's kernel lacks.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        _check_supported(config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+        self.config = config
+        self.attn_mask_type = attn_mask_type
+        self.context_parallel_group = pg_collection.cp
+        head_size = config.kv_channels or config.hidden_size // config.num_attention_heads
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(head_size)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        windowed = is_layer_window_attention(
+            config.window_size,
+            config.window_attn_skip_freq,  # type: ignore[arg-type]  # None is handled first
+            layer_number,
+        )
+        self.window = config.window_size if windowed else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: ``[s, b, n, d]``, or ``[t, n, d]`` when packed.
+            key: ``[s, b, g, d]``, or ``[t, g, d]`` when packed.
+            value: As `key`; its d may differ.
+            attention_mask: Boolean, True where a key must NOT be seen (megatron-core's
+                convention), broadcastable to ``[b, n, s, s]``. Causal attention stays causal.
+            attn_mask_type: In place of the constructor's.
+            attention_bias: Not supported.
+            packed_seq_params: Ends of the sequences of a pack; each sees itself alone.
+
+        Returns:
+            ``[s, b, n * d]``, or ``[t, 1, n * d]`` when packed.
+
+        Raises:
+            ValueError: For a combination that is not supported.
+        """
+        if attention_bias is not None:
+            raise ValueError("LocalAttention takes no attention_bias; use Transformer Engine")
+        causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
+        mask: Tensor | None
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            mask = self._packed_mask(query.shape[0], packed_seq_params, causal)
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        elif _size(self.context_parallel_group) > 1:
+            if attention_mask is not None:
+                raise ValueError(
+                    "attention_mask is not supported with context_parallel_size > 1, where each "
+                    "rank sees its part of the sequence only; pass None (causal attention needs "
+                    "no mask)"
+                )
+            mask = self._zigzag_mask(query.shape[0], query.device, causal)
+            key, value = _gather_sequence(key, value, self.context_parallel_group)
+        elif attention_mask is None and self.window is None:
+            return self._attend(query, key, value, None, is_causal=causal)
+        else:
+            mask = self._dense_mask(query, key, attention_mask, causal)
+        return self._attend(query, key, value, mask, is_causal=False)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        def heads_first(x: Tensor) -> Tensor:
+            return x.permute(1, 2, 0, 3)
+
+        def attend(dropout: float) -> Tensor:
+            return functional.scaled_dot_product_attention(
+                heads_first(query),
+                heads_first(key),
+                heads_first(value),
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=is_causal,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+
+        if not self.training or self.dropout == 0.0:
+            output = attend(0.0)
+        elif self.config.sequence_parallel:  # the transformer block has forked already
+            output = attend(self.dropout)
+        else:
+            with get_cuda_rng_tracker().fork():
+                output = attend(self.dropout)
+        return output.permute(2, 0, 1, 3).flatten(2)
+
+    def _position_mask(self, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
+        """Which keys each query may see, from their positions in the sequence; None for all."""
+        if not causal and self.window is None:
+            return None
+        distance = key[None, :] - query[:, None]
+        left, right = self.window or (-1, -1)
+        if causal:
+            right = 0
+        visible = torch.ones_like(distance, dtype=torch.bool)
+        if left >= 0:
+            visible &= distance >= -left
+        if right >= 0:
+            visible &= distance <= right
+        return visible
+
+    def _dense_mask(
+        self, query: Tensor, key: Tensor, attention_mask: Tensor | None, causal: bool
+    ) -> Tensor | None:
+        """The mask of whole sequences: the caller's, the causal one and the window together."""
+        queries = torch.arange(query.shape[0], device=query.device)
+        keys = torch.arange(key.shape[0], device=query.device)
+        visible = self._position_mask(queries, keys, causal)
+        if attention_mask is None:
+            return visible
+        return ~attention_mask if visible is None else visible & ~attention_mask
+
+    def _zigzag_mask(self, length: int, device: torch.device, causal: bool) -> Tensor | None:
+        """The mask of this rank's two chunks against the gathered sequence."""
+        group = self.context_parallel_group
+        positions = [_zigzag_positions(length, rank, group.size()) for rank in range(group.size())]
+        keys = torch.cat(positions).to(device)
+        queries = positions[group.rank()].to(device)
+        return self._position_mask(queries, keys, causal)
+
+    def _packed_mask(self, length: int, packed: PackedSeqParams, causal: bool) -> Tensor:
+        """The block-diagonal mask of a pack."""
+        if _size(self.context_parallel_group) > 1:
+            raise ValueError(
+                "packed sequences with context_parallel_size > 1 need Transformer Engine; set "
+                "model.context_parallel_size=1 or turn packing off"
+            )
+        ends = packed.cu_seqlens_q
+        if packed.cu_seqlens_q_padded is not None:
+            if not causal:
+                raise ValueError("padding between packed sequences needs causal attention here")
+            ends = packed.cu_seqlens_q_padded
+        positions = torch.arange(length, device=ends.device)
+        sequence = torch.searchsorted(ends[1:].contiguous(), positions, right=True)
+        same = sequence[:, None] == sequence[None, :]
+        visible = self._position_mask(positions, positions, causal)
+        return same if visible is None else same & visible
+
+
+def _check_supported(config: TransformerConfig) -> None:
+    remedy = "; use Transformer Engine's attention for it"
+    if config.softmax_type != "vanilla":
+        raise ValueError(f"model.softmax_type={config.softmax_type!r} is not supported{remedy}")
+    if config.qk_clip:
+        raise ValueError(f"model.qk_clip=True is not supported{remedy}")
+
+
+def _size(group: Any) -> int:
+    return 1 if group is None else int(group.size())
+
+
+def _zigzag_positions(length: int, rank: int, ranks: int) -> Tensor:
+    """Positions of a rank's `length` tokens: of 2 * ranks chunks, the rank-th from either end."""
+    chunk = length // 2
+    first, last = rank * chunk, (2 * ranks - 1 - rank) * chunk
+    return torch.cat([torch.arange(first, first + chunk), torch.arange(last, last + chunk)])
+
+
+def _gather_sequence(key: Tensor, value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Gather keys and values ``[s, b, g, d]`` of all ranks along s, in one collective."""
+    both = torch.cat([key, value], dim=-1)
+    gathered: Tensor = _GatherSequence.apply(both, group)  # type: ignore[no-untyped-call]
+    gathered_key, gathered_value = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
+    return gathered_key, gathered_value
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All-gather along the first dimension; every rank's gradient of a part is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        whole = part.new_empty((part.shape[0] * group.size(), *part.shape[1:]))
+        dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        part = gradient.new_empty((gradient.shape[0] // ctx.group.size(), *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(part, gradient.contiguous(), group=ctx.group)
+        return part, None

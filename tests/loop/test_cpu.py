@@ -1,0 +1,290 @@
+import logging
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import megatron.core.tensor_parallel.random as tracked
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
+
+from bridge.training import cpu
+from bridge.training.cpu_optimizer import FusedAdam
+from ranks import run_ranks
+
+
+@pytest.fixture
+def stand_in() -> Iterator[None]:
+    with cpu.cpu_training():
+        yield
+
+
+def test_every_replaced_attribute_exists() -> None:
+    assert not cpu.is_active()
+    missing = [
+        f"{owner.__name__}.{name}" for owner, name, _ in cpu.patches() if not hasattr(owner, name)
+    ]
+    assert missing == []
+
+
+def test_no_attribute_is_replaced_twice() -> None:
+    names = [(id(owner), name) for owner, name, _ in cpu.patches()]
+    assert len(names) == len(set(names))
+
+
+def test_nothing_is_left_behind() -> None:
+    table = list(cpu.patches())
+    owners = {id(owner): owner for owner, _, _ in table}.values()
+    before = [dict(vars(owner)) for owner in owners]
+    with cpu.cpu_training():
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert [dict(vars(owner)) for owner in owners] != before
+    assert [dict(vars(owner)) for owner in owners] == before
+    assert not cpu.is_active()
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(2, device="cuda")
+
+
+def test_the_stand_in_leaves_after_an_exception() -> None:
+    with pytest.raises(ZeroDivisionError), cpu.cpu_training():
+        raise ZeroDivisionError
+    assert not cpu.is_active()
+
+
+def test_entering_twice_leaves_once() -> None:
+    cpu.enable()
+    cpu.enable()
+    with cpu.cpu_training():
+        pass
+    assert cpu.is_active()
+    cpu.disable()
+    assert not cpu.is_active()
+    cpu.disable()
+
+
+def test_it_says_that_it_is_active(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="bridge.training.cpu"), cpu.cpu_training():
+        pass
+    assert "CPU rehearsal" in caplog.text
+
+
+def test_a_visible_gpu_is_never_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="a GPU is visible"):
+        cpu.enable()
+    assert not cpu.is_active()
+
+
+def test_an_untested_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "version", lambda name: "0.20.0")
+    with pytest.raises(RuntimeError, match=r"megatron-core 0\.20\.0 .* install one of 0\.19\.2"):
+        cpu.enable()
+    assert not cpu.is_active()
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_moves_and_factories_that_name_cuda_give_cpu_tensors() -> None:
+    tensor = torch.ones(2)
+    made = [
+        tensor.cuda(),
+        tensor.to("cuda:0", non_blocking=True),
+        tensor.to(device=torch.device("cuda"), dtype=torch.float64),
+        tensor.new_zeros(2, device="cuda"),
+        torch.empty(2, device=torch.cuda.current_device(), pin_memory=True),
+        torch.nn.Linear(2, 2).to("cuda").weight,
+        torch.nn.Linear(2, 2).cuda().weight,
+    ]
+    assert {str(x.device) for x in made} == {"cpu"}
+    assert made[2].dtype == torch.float64
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_tensor_type_names_cuda_to_megatron_cores_optimizer_alone() -> None:
+    assert torch.ones(1).type() == "torch.FloatTensor"
+    assert torch.ones(1).type(torch.float64).dtype == torch.float64
+    namespace: dict[str, Any] = {"__name__": "megatron.core.optimizer.clip_grads"}
+    exec("def type_of(tensor): return tensor.type()", namespace)
+    assert namespace["type_of"](torch.ones(1)) == "torch.cuda.FloatTensor"
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_events_measure_milliseconds() -> None:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.synchronize()
+    end.record()
+    assert 0 <= start.elapsed_time(end) < 1000
+
+
+def seed_device(tensor_rank: int) -> None:
+    tracked.model_parallel_cuda_manual_seed(
+        7, tp_rank=tensor_rank, ep_rank=0, etp_rank=0, force_reset_rng=True
+    )
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_dropout_is_replicated_outside_a_fork_and_differs_inside() -> None:
+    def masks(tensor_rank: int, drawn_by_host: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(5 + tensor_rank)
+        seed_device(tensor_rank)
+        torch.rand(drawn_by_host)
+        replicated = functional.dropout(torch.ones(64), 0.5)
+        with tracked.get_cuda_rng_tracker().fork():
+            sharded = functional.dropout(torch.ones(64), 0.5)
+        return replicated, sharded
+
+    (replicated, sharded), (other_replicated, other_sharded) = masks(0, 1), masks(1, 999)
+    assert torch.equal(replicated, other_replicated)
+    assert not torch.equal(sharded, other_sharded)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_device_does_not_move_the_hosts_stream() -> None:
+    seed_device(0)
+    before = torch.get_rng_state()
+    functional.dropout(torch.ones(8), 0.5)
+    with tracked.get_cuda_rng_tracker().fork():
+        torch.rand(3)
+        with tracked.get_cuda_rng_tracker().fork("expert-parallel-rng"):
+            torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_forked_streams_continue_and_nested_ones_stay_apart() -> None:
+    def draws(nested: bool) -> list[Tensor]:
+        seed_device(0)
+        fork = tracked.get_cuda_rng_tracker().fork
+        values = []
+        with fork():
+            values.append(torch.rand(2))
+            if nested:
+                with fork("expert-parallel-rng"):
+                    torch.rand(5)
+            values.append(torch.rand(2))
+        with fork():
+            values.append(torch.rand(2))
+        return values
+
+    assert torch.equal(torch.stack(draws(nested=True)), torch.stack(draws(nested=False)))
+    assert not torch.equal(*draws(nested=False)[:2])
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_manual_seed_restarts_the_device_too() -> None:
+    def mask() -> Tensor:
+        torch.manual_seed(3)
+        return functional.dropout(torch.ones(64), 0.5)
+
+    assert torch.equal(mask(), mask())
+    state = torch.cuda.get_rng_state()
+    first = functional.dropout(torch.ones(64), 0.5)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(first, functional.dropout(torch.ones(64), 0.5))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_recomputation_draws_the_same_numbers() -> None:
+    seed_device(0)
+    seen = []
+
+    def layer(x: Tensor) -> Tensor:
+        y = functional.dropout(x, 0.5)
+        with tracked.get_cuda_rng_tracker().fork():
+            y = functional.dropout(y, 0.5)
+        seen.append(y.detach().clone())
+        return y
+
+    tracked.checkpoint(layer, False, torch.ones(64, requires_grad=True)).sum().backward()
+    first, again = seen
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_fused_adam_is_torchs_adam(decoupled: bool) -> None:
+    ours, theirs = (
+        [torch.nn.Parameter(torch.arange(6.0)), torch.nn.Parameter(torch.ones(2, 2))]
+        for _ in range(2)
+    )
+    reference = torch.optim.AdamW if decoupled else torch.optim.Adam
+    optimizers = [
+        FusedAdam(ours, lr=0.1, weight_decay=0.1, adam_w_mode=decoupled),
+        reference(theirs, lr=0.1, weight_decay=0.1),
+    ]
+    for step in range(5):
+        for optimizer, parameters in zip(optimizers, (ours, theirs), strict=True):
+            for parameter in parameters:
+                parameter.grad = parameter.detach().sin() + step
+            optimizer.step()
+    for parameter, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_fused_adam_counts_steps_in_the_group_and_resumes() -> None:
+    def stepped(optimizer: FusedAdam, parameter: Tensor, times: int) -> None:
+        for _ in range(times):
+            parameter.grad = parameter.detach().cos()
+            optimizer.step()
+
+    straight = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedAdam([straight], lr=0.1)
+    stepped(optimizer, straight, 2)
+    assert optimizer.param_groups[0]["step"] == 2
+    assert set(optimizer.state[straight]) == {"exp_avg", "exp_avg_sq"}
+    resumed = torch.nn.Parameter(straight.detach().clone())
+    second = FusedAdam([resumed], lr=0.1)
+    second.load_state_dict(deepcopy(optimizer.state_dict()))
+    stepped(optimizer, straight, 2)
+    stepped(second, resumed, 2)
+    assert torch.equal(straight, resumed)
+
+
+def test_a_step_of_ddp_and_the_distributed_optimizer_is_adamw_on_the_mean_gradient() -> None:
+    start = torch.arange(12.0).reshape(3, 4) / 10
+    inputs = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+
+    class Model(MegatronModule):
+        def __init__(self, config: TransformerConfig) -> None:
+            super().__init__(config)
+            self.weight = torch.nn.Parameter(start.clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.weight.T).square().mean()
+
+    def train_on_a_rank() -> tuple[Tensor, float]:
+        parallel_state.initialize_model_parallel()
+        config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+        )
+        model = DistributedDataParallel(config, ddp_config, Model(config))
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(lr=0.1, use_distributed_optimizer=True, clip_grad=0.5), [model]
+        )
+        part = inputs.chunk(2)[torch.distributed.get_rank()]
+        for _ in range(3):
+            model.zero_grad_buffer()
+            model(part.cuda()).backward()
+            model.finish_grad_sync()
+            _, grad_norm, _ = optimizer.step()
+        model.start_param_sync(force_sync=True)
+        weights = [parameter.detach() for parameter in model.parameters()]
+        return weights[0], float(grad_norm)
+
+    weight = torch.nn.Parameter(start.clone())
+    reference = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.01)
+    for _ in range(3):
+        reference.zero_grad()
+        (inputs @ weight.T).square().mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_([weight], 0.5)
+        reference.step()
+    for rank_weight, rank_norm in run_ranks(2, train_on_a_rank):
+        torch.testing.assert_close(rank_weight, weight.detach(), atol=1e-5, rtol=1e-5)
+        assert rank_norm == pytest.approx(float(norm), rel=1e-4)

@@ -1,0 +1,252 @@
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed.finalize_model_grads import (
+    _allreduce_non_tensor_model_parallel_grads,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+from torch.nn import functional
+
+from bridge.training import cpu
+from bridge.training.local_layers import LayerNorm, LocalAttention, RMSNorm
+from ranks import run_ranks
+
+HEADS, GROUPS, CHANNELS = 4, 2, 8
+
+
+def make_config(**changes: Any) -> TransformerConfig:
+    values: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": HEADS * CHANNELS,
+        "num_attention_heads": HEADS,
+        "num_query_groups": GROUPS,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+    }
+    return TransformerConfig(**(values | changes))
+
+
+def make_attention(
+    mask_type: AttnMaskType = AttnMaskType.causal, group: Any = None, **changes: Any
+) -> LocalAttention:
+    groups: Any = SimpleNamespace(cp=group)
+    return LocalAttention(make_config(**changes), 1, mask_type, "self", pg_collection=groups)
+
+
+def random_qkv(length: int, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int) -> Tensor:
+        shape = (length, batch, heads, CHANNELS)
+        return torch.randn(shape, generator=generator, requires_grad=True)
+
+    return draw(HEADS), draw(GROUPS), draw(GROUPS)
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float = CHANNELS**-0.5
+) -> Tensor:
+    """Softmax attention written out; `hidden` is True where a key is not seen."""
+    key, value = (x.repeat_interleave(HEADS // GROUPS, dim=2) for x in (key, value))
+    scores = torch.einsum("qbnd,kbnd->bnqk", query, key) * scale
+    weights = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
+    return torch.einsum("bnqk,kbnd->qbnd", weights, value).flatten(2)
+
+
+def causal_mask(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
+def test_causal_attention_with_query_groups_is_the_plain_softmax() -> None:
+    query, key, value = random_qkv(6)
+    expected = plain_attention(query, key, value, causal_mask(6))
+    torch.testing.assert_close(make_attention()(query, key, value), expected)
+
+
+def test_attention_without_mask_sees_every_key() -> None:
+    query, key, value = random_qkv(6)
+    expected = plain_attention(query, key, value, torch.zeros(6, 6, dtype=torch.bool))
+    torch.testing.assert_close(make_attention(AttnMaskType.no_mask)(query, key, value), expected)
+
+
+@pytest.mark.parametrize("mask_type", [AttnMaskType.causal, AttnMaskType.arbitrary])
+def test_a_boolean_mask_hides_keys_and_causal_attention_stays_causal(
+    mask_type: AttnMaskType,
+) -> None:
+    query, key, value = random_qkv(6)
+    hidden = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(1)) < 0.3
+    hidden &= ~torch.eye(6, dtype=torch.bool)
+    output = make_attention(mask_type)(query, key, value, hidden)
+    both = hidden | causal_mask(6) if mask_type is AttnMaskType.causal else hidden
+    torch.testing.assert_close(output, plain_attention(query, key, value, both))
+
+
+def test_the_window_limits_how_far_back_a_query_sees() -> None:
+    query, key, value = random_qkv(8)
+    output = make_attention(window_size=(2, 0))(query, key, value)
+    too_old = torch.ones(8, 8, dtype=torch.bool).tril(-3)
+    torch.testing.assert_close(output, plain_attention(query, key, value, too_old | causal_mask(8)))
+
+
+def test_softmax_scale_replaces_the_usual_one() -> None:
+    query, key, value = random_qkv(6)
+    groups: Any = SimpleNamespace(cp=None)
+    attention = LocalAttention(
+        make_config(), 1, AttnMaskType.causal, "self", softmax_scale=0.7, pg_collection=groups
+    )
+    expected = plain_attention(query, key, value, causal_mask(6), scale=0.7)
+    torch.testing.assert_close(attention(query, key, value), expected)
+
+
+def test_packed_sequences_are_the_sequences_apart() -> None:
+    query, key, value = random_qkv(9, batch=1)
+    ends = torch.tensor([0, 4, 5, 9], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    attention = make_attention()
+    output = attention(*(x.squeeze(1) for x in (query, key, value)), packed_seq_params=packed)
+    apart = [
+        attention(query[start:end], key[start:end], value[start:end])
+        for start, end in ((0, 4), (4, 5), (5, 9))
+    ]
+    torch.testing.assert_close(output, torch.cat(apart))
+
+
+def test_dropout_draws_from_the_tensor_parallel_stream() -> None:
+    def outputs() -> list[Tensor]:
+        attention = make_attention(attention_dropout=0.5)
+        query, key, value = random_qkv(16)
+        results = []
+        for tensor_rank in (0, 0, 1):
+            model_parallel_cuda_manual_seed(
+                7, tp_rank=tensor_rank, ep_rank=0, etp_rank=0, force_reset_rng=True
+            )
+            results.append(attention(query, key, value).detach())
+        return [*results, attention.eval()(query, key, value).detach()]
+
+    def on_a_rank() -> list[Tensor]:
+        parallel_state.initialize_model_parallel()
+        return outputs()
+
+    (first, again, other_rank, evaluated) = run_ranks(1, on_a_rank)[0]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other_rank)
+    torch.testing.assert_close(
+        evaluated, plain_attention(*(random_qkv(16)), causal_mask(16)).detach()
+    )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"softmax_type": "off-by-one"}, {"qk_clip": True}], ids=lambda c: next(iter(c))
+)
+def test_what_the_kernel_lacks_is_refused_by_name(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"model.{next(iter(changes))}"):
+        make_attention(**changes)
+
+
+def test_two_context_parallel_ranks_are_one_rank_gradients_too() -> None:
+    length = 8
+
+    def rank_part() -> tuple[Tensor, list[Tensor]]:
+        parallel_state.initialize_model_parallel(context_parallel_size=2)
+        group = parallel_state.get_context_parallel_group()
+        cut = get_batch_on_this_cp_rank(
+            {
+                name: x.detach().transpose(0, 1)
+                for name, x in zip("qkv", random_qkv(length), strict=True)
+            },
+            is_hybrid_cp=False,
+            cp_group=group,
+        )
+        parts = [cut[name].transpose(0, 1).requires_grad_() for name in "qkv"]
+        output = make_attention(group=group)(*parts)
+        output.square().sum().backward()
+        return output.detach(), [part.grad for part in parts]
+
+    def whole_again(parts: list[Tensor]) -> Tensor:
+        (a, d), (b, c) = (part.chunk(2) for part in parts)
+        return torch.cat([a, b, c, d])
+
+    outputs, gradients = zip(*run_ranks(2, rank_part), strict=True)
+    inputs = random_qkv(length)
+    expected = plain_attention(*inputs, causal_mask(length))
+    expected.square().sum().backward()
+    torch.testing.assert_close(whole_again(list(outputs)), expected.detach())
+    for parts, tensor in zip(zip(*gradients, strict=True), inputs, strict=True):
+        torch.testing.assert_close(whole_again(list(parts)), tensor.grad)
+
+
+def test_context_parallelism_refuses_masks_and_packs() -> None:
+    two_ranks: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    attention = make_attention(group=two_ranks)
+    query, key, value = random_qkv(4, batch=1)
+    with pytest.raises(ValueError, match="attention_mask is not supported with context_parallel"):
+        attention(query, key, value, causal_mask(4))
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="packed sequences with context_parallel_size > 1"):
+        attention(query[:, 0], key[:, 0], value[:, 0], packed_seq_params=packed)
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+@pytest.mark.parametrize(
+    ("norm_type", "reference"),
+    [(RMSNorm, functional.rms_norm), (LayerNorm, functional.layer_norm)],
+)
+def test_a_norm_starts_as_torchs_own(
+    norm_type: type[RMSNorm | LayerNorm], reference: Callable[..., Tensor], zero_centered: bool
+) -> None:
+    config = make_config(layernorm_zero_centered_gamma=zero_centered)
+    norm = norm_type(config=config, hidden_size=32, eps=1e-3)
+    x = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(norm(x), reference(x, (32,), eps=1e-3))
+    with torch.no_grad():
+        norm.weight.add_(0.5)
+    torch.testing.assert_close(norm(x), 1.5 * reference(x, (32,), eps=1e-3))
+
+
+def test_a_norm_gives_the_weights_type_for_a_float32_residual() -> None:
+    config = make_config(params_dtype=torch.bfloat16, bf16=True)
+    for norm_type in (RMSNorm, LayerNorm):
+        assert norm_type(config, 32)(torch.randn(2, 32)).dtype == torch.bfloat16
+
+
+def test_the_norms_gradient_is_summed_over_sequence_parallel_ranks() -> None:
+    x = torch.randn(8, 1, 32, generator=torch.Generator().manual_seed(0))
+
+    def rank_gradients() -> list[Tensor]:
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+        config = make_config(tensor_model_parallel_size=2, sequence_parallel=True)
+        norm = LayerNorm(config, 32)
+        model = torch.nn.ModuleList([norm])
+        part = x.chunk(2)[dist.get_rank()]
+        norm(part).square().sum().backward()
+        parameters: list[Any] = list(model.parameters())
+        for parameter in parameters:
+            parameter.main_grad = parameter.grad
+        model.ddp_config = SimpleNamespace(use_megatron_fsdp=False)  # type: ignore[assignment]
+        groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+        _allreduce_non_tensor_model_parallel_grads([model], config, groups.tp)
+        return [parameter.main_grad for parameter in parameters]
+
+    whole = LayerNorm(make_config(), 32)
+    whole(x).square().sum().backward()
+    for rank in run_ranks(2, rank_gradients):
+        for gradient, parameter in zip(rank, whole.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_the_parameters_of_a_norm_are_built_on_the_current_device() -> None:
+    with cpu.cpu_training():
+        norm = RMSNorm(make_config(use_cpu_initialization=False), 32)
+    assert norm.weight.device.type == "cpu"
