@@ -116,7 +116,7 @@ def _torch_compile_is_identity() -> Iterator[None]:
     def identity(model: Any = None, **_: Any) -> Any:
         return _same if model is None else model
 
-    torch.compile = identity  # type: ignore[assignment]
+    torch.compile = identity
     try:
         yield
     finally:

@@ -13,6 +13,8 @@ with quiet_import():
 from bridge.training.config.container import ConfigContainer
 from bridge.training.config.errors import ConfigError
 from bridge.training.config.layout import Layout, layout_of
+from bridge.training.config.overrides import apply_overrides, configure
+from bridge.training.config.reference import Key, describe, reference_text
 from bridge.training.config.resolve import resolve
 from bridge.training.config.sections import (
     CheckpointConfig,
@@ -34,6 +36,7 @@ __all__ = [
     "DistConfig",
     "DistributedDataParallelConfig",
     "Layout",
+    "Key",
     "LoggerConfig",
     "MixedPrecisionConfig",
     "OptimizerConfig",
@@ -44,6 +47,10 @@ __all__ = [
     "TrainConfig",
     "TransformerConfig",
     "ValidationConfig",
+    "apply_overrides",
+    "configure",
+    "describe",
     "layout_of",
+    "reference_text",
     "resolve",
 ]

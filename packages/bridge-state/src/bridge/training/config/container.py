@@ -91,21 +91,25 @@ class ConfigContainer:
         self._given: set[str] = set()
         """Fields that the command line set, which resolution must not fill in otherwise."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, *, brief: bool = False) -> dict[str, Any]:
         """Return plain values (YAML's types) from which `from_dict` makes an equal object.
+
+        Args:
+            brief: Leave out the fields of megatron-core's dataclasses that hold their default.
+                For reading: a newer megatron-core may have other defaults.
 
         Raises:
             ConfigError: Values have no name to be written by, such as a lambda.
         """
         try:
-            plain: dict[str, Any] = to_plain(self, type(self), "")
+            plain: dict[str, Any] = to_plain(self, type(self), "", brief=brief)
         except FieldProblems as error:
             raise ConfigError(error.lines) from error
         return plain
 
-    def to_yaml(self) -> str:
+    def to_yaml(self, *, brief: bool = False) -> str:
         """Return `to_dict` as YAML text."""
-        return dump_yaml(self.to_dict())
+        return dump_yaml(self.to_dict(brief=brief))
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:

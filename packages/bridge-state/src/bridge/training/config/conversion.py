@@ -31,6 +31,10 @@ TARGET = "_target_"
 """The key beside a dataclass's fields that names its class, where the annotation does not."""
 
 
+PARTIAL = "_partial_"
+"""The key beside keyword arguments that names the function of a functools.partial."""
+
+
 class FieldProblems(ConversionError):
     """Several fields of one nested dataclass are wrong; `lines` begin with their paths."""
 
@@ -60,18 +64,27 @@ _RUNTIME_HOOKS = frozenset(
 )
 
 
+def class_name(cls: type) -> str:
+    """Return the name under which `_target_` records a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def join(path: str, key: Any) -> str:
     """Return the path of a field of the dataclass at `path` ("" is the container)."""
     return f"{path}.{key}" if path else str(key)
 
 
-@functools.cache
 def annotations_of(cls: type) -> dict[str, Any]:
     """Return the evaluated annotation of each field of a dataclass.
 
     One that only a type checker can evaluate (its import stands under TYPE_CHECKING) is Any, and
     a field whose default is None takes None, whatever it says.
     """
+    return _annotations_of(cls)
+
+
+@functools.cache
+def _annotations_of(cls: type) -> dict[str, Any]:
     try:
         hints = typing.get_type_hints(cls)
     except NameError:
@@ -245,6 +258,9 @@ def _is_str(value: Any) -> bool:
 def _convert_function(value: Any) -> Callable[..., Any]:
     if isinstance(value, str):
         return function_from_name(value)
+    if isinstance(value, Mapping) and PARTIAL in value:
+        keywords = {str(key): item for key, item in value.items() if key != PARTIAL}
+        return functools.partial(_convert_function(value[PARTIAL]), **keywords)
     result: Callable[..., Any] = _expect(callable(value), value, Callable)
     return result
 
@@ -259,9 +275,23 @@ def _convert_to_class(value: Any, annotation: Any, kind: type, path: str) -> Any
         return _convert_enum(value, kind)
     if isinstance(value, Mapping) and (dataclasses.is_dataclass(kind) or TARGET in value):
         return build_dataclass(kind, value, path)
-    if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
-        return value
+    if _is_protocol(kind):
+        return _convert_to_protocol(value, kind)
     return _expect(isinstance(value, kind), value, annotation)
+
+
+def _is_protocol(kind: type) -> bool:
+    return bool(getattr(kind, "_is_protocol", False))
+
+
+def _convert_to_protocol(value: Any, kind: type) -> Any:
+    members = {**vars(kind), **inspect.get_annotations(kind)}
+    missing = [n for n in members if not n.startswith("_") and not hasattr(value, n)]
+    if missing:
+        raise ConversionError(
+            f"expected a {kind.__name__}, got {_show(value)}, which has no {', '.join(missing)}"
+        )
+    return value
 
 
 _ABSTRACT_CONTAINERS: dict[type, type] = {Sequence: list, Iterable: list, Mapping: dict}
@@ -352,7 +382,7 @@ def _target_class(kind: type, mapping: Mapping[Any, Any]) -> type:
             f"{TARGET} {name!r} is not a dataclass, so it cannot be rebuilt from text; "
             "make it a dataclass, or set the object from Python"
         )
-    if not getattr(kind, "_is_protocol", False) and not issubclass(cls, kind):
+    if not _is_protocol(kind) and not issubclass(cls, kind):
         raise ConversionError(f"{TARGET} {name!r} is not a {kind.__name__}")
     return cls
 
@@ -372,27 +402,35 @@ def _instantiate(cls: type, values: dict[str, Any]) -> Any:
 # --- to plain values -------------------------------------------------------------------------
 
 
-def to_plain(value: Any, annotation: Any, path: str) -> Any:
+def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> Any:
     """Return `value` as YAML can hold it, such that `convert` gives it back.
+
+    `brief` leaves out what stands in a megatron-core dataclass by default.
 
     Raises:
         FieldProblems: With a line for each value that cannot be written as text.
     """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value.name if isinstance(value, enum.Enum) else value
+    if value is None or isinstance(value, bool):
+        return value
     if isinstance(value, enum.Enum):
         return value.name
+    for plain_type in (int, float, str):
+        if isinstance(value, plain_type):
+            return plain_type(value)  # A subclass, such as NumPy's float64, is not plain.
     if isinstance(value, torch.dtype):
         return dtype_name(value)
     if isinstance(value, pathlib.PurePath):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclass_to_plain(value, annotation, path)
+        return _dataclass_to_plain(value, annotation, path, brief)
     if isinstance(value, list | tuple | set | frozenset):
         return [to_plain(item, Any, f"{path}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, Mapping):
         return {key: to_plain(item, Any, f"{path}.{key}") for key, item in value.items()}
     try:
+        if isinstance(value, functools.partial) and not value.args:
+            keywords = {key: to_plain(v, Any, f"{path}.{key}") for key, v in value.keywords.items()}
+            return {PARTIAL: name_of(value.func), **keywords}
         if callable(value):
             return name_of(value)
     except ConversionError as error:
@@ -402,24 +440,30 @@ def to_plain(value: Any, annotation: Any, path: str) -> Any:
     )
 
 
-def dataclass_to_plain(value: Any, annotation: Any, path: str) -> dict[str, Any]:
-    """Return the fields of a dataclass as plain values, with `_target_` if it must be named."""
+def _dataclass_to_plain(value: Any, annotation: Any, path: str, brief: bool) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     lines = []
     if type(value) not in (annotation, *get_args(annotation)):
-        plain[TARGET] = f"{type(value).__module__}.{type(value).__qualname__}"
+        plain[TARGET] = class_name(type(value))
     annotations = annotations_of(type(value))
     for name, field in fields_of(value).items():
         item = getattr(value, name)
         if item is None and is_runtime_hook(field):
             continue
+        if brief and _is_megatrons(type(value), name) and is_default(item, field):
+            continue
         try:
-            plain[name] = to_plain(item, annotations[name], join(path, name))
+            plain[name] = to_plain(item, annotations[name], join(path, name), brief=brief)
         except FieldProblems as error:
             lines.extend(error.lines)
     if lines:
         raise FieldProblems(lines)
     return plain
+
+
+def _is_megatrons(cls: type, name: str) -> bool:
+    declaring = next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
+    return declaring.__module__.startswith("megatron.")
 
 
 # --- in words --------------------------------------------------------------------------------

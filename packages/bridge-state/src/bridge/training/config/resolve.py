@@ -1,6 +1,7 @@
 """Fills in what follows from other values: device, precision, layout. The one place that does."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -29,8 +30,26 @@ def resolve(
     Raises:
         ConfigError: With every wrong type, unknown attribute and contradiction at once.
     """
+    resolved, problems = resolve_collecting(config, device=device, world_size=world_size)
+    if problems:
+        raise ConfigError(problems, remainder=resolved)
+    return resolved
+
+
+def resolve_collecting(
+    config: ConfigContainer,
+    *,
+    device: Literal["cuda", "cpu"],
+    world_size: int,
+    refused: Collection[str] = (),
+) -> tuple[ConfigContainer, list[str]]:
+    """Do what `resolve` does, and return its problems instead of raising them.
+
+    `refused` names fields whose values were refused before: nothing is said about those.
+    """
     resolved = config.copy()
-    problems, refused = check_types(resolved)
+    problems, wrong_type = check_types(resolved)
+    refused = {*refused, *wrong_type}
     _forget_derived_values(resolved)
     resolved.dist.device = device
     if resolved.mixed_precision.precision == "auto":
@@ -38,9 +57,7 @@ def resolve(
     problems += _fill_derived_values(resolved)
     problems += rebuilt_sections(resolved, refused)
     problems += validate(resolved, world_size=world_size, refused=refused)
-    if problems:
-        raise ConfigError(problems)
-    return resolved
+    return resolved, problems
 
 
 def derived_values(config: ConfigContainer) -> dict[str, tuple[Any, str]]:
@@ -58,13 +75,10 @@ def derived_values(config: ConfigContainer) -> dict[str, tuple[Any, str]]:
             mode == "token",
             f"train.loss_normalization={mode}",
         )
-    interleaved = (
-        isinstance(model, ModelParallelConfig)
-        and (model.virtual_pipeline_model_parallel_size or 1) > 1
-    )
-    if interleaved:
+    if isinstance(model, ModelParallelConfig) and _is_interleaved(model):
         # Batched p2p on two stages posts to the same rank twice, and pairs the tensors wrongly.
-        reason = f"model.virtual_pipeline_model_parallel_size={model.virtual_pipeline_model_parallel_size}"
+        virtual = model.virtual_pipeline_model_parallel_size
+        reason = f"model.virtual_pipeline_model_parallel_size={virtual}"
         derived["model.overlap_p2p_comm"] = (True, reason)
         derived["model.batch_p2p_comm"] = (False, reason)
     if not config.optimizer.use_layer_wise_distributed_optimizer:
@@ -72,6 +86,10 @@ def derived_values(config: ConfigContainer) -> dict[str, tuple[Any, str]]:
             value = getattr(config.ddp, name)
             derived[f"optimizer.{name}"] = (value, f"ddp.{name}={value}")
     return derived
+
+
+def _is_interleaved(model: ModelParallelConfig) -> bool:
+    return (model.virtual_pipeline_model_parallel_size or 1) > 1
 
 
 def _from_precision(config: ConfigContainer) -> dict[str, tuple[Any, str]]:
@@ -102,13 +120,13 @@ def note_derived_values(config: ConfigContainer) -> None:
     config._derived = {
         path: value
         for path, (value, _) in derived_values(config).items()
-        if path not in config._given and _same(_get(config, path), value)
+        if path not in config._given and same(_get(config, path), value)
     }
 
 
 def _forget_derived_values(config: ConfigContainer) -> None:
     for path, value in config._derived.items():
-        if path not in config._given and _same(_get(config, path), value):
+        if path not in config._given and same(_get(config, path), value):
             section, name = path.split(".")
             holder = getattr(config, section)
             default = default_of(fields_of(holder)[name])
@@ -123,7 +141,7 @@ def _fill_derived_values(config: ConfigContainer) -> list[str]:
         holder = getattr(config, section)
         present = getattr(holder, name)
         default = default_of(fields_of(holder)[name])
-        if not _same(present, value) and (path in config._given or not _same(present, default)):
+        if not same(present, value) and (path in config._given or not same(present, default)):
             problems.append(
                 f"{path}={_text(present)} contradicts {reason}, from which {_text(value)} follows: "
                 f"remove the one or change the other"
@@ -138,7 +156,8 @@ def _get(config: ConfigContainer, path: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def _same(left: Any, right: Any) -> bool:
+def same(left: Any, right: Any) -> bool:
+    """Tell whether two field values are equal and of one type (1 is not True)."""
     return type(left) is type(right) and bool(left == right)
 
 

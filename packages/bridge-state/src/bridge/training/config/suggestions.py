@@ -27,26 +27,28 @@ def declared_class(section: str) -> type | None:
 
 def unknown_key(config: ConfigContainer, path: str) -> str:
     """Return the line about a key that does not exist, with the nearest one that does."""
-    meant = _meant(config, path)
-    return f"{path}: unknown key" + (f"; did you mean {meant}?" if meant else "")
+    meant = likely_meant(config, path)
+    return f"{path}: unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
 
 
-def _meant(config: ConfigContainer, path: str) -> str | None:
+def likely_meant(config: ConfigContainer, path: str) -> list[str]:
+    """Return the existing keys that `path` most probably stands for, none if nothing is near.
+
+    The same key in another section comes first, then a near one in the same section, then a near
+    one anywhere.
+    """
     section, _, key = path.rpartition(".")
-    key = key or section
+    section = section.partition(".")[0]
     near_section = section if section in SECTIONS else nearest(section, list(SECTIONS))
     homes = {name: section_fields(config, name) for name in SECTIONS}
     if near_section and near_section != section and key in homes[near_section]:
-        return f"{near_section}.{key}"
-    exact = [f"{name}.{key}" for name, keys in homes.items() if key in keys]
-    if exact:
-        return " or ".join(exact)
-    if near_section:
-        hint = nearest(key, homes[near_section])
-        if hint:
-            return f"{near_section}.{hint}"
-    if not section and (hint := nearest(key, [*SECTIONS, "recipe"])):
-        return hint
+        return [f"{near_section}.{key}"]
+    if exact := [f"{name}.{key}" for name, keys in homes.items() if key in keys]:
+        return exact
+    if near_section and (hint := nearest(key, homes[near_section])):
+        return [f"{near_section}.{hint}"]
+    if not section and (hint := nearest(key, list(SECTIONS))):
+        return [hint]
     everywhere = {key: name for name, keys in reversed(homes.items()) for key in keys}
-    hint = nearest(key, list(everywhere), cutoff=0.75)
-    return f"{everywhere[hint]}.{hint}" if hint else None
+    hint = nearest(key, list(everywhere), cutoff=0.7)
+    return [f"{everywhere[hint]}.{hint}"] if hint else []

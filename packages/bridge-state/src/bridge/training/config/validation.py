@@ -1,6 +1,7 @@
 """Contradictions within and across sections. Every check adds lines; none stops the others."""
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -44,7 +45,11 @@ def validate(config: ConfigContainer, *, world_size: int, refused: set[str]) -> 
         *_model(config, world_size, refused),
         *_own_checks(config),
     ]
-    return [line for line in lines if not any(path in line for path in refused)]
+    return [line for line in lines if not any(_mentions(line, path) for path in refused)]
+
+
+def _mentions(line: str, path: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(path)}(?![\w.])", line) is not None
 
 
 def rebuilt_sections(config: ConfigContainer, refused: set[str]) -> list[str]:
@@ -187,7 +192,8 @@ def _others(config: ConfigContainer) -> Iterator[str]:
     yield from _not_negative(config, "rng", "seed")
     if config.mixed_precision.precision == "fp16" and config.dist.device == "cpu":
         yield (
-            "mixed_precision.precision=fp16 does not run on dist.device=cpu: take fp32 or bf16 there"
+            "mixed_precision.precision=fp16 does not run on dist.device=cpu: "
+            "take fp32 or bf16 there"
         )
 
 
@@ -243,12 +249,24 @@ def _batches(config: ConfigContainer, layout: Layout) -> Iterator[str]:
             f"nearest is {_nearest_multiple(batch, step)}"
         )
         return
-    microbatches = batch // step
-    group = layout.pipeline
-    if (layout.virtual_pipeline or 1) > 1 and microbatches % group:
+    model = config.model
+    if isinstance(model, ModelParallelConfig) and (layout.virtual_pipeline or 1) > 1:
+        yield from _interleaved_microbatches(model, layout, batch // step)
+
+
+def _interleaved_microbatches(
+    model: ModelParallelConfig, layout: Layout, microbatches: int
+) -> Iterator[str]:
+    group = model.microbatch_group_size_per_vp_stage or layout.pipeline
+    if group < layout.pipeline:
         yield (
-            f"interleaved pipelining needs a multiple of model.pipeline_model_parallel_size="
-            f"{group} microbatches a step, and train.global_batch_size={batch} makes {microbatches}"
+            f"model.microbatch_group_size_per_vp_stage={group} must be at least "
+            f"model.pipeline_model_parallel_size={layout.pipeline}"
+        )
+    elif group > microbatches or 0 < microbatches % group < layout.pipeline:
+        yield (
+            f"{microbatches} microbatches a step do not fill an interleaved pipeline: change "
+            f"train.global_batch_size to make it a multiple of {group} microbatches"
         )
 
 

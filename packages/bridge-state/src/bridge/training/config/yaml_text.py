@@ -80,7 +80,7 @@ def load_yaml(text: str) -> Any:
         ConversionError: It is not YAML, or a key is there twice.
     """
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - the loader is a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise ConversionError(f"is not valid YAML: {error.problem}{place}") from error
@@ -92,3 +92,11 @@ def dump_yaml(plain: Mapping[str, Any]) -> str:
     """Return plain values as YAML text, in their order, lists of scalars on one line."""
     text: str = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)
     return text
+
+
+def dump_scalar(plain: Any) -> str:
+    """Return one value as YAML on one line, as an override would give it."""
+    text: str = yaml.dump(
+        plain, Dumper=_Dumper, default_flow_style=True, width=10_000, allow_unicode=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,298 @@
+"""What YAML files and the command line change in a configuration."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from bridge.training.config.container import SECTIONS, ConfigContainer
+from bridge.training.config.conversion import (
+    TARGET,
+    FieldProblems,
+    annotations_of,
+    class_name,
+    convert,
+    describe_annotation,
+    fields_of,
+    is_runtime_hook,
+    join,
+)
+from bridge.training.config.errors import ConfigError, ConversionError
+from bridge.training.config.resolve import derived_values, resolve_collecting, same
+from bridge.training.config.suggestions import likely_meant, unknown_key
+from bridge.training.config.types_check import assign
+from bridge.training.config.yaml_text import load_yaml
+
+type YamlDocument = str | Path | Mapping[str, Any]
+"""YAML text, a file that holds it, or what it parses to."""
+
+
+def apply_overrides(
+    config: ConfigContainer,
+    overrides: Sequence[str] = (),
+    *,
+    yaml_documents: Sequence[YamlDocument] = (),
+) -> ConfigContainer:
+    """Return a copy of `config` with the documents merged in order, then the overrides.
+
+    Args:
+        config: Where the run starts from, such as a recipe's configuration.
+        overrides: ``section.field=value``; the value is a YAML scalar or list, ``null`` is none.
+        yaml_documents: Sections with some or all of their fields. A document that names its
+            ``recipe``, or a section's class in ``_target_``, must agree with `config`.
+
+    Raises:
+        ConfigError: With everything that is wrong in all of them; its `remainder` is the
+            configuration with all the rest applied.
+    """
+    merge = _Merge(config.copy())
+    merge.everything(overrides, yaml_documents)
+    if merge.problems:
+        raise ConfigError(merge.problems, remainder=merge.config)
+    return merge.config
+
+
+def configure(
+    config: ConfigContainer,
+    overrides: Sequence[str] = (),
+    *,
+    yaml_documents: Sequence[YamlDocument] = (),
+    device: Literal["cuda", "cpu"] | Callable[[ConfigContainer], Literal["cuda", "cpu"]],
+    world_size: int,
+) -> ConfigContainer:
+    """Apply overrides as `apply_overrides`, then `resolve`: one report for both.
+
+    Args:
+        config: As for `apply_overrides`.
+        overrides: As for `apply_overrides`.
+        yaml_documents: As for `apply_overrides`.
+        device: Where the run takes place, or what decides it once the overrides are applied.
+        world_size: Ranks of the run.
+
+    Raises:
+        ConfigError: With every problem of either. A contradiction that involves a value which was
+            refused is left out: it would speak of a value that nobody gave.
+    """
+    merge = _Merge(config.copy())
+    merge.everything(overrides, yaml_documents)
+    where = device(merge.config) if callable(device) else device
+    resolved, problems = resolve_collecting(
+        merge.config, device=where, world_size=world_size, refused=merge.refused
+    )
+    if merge.problems or problems:
+        raise ConfigError(merge.problems + problems, remainder=resolved)
+    return resolved
+
+
+class _Merge:
+    """Changes one configuration in place, and collects what it had to refuse."""
+
+    def __init__(self, config: ConfigContainer) -> None:
+        self.config = config
+        self.problems: list[str] = []
+        self.refused: set[str] = set()
+
+    def everything(self, overrides: Sequence[str], documents: Sequence[YamlDocument]) -> None:
+        for number, document in enumerate(documents, start=1):
+            before = len(self.problems)
+            source = str(document) if isinstance(document, Path) else f"YAML document {number}"
+            self._document(document)
+            self.problems[before:] = [f"{p} ({source})" for p in self.problems[before:]]
+        for override in overrides:
+            self._override(override)
+
+    # --- YAML documents
+
+    def _document(self, document: YamlDocument) -> None:
+        try:
+            plain = _read(document)
+        except (ConversionError, OSError, UnicodeDecodeError) as error:
+            self.problems.append(f"the document {error}")
+            return
+        if plain is None:
+            return
+        if not isinstance(plain, Mapping):
+            self.problems.append(f"expected sections with their fields, got {plain!r}")
+            return
+        for section, content in plain.items():
+            if section == "recipe":
+                self._recipe(content)
+            elif section not in SECTIONS:
+                self._unknown(str(section))
+            elif content is None or isinstance(content, Mapping):
+                self._section(section, content)
+            else:
+                self._is_a_section(section, content)
+        self._note_derived(plain)
+
+    def _recipe(self, name: Any) -> None:
+        if self.config.recipe is None:
+            self._set(self.config, "recipe", name, "recipe")
+        elif name is not None and name != self.config.recipe:
+            self.problems.append(
+                f"recipe: it belongs to {name!r}, and this run is of {self.config.recipe!r}"
+            )
+
+    def _section(self, section: str, content: Mapping[Any, Any] | None) -> None:
+        present = getattr(self.config, section)
+        if content is not None and dataclasses.is_dataclass(present):
+            self._fields(present, section, content)
+        elif content is not None and present is not None:
+            if set(content) != {TARGET} or content[TARGET] != class_name(type(present)):
+                self.problems.append(
+                    f"{section}: {class_name(type(present))} is not a dataclass, so text cannot "
+                    "change it: set it from Python"
+                )
+        else:
+            self._set(self.config, section, content, section)
+
+    def _fields(self, holder: Any, path: str, content: Mapping[Any, Any]) -> None:
+        fields = fields_of(holder)
+        target = content.get(TARGET, class_name(type(holder)))
+        if target != class_name(type(holder)):
+            self.problems.append(
+                f"{path}: {TARGET} is {target!r}, and this run's is {class_name(type(holder))!r}"
+            )
+            return
+        for key, value in content.items():
+            here = join(path, key)
+            if key == TARGET:
+                continue
+            if key not in fields:
+                self._unknown(here)
+            elif isinstance(value, Mapping) and dataclasses.is_dataclass(getattr(holder, key)):
+                self._fields(getattr(holder, key), here, value)
+            else:
+                self._set(holder, key, value, here)
+
+    def _note_derived(self, plain: Mapping[Any, Any]) -> None:
+        """Take what the document holds as resolution would fill it in for derived.
+
+        A resolved config.yaml is so fed back: a later change of what it follows from carries it.
+        """
+        for path, (value, _) in derived_values(self.config).items():
+            section, name = path.split(".")
+            content = plain.get(section)
+            if not isinstance(content, Mapping) or name not in content:
+                continue
+            if same(getattr(getattr(self.config, section), name), value):
+                self.config._derived[path] = value
+
+    # --- the command line
+
+    def _override(self, override: str) -> None:
+        path, equals, text = override.partition("=")
+        path = path.strip()
+        section, *keys = path.split(".")
+        if not equals:
+            self.problems.append(f"{override!r}: expected section.field=value")
+        elif section == "recipe":
+            self.problems.append("recipe: it is chosen by its name, not by an override")
+        elif section not in SECTIONS or not all(keys):
+            self._unknown(path)
+        elif not keys and text != "null":
+            self._is_a_section(section, text)
+        elif not text.strip():
+            self.problems.append(f"{path}: has no value; write null for none, '' for empty text")
+        elif not keys:
+            self._section(section, None)
+        else:
+            self._override_field(section, keys, text.strip())
+
+    def _override_field(self, section: str, keys: list[str], text: str) -> None:
+        holder: Any = self.config
+        holder_path = ""
+        for key in [section, *keys[:-1]]:
+            path = join(holder_path, key)
+            if key not in fields_of(holder):
+                self._unknown(path)
+                return
+            inner = getattr(holder, key)
+            if inner is None:
+                inner = self._absent_section(holder, key, path)
+            if not dataclasses.is_dataclass(inner) or isinstance(inner, type):
+                kind = "has no fields" if key != section else "is not a dataclass"
+                self.problems.append(
+                    f"{'.'.join([section, *keys])}: {path} {kind}, so text cannot change it"
+                )
+                return
+            holder, holder_path = inner, path
+        path = join(holder_path, keys[-1])
+        if keys[-1] not in fields_of(holder):
+            self._unknown(path)
+        elif self._set(holder, keys[-1], text, path, from_text=True):
+            self.config._given.add(path)
+
+    def _absent_section(self, holder: Any, key: str, path: str) -> Any:
+        """Make the optional section that is about to be filled, of its annotated class."""
+        try:
+            made = convert({}, annotations_of(type(holder))[key], path)
+        except ConversionError:
+            return None
+        assign(holder, key, made)
+        return made
+
+    # --- both
+
+    def _set(
+        self, holder: Any, name: str, value: Any, path: str, *, from_text: bool = False
+    ) -> bool:
+        annotation = annotations_of(type(holder))[name]
+        if is_runtime_hook(fields_of(holder)[name]) and value not in (None, "null"):
+            self.problems.append(f"{path}: is set by the loop while it runs, not by text")
+            return False
+        try:
+            if from_text:
+                converted = _convert_text(value, annotation, path)
+            else:
+                converted = convert(value, annotation, path)
+        except FieldProblems as error:
+            self.problems.extend(error.lines)
+        except ConversionError as error:
+            self.problems.append(f"{path}: {error}")
+        else:
+            assign(holder, name, converted)
+            return True
+        self.refused.add(path)
+        return False
+
+    def _unknown(self, path: str) -> None:
+        self.problems.append(unknown_key(self.config, path))
+        self.refused.update(likely_meant(self.config, path))
+
+    def _is_a_section(self, section: str, value: Any) -> None:
+        present = getattr(self.config, section)
+        example = (
+            next(iter(fields_of(present)), None) if dataclasses.is_dataclass(present) else None
+        )
+        self.problems.append(
+            f"{section}: is a section, it cannot be {value!r}"
+            + (f"; set its fields, such as {section}.{example}" if example else "")
+        )
+
+
+def _read(document: YamlDocument) -> Any:
+    if isinstance(document, Path):
+        document = document.read_text(encoding="utf-8")
+    return load_yaml(document) if isinstance(document, str) else document
+
+
+def _convert_text(text: str, annotation: Any, path: str) -> Any:
+    """Convert an override's text: by YAML's rules, and as it stands where a string is wanted."""
+    try:
+        value = load_yaml(text)
+    except ConversionError:
+        value = text
+    if isinstance(value, str) and text[0] not in "'\"":
+        value = text  # YAML would cut a " #..." off as a comment.
+    try:
+        return convert(value, annotation, path)
+    except ConversionError:
+        if isinstance(value, str) or not _accepts_text(annotation):
+            raise
+        return convert(text, annotation, path)
+
+
+def _accepts_text(annotation: Any) -> bool:
+    return re.search(r"\ba (string|path)\b", describe_annotation(annotation)) is not None

@@ -1,0 +1,124 @@
+"""Lists every key of a configuration with its type, value and meaning, for ``--help``."""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from bridge.training.config.container import SECTIONS, ConfigContainer
+from bridge.training.config.conversion import (
+    FieldProblems,
+    annotations_of,
+    describe_annotation,
+    fields_of,
+    is_runtime_hook,
+    join,
+    to_plain,
+)
+from bridge.training.config.suggestions import declared_class
+from bridge.training.config.yaml_text import dump_scalar
+
+
+@dataclass(kw_only=True, frozen=True)
+class Key:
+    """One key that a YAML file or ``section.field=value`` may set."""
+
+    path: str
+    """Such as "train.train_iters"."""
+    accepts: str
+    """The kinds of values in words."""
+    value: str
+    """What the configuration holds, as YAML."""
+    meaning: str
+    """The first sentence of the field's docstring; empty if it has none."""
+
+
+def describe(config: ConfigContainer) -> list[Key]:
+    """Return every key of `config`, the model's and the dataset's too, section by section.
+
+    What only a running loop sets (megatron-core's hooks) is left out. A section that is None is
+    listed with its class's defaults.
+    """
+    keys: list[Key] = []
+    for section in SECTIONS:
+        holder: Any = getattr(config, section)
+        if holder is None and (cls := declared_class(section)):
+            holder = cls()
+        if dataclasses.is_dataclass(holder):
+            keys.extend(_keys(holder, section))
+    return keys
+
+
+def reference_text(config: ConfigContainer, *, width: int = 100) -> str:
+    """Return `describe` as text: a key with its value on one line, its meaning below it."""
+    sections: dict[str, list[str]] = {}
+    for key in describe(config):
+        lines = sections.setdefault(key.path.partition(".")[0], [])
+        lines.append(f"  {key.path}={key.value}  ({key.accepts})")
+        lines.extend(
+            textwrap.wrap(key.meaning, width - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        )
+    return "\n".join("\n".join([f"{name}:", *lines]) for name, lines in sections.items())
+
+
+def _keys(holder: Any, path: str) -> Iterator[Key]:
+    annotations, meanings = annotations_of(type(holder)), _meanings_of(type(holder))
+    for name, field in fields_of(holder).items():
+        if is_runtime_hook(field):
+            continue
+        here, value = join(path, name), getattr(holder, name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from _keys(value, here)
+            continue
+        try:
+            shown = dump_scalar(to_plain(value, annotations[name], here))
+        except FieldProblems:
+            shown = f"<{type(value).__name__}>"  # It has no text, and can be set from Python only.
+        yield Key(
+            path=here,
+            accepts=describe_annotation(annotations[name]),
+            value=shown,
+            meaning=meanings.get(name, ""),
+        )
+
+
+def _meanings_of(cls: type) -> dict[str, str]:
+    return _meanings(cls)
+
+
+@functools.cache
+def _meanings(cls: type) -> dict[str, str]:
+    """Return the first sentence of each field's docstring, the nearest class's."""
+    meanings: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            meanings.update(_own_meanings(base))
+    return meanings
+
+
+def _own_meanings(cls: type) -> Iterator[tuple[str, str]]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return  # Defined where there is no source to read, such as an interactive session.
+    (definition,) = tree.body
+    assert isinstance(definition, ast.ClassDef)
+    for field, docstring in zip(definition.body, definition.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(docstring, ast.Expr)
+            and isinstance(docstring.value, ast.Constant)
+            and isinstance(docstring.value.value, str)
+        ):
+            yield field.target.id, _first_sentence(docstring.value.value)
+
+
+def _first_sentence(text: str) -> str:
+    words = " ".join(text.split())
+    end = words.find(". ")
+    return words if end < 0 else words[: end + 1]
