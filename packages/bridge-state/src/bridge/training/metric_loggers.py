@@ -27,8 +27,11 @@ log = logging.getLogger(__name__)
 class MetricLogger(Protocol):
     """Takes one row of metrics at a time."""
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write one row: the value of each name after optimizer step ``step``."""
+    def log(self, metrics: Mapping[str, float | None], step: int) -> None:
+        """Write one row: the value of each name after optimizer step ``step``.
+
+        None says that the step has no such value (a mean over no token, say).
+        """
         ...
 
     def close(self) -> None:
@@ -39,7 +42,7 @@ class MetricLogger(Protocol):
 class JsonlLogger:
     """One strict JSON object a line: ``{"step": 10, "lm loss": 2.5, ...}``.
 
-    JSON has no NaN and no infinity: such a value is written as null under its name. Each row is
+    None is null, and so are NaN and infinities, which JSON does not have. Each row is
     flushed as a whole line. A file that ends in a torn line (its writer was killed) loses that
     line when it is opened.
     """
@@ -51,11 +54,14 @@ class JsonlLogger:
         _drop_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, float | None], step: int) -> None:
         """Append one line; raises ValueError if a metric is called "step"."""
         if "step" in metrics:
             raise ValueError('a metric cannot be called "step": that is the key of the row')
-        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        row = {
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in metrics.items()
+        }
         line = json.dumps({"step": step, **row}, allow_nan=False, ensure_ascii=False)
         self._file.write(line + "\n")
         self._file.flush()
@@ -92,10 +98,11 @@ class TensorBoardLogger:
         self.writer: SummaryWriter = SummaryWriter(os.fspath(directory), purge_step=purge_step)
         self._closed = False
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, float | None], step: int) -> None:
         """Add one point to each name's curve."""
         for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+            if value is not None:
+                self.writer.add_scalar(name, value, step)
         # A row comes once in many steps, and whoever watches a curve wants its last point.
         self.writer.flush()
 
@@ -165,9 +172,10 @@ class WandbLogger:
         self._exit_code = 0
         self._closed = False
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, float | None], step: int) -> None:
         """Add the row to ``step``, which W&B commits once a later step or the end comes."""
-        self.run.log(dict(metrics), step=step)
+        present = {name: value for name, value in metrics.items() if value is not None}
+        self.run.log(present, step=step)
 
     def mark_failed(self) -> None:
         """Let W&B show the run as failed when it is closed."""
@@ -189,7 +197,7 @@ class MetricLoggers:
         self._step: int | None = None
         self._names: set[str] = set()
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, float | None], step: int) -> None:
         """Write one row everywhere.
 
         Raises:

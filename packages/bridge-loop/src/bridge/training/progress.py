@@ -1,0 +1,203 @@
+"""What a run tells its user: a live line on a terminal, plain lines anywhere else."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Self, TextIO
+
+type Row = Mapping[str, float | None]
+
+# How the names of a row that the loop itself writes are shown, in this order.
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "learning_rate": lambda value: f"lr {value:.2e}",
+    "grad_norm": lambda value: f"grad norm {value:.3g}",
+    "loss_scale": lambda value: f"loss scale {value:.0f}",
+    "tokens_per_s": lambda value: f"{_short(value)} tokens/s",
+    "mfu": lambda value: f"mfu {value:.1%}",
+    "memory_gb": lambda value: f"{value:.1f} GB",
+}
+_NOT_SHOWN = {
+    "step",
+    "consumed_samples",
+    "consumed_tokens",
+    "skipped_steps",
+    "step_time_s",
+    "samples_per_s",
+    *_SHOWN,
+}
+_REDRAW_SECONDS = 0.1
+
+
+class Progress:
+    """Writes the run's progress; a context, so that the live line ends before what follows."""
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        is_terminal: bool | None = None,
+        enabled: bool = True,
+    ) -> None:
+        """Write to `stream`.
+
+        Args:
+            stream: Standard output if None.
+            is_terminal: Whether lines may be overwritten; found out if None.
+            enabled: False on the ranks that do not speak to the user.
+        """
+        self._stream = stream or sys.stdout
+        if is_terminal is None:
+            is_terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._is_terminal = is_terminal
+        self._enabled = enabled
+        self._live = False
+        """Whether the cursor stands in a line that will be overwritten."""
+        self._last_draw = float("-inf")
+        self._details = ""
+        self._step_seconds: float | None = None
+
+    def note(self, line: str) -> None:
+        """Write one line that stays."""
+        if self._enabled:
+            self._stream.write(("\r\x1b[K" if self._live else "") + line + "\n")
+            self._stream.flush()
+            self._live = False
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[Callable[[], None]]:
+        """Show that a phase of the start-up begins, and how long it took.
+
+        Yields:
+            A function that ends the phase before the block does.
+        """
+        start, ended = time.monotonic(), False
+
+        def end() -> None:
+            nonlocal ended
+            if not ended:
+                ended = True
+                self.note(f"{name:<16} {time.monotonic() - start:6.1f} s")
+
+        if self._is_terminal:
+            self._draw(f"{name} ...")
+        else:
+            self.note(f"{name} ...")
+        try:
+            yield end
+        except BaseException:
+            if not ended:
+                self.note(f"{name:<16} failed after {time.monotonic() - start:.1f} s")
+            raise
+        end()
+
+    def step(self, step: int, total_steps: int, row: Row) -> None:
+        """Show a logged step with the row that was written for it."""
+        seconds = row.get("step_time_s")
+        if seconds is not None:
+            # Recent steps say more about the coming ones than the first, slow ones do.
+            last = seconds if self._step_seconds is None else self._step_seconds
+            self._step_seconds = 0.5 * (seconds + last)
+        metrics = [name for name in row if name not in _NOT_SHOWN]
+        if self._is_terminal:  # There is room for one.
+            metrics = [name for name in metrics if name == "lm loss"] or metrics[:1]
+        parts = [_named(name, row[name]) for name in metrics]
+        for name, show in _SHOWN.items():
+            value = row.get(name)
+            if value is not None:
+                parts.append(show(value))
+        if skipped := row.get("skipped_steps"):
+            parts.append(f"{skipped:.0f} skipped")
+        self._details = " | ".join(parts)
+        if self._is_terminal:
+            self._draw(self._step_line(step, total_steps))
+        else:
+            self.note(self._step_line(step, total_steps))
+
+    def tick(self, step: int, total_steps: int) -> None:
+        """Count a step that is not logged, on a terminal."""
+        if self._is_terminal and time.monotonic() - self._last_draw > _REDRAW_SECONDS:
+            self._draw(self._step_line(step, total_steps))
+
+    def evaluation(self, name: str, step: int, metrics: Row) -> None:
+        """Show the result of an evaluation."""
+        results = " | ".join(_named(key, value) for key, value in metrics.items())
+        self.note(f"{name} at step {step} | {results}")
+
+    def summary(self, lines: Iterable[str]) -> None:
+        """Write the last lines of the run."""
+        self.close()
+        self.note("")
+        for line in lines:
+            self.note(line)
+
+    def close(self) -> None:
+        """Leave the live line as it is and go on below it."""
+        if self._live:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._live = False
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the live line."""
+        self.close()
+
+    def _step_line(self, step: int, total_steps: int) -> str:
+        parts = [f"step {step}/{total_steps}"]
+        if self._details:
+            parts.append(self._details)
+        if self._step_seconds is not None and step < total_steps:
+            parts.append(f"eta {_duration((total_steps - step) * self._step_seconds)}")
+        return " | ".join(parts)
+
+    def _draw(self, line: str) -> None:
+        """Write a line over the live one, cut so that it stays one line."""
+        if self._enabled:
+            self._last_draw = time.monotonic()
+            self._stream.write("\r" + line[: self._width() - 1] + "\x1b[K")
+            self._stream.flush()
+            self._live = True
+
+    def _width(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except OSError:  # A stream that only passes for a terminal has no size.
+            return 80
+
+
+def _named(name: str, value: float | None) -> str:
+    if value is None:
+        return f"{name} none"
+    if isinstance(value, int):
+        return f"{name} {value}"
+    plain = value == 0 or 1e-3 <= abs(value) < 1e6
+    return f"{name} {value:.4f}" if plain else f"{name} {value:.3e}"
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,74 @@
+"""How fast a run is: tokens a second, and the share of the device's peak that the model uses."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+# Dense bf16 peaks in FLOP/s from NVIDIA's data sheets (half of a figure "with sparsity"), for the
+# names that torch.cuda.get_device_name gives. The first entry whose words all occur counts.
+_BF16_PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
+    (("GB200",), 2.5e15),
+    (("B200",), 2.25e15),
+    (("GH200",), 989e12),
+    (("H200", "NVL"), 835.5e12),
+    (("H200",), 989e12),
+    (("H100", "PCIe"), 756e12),
+    (("H100", "NVL"), 835.5e12),
+    (("H100",), 989e12),
+    (("A100",), 312e12),
+)
+
+
+@runtime_checkable
+class CountsFlops(Protocol):
+    """A model configuration that knows its arithmetic; without it a run reports no MFU."""
+
+    def training_flops_per_token(self) -> float:
+        """Return the FLOPs of forward and backward for one token, without recomputation.
+
+        By convention 6 W + 6 L s d: W the weights that a token is multiplied with (the output
+        layer, not the input embedding), and the causal half of 12 L s d for the attention
+        matrices (PaLM, arXiv:2204.02311, appendix B, has the full one), with L layers, s positions
+        and d the heads times their width.
+        """
+        ...
+
+
+def model_flops_per_token(model: object) -> float | None:
+    """Return what the model configuration counts for a token; None if it does not count."""
+    return model.training_flops_per_token() if isinstance(model, CountsFlops) else None
+
+
+def peak_bf16_flops(device_name: str) -> float | None:
+    """Look up the dense bf16 peak in FLOP/s (NVIDIA data sheets); None for an unknown device.
+
+    A slice of a device (MIG) is unknown too: its peak is not that of the whole.
+    """
+    words = set(device_name.replace("-", " ").split())
+    if "MIG" in words:
+        return None
+    return next((peak for names, peak in _BF16_PEAKS if words.issuperset(names)), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Turns what an interval took into rates."""
+
+    flops_per_token: float | None = None
+    """As `model_flops_per_token` says."""
+    peak_flops: float | None = None
+    """Peak of one device in FLOP/s; None where it is not known, a CPU's say."""
+    world_size: int = 1
+
+    def rates(self, *, tokens: int, samples: int, seconds: float) -> dict[str, float]:
+        """Return tokens_per_s and samples_per_s of the whole run, and mfu where it is known.
+
+        Args:
+            tokens: Tokens trained on in the interval, over all ranks.
+            samples: Samples likewise.
+            seconds: Length of the interval.
+        """
+        rates = {"tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds}
+        if self.flops_per_token is not None and self.peak_flops is not None:
+            achieved = rates["tokens_per_s"] * self.flops_per_token
+            rates["mfu"] = achieved / (self.peak_flops * self.world_size)
+        return rates
