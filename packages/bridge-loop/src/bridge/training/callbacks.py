@@ -73,10 +73,12 @@ class Callback:
     def on_evaluate_start(self, context: CallbackContext) -> None:
         """Before an evaluation."""
 
-    def on_evaluate_end(self, context: CallbackContext, results: Mapping[str, float]) -> None:
+    def on_evaluate_end(
+        self, context: CallbackContext, results: Mapping[str, float | None]
+    ) -> None:
         """After an evaluation, with its metrics."""
 
-    def on_log(self, context: CallbackContext, metrics: dict[str, float]) -> None:
+    def on_log(self, context: CallbackContext, metrics: dict[str, float | None]) -> None:
         """Before a logged step's row is written; what is added to `metrics` is written too."""
 
     def on_checkpoint_save(self, context: CallbackContext, path: "Path") -> None:
