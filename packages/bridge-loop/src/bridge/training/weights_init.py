@@ -1,0 +1,210 @@
+"""Initial weights that do not depend on the parallel layout.
+
+megatron-core draws each rank's shard from that rank's generator, so a model's start changes with
+every layout and device. Here a weight is a function of the seed, its global name and its full
+shape: the full tensor is drawn on the CPU by the config's own initialiser, and each rank copies
+its part. megatron-core's sharded state dict says what the global name is and which part is
+whose: the same knowledge that lets a checkpoint move between layouts, gated units, fused QKV,
+experts and tied embeddings included.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+type Initializer = Callable[[Tensor], object]
+
+SWITCH = "set rng.layout_invariant_init=false to keep the model's own initialisation"
+
+_ROWS_OF_A_BLOCK = 128
+
+_INPUT_WEIGHTS = {
+    "eh_proj.weight",
+    "fc1_latent_proj.weight",
+    "linear_fc1.weight",
+    "linear_kv.weight",
+    "linear_kv_down_proj.weight",
+    "linear_kv_up_proj.weight",
+    "linear_q.weight",
+    "linear_q_down_proj.weight",
+    "linear_q_proj.weight",
+    "linear_q_up_proj.weight",
+    "linear_qkv.weight",
+    "linear_qkv_down_proj.weight",
+    "router.bias",
+    "router.weight",
+    "shared_experts.gate_weight",
+}
+_OUTPUT_WEIGHTS = {"fc2_latent_proj.weight", "linear_fc2.weight", "linear_proj.weight"}
+_EMBEDDINGS = {
+    "position_embeddings.weight",
+    "tokentype_embeddings.weight",
+    "word_embeddings.weight",
+}
+
+
+def initialize_weights(
+    model_chunks: Iterable[torch.nn.Module], seed: int, pg_collection: ProcessGroupCollection
+) -> None:
+    """Draw the weights of a megatron-core model anew, the same under every layout and device.
+
+    Norms and biases keep the constants that megatron-core gave them. A module that is not a
+    megatron-core transformer keeps the initialisation of its author. To be called before an
+    optimizer copies the weights. Rows of an embedding do not depend on how many rows pad it.
+
+    Args:
+        model_chunks: This rank's part of the model, wrapped for 16 bits or not.
+        seed: The run's seed.
+        pg_collection: This rank's process groups; its ``dp_cp`` is read.
+
+    Raises:
+        ValueError: A weight is split over ranks and none of megatron-core's initialisers is
+            known to be its own.
+    """
+    for chunk in model_chunks:
+        module = unwrap_model(chunk)
+        config = getattr(module, "config", None)
+        if not isinstance(module, MegatronModule) or not isinstance(config, TransformerConfig):
+            continue
+        if config.perform_initialization:
+            _initialize_chunk(module, config, seed, pg_collection)
+
+
+@torch.no_grad()
+def _initialize_chunk(
+    module: MegatronModule,
+    config: TransformerConfig,
+    seed: int,
+    pg_collection: ProcessGroupCollection,
+) -> None:
+    described: set[int] = set()
+    kept: list[str] = []
+    for parameter, shards in _shards_of_parameters(module, pg_collection):
+        described.add(id(parameter))
+        for shard in shards:
+            initializer = initializer_of(shard.key, config)
+            if initializer is not None and shard.data is not None:
+                shard.data.copy_(_part(shard, initializer, seed))
+            elif not _is_constant(shard.key):
+                _refuse_if(_is_split(shard), shard.key)
+                kept.append(shard.key)
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in described:
+            _refuse_if(_is_marked_split(parameter), name)
+            kept.append(name)
+    if kept:
+        logger.info("weights that keep their module's own initialisation: %s", ", ".join(kept))
+
+
+def initializer_of(name: str, config: TransformerConfig) -> Initializer | None:
+    """Return the initialiser that megatron-core's layers use for a weight of this name, if any."""
+    role = ".".join(name.split(".")[-2:])
+    if role in _INPUT_WEIGHTS:
+        return config.init_method
+    if role in _OUTPUT_WEIGHTS:
+        return config.output_layer_init_method
+    if role in _EMBEDDINGS:
+        return config.embedding_init_method
+    if role == "output_layer.weight":  # as GPTModel chooses
+        return config.embedding_init_method if config.use_mup else config.init_method
+    return None
+
+
+def _is_constant(name: str) -> bool:
+    """Whether megatron-core starts a parameter of this name at a constant: norms and biases."""
+    *_, owner, leaf = ["", *name.split(".")]
+    return leaf == "bias" or leaf.startswith("layer_norm_") or "norm" in owner
+
+
+def _refuse_if(is_split: bool, name: str) -> None:
+    if is_split:
+        raise ValueError(f"{name}: no layout-invariant initialisation is known for it; {SWITCH}")
+
+
+def _is_split(shard: ShardedTensor) -> bool:
+    return bool(shard.prepend_axis_num) or tuple(shard.local_shape) != tuple(shard.global_shape)
+
+
+def _is_marked_split(parameter: torch.nn.Parameter) -> bool:
+    of_expert = not getattr(parameter, "allreduce", True)
+    return of_expert or getattr(parameter, "tensor_model_parallel", False)
+
+
+def _shards_of_parameters(
+    module: MegatronModule, pg_collection: ProcessGroupCollection
+) -> Iterator[tuple[torch.nn.Parameter, list[ShardedTensor]]]:
+    """Yield each parameter with its parts' places in the full tensors.
+
+    The parts' data are views of the parameter. Layers are told apart by their number in the
+    name, experts by an index before the tensor's own axes.
+    """
+    metadata = {"non_homogeneous_layers": True, "dp_cp_group": pg_collection.dp_cp}
+    for entry in module.sharded_state_dict(metadata=metadata).values():
+        if not isinstance(entry.data, torch.nn.Parameter):
+            continue  # a buffer, or the state of a module
+        if isinstance(entry, ShardedTensorFactory):  # a gated unit: the gate, then the rest
+            yield entry.data, entry.build()
+        else:
+            yield entry.data, [entry]
+
+
+def _part(shard: ShardedTensor, initializer: Initializer, seed: int) -> Tensor:
+    """Draw the full tensor and return this rank's part of it."""
+    axes = shard.prepend_axis_num
+    name = "/".join(map(str, [shard.key, *shard.global_offset[:axes]]))
+    offset, shape = shard.global_offset[axes:], shard.global_shape[axes:]
+    if shard.allow_shape_mismatch:
+        # Rows of the vocabulary, padded to a multiple that depends on the layout.
+        return _rows(name, offset[0], shard.local_shape[0], shape[1:], initializer, seed)
+    full = _draw(name, shape, initializer, seed)
+    for axis, (start, length) in enumerate(zip(offset, shard.local_shape, strict=True)):
+        full = full.narrow(axis, start, length)
+    return full
+
+
+def _rows(
+    name: str,
+    first: int,
+    count: int,
+    row_shape: tuple[int, ...],
+    initializer: Initializer,
+    seed: int,
+) -> Tensor:
+    """Draw rows in blocks of their own, so that none depends on how many there are."""
+    first_block = first // _ROWS_OF_A_BLOCK
+    last_block = (first + count - 1) // _ROWS_OF_A_BLOCK
+    blocks = [
+        _draw(f"{name}/rows{block}", (_ROWS_OF_A_BLOCK, *row_shape), initializer, seed)
+        for block in range(first_block, last_block + 1)
+    ]
+    return torch.cat(blocks).narrow(0, first - first_block * _ROWS_OF_A_BLOCK, count)
+
+
+def _draw(name: str, shape: tuple[int, ...], initializer: Initializer, seed: int) -> Tensor:
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")
+    with _generator_seeded_by(name, seed):
+        initializer(values)
+    return values
+
+
+@contextmanager
+def _generator_seeded_by(name: str, seed: int) -> Iterator[None]:
+    """Seed the CPU's generator, from which torch.nn.init draws, and give its state back after."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(int.from_bytes(digest, "big"))
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)

@@ -1,0 +1,312 @@
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from torch import Tensor
+
+from bridge.training.weights_init import initialize_weights
+from ranks import run_ranks
+from tiny_models import SEQUENCE, VOCABULARY, build_tiny_gpt, layout_of, tiny_config
+
+SEED = 1234
+MOE: dict[str, Any] = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "moe_shared_expert_intermediate_size": 40,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+}
+BIASED: dict[str, Any] = {
+    "gated_linear_unit": False,
+    "activation_func": torch.nn.functional.gelu,
+    "add_bias_linear": True,
+    "normalization": "LayerNorm",
+    "num_query_groups": 4,
+}
+
+
+def build(
+    layout: dict[str, int], changes: dict[str, Any], seed: int = SEED, **arguments: Any
+) -> tuple[Any, list[Any]]:
+    """Build on this rank, from generators that differ between ranks and layouts."""
+    sizes = layout_of(**layout)
+    noise = torch.distributed.get_rank() + 10 * torch.distributed.get_world_size()
+    torch.manual_seed(noise)
+    model_parallel_cuda_manual_seed(noise, force_reset_rng=True)
+    config = tiny_config(**(sizes | changes))
+    chunks = build_tiny_gpt(config, **arguments)
+    initialize_weights(chunks, seed, ProcessGroupCollection.use_mpu_process_groups())
+    return config, chunks
+
+
+def global_parameters(chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
+    """This rank's parameters, layers and experts numbered as in the whole model."""
+    experts_before = 0
+    for chunk in chunks:
+        layers = list(chunk.decoder.layers)
+        for name, parameter in chunk.named_parameters():
+            if found := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
+                number = layers[int(found[1])].layer_number - 1
+                name = f"decoder.layers.{number}.{found[2]}"
+            if found := re.match(r"(.*local_experts\.)(\d+)(\..*)", name):
+                ranks = parallel_state.get_expert_model_parallel_world_size()
+                experts_before = (
+                    parallel_state.get_expert_model_parallel_rank()
+                    * chunk.config.num_moe_experts
+                    // ranks
+                )
+                name = f"{found[1]}{experts_before + int(found[2])}{found[3]}"
+            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.weight"
+            yield name, parameter.detach().clone()
+
+
+def piece(name: str, full: Tensor, rank: int, ranks: int, gated: bool) -> Tensor:
+    """The part of a full tensor that a tensor-parallel rank holds."""
+    owner = name.split(".")[-2]
+    if owner in ("linear_proj", "linear_fc2"):
+        return full.chunk(ranks, dim=-1)[rank] if name.endswith("weight") else full
+    if owner == "linear_fc1" and gated:
+        return torch.cat([half.chunk(ranks)[rank] for half in full.chunk(2)])
+    if owner in ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer"):
+        return full.chunk(ranks)[rank]
+    return full
+
+
+@cache
+def whole_model(kind: str, seed: int = SEED) -> dict[str, Tensor]:
+    def on_one_rank() -> dict[str, Tensor]:
+        _, chunks = build({}, KINDS[kind], seed)
+        return dict(global_parameters(chunks))
+
+    return run_ranks(1, on_one_rank)[0]
+
+
+KINDS: dict[str, dict[str, Any]] = {"gated": {}, "biased": BIASED, "experts": MOE}
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "layout"),
+    [
+        ("gated", 2, {"tp": 2}),
+        ("gated", 2, {"pp": 2}),
+        ("gated", 2, {"pp": 2, "vpp": 2}),
+        ("gated", 4, {"tp": 2, "pp": 2}),
+        ("gated", 2, {"cp": 2}),
+        ("biased", 2, {"tp": 2}),
+        ("experts", 2, {"ep": 2}),
+        ("experts", 2, {"tp": 2}),
+        ("experts", 4, {"tp": 2, "ep": 2, "etp": 1, "pp": 2}),
+    ],
+    ids=lambda value: (
+        "".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else ""
+    ),
+)
+def test_every_layout_holds_pieces_of_the_same_model(
+    kind: str, world_size: int, layout: dict[str, int]
+) -> None:
+    def on_a_rank() -> dict[str, tuple[int, int, Tensor]]:
+        _, chunks = build(layout, KINDS[kind] | {"sequence_parallel": layout.get("tp", 1) > 1})
+        place = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        expert_place = (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
+        return {
+            name: (*(expert_place if "local_experts" in name else place), parameter)
+            for name, parameter in global_parameters(chunks)
+        }
+
+    whole = whole_model(kind)
+    seen = set()
+    for parameters in run_ranks(world_size, on_a_rank):
+        for name, (rank, ranks, parameter) in parameters.items():
+            expected = piece(name, whole[name], rank, ranks, gated=kind != "biased")
+            assert torch.equal(parameter, expected), name
+            seen.add(name)
+    assert seen == set(whole)
+
+
+def mean_loss(layout: dict[str, int], changes: dict[str, Any]) -> float:
+    """The loss of the same tokens, through megatron-core's schedule; NaN before the last stage."""
+    config, chunks = build(layout, changes)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE + 1), generator=generator)
+    positions = torch.arange(SEQUENCE).expand(2, -1)
+
+    def forward(data: Any, model: Any) -> tuple[Tensor, Any]:
+        losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+        return losses, lambda losses: (losses.mean(), {"loss": losses.detach().mean()})
+
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[None] * len(chunks),
+        model=chunks,
+        num_microbatches=2,
+        seq_length=SEQUENCE,
+        micro_batch_size=2,
+        forward_only=True,
+    )
+    return float(outputs[0]["loss"]) if outputs else float("nan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "layouts"),
+    [
+        ({}, 2, [{"tp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}]),
+        (MOE, 2, [{"ep": 2}, {"tp": 2}]),
+    ],
+    ids=["dense", "experts"],
+)
+def test_the_first_loss_is_the_same_under_every_layout(
+    changes: dict[str, Any], world_size: int, layouts: list[dict[str, int]]
+) -> None:
+    (expected,) = run_ranks(1, mean_loss, {}, changes)
+    for layout in layouts:
+        parallel = changes | {"sequence_parallel": "tp" in layout}
+        losses = run_ranks(world_size, mean_loss, layout, parallel)
+        given = [loss for loss in losses if loss == loss]
+        assert given == pytest.approx([expected] * len(given), abs=1e-6), layout
+        assert given
+
+
+def test_the_seed_changes_the_weights() -> None:
+    first, second = whole_model("gated"), whole_model("gated", seed=SEED + 1)
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    assert not torch.equal(first[name], second[name])
+
+
+def test_no_two_weights_are_alike() -> None:
+    for kind in KINDS:
+        firsts = [
+            float(tensor.flatten()[0])
+            for name, tensor in whole_model(kind).items()
+            if tensor.dim() == 2
+        ]
+        assert len(set(firsts)) == len(firsts)
+
+
+def test_deviations_are_megatron_cores_and_norms_and_biases_are_constant() -> None:
+    whole = whole_model("biased")
+    layers = 4
+    for name, tensor in whole.items():
+        if "norm" in name and name.endswith("weight"):
+            assert torch.equal(tensor, torch.ones_like(tensor)), name
+        elif name.endswith("bias"):
+            assert not tensor.any(), name
+        else:
+            is_output = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            expected = 0.02 / (2 * layers) ** 0.5 if is_output else 0.02
+            assert float(tensor.std()) == pytest.approx(expected, rel=0.1), name
+
+
+def test_padding_of_the_vocabulary_does_not_change_its_real_rows() -> None:
+    def embeddings(rows: int) -> list[Tensor]:
+        arguments = {"vocab_size": rows, "share_embeddings_and_output_weights": False}
+        _, chunks = build({}, {}, **arguments)
+        weights = dict(global_parameters(chunks))
+        return [weights["embedding.word_embeddings.weight"], weights["output_layer.weight"]]
+
+    (few,), (many,) = run_ranks(1, embeddings, 130), run_ranks(1, embeddings, 300)
+    for short, long in zip(few, many, strict=True):
+        assert torch.equal(short, long[:130])
+        assert not torch.equal(long[:128], long[128:256])
+    assert not torch.equal(*few)
+
+
+def test_16_bit_weights_are_the_rounded_ones_wrapped_or_not() -> None:
+    def weight(wrapped: bool) -> Tensor:
+        layout_of()
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        config = tiny_config(bf16=True, params_dtype=torch.bfloat16)
+        chunks: list[Any] = build_tiny_gpt(config)
+        if wrapped:
+            chunks = [Float16Module(config, chunk) for chunk in chunks]
+        initialize_weights(chunks, SEED, ProcessGroupCollection.use_mpu_process_groups())
+        named: dict[str, Tensor] = dict(chunks[0].named_parameters())
+        return next(named[name].detach() for name in named if "layers.1.mlp" in name)
+
+    (bare,), (inside,) = run_ranks(1, weight, False), run_ranks(1, weight, True)
+    assert torch.equal(bare, inside)
+    name = next(n for n in whole_model("gated") if "layers.1.mlp" in n)
+    assert torch.equal(bare, whole_model("gated")[name].bfloat16())
+
+
+def test_an_initializer_of_ones_own_sees_full_tensors() -> None:
+    def shapes_seen() -> set[tuple[int, ...]]:
+        shapes = set()
+
+        def remember(tensor: Tensor) -> Tensor:
+            shapes.add(tuple(tensor.shape))
+            return torch.nn.init.constant_(tensor, 0.5)
+
+        config = tiny_config(**layout_of(tp=2), init_method=remember)
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        chunks: list[Any] = build_tiny_gpt(config)
+        shapes.clear()
+        initialize_weights(chunks, SEED, ProcessGroupCollection.use_mpu_process_groups())
+        weight = chunks[0].decoder.layers[0].mlp.linear_fc1.weight
+        assert torch.equal(weight, torch.full_like(weight, 0.5))
+        return shapes
+
+    assert {(96, 32), (64, 32)} <= run_ranks(2, shapes_seen)[0]
+
+
+def test_the_generators_are_left_as_they_were() -> None:
+    def states_equal() -> bool:
+        _, chunks = build({}, {})
+        before = torch.get_rng_state(), torch.cuda.get_rng_state()
+        initialize_weights(chunks, SEED, ProcessGroupCollection.use_mpu_process_groups())
+        after = torch.get_rng_state(), torch.cuda.get_rng_state()
+        return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    assert run_ranks(1, states_equal) == [True]
+
+
+class OwnModel(MegatronModule):
+    """A model of a user's: a replicated layer, and one that is split over tensor-parallel ranks."""
+
+    def __init__(self, split: bool) -> None:
+        super().__init__(tiny_config(tensor_model_parallel_size=2))
+        self.mine = torch.nn.Linear(4, 4)
+        self.scorer = (
+            tensor_parallel.ColumnParallelLinear(
+                32, 8, config=self.config, init_method=torch.nn.init.ones_
+            )
+            if split
+            else None
+        )
+
+
+def test_modules_of_ones_own_keep_their_weights_and_unknown_split_ones_are_refused() -> None:
+    def messages() -> tuple[bool, str]:
+        layout_of(tp=2)
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        plain, own = torch.nn.Linear(4, 4), OwnModel(split=False)
+        before = [parameter.clone() for parameter in (*plain.parameters(), *own.parameters())]
+        initialize_weights([plain, own], SEED, groups)
+        after = [*plain.parameters(), *own.parameters()]
+        try:
+            initialize_weights([OwnModel(split=True)], SEED, groups)
+        except ValueError as error:
+            return all(map(torch.equal, before, after)), str(error)
+        return False, ""
+
+    for kept, message in run_ranks(2, messages):
+        assert kept
+        assert message.startswith("scorer.weight:")
+        assert "rng.layout_invariant_init=false" in message
