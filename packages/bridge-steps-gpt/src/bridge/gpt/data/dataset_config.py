@@ -18,6 +18,7 @@ from bridge.gpt.data.split_plan import (
     Bounds,
     Corpus,
     SplitPlan,
+    check_files,
     check_vocabulary,
     parse_split,
     plan_split,
@@ -119,9 +120,12 @@ class GPTDatasetConfig:
             return self._build_mock(request)
         if request.config.tokenizer is None:
             raise ValueError("tokenizer: real data needs one; set tokenizer.type")
-        plans = index_files.on_first_rank(lambda: self._plan(request))
+        plans, indices_key = index_files.on_first_rank(lambda: self._plan_with_key(request))
+        for plan in plans:
+            for prefix in () if plan is None else plan.prefixes:
+                check_files(prefix)
         tokenizer = build_tokenizer(request.config.tokenizer)
-        directory = self._cache_dir() / "indices" / self._indices_key(request, plans)
+        directory = self._cache_dir() / "indices" / indices_key
         with index_files.published_by_first_rank(directory) as place:
             datasets = [
                 None if plan is None else self._build_split(index, plan, request, tokenizer, place)
@@ -190,8 +194,12 @@ class GPTDatasetConfig:
             raise ValueError("dataset.path: nothing to train on")
         return found
 
+    def _plan_with_key(self, request: DataRequest) -> tuple[list[SplitPlan | None], str]:
+        """Tokenize what is not cached, plan the splits and name their indices. Runs on rank 0."""
+        plans = self._plan(request)
+        return plans, self._indices_key(request, plans)
+
     def _plan(self, request: DataRequest) -> list[SplitPlan | None]:
-        """Tokenize what is not cached, and plan the splits. Runs on rank 0."""
         found = self._find_all()
         with ExitStack() as stack:
             corpora = {

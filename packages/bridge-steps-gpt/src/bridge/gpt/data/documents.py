@@ -66,7 +66,8 @@ def find_source(entry: str, *, field: str = "dataset.path") -> Source:
 
     Args:
         entry: A text file, a directory (searched through, without hidden files), a glob, a JSON
-            Lines file (.jsonl), or the prefix of a .bin/.idx pair.
+            Lines file (.jsonl), or the prefix of a .bin/.idx pair. A directory or glob that holds
+            such pairs stands for them alone.
         field: What the user calls the entry, for error messages.
 
     Raises:
@@ -198,23 +199,20 @@ def _looks_binary(path: Path) -> bool:
 
 
 def _source_of_many(entry: str, paths: Sequence[Path], field: str) -> Source:
-    """A directory or glob may hold text, token files, or both."""
+    """Take token files alone where there are any: what lies beside them is seldom text."""
     pairs = [path for path in paths if path.suffix == ".bin" and path.with_suffix(".idx").is_file()]
-    halves = {path for pair in pairs for path in (pair, pair.with_suffix(".idx"))}
-    prefixes = tuple(_absolute(path.with_suffix("")) for path in pairs)
-    files = [_text_file(path) for path in paths if path not in halves]
-    if prefixes and not any(file.size for file in files):
+    if pairs:
+        prefixes = tuple(_absolute(path.with_suffix("")) for path in pairs)
         return Source(entry=entry, prefixes=prefixes)
-    source = _source_of_files(entry, files, field)
-    return Source(entry=entry, prefixes=prefixes, files=source.files)
+    return _source_of_files(entry, [_text_file(path) for path in paths], field)
 
 
 def _source_of_files(entry: str, files: Sequence[TextFile], field: str) -> Source:
     if not files:
-        raise ValueError(f"{field}={entry!r}: no file is there; name files that hold text")
+        raise ValueError(f"{field}={entry!r}: no file is there; give files that hold text")
     if not any(file.size for file in files):
         what = "the file is empty" if len(files) == 1 else f"all {len(files)} files are empty"
-        raise ValueError(f"{field}={entry!r}: {what}; name files that hold text")
+        raise ValueError(f"{field}={entry!r}: {what}; give files that hold text")
     return Source(entry=entry, files=tuple(files))
 
 

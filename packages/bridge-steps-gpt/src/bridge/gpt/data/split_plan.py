@@ -98,12 +98,7 @@ def read_corpus(prefix: str, *, name: str | None = None) -> Corpus:
     Raises:
         ValueError: The files are missing, empty, damaged or of another format.
     """
-    for suffix in (".bin", ".idx"):
-        if not os.path.isfile(prefix + suffix):
-            raise ValueError(
-                f"dataset.path: {prefix}{suffix} cannot be seen from this rank; on several nodes "
-                "data and dataset.cache_dir must be on a file system that all of them share"
-            )
+    check_files(prefix)
     with open(f"{prefix}.idx", "rb") as stream:
         if stream.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
             raise ValueError(
@@ -122,6 +117,20 @@ def read_corpus(prefix: str, *, name: str | None = None) -> Corpus:
             "the files do not belong together or were cut short, build them again"
         )
     return Corpus(prefix=name or prefix, lengths=lengths)
+
+
+def check_files(prefix: str) -> None:
+    """Look whether this rank sees the files that rank 0 planned with.
+
+    Raises:
+        ValueError: It does not.
+    """
+    for suffix in (".bin", ".idx"):
+        if not os.path.isfile(prefix + suffix):
+            raise ValueError(
+                f"dataset.path: {prefix}{suffix} cannot be seen from this rank; on several nodes "
+                "data and dataset.cache_dir must be on a file system that all of them share"
+            )
 
 
 def check_vocabulary(prefix: str, vocab_size: int) -> None:

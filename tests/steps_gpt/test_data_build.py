@@ -1,0 +1,182 @@
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from bridge.gpt.data.build import (
+    build_index,
+    cached_tokens,
+    default_cache_dir,
+    on_first_rank,
+    published,
+    published_by_first_rank,
+    write_tokens,
+)
+from bridge.gpt.data.documents import find_source, read_documents
+from bridge.gpt.data.tokenizers import ByteTokenizer
+from bridge.training.config import TokenizerConfig
+from gpt_data import read_pair, tree, write_story
+from ranks import RankFailure, run_ranks
+
+
+def text_of(prefix: str | Path) -> bytes:
+    return b"".join(bytes(document[:-1]) for document in read_pair(prefix))
+
+
+def test_tokens_read_back_are_the_text_with_an_end_after_each_document(tmp_path: Path) -> None:
+    story = write_story(tmp_path / "story.txt")
+    files = find_source(str(story)).files
+    counts = build_index(files, ByteTokenizer(), str(tmp_path / "out"))
+
+    documents = list(read_documents(files))
+    assert len(documents) > 10
+    assert read_pair(tmp_path / "out") == [[*document, 256] for document in documents]
+    assert counts.documents == len(documents)
+    assert counts.tokens == story.stat().st_size + len(documents)
+    assert (tmp_path / "out.bin").stat().st_size == 2 * counts.tokens
+    assert text_of(tmp_path / "out") == story.read_bytes()
+    assert tree(tmp_path) == ["out.bin", "out.idx", "story.txt"]
+
+
+@pytest.mark.parametrize("half", ["out.bin", "out.idx"])
+def test_files_that_exist_are_never_overwritten(half: str, tmp_path: Path) -> None:
+    files = find_source(str(write_story(tmp_path / "story.txt"))).files
+    (tmp_path / half).write_text("precious")
+    with pytest.raises(ValueError, match="exist and are not overwritten"):
+        build_index(files, ByteTokenizer(), str(tmp_path / "out"))
+    assert (tmp_path / half).read_text() == "precious"
+    assert tree(tmp_path) == sorted([half, "story.txt"])
+
+
+class _FailsInTheMiddle(ByteTokenizer):
+    @property
+    def eod(self) -> int:
+        raise OSError("disk full")
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    files = find_source(str(write_story(tmp_path / "story.txt"))).files
+    with pytest.raises(OSError, match="disk full"):
+        build_index(files, _FailsInTheMiddle(), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="no text"):
+        write_tokens([], ByteTokenizer(), str(tmp_path / "story.none"))
+    (tmp_path / "story.none.bin").unlink()
+    assert tree(tmp_path) == ["story.txt"]
+
+
+def test_the_cache_is_used_again_until_a_file_or_the_tokenizer_changes(tmp_path: Path) -> None:
+    story, cache = write_story(tmp_path / "story.txt"), tmp_path / "cache"
+
+    def prefix(tokenizer: TokenizerConfig) -> str:
+        with cached_tokens(find_source(str(story)).files, tokenizer, cache) as cached:
+            pass
+        return cached.prefix
+
+    first = prefix(TokenizerConfig())
+    built = os.stat(f"{first}.bin").st_mtime_ns
+    assert prefix(TokenizerConfig()) == first
+    assert os.stat(f"{first}.bin").st_mtime_ns == built
+    story.write_text(story.read_text().replace("Paragraph 7", "paragraph 7"))
+    os.utime(story, ns=(1, 1))
+    second = prefix(TokenizerConfig())
+    assert second != first
+    assert text_of(second) == story.read_bytes() != text_of(first)
+
+
+def test_what_fails_inside_the_block_enters_no_cache(tmp_path: Path) -> None:
+    files = find_source(str(write_story(tmp_path / "story.txt"))).files
+    cache = tmp_path / "cache"
+
+    def build_and_refuse() -> None:
+        with cached_tokens(files, TokenizerConfig(), cache) as cached:
+            assert len(read_pair(cached.readable_prefix)) > 10
+            raise ValueError("too short")
+
+    with pytest.raises(ValueError, match="too short"):
+        build_and_refuse()
+    assert tree(cache) == ["tokens"]
+
+
+def test_two_that_build_the_same_at_once_both_end_with_it(tmp_path: Path) -> None:
+    final = tmp_path / "cache" / "key"
+    both_started = threading.Barrier(2)
+    contents = []
+
+    def build(name: str) -> None:
+        with published(final) as directory:
+            both_started.wait(timeout=20)
+            (directory / "file").write_text(name)
+        contents.append((final / "file").read_text())
+
+    threads = [threading.Thread(target=build, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(contents) == 2
+    assert len(set(contents)) == 1
+    assert tree(tmp_path / "cache") == ["key", "key/file"]
+
+
+def test_what_a_killed_build_left_is_removed_and_a_running_one_is_left_alone(
+    tmp_path: Path,
+) -> None:
+    old, running = tmp_path / ".key.partial-old", tmp_path / ".key.partial-running"
+    for directory in (old, running):
+        directory.mkdir()
+        (directory / "tokens.bin").touch()
+    long_ago = time.time() - 7200
+    for path in (old / "tokens.bin", old, running):
+        os.utime(path, (long_ago, long_ago))
+    with published(tmp_path / "key") as directory:
+        (directory / "file").touch()
+    assert tree(tmp_path) == [running.name, f"{running.name}/tokens.bin", "key", "key/file"]
+
+
+def test_a_cache_that_cannot_be_written_names_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"dataset\.cache_dir=DIR"):
+        with published(tmp_path / "file" / "key"):
+            pass
+
+
+def test_the_default_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_cache_dir() == Path("/somewhere/bridge/data")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache_dir() == Path.home() / ".cache" / "bridge" / "data"
+
+
+def test_rank_zero_works_for_all_and_its_mistake_reaches_all() -> None:
+    def rank() -> tuple[int, str]:
+        agreed = on_first_rank(os.getpid)
+        try:
+            on_first_rank(lambda: int("seven"))
+        except ValueError as error:
+            return agreed, str(error)
+        return agreed, "no error"
+
+    results = run_ranks(2, rank)
+    assert len(set(results)) == 1
+    assert "seven" in results[0][1]
+
+
+def test_another_failure_of_rank_zero_ends_the_others_too() -> None:
+    def rank() -> None:
+        on_first_rank(lambda: 1 // 0)
+
+    with pytest.raises(RankFailure, match="ZeroDivisionError"):
+        run_ranks(2, rank, timeout=30)
+
+
+def test_a_shared_directory_appears_when_every_rank_is_done(tmp_path: Path) -> None:
+    def rank() -> tuple[bool, list[str]]:
+        with published_by_first_rank(tmp_path / "key") as directory:
+            on_first_rank(lambda: (directory / "file").write_text("x"))
+            seen = (directory / "file").exists() and not (tmp_path / "key").exists()
+        on_first_rank(lambda: None)
+        return seen, tree(tmp_path)
+
+    assert run_ranks(2, rank) == [(True, ["key", "key/file"])] * 2

@@ -1,0 +1,163 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bridge.gpt.data.tokenizers import (
+    END_OF_DOCUMENT,
+    Encoder,
+    build_tokenizer,
+    identity,
+    vocab_size,
+)
+from bridge.training.config import TokenizerConfig
+
+
+def test_the_byte_tokenizer_returns_exactly_what_went_in() -> None:
+    tokenizer = build_tokenizer(TokenizerConfig())
+    text = "\n tab\t e\u0301 \u20ac \0 \n\n"
+    ids = tokenizer.tokenize(text)
+    assert ids == list(text.encode())
+    assert tokenizer.detokenize([*ids, END_OF_DOCUMENT]) == text
+    assert tokenizer.detokenize([0xE2, 0x82]) == "\ufffd"
+
+
+def test_the_byte_tokenizer_takes_no_byte_for_itself() -> None:
+    tokenizer = build_tokenizer(TokenizerConfig())
+    assert tokenizer.vocab_size == vocab_size(TokenizerConfig()) == 257
+    assert tokenizer.eod == 256
+    # megatron-core masks labels that equal the padding.
+    assert tokenizer.pad not in range(257)  # type: ignore[attr-defined]
+
+
+def test_the_null_tokenizer_has_the_size_that_is_given() -> None:
+    config = TokenizerConfig(type="null", vocab_size=1000)
+    assert build_tokenizer(config).vocab_size == vocab_size(config) == 1000
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.vocab_size=None.*tokenizer\.vocab_size=32000"
+    ):
+        vocab_size(TokenizerConfig(type="null"))
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "sentencepiece", "tiktoken"])
+def test_a_missing_model_is_an_error_that_names_the_path(kind: str, tmp_path: Path) -> None:
+    for model in (None, str(tmp_path / "absent")):
+        config = TokenizerConfig(type=kind, model=model)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"tokenizer\.model") as error:
+            build_tokenizer(config)
+        assert model is None or model in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [
+        ("huggingface", "transformers"),
+        ("sentencepiece", "sentencepiece"),
+        ("tiktoken", "tiktoken"),
+    ],
+)
+def test_a_missing_library_is_an_error_with_the_line_that_installs_it(
+    kind: str, module: str, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec(module) is not None:
+        pytest.skip(f"{module} is installed")
+    model = tmp_path / "tokenizer.model"
+    model.write_text("[]")
+    with pytest.raises(ValueError, match=f"pip install {module}"):
+        build_tokenizer(TokenizerConfig(type=kind, model=str(model)))  # type: ignore[arg-type]
+
+
+def test_a_tiktoken_file_tokenizes_and_has_its_own_size(tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    import base64
+
+    tokens = [bytes([value]) for value in range(256)] + [b"th", b"the"]
+    entries = [
+        {
+            "rank": rank,
+            "token_bytes": base64.b64encode(token).decode(),
+            "token_str": token.decode(errors="replace"),
+        }
+        for rank, token in enumerate(tokens)
+    ]
+    model = tmp_path / "vocab.json"
+    model.write_text(json.dumps(entries))
+    config = TokenizerConfig(type="tiktoken", model=str(model))
+    tokenizer = build_tokenizer(config)
+    assert vocab_size(config) == 1000 + 258
+    assert tokenizer.tokenize("the") == [1000 + 257]
+    assert tokenizer.detokenize(tokenizer.tokenize("other words")) == "other words"
+
+
+def test_a_hugging_face_directory_tokenizes(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    _write_hugging_face(tmp_path, eos="<eos>")
+    config = TokenizerConfig(type="huggingface", model=str(tmp_path))
+    tokenizer = build_tokenizer(config)
+    assert tokenizer.tokenize("a b") == [1, 2]
+    assert tokenizer.eod == 0
+    assert vocab_size(config) == 4
+
+
+def test_a_tokenizer_that_cannot_end_a_document_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    _write_hugging_face(tmp_path, eos=None)
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        build_tokenizer(TokenizerConfig(type="huggingface", model=str(tmp_path)))
+
+
+def _write_hugging_face(directory: Path, *, eos: str | None) -> None:
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {"<eos>": 0, "a": 1, "b": 2, "<unk>": 3},
+            "unk_token": "<unk>",
+        },
+    }
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    if eos is not None:
+        settings["eos_token"] = eos
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_the_identity_follows_the_tokenizers_files(tmp_path: Path) -> None:
+    model = tmp_path / "tokenizer.model"
+    model.write_text("one")
+    config = TokenizerConfig(type="sentencepiece", model=str(model))
+    before = identity(config)
+    assert identity(config) == before
+    model.write_text("another")
+    assert identity(config) != before
+
+
+def test_documents_end_with_the_end_of_document_token_unless_told_otherwise() -> None:
+    tokenizer = build_tokenizer(TokenizerConfig())
+    for append, expected in ((True, [97, 255, 256]), (False, [97, 255])):
+        tokens = Encoder(tokenizer, np.uint16, append_eod=append)(b"a\xff")
+        assert tokens.tolist() == expected
+        assert tokens.dtype == np.uint16
+
+
+class _Words:
+    vocab_size = 10
+    eod = 9
+
+    def tokenize(self, text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+    def detokenize(self, ids: list[int]) -> str:
+        return str(ids)
+
+
+def test_wrong_utf8_is_repaired_and_counted_for_tokenizers_of_text() -> None:
+    encode = Encoder(_Words(), np.int32, append_eod=True)
+    assert encode(b"two words").tolist() == [3, 5, 9]
+    assert encode.repaired_documents == 0
+    assert encode(b"bad \xff\xfe").tolist() == [3, 2, 9]
+    assert encode.repaired_documents == 1
