@@ -13,6 +13,7 @@ nothing about stream races, GPU memory, Transformer Engine's numerics or NCCL.
 
 import contextlib
 import functools
+import inspect
 import logging
 import sys
 import time
@@ -192,12 +193,12 @@ class Event:
         return (end_event._seconds - self._seconds) * 1000.0
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for a call that has no work to do on a CPU."""
+def _returning(result: Any = None) -> Callable[..., Any]:
+    """Make a stand-in for a call that has no work to do on a CPU.
 
-
-def _zero(*args: Any, **kwargs: Any) -> int:
-    return 0
+    A new function each time: TorchDynamo refuses one function that stands in two places.
+    """
+    return lambda *args, **kwargs: result
 
 
 def _stream_patches() -> Iterator[Patch]:
@@ -208,25 +209,25 @@ def _stream_patches() -> Iterator[Patch]:
     yield cuda, "stream", lambda stream: contextlib.nullcontext()
     yield cuda, "current_stream", lambda device=None: stream
     yield cuda, "default_stream", lambda device=None: stream
-    yield cuda, "set_stream", _nothing
-    yield cuda, "synchronize", _nothing
+    yield cuda, "set_stream", _returning()
+    yield cuda, "synchronize", _returning()
     yield cuda, "is_current_stream_capturing", lambda: False
-    yield cuda.nvtx, "range_push", _nothing
-    yield cuda.nvtx, "range_pop", _nothing
-    yield torch.Tensor, "record_stream", _nothing
+    yield cuda.nvtx, "range_push", _returning()
+    yield cuda.nvtx, "range_pop", _returning()
+    yield torch.Tensor, "record_stream", _returning()
 
 
 def _device_patches() -> Iterator[Patch]:
     """The current device (199 places in megatron-core), its memory, and moves to it."""
     cuda = torch.cuda
     yield cuda, "current_device", lambda: CPU
-    yield cuda, "set_device", _nothing
-    yield cuda, "empty_cache", _nothing
-    yield cuda, "reset_peak_memory_stats", _nothing
+    yield cuda, "set_device", _returning()
+    yield cuda, "empty_cache", _returning()
+    yield cuda, "reset_peak_memory_stats", _returning()
     yield cuda, "memory_stats", lambda device=None: {}
     for name in ("memory_allocated", "memory_reserved"):
-        yield cuda, name, _zero
-        yield cuda, f"max_{name}", _zero
+        yield cuda, name, _returning(0)
+        yield cuda, f"max_{name}", _returning(0)
     yield torch.Tensor, "cuda", _self
     yield torch.Tensor, "pin_memory", _self
     yield torch.Tensor, "to", _to_cpu(torch.Tensor.to)
@@ -340,6 +341,11 @@ def _type_for_optimizer(type_of: Callable[..., Any]) -> Callable[..., Any]:
 def _compiler_patches() -> Iterator[Patch]:
     """torch.compile as a decorator, which would call a C++ compiler in each run: jit.py."""
     yield megatron.core.jit, "jit_fuser", megatron.core.jit.noop_decorator
+    # These load TorchDynamo (seconds, in every rank) to tell it to stay out of them. torch's
+    # decorator leaves the method itself under __wrapped__.
+    for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        method = getattr(torch.optim.Optimizer, name)
+        yield torch.optim.Optimizer, name, inspect.unwrap(method)
 
 
 def _expert_patches() -> Iterator[Patch]:

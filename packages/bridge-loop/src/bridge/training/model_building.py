@@ -46,12 +46,13 @@ def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, time
     Raises:
         ValueError: The chunks do not share their config.
     """
+    from megatron.core.transformer.module import Float16Module
     from megatron.core.utils import get_model_config
 
     model_config = get_model_config(model[0])
     for chunk in model:
         inner = chunk.module
-        while hasattr(inner, "module"):
+        if isinstance(inner, Float16Module):
             inner = inner.module
         if get_model_config(chunk) is not model_config or inner.config is not model_config:
             raise ValueError(
@@ -64,8 +65,6 @@ def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, time
     if config.ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in model]
         model_config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
-        if config.ddp.align_grad_reduce and len(model) > 1:
-            model_config.grad_sync_func = [chunk.start_grad_sync for chunk in model]
     if config.ddp.overlap_param_gather and config.ddp.align_param_gather:
         param_sync = [chunk.start_param_sync for chunk in model]
         model_config.param_sync_func = param_sync if len(model) > 1 else param_sync[0]

@@ -14,13 +14,11 @@ from bridge.training.config import ConfigContainer
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-    from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 def build_optimizer(
     config: ConfigContainer,
     model: list[torch.nn.Module],
-    pg_collection: "ProcessGroupCollection",
 ) -> "MegatronOptimizer":
     """Build megatron-core's optimizer over the DDP-wrapped model chunks of this rank."""
     from megatron.core.optimizer import get_megatron_optimizer
@@ -35,7 +33,9 @@ def build_optimizer(
             and OptimizerConfig.__dataclass_fields__[name].init
         }
     )
-    return get_megatron_optimizer(optimizer_config, model, pg_collection=pg_collection)
+    # Without a collection it takes megatron-core's own groups, of which those over gloo, that
+    # checkpoints gather over, have no place in a collection.
+    return get_megatron_optimizer(optimizer_config, model)
 
 
 def build_scheduler(

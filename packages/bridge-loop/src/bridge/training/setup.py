@@ -26,6 +26,7 @@ from bridge.training.evaluate import EvaluationResult, evaluate, sequence_length
 from bridge.training.forward_step import prepare_forward_step_func
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer
+from bridge.training.megatron_import import expected_messages_held_back
 from bridge.training.model_building import (
     attach_hooks,
     build_model,
@@ -185,6 +186,7 @@ def set_up(
     directory = _choose_directory(config, ranks)
     checkpoint, pretrained = _find_checkpoints(config, directory)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(expected_messages_held_back())
         _seed_everything(config.rng.seed, ranks, stack)
         state = GlobalState(config)
         stack.push(lambda kind, *_: state.close(failed=kind is not None))
@@ -195,7 +197,7 @@ def set_up(
         with progress.phase("model"):
             model = build_model(config, ranks)
         with progress.phase("optimizer"):
-            optimizer = build_optimizer(config, model, ranks.pg_collection)
+            optimizer = build_optimizer(config, model)
             scheduler = build_scheduler(config, optimizer, data.train_iters)
             attach_hooks(config, model, optimizer, _timers(config, state))
         checkpointer = Checkpointer(
@@ -234,9 +236,13 @@ def set_up(
                 state=state,
                 progress=progress,
                 total_steps=data.train_iters,
-                tokens_per_sample=sequence_length(config.model),
                 device=ranks.device,
                 world_size=ranks.layout.world_size,
+                loss_scale=(
+                    (lambda: float(optimizer.get_loss_scale()))
+                    if config.mixed_precision.precision == "fp16"
+                    else None
+                ),
             ),
             stop=stack.enter_context(stop_signals()),
         )

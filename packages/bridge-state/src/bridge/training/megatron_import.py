@@ -15,7 +15,19 @@ from typing import Any
 
 import torch
 
-_ABSENT_EXTENSIONS = r"(Transformer Engine and Apex are|Apex is) not installed"
+_EXPECTED_WARNINGS = (
+    r"(Transformer Engine and Apex are|Apex is) not installed",
+    # The default of a field that nobody set.
+    "full scope is deprecated",
+    "MimoModelConfig is experimental",
+    # The optimizer looks whether a shard, a view of its parameter, has a gradient.
+    r"The \.grad attribute of a Tensor that is not a leaf",
+)
+_EXPECTED_RECORDS = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    "megatron.core.rerun_state_machine": "RerunStateMachine initialized in mode RerunMode.DISABLED",
+}
 _TRACKERS = ("wandb", "torch.utils.tensorboard")
 
 
@@ -30,7 +42,7 @@ def quiet_import() -> Iterator[None]:
     come to the same result.
     """
     with ExitStack() as stack:
-        stack.enter_context(_expected_messages_held_back())
+        stack.enter_context(expected_messages_held_back())
         stack.enter_context(_hidden_modules(_TRACKERS))
         if not has_gpu():
             _block_transformer_engine()
@@ -57,21 +69,29 @@ def has_gpu() -> bool:
 
 
 @contextmanager
-def _expected_messages_held_back() -> Iterator[None]:
-    extension_logger = logging.getLogger("torch.utils.cpp_extension")
+def expected_messages_held_back() -> Iterator[None]:
+    """Hold back what megatron-core says on every start and a user can do nothing about."""
+    with ExitStack() as stack:
+        for name, start in _EXPECTED_RECORDS.items():
+            stack.enter_context(_records_held_back(logging.getLogger(name), start))
+        stack.enter_context(warnings.catch_warnings())
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        # megatron-core's docstrings, told once, when Python first compiles them.
+        warnings.filterwarnings("ignore", "invalid escape sequence", SyntaxWarning)
+        yield
 
+
+@contextmanager
+def _records_held_back(logger: logging.Logger, start: str) -> Iterator[None]:
     def is_unexpected(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No CUDA runtime is found")
+        return not record.getMessage().startswith(start)
 
-    extension_logger.addFilter(is_unexpected)
+    logger.addFilter(is_unexpected)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_ABSENT_EXTENSIONS)
-            # megatron-core's docstrings, told once, when Python first compiles them.
-            warnings.filterwarnings("ignore", "invalid escape sequence", SyntaxWarning)
-            yield
+        yield
     finally:
-        extension_logger.removeFilter(is_unexpected)
+        logger.removeFilter(is_unexpected)
 
 
 @contextmanager

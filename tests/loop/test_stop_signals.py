@@ -1,0 +1,39 @@
+"""Signals ask the loop to stop, once, and leave no handler behind."""
+
+import os
+import signal
+
+import pytest
+import torch.distributed as dist
+from bridge.training.stop_signals import stop_signals
+from ranks import run_ranks
+
+
+def test_the_first_signal_is_remembered_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with stop_signals() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal == signal.SIGTERM
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_second_ctrl_c_ends_at_once_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def agreed_on_every_rank() -> tuple[str | None, str | None]:
+    with stop_signals() as request:
+        nobody = request.agreed(dist.group.WORLD)
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        one = request.agreed(dist.group.WORLD)
+    return nobody and nobody.name, one and one.name
+
+
+def test_all_ranks_stop_when_one_is_told_to():
+    assert run_ranks(2, agreed_on_every_rank) == [(None, "SIGTERM")] * 2
