@@ -1,4 +1,5 @@
 import logging
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -207,6 +208,7 @@ def test_recomputation_draws_the_same_numbers() -> None:
     assert torch.equal(first, again)
 
 
+@pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_fused_adam_is_torchs_adam(decoupled: bool) -> None:
     ours, theirs = (
@@ -244,6 +246,17 @@ def test_fused_adam_counts_steps_in_the_group_and_resumes() -> None:
     stepped(optimizer, straight, 2)
     stepped(second, resumed, 2)
     assert torch.equal(straight, resumed)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_an_optimizer_does_not_load_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # importing it would raise
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = FusedAdam([parameter])
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_a_step_of_ddp_and_the_distributed_optimizer_is_adamw_on_the_mean_gradient() -> None:
