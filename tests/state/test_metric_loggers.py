@@ -44,7 +44,7 @@ def read_wandb(run_dir: Path) -> list[list[dict[str, Any]]]:
     starts = []
     for folder in sorted((run_dir / "wandb").glob("offline-run-*")):
         result = subprocess.run(
-            [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", folder],
+            [sys.executable, "-m", "wandb", "leet", "inspect", "--json", folder],
             capture_output=True,
             text=True,
             check=True,
