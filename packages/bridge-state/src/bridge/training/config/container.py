@@ -9,12 +9,9 @@ from typing import Any, Self
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from bridge.training.config.conversion import (
-    FieldProblems,
-    build_dataclass,
-    to_plain,
-)
-from bridge.training.config.errors import ConfigError, ConversionError
+from bridge.training.config.conversion import build_dataclass
+from bridge.training.config.errors import ConfigError, ConversionError, FieldProblems
+from bridge.training.config.plain import to_plain
 from bridge.training.config.sections import (
     CheckpointConfig,
     DistConfig,

@@ -1,7 +1,7 @@
-"""Between plain values (YAML, command line) and typed fields, led by the annotations.
+"""From plain values (YAML, command line) to typed fields, led by the annotations.
 
-`convert` is strict: a value either has the field's type, or is the one plain form of it.
-`to_plain` is its inverse.
+`convert` is strict: a value either has the field's type, or is the one plain form of it
+(`plain.to_plain` is its inverse).
 """
 
 import dataclasses
@@ -12,124 +12,27 @@ import numbers
 import pathlib
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 
-from bridge.training.config.errors import ConversionError
+from bridge.training.config.errors import ConversionError, FieldProblems
+from bridge.training.config.fields import (
+    PARTIAL,
+    TARGET,
+    annotations_of,
+    default_of,
+    describe_annotation,
+    fields_of,
+    join,
+)
 from bridge.training.config.names import (
     dtype_from_name,
-    dtype_name,
     function_from_name,
     import_by_name,
-    name_of,
     nearest,
 )
-
-TARGET = "_target_"
-"""The key beside a dataclass's fields that names its class, where the annotation does not."""
-
-
-PARTIAL = "_partial_"
-"""The key beside keyword arguments that names the function of a functools.partial."""
-
-
-class FieldProblems(ConversionError):
-    """Several fields of one nested dataclass are wrong; `lines` begin with their paths."""
-
-    def __init__(self, lines: list[str]) -> None:
-        """Keep one line for each field."""
-        self.lines = lines
-        super().__init__("\n".join(lines))
-
-
-def is_runtime_hook(field: dataclasses.Field[Any]) -> bool:
-    """Tell whether megatron-core's users fill this field while running, not in a file."""
-    return field.name in _RUNTIME_HOOKS or field.name.startswith("_")
-
-
-_RUNTIME_HOOKS = frozenset(
-    {
-        "timers",
-        "finalize_model_grads_func",
-        "grad_scale_func",
-        "moe_grad_scale_func",
-        "mtp_grad_scale_func",
-        "no_sync_func",
-        "grad_sync_func",
-        "param_sync_func",
-        "experimental_attention_variant_loss_scale_func",
-    }
-)
-
-
-def class_name(cls: type) -> str:
-    """Return the name under which `_target_` records a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def join(path: str, key: Any) -> str:
-    """Return the path of a field of the dataclass at `path` ("" is the container)."""
-    return f"{path}.{key}" if path else str(key)
-
-
-def annotations_of(cls: type) -> dict[str, Any]:
-    """Return the evaluated annotation of each field of a dataclass.
-
-    One that only a type checker can evaluate (its import stands under TYPE_CHECKING) is Any, and
-    a field whose default is None takes None, whatever it says.
-    """
-    return _annotations_of(cls)
-
-
-@functools.cache
-def _annotations_of(cls: type) -> dict[str, Any]:
-    try:
-        hints = typing.get_type_hints(cls)
-    except NameError:
-        hints = {}
-        for base in reversed(cls.__mro__):
-            hints.update(_hints_one_by_one(base))
-    return {
-        field.name: hints.get(field.name, Any) | None
-        if field.default is None
-        else hints.get(field.name, Any)
-        for field in dataclasses.fields(cls)
-    }
-
-
-def _hints_one_by_one(cls: type) -> Iterator[tuple[str, Any]]:
-    for name, annotation in inspect.get_annotations(cls).items():
-        holder = types.SimpleNamespace(__annotations__={name: annotation})
-        module = inspect.getmodule(cls)
-        try:
-            hints = typing.get_type_hints(holder, vars(module) if module else {}, dict(vars(cls)))
-        except NameError:
-            yield name, Any
-        else:
-            yield name, hints[name]
-
-
-def fields_of(thing: Any) -> dict[str, dataclasses.Field[Any]]:
-    """Return the public fields of a dataclass or of its instance, by name."""
-    return {f.name: f for f in dataclasses.fields(thing) if not f.name.startswith("_")}
-
-
-def default_of(field: dataclasses.Field[Any]) -> Any:
-    """Return the field's default, or dataclasses.MISSING."""
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
-    """Tell whether the field holds its class's default (whatever its annotation says)."""
-    default = default_of(field)
-    return value is default or (type(value) is type(default) and bool(value == default))
-
-
-# --- from plain values -----------------------------------------------------------------------
 
 
 def convert(value: Any, annotation: Any, path: str) -> Any:
@@ -270,11 +173,12 @@ def _convert_to_class(value: Any, annotation: Any, kind: type, path: str) -> Any
         return _convert_container(value, annotation, _ABSTRACT_CONTAINERS.get(kind, kind), path)
     if kind is type:
         found = import_by_name(value) if isinstance(value, str) else value
-        return _expect(isinstance(found, type), value, annotation)
+        _expect(isinstance(found, type), value, annotation)
+        return found
     if issubclass(kind, enum.Enum):
         return _convert_enum(value, kind)
     if isinstance(value, Mapping) and (dataclasses.is_dataclass(kind) or TARGET in value):
-        return build_dataclass(kind, value, path)
+        value = build_dataclass(kind, value, path)
     if _is_protocol(kind):
         return _convert_to_protocol(value, kind)
     return _expect(isinstance(value, kind), value, annotation)
@@ -397,110 +301,3 @@ def _instantiate(cls: type, values: dict[str, Any]) -> Any:
     for name in values.keys() - initial.keys():
         object.__setattr__(instance, name, values[name])
     return instance
-
-
-# --- to plain values -------------------------------------------------------------------------
-
-
-def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> Any:
-    """Return `value` as YAML can hold it, such that `convert` gives it back.
-
-    `brief` leaves out what stands in a megatron-core dataclass by default.
-
-    Raises:
-        FieldProblems: With a line for each value that cannot be written as text.
-    """
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, enum.Enum):
-        return value.name
-    for plain_type in (int, float, str):
-        if isinstance(value, plain_type):
-            return plain_type(value)  # A subclass, such as NumPy's float64, is not plain.
-    if isinstance(value, torch.dtype):
-        return dtype_name(value)
-    if isinstance(value, pathlib.PurePath):
-        return str(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _dataclass_to_plain(value, annotation, path, brief)
-    if isinstance(value, list | tuple | set | frozenset):
-        return [to_plain(item, Any, f"{path}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, Mapping):
-        return {key: to_plain(item, Any, f"{path}.{key}") for key, item in value.items()}
-    try:
-        if isinstance(value, functools.partial) and not value.args:
-            keywords = {key: to_plain(v, Any, f"{path}.{key}") for key, v in value.keywords.items()}
-            return {PARTIAL: name_of(value.func), **keywords}
-        if callable(value):
-            return name_of(value)
-    except ConversionError as error:
-        raise FieldProblems([f"{path}: {error}"]) from error
-    raise FieldProblems(
-        [f"{path}: {_show(value)} ({type(value).__name__}) cannot be written as text"]
-    )
-
-
-def _dataclass_to_plain(value: Any, annotation: Any, path: str, brief: bool) -> dict[str, Any]:
-    plain: dict[str, Any] = {}
-    lines = []
-    if type(value) not in (annotation, *get_args(annotation)):
-        plain[TARGET] = class_name(type(value))
-    annotations = annotations_of(type(value))
-    for name, field in fields_of(value).items():
-        item = getattr(value, name)
-        if item is None and is_runtime_hook(field):
-            continue
-        if brief and _is_megatrons(type(value), name) and is_default(item, field):
-            continue
-        try:
-            plain[name] = to_plain(item, annotations[name], join(path, name), brief=brief)
-        except FieldProblems as error:
-            lines.extend(error.lines)
-    if lines:
-        raise FieldProblems(lines)
-    return plain
-
-
-def _is_megatrons(cls: type, name: str) -> bool:
-    declaring = next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
-    return declaring.__module__.startswith("megatron.")
-
-
-# --- in words --------------------------------------------------------------------------------
-
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    pathlib.Path: "a path",
-    torch.dtype: "a dtype",
-    type(None): "null",
-    None: "null",
-    Any: "anything",
-    list: "a list",
-    tuple: "a list",
-    dict: "a mapping",
-    Callable: "a function's name",
-}
-
-
-def describe_annotation(annotation: Any) -> str:
-    """Say in a few words what a field accepts."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe_annotation(member) for member in arguments))
-    if origin is Literal:
-        shown = [choice if isinstance(choice, str) else repr(choice) for choice in arguments]
-        return shown[0] if len(shown) == 1 else "one of " + ", ".join(shown)
-    if origin in (list, tuple) and arguments:
-        kinds = dict.fromkeys(describe_annotation(a) for a in arguments if a is not Ellipsis)
-        length = f" of {len(arguments)}" if origin is tuple and Ellipsis not in arguments else ""
-        return f"a list{length} ({', '.join(kinds)})"
-    if origin is not None and origin in _WORDS:
-        return _WORDS[origin]
-    if annotation in _WORDS:
-        return _WORDS[annotation]
-    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
-        return "one of " + ", ".join(annotation.__members__)
-    return getattr(annotation, "__name__", str(annotation))

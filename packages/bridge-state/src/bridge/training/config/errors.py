@@ -22,3 +22,12 @@ class ConfigError(ValueError):
 
 class ConversionError(ValueError):
     """One value does not fit its field, or cannot be written as text."""
+
+
+class FieldProblems(ConversionError):
+    """Several fields of one nested dataclass are wrong; `lines` begin with their paths."""
+
+    def __init__(self, lines: list[str]) -> None:
+        """Keep one line for each field."""
+        self.lines = lines
+        super().__init__("\n".join(lines))

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
-from bridge.training.config.conversion import (
+from bridge.training.config.conversion import convert
+from bridge.training.config.errors import ConfigError, ConversionError, FieldProblems
+from bridge.training.config.fields import (
     TARGET,
-    FieldProblems,
     annotations_of,
     class_name,
-    convert,
     describe_annotation,
     fields_of,
     is_runtime_hook,
     join,
 )
-from bridge.training.config.errors import ConfigError, ConversionError
 from bridge.training.config.resolve import derived_values, resolve_collecting, same
 from bridge.training.config.suggestions import likely_meant, unknown_key
 from bridge.training.config.types_check import assign

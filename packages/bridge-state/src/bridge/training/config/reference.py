@@ -4,21 +4,22 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
-from bridge.training.config.conversion import (
-    FieldProblems,
+from bridge.training.config.errors import FieldProblems
+from bridge.training.config.fields import (
     annotations_of,
     describe_annotation,
     fields_of,
     is_runtime_hook,
     join,
-    to_plain,
 )
+from bridge.training.config.plain import to_plain
 from bridge.training.config.suggestions import declared_class
 from bridge.training.config.yaml_text import dump_scalar
 
@@ -120,5 +121,5 @@ def _own_meanings(cls: type) -> Iterator[tuple[str, str]]:
 
 def _first_sentence(text: str) -> str:
     words = " ".join(text.split())
-    end = words.find(". ")
-    return words if end < 0 else words[: end + 1]
+    end = re.search(r"\.(?= [A-Z`])(?<!e\.g\.)(?<!i\.e\.)", words)
+    return words[: end.end()] if end else words

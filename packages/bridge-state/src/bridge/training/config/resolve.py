@@ -9,8 +9,8 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.training.config.container import ConfigContainer
-from bridge.training.config.conversion import default_of, fields_of
 from bridge.training.config.errors import ConfigError
+from bridge.training.config.fields import default_of, fields_of
 from bridge.training.config.types_check import assign, check_types
 from bridge.training.config.validation import rebuilt_sections, validate
 

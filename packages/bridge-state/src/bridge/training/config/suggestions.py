@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
-from bridge.training.config.conversion import annotations_of, fields_of
+from bridge.training.config.fields import annotations_of, fields_of
 from bridge.training.config.names import nearest
 
 

@@ -4,16 +4,9 @@ import dataclasses
 from typing import Any
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
-from bridge.training.config.conversion import (
-    FieldProblems,
-    annotations_of,
-    convert,
-    default_of,
-    fields_of,
-    is_default,
-    join,
-)
-from bridge.training.config.errors import ConversionError
+from bridge.training.config.conversion import convert
+from bridge.training.config.errors import ConversionError, FieldProblems
+from bridge.training.config.fields import annotations_of, default_of, fields_of, is_default, join
 from bridge.training.config.suggestions import unknown_key
 
 
@@ -41,23 +34,21 @@ def _check_fields(
     for name, field in fields_of(holder).items():
         here = join(path, name)
         value = getattr(holder, name)
-        if is_default(value, field):
-            continue
         try:
             converted = convert(value, annotations[name], here)
-        except FieldProblems as error:
-            problems.extend(error.lines)
-            refused.add(here)
         except ConversionError as error:
-            problems.append(f"{here}: {error}")
+            if is_default(value, field):
+                continue  # megatron-core's own annotation does not fit its default.
+            problems.extend(
+                error.lines if isinstance(error, FieldProblems) else [f"{here}: {error}"]
+            )
             refused.add(here)
+            default = default_of(field)
+            if default is not dataclasses.MISSING:
+                assign(holder, name, default)
         else:
             if converted is not value:
                 assign(holder, name, converted)
-            continue
-        default = default_of(field)
-        if default is not dataclasses.MISSING:
-            assign(holder, name, default)
     for name in _stray_attributes(holder):
         problems.append(unknown_key(config, join(path, name)))
 

@@ -43,7 +43,7 @@ def validate(config: ConfigContainer, *, world_size: int, refused: set[str]) -> 
         *_ddp(config),
         *_others(config),
         *_model(config, world_size, refused),
-        *_own_checks(config),
+        *_own_checks(config, refused),
     ]
     return [line for line in lines if not any(_mentions(line, path) for path in refused)]
 
@@ -198,6 +198,13 @@ def _others(config: ConfigContainer) -> Iterator[str]:
 
 
 def _model(config: ConfigContainer, world_size: int, refused: set[str]) -> Iterator[str]:
+    ours = list(_model_in_layout(config, world_size))
+    yield from ours
+    if not any(path.startswith("model.") for path in refused):
+        yield from _megatrons_checks(config.model, ours)
+
+
+def _model_in_layout(config: ConfigContainer, world_size: int) -> Iterator[str]:
     model = config.model
     sizes_fit = True
     if isinstance(model, ModelParallelConfig):
@@ -215,13 +222,24 @@ def _model(config: ConfigContainer, world_size: int, refused: set[str]) -> Itera
             yield from _sequence(model, layout)
         if isinstance(model, TransformerConfig):
             yield from _transformer(model, layout)
-    if isinstance(model, CanBeFinalized) and not any(p.startswith("model.") for p in refused):
-        try:
-            # Its warnings come once more, to be seen, when the model is built.
-            with warnings.catch_warnings(action="ignore"):
-                model.finalized()
-        except (ValueError, AssertionError, RuntimeError, TypeError, ZeroDivisionError) as error:
-            yield f"model: {_message(error)}"
+
+
+def _megatrons_checks(model: Any, ours: list[str]) -> Iterator[str]:
+    """Yield what megatron-core has against the model, unless it is in `ours` in other words."""
+    if not isinstance(model, CanBeFinalized):
+        return
+    try:
+        # Its warnings come once more, to be seen, when the model is built.
+        with warnings.catch_warnings(action="ignore"):
+            model.finalized()
+    except (ValueError, AssertionError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        message = _message(error)
+        named = {
+            word for word in re.findall(r"\w+", message) if "_" in word and hasattr(model, word)
+        }
+        said = any(all(f"model.{name}" in line for name in named) for line in ours)
+        if not named or not said:
+            yield f"model: {message}"
 
 
 def _parallel_sizes(config: ConfigContainer) -> Iterator[str]:
@@ -388,8 +406,14 @@ def _transformer(model: TransformerConfig, layout: Layout) -> Iterator[str]:
         )
 
 
-def _own_checks(config: ConfigContainer) -> Iterator[str]:
+def _own_checks(config: ConfigContainer, refused: set[str]) -> Iterator[str]:
     for name in SECTIONS:
         section = getattr(config, name)
-        if isinstance(section, ChecksItself):
+        if not isinstance(section, ChecksItself):
+            continue
+        try:
             yield from section.problems(config)
+        except Exception:
+            # A check may stumble over a value that is reported already. Any other way it is a bug.
+            if not refused:
+                raise

@@ -1,0 +1,143 @@
+"""The fields of the configuration's dataclasses, and what their annotations mean."""
+
+import dataclasses
+import enum
+import functools
+import inspect
+import pathlib
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
+
+TARGET = "_target_"
+"""The key beside a dataclass's fields that names its class, where the annotation does not."""
+
+
+PARTIAL = "_partial_"
+"""The key beside keyword arguments that names the function of a functools.partial."""
+
+
+def is_runtime_hook(field: dataclasses.Field[Any]) -> bool:
+    """Tell whether megatron-core's users fill this field while running, not in a file."""
+    return field.name in _RUNTIME_HOOKS or field.name.startswith("_")
+
+
+_RUNTIME_HOOKS = frozenset(
+    {
+        "timers",
+        "finalize_model_grads_func",
+        "grad_scale_func",
+        "moe_grad_scale_func",
+        "mtp_grad_scale_func",
+        "no_sync_func",
+        "grad_sync_func",
+        "param_sync_func",
+        "experimental_attention_variant_loss_scale_func",
+    }
+)
+
+
+def class_name(cls: type) -> str:
+    """Return the name under which `_target_` records a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def join(path: str, key: Any) -> str:
+    """Return the path of a field of the dataclass at `path` ("" is the container)."""
+    return f"{path}.{key}" if path else str(key)
+
+
+def annotations_of(cls: type) -> dict[str, Any]:
+    """Return the evaluated annotation of each field of a dataclass.
+
+    One that only a type checker can evaluate (its import stands under TYPE_CHECKING) is Any, and
+    a field whose default is None takes None, whatever it says.
+    """
+    return _annotations_of(cls)
+
+
+@functools.cache
+def _annotations_of(cls: type) -> dict[str, Any]:
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError:
+        hints = {}
+        for base in reversed(cls.__mro__):
+            hints.update(_hints_one_by_one(base))
+    return {
+        field.name: hints.get(field.name, Any) | None
+        if field.default is None
+        else hints.get(field.name, Any)
+        for field in dataclasses.fields(cls)
+    }
+
+
+def _hints_one_by_one(cls: type) -> Iterator[tuple[str, Any]]:
+    for name, annotation in inspect.get_annotations(cls).items():
+        holder = types.SimpleNamespace(__annotations__={name: annotation})
+        module = inspect.getmodule(cls)
+        try:
+            hints = typing.get_type_hints(holder, vars(module) if module else {}, dict(vars(cls)))
+        except NameError:
+            yield name, Any
+        else:
+            yield name, hints[name]
+
+
+def fields_of(thing: Any) -> dict[str, dataclasses.Field[Any]]:
+    """Return the public fields of a dataclass or of its instance, by name."""
+    return {f.name: f for f in dataclasses.fields(thing) if not f.name.startswith("_")}
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Return the field's default, or dataclasses.MISSING."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
+    """Tell whether the field holds its class's default (whatever its annotation says)."""
+    default = default_of(field)
+    return value is default or (type(value) is type(default) and bool(value == default))
+
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    pathlib.Path: "a path",
+    torch.dtype: "a dtype",
+    type(None): "null",
+    None: "null",
+    Any: "anything",
+    list: "a list",
+    tuple: "a list",
+    dict: "a mapping",
+    Callable: "a function's name",
+}
+
+
+def describe_annotation(annotation: Any) -> str:
+    """Say in a few words what a field accepts."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe_annotation(member) for member in arguments))
+    if origin is Literal:
+        shown = [choice if isinstance(choice, str) else repr(choice) for choice in arguments]
+        return shown[0] if len(shown) == 1 else "one of " + ", ".join(shown)
+    if origin in (list, tuple) and arguments:
+        kinds = dict.fromkeys(describe_annotation(a) for a in arguments if a is not Ellipsis)
+        length = f" of {len(arguments)}" if origin is tuple and Ellipsis not in arguments else ""
+        return f"a list{length} ({', '.join(kinds)})"
+    if origin is not None and origin in _WORDS:
+        return _WORDS[origin]
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return "one of " + ", ".join(annotation.__members__)
+    return getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,93 @@
+"""Typed fields as plain values: what `conversion` reads back."""
+
+import dataclasses
+import enum
+import functools
+import inspect
+import pathlib
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+
+from bridge.training.config.errors import ConversionError, FieldProblems
+from bridge.training.config.fields import (
+    PARTIAL,
+    TARGET,
+    annotations_of,
+    class_name,
+    fields_of,
+    is_default,
+    is_runtime_hook,
+    join,
+)
+from bridge.training.config.names import dtype_name, name_of
+
+
+def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> Any:
+    """Return `value` as YAML can hold it, such that `convert` gives it back.
+
+    `brief` leaves out what stands in a megatron-core dataclass by default.
+
+    Raises:
+        FieldProblems: With a line for each value that cannot be written as text.
+    """
+    if value is None or isinstance(value, _SCALARS):
+        return _scalar_to_plain(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _dataclass_to_plain(value, annotation, path, brief)
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_plain(item, Any, f"{path}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {key: to_plain(item, Any, f"{path}.{key}") for key, item in value.items()}
+    try:
+        if isinstance(value, functools.partial) and not value.args:
+            keywords = {key: to_plain(v, Any, f"{path}.{key}") for key, v in value.keywords.items()}
+            return {PARTIAL: name_of(value.func), **keywords}
+        if callable(value):
+            return name_of(value)
+    except ConversionError as error:
+        raise FieldProblems([f"{path}: {error}"]) from error
+    raise FieldProblems([f"{path}: {value!r} ({type(value).__name__}) cannot be written as text"])
+
+
+def _dataclass_to_plain(value: Any, annotation: Any, path: str, brief: bool) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    lines = []
+    if type(value) not in (annotation, *get_args(annotation)):
+        plain[TARGET] = class_name(type(value))
+    annotations = annotations_of(type(value))
+    for name, field in fields_of(value).items():
+        item = getattr(value, name)
+        if item is None and is_runtime_hook(field):
+            continue
+        if brief and _is_megatrons(type(value), name) and is_default(item, field):
+            continue
+        try:
+            plain[name] = to_plain(item, annotations[name], join(path, name), brief=brief)
+        except FieldProblems as error:
+            lines.extend(error.lines)
+    if lines:
+        raise FieldProblems(lines)
+    return plain
+
+
+def _is_megatrons(cls: type, name: str) -> bool:
+    declaring = next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
+    return declaring.__module__.startswith("megatron.")
+
+
+_SCALARS = (bool, enum.Enum, int, float, str, torch.dtype, pathlib.PurePath)
+
+
+def _scalar_to_plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    for plain_type in (int, float):
+        if isinstance(value, plain_type):
+            return plain_type(value)  # A subclass, such as NumPy's float64, is not plain.
+    return str(value)
