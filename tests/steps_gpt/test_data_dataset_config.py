@@ -296,7 +296,7 @@ def test_the_standard_library_needs_no_path(cache: str) -> None:
 def test_mock_samples_are_random_tokens_fixed_by_seed_and_index() -> None:
     def mock(train: int, seed: int = 1) -> list[list[int]]:
         dataset = GPTDatasetConfig(mock=True, standard_library=True)
-        settings = {"tokenizer": NUMBERS, "seq_length": 128, "seed": seed}
+        settings: dict[str, Any] = {"tokenizer": NUMBERS, "seq_length": 128, "seed": seed}
         return tokens_of(build_splits(dataset, train=train, **settings).train)
 
     tokens = mock(50)

@@ -91,6 +91,21 @@ def test_a_tiktoken_file_tokenizes_and_has_its_own_size(tmp_path: Path) -> None:
     assert tokenizer.detokenize(tokenizer.tokenize("other words")) == "other words"
 
 
+def test_a_sentencepiece_model_tokenizes(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words to learn", "more words to learn"] * 20),
+        model_prefix=str(tmp_path / "words"),
+        vocab_size=17,
+        minloglevel=2,
+    )
+    config = TokenizerConfig(type="sentencepiece", model=str(tmp_path / "words.model"))
+    tokenizer = build_tokenizer(config)
+    assert vocab_size(config) == 17
+    assert tokenizer.detokenize(tokenizer.tokenize("some more words")) == "some more words"
+    assert tokenizer.eod == 2
+
+
 def test_a_hugging_face_directory_tokenizes(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     _write_hugging_face(tmp_path, eos="<eos>")
