@@ -127,3 +127,11 @@ def test_a_closed_state_gives_out_no_logger(tmp_path: Path) -> None:
 def test_a_run_without_directory_has_nowhere_to_log() -> None:
     with pytest.raises(ValueError, match="checkpoint.run_dir is not set"):
         state_for(None).metric_loggers  # noqa: B018
+
+
+def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = Path(__file__).parents[2] / "packages" / "bridge-state" / "README.md"
+    example = readme.read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {"__name__": "readme_example"})
+    assert rows(tmp_path / "runs" / "line") == [{"step": 1, "lm loss": 2.5}]
