@@ -1,0 +1,1 @@
+"""GPT models: their configuration, their data, recipes that train them."""
