@@ -1,0 +1,273 @@
+"""The forward step of GPT pretraining.
+
+A microbatch is a dict of host tensors: ``tokens``, ``labels`` and ``position_ids``, each
+[batch, sequence], and ``loss_mask`` of that shape (not zero where the prediction counts);
+optionally ``attention_mask`` and, for documents packed into one sequence, ``cu_seqlens`` (with
+``cu_seqlens_padded`` and ``max_seqlen`` if wanted).
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bridge.training.losses import masked_token_loss
+from bridge.training.megatron_import import quiet_import
+
+with quiet_import():
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+
+if TYPE_CHECKING:
+    from bridge.training.state import GlobalState
+
+_INPUTS = ("tokens", "position_ids")
+_TARGETS = ("labels", "loss_mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One rank's part of a microbatch, on the device; None where the stage has no use for it."""
+
+    tokens: torch.Tensor | None = None
+    """Token ids, [batch, sequence / context-parallel size]."""
+    position_ids: torch.Tensor | None = None
+    """Positions, of the same shape."""
+    labels: torch.Tensor | None = None
+    """The tokens to predict, of the same shape."""
+    loss_mask: torch.Tensor | None = None
+    """Not zero where the prediction counts, of the same shape."""
+    attention_mask: torch.Tensor | None = None
+    """True where attention is forbidden; None for plain causal attention."""
+    packed_seq_params: PackedSeqParams | None = None
+    """Where the packed documents begin and end, on every stage."""
+
+
+def forward_step(
+    global_state: "GlobalState",
+    data_iterator: Iterator[Mapping[str, Any]],
+    model: torch.nn.Module,
+    return_schedule_plan: bool = False,
+) -> tuple[Any, partial[Any]]:
+    """Run one microbatch through a model chunk.
+
+    Args:
+        global_state: The state of the run.
+        data_iterator: Yields this data-parallel rank's microbatches; every pipeline stage has one.
+        model: The model chunk, as wrapped for training.
+        return_schedule_plan: Return the plan of the forward pass instead of running it, for
+            megatron-core's overlap of expert-parallel communication.
+
+    Returns:
+        The output of the chunk (on the last stage the loss of each token, [batch, sequence]) or
+        its plan, and the loss function of that output.
+
+    Raises:
+        ValueError: The microbatch lacks something, or a plan was asked for without
+            ``model.overlap_moe_expert_parallel_comm``.
+    """
+    chunk = unwrap_model(model)
+    timers = global_state.timers
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(
+        data_iterator,
+        inputs=chunk.pre_process or chunk.mtp_process,
+        targets=chunk.post_process,
+        cp_group=chunk.pg_collection.cp,
+    )
+    timers("batch-generator").stop()
+
+    arguments = {
+        "input_ids": batch.tokens,
+        "position_ids": batch.position_ids,
+        "attention_mask": batch.attention_mask,
+        "labels": batch.labels,
+        "packed_seq_params": batch.packed_seq_params,
+    }
+    loss_function = partial(masked_token_loss, batch.loss_mask)
+    if return_schedule_plan:
+        if not chunk.config.overlap_moe_expert_parallel_comm:
+            raise ValueError(
+                "return_schedule_plan: a schedule plan was asked for, and "
+                "model.overlap_moe_expert_parallel_comm is False; set it to True"
+            )
+        return chunk.build_schedule_plan(**arguments, loss_mask=batch.loss_mask), loss_function
+    if _takes_loss_mask(type(chunk).forward):
+        arguments["loss_mask"] = batch.loss_mask
+    return model(**arguments), loss_function
+
+
+def get_batch(
+    data_iterator: Iterator[Mapping[str, Any]],
+    *,
+    inputs: bool = True,
+    targets: bool = True,
+    cp_group: torch.distributed.ProcessGroup | None = None,
+) -> Batch:
+    """Read the next microbatch and move what this pipeline stage needs to the device.
+
+    Every stage reads, also one in the middle: only the data knows whether documents are packed,
+    and attention needs to know where they end on all stages. Nothing here waits for the device.
+
+    Args:
+        data_iterator: Yields microbatches; tensors on the host.
+        inputs: Take ``tokens`` and ``position_ids`` (the first stage, and where multi-token
+            prediction embeds the next tokens).
+        targets: Take ``labels`` and ``loss_mask`` (the last stage).
+        cp_group: Ranks that share each sequence; each takes its two chunks of the zigzag.
+
+    Raises:
+        ValueError: There is no iterator, a key is missing, or the packing metadata is wrong.
+    """
+    if data_iterator is None:
+        raise ValueError(
+            "data_iterator is None: every pipeline stage reads the microbatches, because packing "
+            "metadata is needed on all of them; give each rank an iterator over the same samples"
+        )
+    sample = next(data_iterator)
+    names = (_INPUTS if inputs else ()) + (_TARGETS if targets else ())
+    missing = [name for name in names if sample.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"the microbatch has no {' and no '.join(missing)} (it has {', '.join(sample)}); a "
+            "dataset for gpt_step gives tokens, position_ids, labels and loss_mask"
+        )
+    shards = 1 if cp_group is None else cp_group.size()
+    packing = _Packing.of(sample, shards)
+    tensors = {name: sample[name] for name in names}
+    if sample.get("attention_mask") is not None:
+        tensors["attention_mask"] = sample["attention_mask"]
+    if shards > 1:
+        assert cp_group is not None
+        tensors = _shard(tensors, packing, cp_group)
+    device = torch.cuda.current_device()
+    on_device = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+    return Batch(**on_device, packed_seq_params=packing.params(device) if packing else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Packing:
+    """Documents that share one sequence: where they end, without and with padding; on the host."""
+
+    cu_seqlens: torch.Tensor
+    cu_seqlens_padded: torch.Tensor | None
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, sample: Mapping[str, Any], shards: int) -> "_Packing | None":
+        """Read and check the packing metadata of a microbatch; None if it is not packed."""
+        if sample.get("cu_seqlens") is None:
+            return None
+        real = _boundaries(sample, "cu_seqlens")
+        padded = (
+            _boundaries(sample, "cu_seqlens_padded")
+            if sample.get("cu_seqlens_padded") is not None
+            else None
+        )
+        laid_out = real if padded is None else padded
+        _check_layout(laid_out, sample, shards)
+        if padded is None:
+            # Datasets repeat the last boundary so that samples stack: those documents are empty.
+            real = laid_out = torch.unique_consecutive(real)
+        longest = int((laid_out[1:] - laid_out[:-1]).max())
+        return cls(
+            cu_seqlens=real,
+            cu_seqlens_padded=padded,
+            max_seqlen=max(longest, int(sample.get("max_seqlen") or 0)),
+        )
+
+    def params(self, device: Any) -> PackedSeqParams:
+        """Return megatron-core's form of it, its tensors on `device`."""
+        real = self.cu_seqlens.to(device, non_blocking=True)
+        padded = (
+            None
+            if self.cu_seqlens_padded is None
+            else self.cu_seqlens_padded.to(device, non_blocking=True)
+        )
+        # megatron-core's annotations leave out that these may be None.
+        padding: dict[str, Any] = {"cu_seqlens_q_padded": padded, "cu_seqlens_kv_padded": padded}
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=real,
+            cu_seqlens_kv=real,
+            max_seqlen_q=self.max_seqlen,
+            max_seqlen_kv=self.max_seqlen,
+            **padding,
+        )
+
+    def zigzag(self, rank: int, shards: int) -> torch.Tensor:
+        """Return the positions of this context-parallel rank: two chunks of every document.
+
+        Each document is cut in ``2 * shards`` chunks and rank r takes chunks r and
+        ``2 * shards - 1 - r``, as Transformer Engine's attention over packed sequences expects.
+        """
+        laid_out = self.cu_seqlens if self.cu_seqlens_padded is None else self.cu_seqlens_padded
+        pieces = []
+        for start, end in zip(laid_out[:-1].tolist(), laid_out[1:].tolist(), strict=True):
+            chunk = (end - start) // (2 * shards)
+            for index in (rank, 2 * shards - 1 - rank):
+                pieces.append(torch.arange(start + index * chunk, start + (index + 1) * chunk))
+        return torch.cat(pieces)
+
+
+def _boundaries(sample: Mapping[str, Any], name: str) -> torch.Tensor:
+    value = torch.as_tensor(sample[name])
+    if value.is_cuda:
+        raise ValueError(f"{name} is on the device; leave it on the host, where it is read")
+    if value.dim() == 2 and value.shape[0] == 1:
+        value = value[0]
+    if value.dim() != 1:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}: packed documents fill a sequence by "
+            "themselves, so set train.micro_batch_size=1 and pack more into dataset.seq_length"
+        )
+    return value.to(torch.int32)
+
+
+def _check_layout(laid_out: torch.Tensor, sample: Mapping[str, Any], shards: int) -> None:
+    """Refuse boundaries that do not cover the sequence or cannot be cut for context parallelism."""
+    lengths = laid_out[1:] - laid_out[:-1]
+    if len(laid_out) < 2 or int(laid_out[0]) != 0 or bool((lengths < 0).any()):
+        raise ValueError(
+            f"cu_seqlens: {laid_out.tolist()} must begin with 0 and never fall: it holds the "
+            "start of each packed document and the end of the last"
+        )
+    for name in (*_INPUTS, *_TARGETS):
+        tensor = sample.get(name)
+        if tensor is not None and (tensor.shape[0] != 1 or tensor.shape[1] != int(laid_out[-1])):
+            raise ValueError(
+                f"cu_seqlens: the packed documents end at {int(laid_out[-1])}, and {name} has "
+                f"shape {tuple(tensor.shape)}; packing needs train.micro_batch_size=1 and "
+                "documents (padding counted as one) that cover the whole sequence"
+            )
+    if shards > 1 and bool((lengths % (2 * shards)).any()):
+        raise ValueError(
+            f"cu_seqlens: the lengths {lengths.tolist()} of the packed documents are not all "
+            f"multiples of {2 * shards}, which model.context_parallel_size={shards} needs; pad "
+            "each document and give the padded boundaries as cu_seqlens_padded"
+        )
+
+
+def _shard(
+    tensors: dict[str, torch.Tensor],
+    packing: _Packing | None,
+    cp_group: torch.distributed.ProcessGroup,
+) -> dict[str, torch.Tensor]:
+    """Return this context-parallel rank's part of each tensor."""
+    if packing is None:
+        shard: dict[str, torch.Tensor] = get_batch_on_this_cp_rank(
+            dict(tensors), is_hybrid_cp=False, cp_group=cp_group
+        )
+        return shard
+    index = packing.zigzag(cp_group.rank(), cp_group.size())
+    return {name: tensor.index_select(1, index) for name, tensor in tensors.items()}
+
+
+@cache
+def _takes_loss_mask(forward: Callable[..., Any]) -> bool:
+    """Whether a model's forward has a use for the loss mask (its auxiliary losses do)."""
+    parameters = inspect.signature(forward).parameters.values()
+    return any(p.name == "loss_mask" or p.kind is p.VAR_KEYWORD for p in parameters)
