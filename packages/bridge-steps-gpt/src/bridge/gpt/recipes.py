@@ -1,0 +1,187 @@
+"""GPT recipes: named runs that train as they are, or with a path to data.
+
+Widths, depths and vocabularies are those of the published models; the training settings are
+common ones, not those of the papers.
+"""
+
+from typing import Any
+
+from torch.nn import functional
+
+from bridge.gpt.data.dataset_config import GPTDatasetConfig
+from bridge.gpt.model_config import GPTModelConfig
+from bridge.gpt.report import ByteReport
+from bridge.training.config import (
+    CheckpointConfig,
+    ConfigContainer,
+    LoggerConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from bridge.training.contracts import Recipe
+from bridge.training.gpt_step import forward_step
+
+
+def _llama_block() -> dict[str, Any]:
+    """What Llama changed in the transformer (arXiv:2302.13971, section 2.2), and no dropout."""
+    return {
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": functional.silu,
+        "add_bias_linear": False,
+        "position_embedding_type": "rope",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def _adamw(lr: float) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        min_lr=lr / 10,
+        weight_decay=0.1,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_eps=1e-8,
+        clip_grad=1.0,
+    )
+
+
+def _gpt_tiny() -> ConfigContainer:
+    return ConfigContainer(
+        model=GPTModelConfig(
+            **_llama_block(),
+            num_layers=4,
+            hidden_size=128,
+            ffn_hidden_size=352,
+            num_attention_heads=4,
+            seq_length=256,
+            # Each of the 257 tokens costs time on a CPU.
+            make_vocab_size_divisible_by=8,
+        ),
+        train=TrainConfig(train_iters=600, global_batch_size=16, micro_batch_size=4),
+        validation=ValidationConfig(eval_iters=16),
+        optimizer=_adamw(3e-3),
+        scheduler=SchedulerConfig(lr_warmup_fraction=0.05),
+        dataset=GPTDatasetConfig(standard_library=True, split="98,2,0"),
+        tokenizer=TokenizerConfig(type="bytes"),
+        logger=LoggerConfig(log_interval=20),
+    )
+
+
+def _gpt_125m() -> ConfigContainer:
+    return ConfigContainer(
+        model=GPTModelConfig(
+            num_layers=12,
+            hidden_size=768,
+            num_attention_heads=12,
+            seq_length=1024,
+            vocab_size=50257,
+            position_embedding_type="learned_absolute",
+            share_embeddings_and_output_weights=True,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+        ),
+        train=TrainConfig(
+            train_iters=10_000, global_batch_size=256, micro_batch_size=8, num_workers=2
+        ),
+        validation=ValidationConfig(eval_interval=500, eval_iters=10),
+        optimizer=_adamw(6e-4),
+        scheduler=SchedulerConfig(lr_warmup_fraction=0.02),
+        dataset=GPTDatasetConfig(),
+        tokenizer=TokenizerConfig(type="null", vocab_size=50257),
+        checkpoint=CheckpointConfig(save_interval=500),
+    )
+
+
+def _llama3_1b() -> ConfigContainer:
+    return ConfigContainer(
+        model=GPTModelConfig(
+            **_llama_block(),
+            num_layers=16,
+            hidden_size=2048,
+            ffn_hidden_size=8192,
+            num_attention_heads=32,
+            num_query_groups=8,
+            seq_length=8192,
+            vocab_size=128_256,
+            rotary_base=500_000,
+            rope_scaling=True,
+            rope_scaling_factor=32.0,
+            share_embeddings_and_output_weights=True,
+        ),
+        **_large_run(micro_batch_size=1, lr=3e-4),
+    )
+
+
+def _llama3_8b() -> ConfigContainer:
+    return ConfigContainer(
+        model=GPTModelConfig(
+            **_llama_block(),
+            num_layers=32,
+            hidden_size=4096,
+            ffn_hidden_size=14_336,
+            num_attention_heads=32,
+            num_query_groups=8,
+            seq_length=8192,
+            vocab_size=128_256,
+            rotary_base=500_000,
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+        ),
+        **_large_run(micro_batch_size=1, lr=3e-4),
+    )
+
+
+def _large_run(*, micro_batch_size: int, lr: float) -> dict[str, Any]:
+    """Return the sections that runs of the Llama 3 models share."""
+    return {
+        "train": TrainConfig(
+            train_iters=10_000,
+            global_batch_size=128,
+            micro_batch_size=micro_batch_size,
+            num_workers=2,
+        ),
+        "validation": ValidationConfig(eval_interval=500, eval_iters=10),
+        "optimizer": _adamw(lr),
+        "scheduler": SchedulerConfig(lr_warmup_fraction=0.02),
+        "dataset": GPTDatasetConfig(),
+        "tokenizer": TokenizerConfig(type="null", vocab_size=128_256),
+        "checkpoint": CheckpointConfig(save_interval=500),
+    }
+
+
+gpt_tiny = Recipe(
+    name="gpt-tiny",
+    summary="A byte-level GPT on Python's own sources: two minutes on a CPU, no preparation",
+    make_config=_gpt_tiny,
+    forward_step=forward_step,
+    callbacks=lambda: [ByteReport()],
+)
+
+gpt_125m = Recipe(
+    name="gpt-125m",
+    summary="GPT-2 small: 12 layers, hidden 768, sequence 1024; needs dataset.path or dataset.mock",
+    make_config=_gpt_125m,
+    forward_step=forward_step,
+)
+
+llama3_1b = Recipe(
+    name="llama3-1b",
+    summary="Llama 3.2 1B: 16 layers, hidden 2048, sequence 8192; needs dataset.path or "
+    "dataset.mock",
+    make_config=_llama3_1b,
+    forward_step=forward_step,
+)
+
+llama3_8b = Recipe(
+    name="llama3-8b",
+    summary="Llama 3 8B: 32 layers, hidden 4096, sequence 8192, tensor-parallel over 2; needs "
+    "dataset.path or dataset.mock",
+    make_config=_llama3_8b,
+    forward_step=forward_step,
+)

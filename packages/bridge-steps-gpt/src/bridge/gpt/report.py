@@ -1,0 +1,75 @@
+"""The last lines of a run of gpt-tiny: a sampled text, and whether the model beats bigrams."""
+
+from typing import Any
+
+from torch.utils.data import Subset
+
+from bridge.gpt.data.baseline import bigram_entropy_of
+from bridge.gpt.data.tokenizers import build_tokenizer
+from bridge.gpt.sampling import sample_text, why_not_sampled
+from bridge.training.callbacks import Callback, CallbackContext
+from bridge.training.distributed import is_logging_rank
+from bridge.training.model_building import parameters_in_sync
+
+_PROMPT_TOKENS = 48
+
+
+class ByteReport(Callback):
+    """Adds to the summary of a finished run what its model writes and how well it predicts.
+
+    The bigram entropy is measured on the validation samples that the loss was measured on. A run
+    without a validation result gets no such lines.
+
+    Args:
+        num_tokens: Length of the sampled text.
+    """
+
+    def __init__(self, num_tokens: int = 160) -> None:
+        self._num_tokens = num_tokens
+
+    def on_train_end(self, context: CallbackContext) -> None:
+        """Append the lines, unless the run failed or was not evaluated."""
+        loss = context.validation.get("lm loss")
+        if context.exception is not None or loss is None or context.data is None:
+            return
+        validation: Any = context.data.splits.validation
+        self._add_sample(context, validation)
+        if is_logging_rank():
+            _, samples = context.data.evaluation(validation)
+            bigram = bigram_entropy_of(Subset(validation, range(samples)))
+            unit = "byte" if _tokenizer_type(context) == "bytes" else "token"
+            context.summary.append(f"validation {loss:.3f} nats/{unit}, bigram {bigram:.3f}")
+
+    def _add_sample(self, context: CallbackContext, validation: Any) -> None:
+        """Continue the beginning of the validation data; every rank takes part."""
+        reason = why_not_sampled(context.pg_collection)
+        if reason is not None:
+            context.summary.append(f"no sampled text: {reason}")
+            return
+        if _tokenizer_type(context) is None:
+            return
+        assert context.config.tokenizer is not None
+        tokenizer = build_tokenizer(context.config.tokenizer)
+        tokens = validation[0]["tokens"][:_PROMPT_TOKENS].tolist()
+        prompt = tokenizer.detokenize(tokens)
+        with parameters_in_sync(context.model):
+            text = sample_text(
+                context.model[0],
+                tokenizer,
+                prompt,
+                num_tokens=self._num_tokens,
+                seed=context.config.rng.seed,
+            )
+        context.summary.append("sampled text, after the first line or lines of validation data:")
+        context.summary.extend(f"  | {line}" for line in _printable(prompt + text).splitlines())
+
+
+def _tokenizer_type(context: CallbackContext) -> str | None:
+    tokenizer = context.config.tokenizer
+    return None if tokenizer is None or tokenizer.type == "null" else tokenizer.type
+
+
+def _printable(text: str) -> str:
+    """Return text that cannot disturb a terminal."""
+    stand_in = "\N{REPLACEMENT CHARACTER}"
+    return "".join(c if c.isprintable() or c in "\n\t" else stand_in for c in text)
