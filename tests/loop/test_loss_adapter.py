@@ -415,6 +415,8 @@ def test_megatron_may_rescale_and_free_what_it_gets_without_touching_the_users_t
         loss.data = torch.empty(1)
 
     assert (kept.item(), count.item(), metric.item()) == (6.0, 3, 6.0)
+    with torch.no_grad():  # nor does the user touch the record
+        kept.zero_()
     assert record.loss.item() == 6.0
     assert record.metrics["x"].value.item() == 6.0
 
@@ -569,3 +571,34 @@ def test_a_nan_prediction_rings_the_alarm_and_no_valid_token_does_not() -> None:
     assert trial([1.0, NAN], [1, 1])
     assert not trial([1.0, NAN], [1, 0])
     assert not trial([NAN, NAN], [0, 0])
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("normalization", ["token", "microbatch"])
+@pytest.mark.parametrize("pattern", [1, 2])
+def test_nothing_waits_for_the_gpu_before_the_metrics_are_read(
+    normalization: Normalization, pattern: int
+) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    mask = torch.ones(4, device=device)
+
+    def loss_func(output: torch.Tensor) -> Any:
+        loss, count, metrics = masked_token_loss(mask, output)
+        more = {"f": 2.5, "host": torch.tensor(4.0), "top": maximum(output.max()), **metrics}
+        return (loss / 4, more) if pattern == 1 else (loss, count, more)
+
+    output = torch.arange(4.0, device=device, dtype=torch.bfloat16, requires_grad=True)
+    adapter, run = adapter_of(loss_func, normalization=normalization, output=output)
+    reducer = MetricReducer(normalization=normalization, contributes=True, device=device)
+    want = {"f": 2.5, "host": 4.0, "top": 3.0, "lm loss": 1.5}
+    for _ in range(2):
+        adapter.watch.start("step 1")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            reduced = reducer.reduce([run()[-1] for _ in range(3)], alarm=adapter.watch.alarm())
+            adapter.watch.clear()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert reduced.to_dict() == want
+        assert not reduced.alarm

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from bridge.training.loss_reduction import (
+from bridge.training.metric_kinds import (
     Metric,
     MicrobatchRecord,
     as_metric,

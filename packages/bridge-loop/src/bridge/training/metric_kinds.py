@@ -1,0 +1,100 @@
+"""How a metric says in which way it is reduced, and what a microbatch reports.
+
+Public as part of `bridge.training.loss_reduction`, which does the reducing.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+type Kind = Literal["token_mean", "mean", "total", "maximum", "local"]
+type Number = torch.Tensor | float
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric's value on one microbatch of one rank, with the way to reduce it."""
+
+    kind: Kind
+    value: Number
+    count: Number = 0.0
+    """Denominator of a token mean; unused by the others."""
+
+
+def token_mean(loss_sum: Number, count: Number) -> Metric:
+    """Declare a sum over tokens and their number: reduced to sum of sums / sum of counts."""
+    return Metric("token_mean", _number(loss_sum), _number(count))
+
+
+def mean(value: Number) -> Metric:
+    """Declare a value that is averaged over microbatches and ranks, each with the same weight."""
+    return Metric("mean", _number(value))
+
+
+def total(value: Number) -> Metric:
+    """Declare a value that is added over microbatches and ranks."""
+    return Metric("total", _number(value))
+
+
+def maximum(value: Number) -> Metric:
+    """Declare a value of which the largest over microbatches and ranks is reported."""
+    return Metric("maximum", _number(value))
+
+
+def local(value: Number) -> Metric:
+    """Declare a value that each rank reports for itself, averaged over its microbatches."""
+    return Metric("local", _number(value))
+
+
+def as_metric(key: str, value: Any) -> Metric:
+    """Read a metric: a `Metric`, ``[sum, count]`` (token mean), or one number (mean).
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if isinstance(value, Metric):
+        return value
+    if isinstance(value, torch.Tensor) and value.shape == (2,) and not value.is_complex():
+        return Metric("token_mean", value[0], value[1])
+    try:
+        return mean(value)
+    except ValueError as error:
+        raise ValueError(
+            f"Metric {key!r}: {error} Return a tensor [sum, count], one number, or token_mean(), "
+            "mean(), total(), maximum() or local() of bridge.training.loss_reduction."
+        ) from None
+
+
+def snapshot(metric: Metric, device: torch.device) -> Metric:
+    """Copy a metric to float64 on the device, so that nothing that happens later changes it."""
+    return Metric(metric.kind, _copy(metric.value, device), _copy(metric.count, device))
+
+
+@dataclass(frozen=True, slots=True)
+class MicrobatchRecord:
+    """What one microbatch reported, unreduced."""
+
+    metrics: dict[str, Metric]
+    loss: torch.Tensor
+    """The loss that was optimised: a sum if there is a count, else a mean."""
+    count: torch.Tensor | None
+    """Tokens in the loss (int32 scalar); None for the pattern (loss, metrics)."""
+
+
+def _number(value: Any) -> Number:
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"a tensor of shape {tuple(value.shape)} is not one number.")
+        return value
+    if isinstance(value, int | float):
+        return float(value)
+    raise ValueError(f"a {type(value).__name__} is not one number.")
+
+
+def _copy(number: Number, device: torch.device) -> Number:
+    if not isinstance(number, torch.Tensor):
+        return number
+    if number.device.type == "cpu" and device.type != "cpu":
+        return float(number)
+    return number.detach().reshape(()).to(torch.float64, copy=True)
