@@ -40,6 +40,7 @@ def test_the_resolved_config_survives_yaml(device: str, brief: bool) -> None:
     rebuilt = ConfigContainer.from_yaml(text)
     assert rebuilt == resolved
     assert rebuilt.to_yaml(brief=brief) == text
+    assert "derived" in rebuilt.to_dict(brief=brief)
     assert resolve(rebuilt, device=device, world_size=2) == resolved  # type: ignore[arg-type]
 
 

@@ -47,6 +47,22 @@ class TinyTransformer(TransformerConfig):
 
 
 @dataclass(kw_only=True)
+class OpenTransformer(TinyTransformer):
+    """Leaves to the device what the user did not decide."""
+
+    layers: Literal["auto", "fast", "local"] = "auto"
+    fused: bool | None = None
+
+    def open_fields(
+        self, config: ConfigContainer, *, device: Literal["cuda", "cpu"]
+    ) -> dict[str, Any]:
+        layers = self.layers
+        if layers == "auto":
+            layers = "fast" if device == "cuda" else "local"
+        return {"layers": layers, "fused": layers == "fast"}
+
+
+@dataclass(kw_only=True)
 class EagerTransformer(TransformerConfig):
     """A user's own, that lets megatron-core complete it at once."""
 

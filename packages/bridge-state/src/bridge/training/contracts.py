@@ -6,7 +6,7 @@ module, dataset and forward step make a run.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -89,6 +89,17 @@ class DatasetConfig(Protocol):
 
     def build(self, request: DataRequest) -> DataSplits | Sequence[SizedDataset | None]:
         """Build the splits: `DataSplits`, or a sequence of train, validation and test data."""
+        ...
+
+
+@runtime_checkable
+class LeavesFieldsOpen(Protocol):
+    """A model section whose defaults depend on the run: on its device, or on other sections."""
+
+    def open_fields(
+        self, config: "ConfigContainer", *, device: Literal["cuda", "cpu"]
+    ) -> dict[str, Any]:
+        """Return the value of each such field, used where the field was left at its default."""
         ...
 
 

@@ -10,6 +10,12 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from bridge.training.config.conversion import build_dataclass
+from bridge.training.config.derived import (
+    DERIVED,
+    derived_paths,
+    listed_as_derived,
+    note_derived_values,
+)
 from bridge.training.config.errors import ConfigError, ConversionError, FieldProblems
 from bridge.training.config.plain import to_plain
 from bridge.training.config.sections import (
@@ -91,6 +97,9 @@ class ConfigContainer:
     def to_dict(self, *, brief: bool = False) -> dict[str, Any]:
         """Return plain values (YAML's types) from which `from_dict` makes an equal object.
 
+        Fields that resolution filled in are listed in ``derived``: they are filled in anew when
+        the text is used where they would be otherwise, such as on another device.
+
         Args:
             brief: Leave out the fields of megatron-core's dataclasses that hold their default.
                 For reading: a newer megatron-core may have other defaults.
@@ -102,6 +111,8 @@ class ConfigContainer:
             plain: dict[str, Any] = to_plain(self, type(self), "", brief=brief)
         except FieldProblems as error:
             raise ConfigError(error.lines) from error
+        if derived := derived_paths(self):
+            plain[DERIVED] = derived
         return plain
 
     def to_yaml(self, *, brief: bool = False) -> str:
@@ -117,13 +128,15 @@ class ConfigContainer:
         Raises:
             ConfigError: With every unknown key, wrong type and missing value.
         """
-        from bridge.training.config.resolve import note_derived_values
-
         try:
-            config: Self = build_dataclass(cls, plain, "")
+            sections = {key: value for key, value in plain.items() if key != DERIVED}
+            config: Self = build_dataclass(cls, sections, "")
         except FieldProblems as error:
             raise ConfigError(error.lines) from error
-        note_derived_values(config)
+        listed, problems = listed_as_derived(plain)
+        if problems:
+            raise ConfigError(problems)
+        note_derived_values(config, listed)
         return config
 
     @classmethod

@@ -8,6 +8,13 @@ from typing import Any, Literal
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.conversion import convert
+from bridge.training.config.derived import (
+    DERIVED,
+    derived_values,
+    get_value,
+    listed_as_derived,
+    same,
+)
 from bridge.training.config.errors import ConfigError, ConversionError, FieldProblems
 from bridge.training.config.fields import (
     TARGET,
@@ -18,8 +25,8 @@ from bridge.training.config.fields import (
     is_runtime_hook,
     join,
 )
-from bridge.training.config.resolve import derived_values, resolve_collecting, same
-from bridge.training.config.suggestions import likely_meant, unknown_key
+from bridge.training.config.resolve import resolve_collecting
+from bridge.training.config.suggestions import likely_meant, section_fields, unknown_key
 from bridge.training.config.types_check import assign
 from bridge.training.config.yaml_text import load_yaml
 
@@ -117,6 +124,8 @@ class _Merge:
         for section, content in plain.items():
             if section == "recipe":
                 self._recipe(content)
+            elif section == DERIVED:
+                continue
             elif section not in SECTIONS:
                 self._unknown(str(section))
             elif content is None or isinstance(content, Mapping):
@@ -166,17 +175,18 @@ class _Merge:
                 self._set(holder, key, value, here)
 
     def _note_derived(self, plain: Mapping[Any, Any]) -> None:
-        """Take what the document holds as resolution would fill it in for derived.
-
-        A resolved config.yaml is so fed back: a later change of what it follows from carries it.
-        """
-        for path, (value, _) in derived_values(self.config).items():
+        """Take what a saved configuration had filled in for derived, not for the user's own."""
+        listed, problems = listed_as_derived(plain)
+        self.problems += problems
+        for path, (value, reason) in derived_values(self.config).items():
             section, name = path.split(".")
             content = plain.get(section)
-            if not isinstance(content, Mapping) or name not in content:
-                continue
-            if same(getattr(getattr(self.config, section), name), value):
-                self.config._derived[path] = value
+            follows = reason is not None and same(get_value(self.config, path), value)
+            if follows and isinstance(content, Mapping) and name in content:
+                listed.append(path)
+        for path in listed:
+            if path.rpartition(".")[2] in section_fields(self.config, path.partition(".")[0]):
+                self.config._derived[path] = get_value(self.config, path)
 
     # --- the command line
 
