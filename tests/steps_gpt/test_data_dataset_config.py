@@ -186,6 +186,20 @@ def test_evaluation_that_is_off_needs_no_validation_data(tmp_path: Path, cache: 
     assert build_splits(dataset, validation=0, tokenizer=NUMBERS).validation is None
 
 
+@pytest.mark.parametrize(
+    ("characters", "share"), [(6_000, 0.3), (20_000, 0.1), (100_000, 0.02), (500_000, 0.02)]
+)
+def test_without_a_split_a_small_text_gives_more_of_itself_to_validation(
+    characters: int, share: float, tmp_path: Path, cache: str
+) -> None:
+    (tmp_path / "a.txt").write_text("hello world\n" * (characters // 12))
+    dataset = GPTDatasetConfig(path=str(tmp_path / "a.txt"), cache_dir=cache)
+    notes = build_splits(dataset, train=4, seq_length=100, global_batch_size=16).notes
+    tokens = notes["train tokens"] + notes["validation tokens"]
+    assert notes["validation tokens"] / tokens == pytest.approx(share, rel=0.3)
+    assert notes["validation tokens"] > 1600
+
+
 @pytest.mark.timeout(60)
 def test_an_empty_split_is_an_error_that_tells_a_split_that_works(
     tmp_path: Path, cache: str

@@ -32,6 +32,7 @@ def container(
     seq_length: int | None = 32,
     tokenizer: TokenizerConfig | None = None,
     seed: int = 1234,
+    global_batch_size: int = 1,
 ) -> ConfigContainer:
     """Return a configuration with this dataset; the tokenizer is of bytes if none is given."""
     config = ConfigContainer(
@@ -40,6 +41,7 @@ def container(
         tokenizer=tokenizer or TokenizerConfig(),
     )
     config.rng.seed = seed
+    config.train.global_batch_size = global_batch_size
     return config
 
 

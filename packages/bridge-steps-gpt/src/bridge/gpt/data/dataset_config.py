@@ -23,6 +23,7 @@ from bridge.gpt.data.split_plan import (
     parse_split,
     plan_split,
     read_corpus,
+    usual_split,
 )
 from bridge.gpt.data.tokenizers import Tokenizer, build_tokenizer, identity, vocab_size
 from bridge.training.contracts import DataRequest, DataSplits, SizedDataset
@@ -58,8 +59,10 @@ class GPTDatasetConfig:
     weights: list[float] | None = None
     """Shares of the entries of path in the training samples; in proportion to their sizes if
     None. Validation and test take every sample once."""
-    split: str = "99,1,0"
-    """Shares of train, validation and test; whole documents go to one of them, in order."""
+    split: str | None = None
+    """Shares of train, validation and test, such as 99,1,0; whole documents go to one of them, in
+    order. If None two percent are for validation, and more of a small text: what fills a global
+    batch, half at most."""
     validation_path: str | list[str] | None = None
     """As path, for validation alone; split is then not used, all of path is for training."""
     test_path: str | list[str] | None = None
@@ -97,7 +100,7 @@ class GPTDatasetConfig:
             yield "tokenizer: real data needs one; set tokenizer.type (bytes needs no files)"
         for check in (
             lambda: self.sequence_length(config),
-            lambda: parse_split(self.split),
+            lambda: self.split is None or parse_split(self.split),
             self._find_given,
         ):
             try:
@@ -212,14 +215,19 @@ class GPTDatasetConfig:
     def _plan_splits(
         self, corpora: dict[str, list[Corpus]], request: DataRequest
     ) -> list[SplitPlan | None]:
+        seq_length = self.sequence_length(request.config)
+        split = self.split or usual_split(
+            corpora["path"],
+            seq_length=seq_length,
+            validation_samples=request.config.train.global_batch_size,
+        )
         cuts: list[tuple[list[Corpus], Bounds | None]]
         if corpora["validation_path"] or corpora["test_path"]:
             names = ("path", "validation_path", "test_path")
             cuts = [(corpora[name], WHOLE if corpora[name] else None) for name in names]
         else:
-            cuts = [(corpora["path"], bounds) for bounds in parse_split(self.split)]
+            cuts = [(corpora["path"], bounds) for bounds in parse_split(split)]
         wanted = (request.train_samples, request.validation_samples, request.test_samples)
-        seq_length = self.sequence_length(request.config)
         plans: list[SplitPlan | None] = []
         for index, (of_split, bounds) in enumerate(cuts):
             if bounds is None or (index > 0 and wanted[index] == 0):
@@ -231,7 +239,7 @@ class GPTDatasetConfig:
                     of_split,
                     bounds=bounds,
                     seq_length=seq_length,
-                    split=self.split,
+                    split=split,
                     weights=self.weights if index == 0 else None,
                     size=wanted[index] if index == 0 else None,
                 )
@@ -291,7 +299,7 @@ class GPTDatasetConfig:
             random_seed=request.config.rng.seed,
             sequence_length=self.sequence_length(request.config),
             blend=(list(plan.prefixes), weights),
-            split=self.split,
+            split="1,0,0",  # the matrix below is what counts
             num_dataset_builder_threads=self.num_dataset_builder_threads,
             path_to_cache=str(directory),
             tokenizer=of_megatron,

@@ -29,7 +29,7 @@ SPLIT_NAMES = ("train", "validation", "test")
 
 _INDEX_HEADER = b"MMIDIDX\x00\x00"
 _TOKENS_PROBED = 2**20
-_SHARES_TO_SUGGEST = (1, 2, 5, 10, 20, 30, 50)
+_SHARES = (2, 5, 10, 20, 30, 50)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,15 @@ def parse_split(split: str) -> list[Bounds | None]:
         parse_and_normalize_split(plain)
     )
     return bounds
+
+
+def usual_split(corpora: Sequence[Corpus], *, seq_length: int, validation_samples: int) -> str:
+    """Two percent for validation, or as much of a small corpus as gives so many samples.
+
+    At most half: what is then missing, or wrong, is found when the split is planned.
+    """
+    share = _sufficient_share(corpora, seq_length, validation_samples) or _SHARES[-1]
+    return f"{100 - share},{share},0"
 
 
 def read_corpus(prefix: str, *, name: str | None = None) -> Corpus:
@@ -245,15 +254,19 @@ def _too_little(
     return message + f"set dataset.split={100 - share},{share},0 {off}"
 
 
-def _sufficient_share(corpora: Sequence[Corpus], seq_length: int) -> int | None:
-    """Smallest round percentage that leaves a sample to both training and validation."""
-    for share in _SHARES_TO_SUGGEST:
-        bounds = parse_split(f"{100 - share},{share},0")
-        counts = [
-            max(int(c.documents_within(b).sum(dtype=np.int64)) for c in corpora)
-            for b in bounds
-            if b is not None
-        ]
-        if min(counts) > seq_length:
+def _samples_in(corpora: Sequence[Corpus], bounds: Bounds, seq_length: int) -> int:
+    counts = [int(corpus.documents_within(bounds).sum(dtype=np.int64)) for corpus in corpora]
+    return sum(max(0, count - 1) // seq_length for count in counts)
+
+
+def _sufficient_share(corpora: Sequence[Corpus], seq_length: int, samples: int = 1) -> int | None:
+    """Smallest round percentage that gives validation so many samples and training one."""
+    for share in _SHARES:
+        start = (100 - share) / 100
+        train, validation = (0.0, start), (start, 1.0)
+        if (
+            _samples_in(corpora, validation, seq_length) >= samples
+            and _samples_in(corpora, train, seq_length) > 0
+        ):
             return share
     return None
