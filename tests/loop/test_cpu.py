@@ -179,6 +179,22 @@ def test_forked_streams_continue_and_nested_ones_stay_apart() -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_a_stream_continues_after_a_fork_of_itself_two_levels_down() -> None:
+    seed_device(0)
+    fork = tracked.get_cuda_rng_tracker().fork
+    with fork():
+        expected = [torch.rand(2) for _ in range(3)]
+    seed_device(0)
+    drawn = []
+    with fork():
+        drawn.append(torch.rand(2))
+        with fork("expert-parallel-rng"), fork():
+            drawn.append(torch.rand(2))
+        drawn.append(torch.rand(2))
+    assert torch.equal(torch.stack(drawn), torch.stack(expected))
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_manual_seed_restarts_the_device_too() -> None:
     def mask() -> Tensor:
         torch.manual_seed(3)

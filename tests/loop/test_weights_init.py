@@ -216,7 +216,9 @@ def test_deviations_are_megatron_cores_and_norms_and_biases_are_constant() -> No
 def test_padding_of_the_vocabulary_does_not_change_its_real_rows() -> None:
     def embeddings(rows: int) -> list[Tensor]:
         arguments = {"vocab_size": rows, "share_embeddings_and_output_weights": False}
-        _, chunks = build({}, {}, **arguments)
+        # An initialiser whose deviation follows the tensor's shape, padding included.
+        changes = {"embedding_init_method": torch.nn.init.xavier_normal_}
+        _, chunks = build({}, changes, **arguments)
         weights = dict(global_parameters(chunks))
         return [weights["embedding.word_embeddings.weight"], weights["output_layer.weight"]]
 
