@@ -1,7 +1,7 @@
 """GPT configurations small enough for a test, and how a test builds and runs them."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -48,6 +48,17 @@ def run_of(model: GPTModelConfig, **sections: Any) -> ConfigContainer:
         "train": TrainConfig(train_iters=2, global_batch_size=4, micro_batch_size=1),
     }
     return ConfigContainer(model=model, **(defaults | sections))
+
+
+def open_fields_filled(
+    config: ConfigContainer, device: Literal["cuda", "cpu"] = "cpu"
+) -> ConfigContainer:
+    """Return `config` with the model's open fields filled in."""
+    model: Any = config.model
+    for name, value in model.open_fields(config, device=device).items():
+        if getattr(model, name) in (None, "auto"):
+            setattr(model, name, value)
+    return config
 
 
 def build_chunks(model: GPTModelConfig, seed: int = 1) -> list[Any]:
