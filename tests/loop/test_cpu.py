@@ -181,11 +181,10 @@ def test_forked_streams_continue_and_nested_ones_stay_apart() -> None:
 @pytest.mark.usefixtures("stand_in")
 def test_a_stream_continues_after_a_fork_of_itself_two_levels_down() -> None:
     seed_device(0)
-    fork = tracked.get_cuda_rng_tracker().fork
-    with fork():
+    with tracked.get_cuda_rng_tracker().fork():
         expected = [torch.rand(2) for _ in range(3)]
     seed_device(0)
-    drawn = []
+    fork, drawn = tracked.get_cuda_rng_tracker().fork, []
     with fork():
         drawn.append(torch.rand(2))
         with fork("expert-parallel-rng"), fork():
