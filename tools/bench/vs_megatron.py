@@ -117,6 +117,7 @@ def equal_settings(options: argparse.Namespace) -> list[Setting]:
             "model.layer_spec=transformer_engine model.attention_backend=auto "
             "model.apply_rope_fusion=true model.bias_activation_fusion=true "
             "model.bias_dropout_fusion=true model.masked_softmax_fusion=true "
+            "model.attention_softmax_in_fp32=false "
             "model.persist_layer_norm=true model.cross_entropy_loss_fusion=true "
             "model.cross_entropy_fusion_impl=native model.gradient_accumulation_fusion=false",
             "--transformer-impl transformer_engine --attention-backend auto "
@@ -404,6 +405,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             save(options, comparison, card)
         longest = max(longest, time.monotonic() - pair_start)
         print(f"\nafter {repeat} of {options.repeats}:\n{table(comparison)}", flush=True)
+        if any(runs[-1].error for runs in sides.values()):
+            print("stopping: a run failed, and the next would too")
+            break
     print(f"raw numbers and logs: {options.output}")
     return int(any(run.error for runs in sides.values() for run in runs))
 
