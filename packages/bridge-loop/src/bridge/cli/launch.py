@@ -1,4 +1,4 @@
-"""Local ranks through torchrun's elastic launcher, and what must happen before torch looks for a GPU.
+"""Local ranks through torchrun's elastic launcher, and hiding the GPUs from a rehearsal.
 
 On a CPU the ranks are forked from this process, which has imported everything: they start at once.
 On GPUs each is a process of its own, as CUDA does not survive a fork. Either way they are in

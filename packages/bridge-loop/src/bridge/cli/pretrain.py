@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from bridge.cli.recipes import (
     print_keys,
     read_documents,
 )
+from bridge.cli.resume import refuse_another_run
 
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
@@ -73,10 +73,14 @@ def run(options: argparse.Namespace) -> int:
             "--nproc: a launcher has started this rank already; leave --nproc away under torchrun"
         )
     ranks = int(os.environ["WORLD_SIZE"]) if is_a_rank else checked_ranks(options.nproc)
-    launch.hide_gpus_for_rehearsal([*_resumed_document(options), *documents], overrides)
+    saved = _saved_configuration(options)
+    launch.hide_gpus_for_rehearsal([*saved, *documents], overrides)
     recipe = find_recipe(options.recipe)
-    config = _configuration(recipe, options, documents, overrides)
-    _check(config, ranks)
+    # The user's mistakes are found before ranks are started, for the layout of all of them.
+    config = configure(recipe, [*saved, *documents], overrides, world_size=ranks)
+    if saved:
+        refuse_another_run(configure(recipe, saved, [], world_size=ranks), config)
+    _check_directory(config)
     if options.dry_run:
         print(f"dry run: {recipe.name} is ready for {ranks} rank{'s' if ranks > 1 else ''}")
         return 0
@@ -117,23 +121,8 @@ class _Started:
         self.training = True
 
 
-def _configuration(
-    recipe: "Recipe",
-    options: argparse.Namespace,
-    documents: Sequence[str],
-    overrides: Sequence[str],
-) -> "ConfigContainer":
-    """Return the run's configuration; a resumed one starts from that which the run saved."""
-    from bridge.cli.resume import refuse_another_run
-
-    saved = _resumed_document(options)
-    config = configure(recipe, [*saved, *documents], overrides)
-    if saved:
-        refuse_another_run(configure(recipe, saved, []), config)
-    return config
-
-
-def _resumed_document(options: argparse.Namespace) -> list[str]:
+def _saved_configuration(options: argparse.Namespace) -> list[str]:
+    """Return the configuration that a resumed run starts from; none for a new run."""
     if not options.resume:
         return []
     if options.run_dir is None:
@@ -147,15 +136,11 @@ def _resumed_document(options: argparse.Namespace) -> list[str]:
     return [path.read_text()]
 
 
-def _check(config: "ConfigContainer", ranks: int) -> None:
-    """Find the user's mistakes before ranks are started, for the layout of all of them."""
-    from bridge.training.config import resolve
-    from bridge.training.distributed import choose_device
-    from bridge.training.run_directory import RunDirectory
-    from bridge.training.setup import refuse_wrong_directory
+def _check_directory(config: "ConfigContainer") -> None:
+    from bridge.training.run_directory import RunDirectory, refuse_wrong_directory
 
-    device = choose_device(config.dist.device)
-    resolve(config, device=device, world_size=ranks)
     if config.checkpoint.run_dir is not None:
         directory = RunDirectory(Path(config.checkpoint.run_dir))
-        refuse_wrong_directory(config, holds_a_run=directory.holds_a_run())
+        refuse_wrong_directory(
+            directory, resume=config.checkpoint.resume, holds_a_run=directory.holds_a_run()
+        )

@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 from bridge.cli.launch import train_as_rank
-from bridge.cli.recipes import configure, find_recipe
+from bridge.cli.recipes import find_recipe
 
 if __name__ == "__main__":
     name, path = sys.argv[1:]
-    recipe = find_recipe(name)
-    sys.exit(train_as_rank(recipe, configure(recipe, [Path(path).read_text()], [])))
+    # Imported after the environment is as the launcher made it.
+    from bridge.training.config import ConfigContainer
+
+    config = ConfigContainer.from_yaml(Path(path).read_text())
+    sys.exit(train_as_rank(find_recipe(name), config))

@@ -1,4 +1,4 @@
-"""``bridge recipes`` and ``bridge show``; how a recipe is found and a run's configuration put together."""
+"""``bridge recipes`` and ``bridge show``; how a recipe is found and configured."""
 
 import argparse
 import difflib
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bridge.cli.launch import hide_gpus_for_rehearsal
 
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
@@ -20,6 +22,9 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     show = commands.add_parser("show", help="print a recipe's resolved configuration")
     add_configuration_arguments(show)
     show.add_argument("--nproc", type=int, metavar="N", help="resolve for N ranks")
+    show.add_argument(
+        "--full", action="store_true", help="megatron-core's fields too that hold their default"
+    )
     show.set_defaults(run=_show)
 
 
@@ -75,12 +80,23 @@ def read_documents(paths: Sequence[str]) -> list[str]:
 
 
 def configure(
-    recipe: "Recipe", documents: Sequence[str], overrides: Sequence[str]
+    recipe: "Recipe", documents: Sequence[str], overrides: Sequence[str], *, world_size: int
 ) -> "ConfigContainer":
-    """Return the recipe's configuration with files and then overrides put on it."""
-    from bridge.training.config import apply_overrides
+    """Return the recipe's configuration with files and then overrides put on it, resolved.
 
-    return apply_overrides(recipe(), overrides, yaml_documents=documents)
+    Raises:
+        ConfigError: With every problem of files, overrides and the result.
+    """
+    from bridge.training.config import configure as merge_and_resolve
+    from bridge.training.distributed import choose_device
+
+    return merge_and_resolve(
+        recipe(),
+        overrides,
+        yaml_documents=documents,
+        device=lambda config: choose_device(config.dist.device),
+        world_size=world_size,
+    )
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -93,15 +109,15 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from bridge.training.config import resolve
-    from bridge.training.distributed import choose_device
-
+    documents = read_documents(options.config)
+    hide_gpus_for_rehearsal(documents, options.overrides)
     config = configure(
-        find_recipe(options.recipe), read_documents(options.config), options.overrides
+        find_recipe(options.recipe),
+        documents,
+        options.overrides,
+        world_size=checked_ranks(options.nproc),
     )
-    ranks = checked_ranks(options.nproc)
-    device = choose_device(config.dist.device)
-    sys.stdout.write(resolve(config, device=device, world_size=ranks).to_yaml())
+    sys.stdout.write(config.to_yaml(brief=not options.full))
     return 0
 
 
@@ -118,8 +134,8 @@ def checked_ranks(nproc: int | None, default: int = 1) -> int:
 
 def print_keys(parser: argparse.ArgumentParser, recipe: Any) -> None:
     """Print the usage of a command, and every key of a recipe with its type and default."""
-    from bridge.training.config import describe
+    from bridge.training.config import reference_text
 
     parser.print_help()
     print(f"\nkeys of {recipe.name}, with the recipe's values:\n")
-    print(describe(recipe()))
+    print(reference_text(recipe()))

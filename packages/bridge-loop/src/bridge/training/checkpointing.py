@@ -49,7 +49,7 @@ class Checkpointer:
         directory: RunDirectory,
         config: ConfigContainer,
         ranks: Ranks,
-        model: list[torch.nn.Module],
+        model: list[Any],
         optimizer: Any,
         scheduler: Any,
         train_state: Any,
@@ -84,7 +84,7 @@ class Checkpointer:
             partial.mkdir()
         self._wait_for_all()
         dist_checkpointing.save(
-            self._sharded_state(is_loading=False),
+            self._sharded_state(is_loading=False, with_random_state=True),
             str(partial),
             async_sharded_save=False,
             content_metadata=self._content(),
@@ -112,16 +112,20 @@ class Checkpointer:
         """
         from megatron.core import dist_checkpointing
 
-        self._check_same_data(checkpoint)
-        state = self._load(checkpoint, self._sharded_state(is_loading=True))
+        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+        self._check_same_data(checkpoint, common["data_fingerprint"])
+        # Another number of ranks has other random streams; each starts its own anew.
+        same_ranks = common["world_size"] == world_size()
+        state = self._load(
+            checkpoint, self._sharded_state(is_loading=True, with_random_state=same_ranks)
+        )
         self._load_model(state)
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self._train_state.load_state_dict(state["train_state"])
-        if f"rng_{rank()}" in state and state["world_size"] == world_size():
-            _restore_random_state(state[f"rng_{rank()}"])
+        if same_ranks:
+            _restore_random_state(state[_rng_key()])
         self._last_saved = self._train_state.step
-        del dist_checkpointing
 
     def load_weights(self, checkpoint: Path) -> None:
         """Take the model's weights from a checkpoint, and nothing else.
@@ -169,7 +173,7 @@ class Checkpointer:
             for index, chunk in enumerate(self._model)
         }
 
-    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+    def _sharded_state(self, *, is_loading: bool, with_random_state: bool) -> dict[str, Any]:
         from megatron.core.dist_checkpointing.mapping import ShardedObject
 
         state = self._model_state()
@@ -183,20 +187,13 @@ class Checkpointer:
         state["train_state"] = self._train_state.state_dict()
         state["data_fingerprint"] = self._data_fingerprint
         state["world_size"] = world_size()
-        if not is_loading or self._saved_world_size() == world_size():
-            state[f"rng_{rank()}"] = ShardedObject(
+        if with_random_state:
+            state[_rng_key()] = ShardedObject(
                 "rng", _random_state(), (world_size(),), (rank(),), replica_id=0
             )
         return state
 
-    def _saved_world_size(self) -> int:
-        return int(self._common["world_size"])
-
-    def _check_same_data(self, checkpoint: Path) -> None:
-        from megatron.core import dist_checkpointing
-
-        self._common: Mapping[str, Any] = dist_checkpointing.load_common_state_dict(str(checkpoint))
-        saved = self._common.get("data_fingerprint")
+    def _check_same_data(self, checkpoint: Path, saved: str) -> None:
         if saved != self._data_fingerprint:
             raise ValueError(
                 f"{checkpoint}: the run was trained on data in the order {saved!r}; the present "
@@ -212,6 +209,10 @@ class Checkpointer:
 
     def _wait_for_all(self) -> None:
         dist.barrier(group=self._ranks.control_group)
+
+
+def _rng_key() -> str:
+    return f"rng_{rank()}"
 
 
 def _random_state() -> dict[str, Any]:

@@ -27,7 +27,8 @@ def as_splits(built: DataSplits | Sequence[SizedDataset | None]) -> DataSplits:
             "dataset.build: expected DataSplits or a sequence of train, validation and test data, "
             f"got {type(built).__name__}"
         )
-    return DataSplits(**dict(zip(("train", "validation", "test"), built, strict=False)))
+    train, validation, test = [*built, None, None][:3]
+    return DataSplits(train=train, validation=validation, test=test)
 
 
 class SampleOrder:
@@ -144,6 +145,10 @@ class RunData:
             )
         self._order = SampleOrder(len(splits.train), shuffle=splits.shuffle, seed=config.rng.seed)
         self.train_iters = self._resolve_train_iters(len(splits.train))
+        # A set that cannot be evaluated is found now, not when training is over.
+        for dataset in (splits.validation, splits.test):
+            if dataset is not None and len(dataset):
+                self.evaluation_samples(dataset)
 
     @property
     def fingerprint(self) -> str:
@@ -159,15 +164,19 @@ class RunData:
             for _ in range(self._ranks.layout.virtual_pipeline or 1)
         ]
 
-    def evaluation(self, dataset: SizedDataset) -> tuple[list[Iterator[Any]], int]:
-        """Return one iterator a model chunk over an evaluation's microbatches, and its samples."""
+    def evaluation_samples(self, dataset: SizedDataset) -> int:
+        """Return how many samples one evaluation of a set draws, over all ranks."""
         train = self._config.train
-        samples = evaluation_samples(
+        return evaluation_samples(
             len(dataset),
             global_batch_size=train.global_batch_size,
             replica_batch_size=train.micro_batch_size * self._ranks.layout.data,
             eval_iters=self._config.validation.eval_iters,
         )
+
+    def evaluation(self, dataset: SizedDataset) -> tuple[list[Iterator[Any]], int]:
+        """Return one iterator a model chunk over an evaluation's microbatches, and its samples."""
+        train, samples = self._config.train, self.evaluation_samples(dataset)
         order = SampleOrder(len(dataset), shuffle=False, seed=0)
         iterators = [
             self._iterator(dataset, order, 0, samples, train)

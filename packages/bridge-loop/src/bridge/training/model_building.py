@@ -1,6 +1,6 @@
 """From a model configuration to the chunks that are trained on this rank.
 
-build -> initial weights -> 16-bit wrapper -> megatron-core's DDP -> the hooks that its schedules call.
+build -> initial weights -> 16-bit wrapper -> megatron-core's DDP -> the hooks of its schedules.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def build_model(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module]:
     """
     from megatron.core.transformer.module import Float16Module
 
-    chunks = [_on_device(chunk, ranks.device) for chunk in _build_chunks(config, ranks)]
+    chunks: list[Any] = [_on_device(chunk, ranks.device) for chunk in _build_chunks(config, ranks)]
     if config.rng.layout_invariant_init:
         initialize_weights(chunks, config.rng.seed, ranks.pg_collection)
     model_config = chunks[0].config
@@ -133,9 +133,7 @@ def _build_chunks(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module
     return chunks
 
 
-def _as_megatron_module(
-    module: torch.nn.Module, config: ConfigContainer, ranks: Ranks
-) -> torch.nn.Module:
+def _as_megatron_module(module: Any, config: ConfigContainer, ranks: Ranks) -> torch.nn.Module:
     from megatron.core.enums import ModelType
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel import (
@@ -147,7 +145,7 @@ def _as_megatron_module(
     if not isinstance(getattr(module, "config", None), ModelParallelConfig):
         module = _plain_module(module, _config_for_plain_module(config), ranks)
     if not hasattr(module, "model_type"):
-        module.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]
+        module.model_type = ModelType.encoder_or_decoder
     return module
 
 
@@ -157,7 +155,7 @@ def _plain_module(
     """Give a module of one's own what megatron-core's schedules ask of a model."""
     from megatron.core.transformer.module import MegatronModule
 
-    class PlainModule(MegatronModule):  # type: ignore[misc]
+    class PlainModule(MegatronModule):
         """A module that knows nothing of megatron-core, trained data-parallel."""
 
         def __init__(self) -> None:
@@ -204,7 +202,7 @@ def _wrap_in_ddp(config: ConfigContainer, ranks: Ranks, chunks: list[Any]) -> li
     ddp_config = config.ddp
     bucket_size = ddp_config.bucket_size or max(40_000_000, 1_000_000 * groups.dp_cp.size())
     wrap = partial(DistributedDataParallel, config=model_config, pg_collection=groups)
-    wrapped = []
+    wrapped: list[torch.nn.Module] = []
     # DDP writes the bucket size into its config and builds buffers on a stream of its own.
     for index, chunk in enumerate(chunks):
         layout = None

@@ -7,8 +7,6 @@ warm-up from 0 the first step has rate `scheduler.lr_warmup_init`, as in Megatro
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from bridge.training.config import ConfigContainer
 
 if TYPE_CHECKING:
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
 def build_optimizer(
     config: ConfigContainer,
-    model: list[torch.nn.Module],
+    model: list[Any],
 ) -> "MegatronOptimizer":
     """Build megatron-core's optimizer over the DDP-wrapped model chunks of this rank."""
     from megatron.core.optimizer import get_megatron_optimizer
@@ -56,7 +54,7 @@ def build_scheduler(
     return OptimizerParamScheduler(
         optimizer,
         init_lr=schedule.lr_warmup_init,
-        max_lr=config.optimizer.lr,
+        max_lr=float(config.optimizer.lr or 0.0),
         min_lr=config.optimizer.min_lr or 0.0,
         lr_warmup_steps=min(warmup_steps, decay_steps - 1),
         lr_decay_steps=decay_steps,

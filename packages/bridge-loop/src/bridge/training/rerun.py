@@ -26,7 +26,7 @@ class RerunRequest(RuntimeError):
 
 
 def start_rerun_machine(config: ConfigContainer) -> None:
-    """Start megatron-core's machine in the configured mode; call `stop_rerun_machine` at the end."""
+    """Start megatron-core's machine in the configured mode; `stop_rerun_machine` ends it."""
     from megatron.core import rerun_state_machine
 
     rerun_state_machine.initialize_rerun_state_machine(
@@ -41,7 +41,7 @@ def stop_rerun_machine() -> None:
     destroy_rerun_state_machine()
 
 
-def rewindable(config: ConfigContainer, iterators: list[Iterator[Any]]) -> list[Iterator[Any]]:
+def rewindable(config: ConfigContainer, iterators: list[Any]) -> list[Any]:
     """Let a step's data be drawn again, where a step may be repeated."""
     from megatron.core.rerun_state_machine import RerunDataIterator
 
@@ -50,7 +50,7 @@ def rewindable(config: ConfigContainer, iterators: list[Iterator[Any]]) -> list[
     return [RerunDataIterator(iterator) for iterator in iterators]
 
 
-def attempts(config: ConfigContainer, iterators: list[Iterator[Any]]) -> Iterator[None]:
+def attempts(config: ConfigContainer, iterators: list[Any]) -> Iterator[None]:
     """Yield once for each time that the step's forward and backward pass is to be run."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
 

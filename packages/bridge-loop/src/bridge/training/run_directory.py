@@ -80,6 +80,30 @@ class RunDirectory:
         return sorted(found, key=lambda path: step_of(path))
 
 
+def refuse_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run: bool) -> None:
+    """Refuse to start a run where one is, or to continue one that is not there.
+
+    Args:
+        directory: Where the run is to live.
+        resume: Whether a run is to be continued.
+        holds_a_run: What `RunDirectory.holds_a_run` said, on the rank that looked.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    place = str(directory.path)
+    if holds_a_run and not resume:
+        raise ValueError(
+            f"checkpoint.run_dir: {place!r} holds a run already; continue it with --resume "
+            "(checkpoint.resume=true) or choose another directory with --run-dir"
+        )
+    if resume and not holds_a_run:
+        raise ValueError(
+            f"checkpoint.run_dir: {place!r} holds no run to resume; check the path, or start a new "
+            "run without --resume"
+        )
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the number of steps that a checkpoint's folder is named for."""
     match = _STEP.fullmatch(checkpoint.name)

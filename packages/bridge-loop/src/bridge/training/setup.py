@@ -35,7 +35,12 @@ from bridge.training.model_building import (
 )
 from bridge.training.optimization import build_optimizer, build_scheduler
 from bridge.training.progress import Progress
-from bridge.training.run_directory import RunDirectory, find_checkpoint, new_run_name
+from bridge.training.run_directory import (
+    RunDirectory,
+    find_checkpoint,
+    new_run_name,
+    refuse_wrong_directory,
+)
 from bridge.training.state import GlobalState
 from bridge.training.stop_signals import StopRequest, stop_signals
 from bridge.training.train import StepResult
@@ -291,23 +296,8 @@ def _choose_directory(config: ConfigContainer, ranks: Ranks) -> RunDirectory:
     # Rank 0 looks: other ranks may see a shared file system a moment later.
     held = [directory.holds_a_run()]
     dist.broadcast_object_list(held, src=0, group=ranks.control_group)
-    refuse_wrong_directory(config, holds_a_run=held[0])
+    refuse_wrong_directory(directory, resume=config.checkpoint.resume, holds_a_run=held[0])
     return directory
-
-
-def refuse_wrong_directory(config: ConfigContainer, *, holds_a_run: bool) -> None:
-    """Refuse to start in a directory with a run, or to continue one that is not there."""
-    place = config.checkpoint.run_dir
-    if holds_a_run and not config.checkpoint.resume:
-        raise ValueError(
-            f"checkpoint.run_dir: {place!r} holds a run already; continue it with --resume "
-            "(checkpoint.resume=true) or choose another directory with --run-dir"
-        )
-    if config.checkpoint.resume and not holds_a_run:
-        raise ValueError(
-            f"checkpoint.run_dir: {place!r} holds no run to resume; check the path, or start a new "
-            "run without --resume"
-        )
 
 
 def _find_checkpoints(

@@ -54,10 +54,10 @@ class StepResult:
         return {} if self.reduced is None else self.reduced.to_dict()
 
 
-def train_step(
+def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own loops take it
     forward_step: LossAdapter,
     data_iterator: list[Iterator[Any]],
-    model: list[torch.nn.Module],
+    model: list[Any],
     optimizer: Any,
     scheduler: Any,
     state: GlobalState,
@@ -127,7 +127,7 @@ def train(run: "Run") -> StopReason:
     settings, counters = run.config, run.state.train_state
     for chunk in run.model:
         chunk.train()
-    if settings.validation.eval_at_start:
+    if settings.validation.eval_at_start and counters.step == 0:
         run.validate()
     data_iterator = rerun.rewindable(settings, run.data.training(counters.consumed_train_samples))
     reason: StopReason = "finished"

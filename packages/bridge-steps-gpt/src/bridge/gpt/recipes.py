@@ -67,7 +67,7 @@ def _gpt_tiny() -> ConfigContainer:
         validation=ValidationConfig(eval_iters=16),
         optimizer=_adamw(3e-3),
         scheduler=SchedulerConfig(lr_warmup_fraction=0.05),
-        dataset=GPTDatasetConfig(standard_library=True, split="98,2,0"),
+        dataset=GPTDatasetConfig(standard_library=True),
         tokenizer=TokenizerConfig(type="bytes"),
         logger=LoggerConfig(log_interval=20),
     )

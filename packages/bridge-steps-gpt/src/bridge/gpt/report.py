@@ -35,7 +35,7 @@ class ByteReport(Callback):
         validation: Any = context.data.splits.validation
         self._add_sample(context, validation)
         if is_logging_rank():
-            _, samples = context.data.evaluation(validation)
+            samples = context.data.evaluation_samples(validation)
             bigram = bigram_entropy_of(Subset(validation, range(samples)))
             unit = "byte" if _tokenizer_type(context) == "bytes" else "token"
             context.summary.append(f"validation {loss:.3f} nats/{unit}, bigram {bigram:.3f}")
