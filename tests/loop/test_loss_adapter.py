@@ -432,6 +432,16 @@ def test_low_precision_losses_are_scaled_in_float32(dtype: torch.dtype) -> None:
     assert slots.item() == 2**20
 
 
+def test_a_microbatch_without_tokens_is_not_divided_by_its_count() -> None:
+    output = torch.ones(2, requires_grad=True)
+    _, run = adapter_of(lambda o: (o.sum() * 0, 0, {}), normalization="microbatch", output=output)
+    loss = run()[0]
+    loss.backward()
+    assert loss.item() == 0.0
+    assert output.grad is not None
+    assert output.grad.tolist() == [0.0, 0.0]
+
+
 def test_counts_reach_the_schedule_as_int32_scalars() -> None:
     for count in (3, torch.tensor(3), torch.tensor([3]), torch.tensor(3, dtype=torch.int16)):
         _, run = adapter_of(lambda o, count=count: (o.sum(), count, {}))

@@ -112,6 +112,7 @@ def test_counts_are_exact_beyond_the_integers_of_float32() -> None:
     odd = token_mean(torch.tensor(0.0), torch.tensor(2**24 + 1, dtype=torch.int64))
     records = [record(t=odd) for _ in range(3)] + [record(t=pair(3 * 2.0**24 + 4, 1))]
     assert alone().reduce(records).to_dict() == {"t": 1.0}
+    assert alone().reduce([record(n=total(2**24 + 1))]).to_dict() == {"n": 2.0**24 + 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
