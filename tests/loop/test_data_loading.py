@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from bridge.training.contracts import DataSplits
 from bridge.training.data_loading import (
     MicrobatchSampler,
@@ -12,7 +13,9 @@ from bridge.training.data_loading import (
 )
 
 
-def drawn(data_parallel_size: int, start: int, microbatches: int, order: SampleOrder) -> list:
+def drawn(
+    data_parallel_size: int, start: int, microbatches: int, order: SampleOrder
+) -> list[list[list[int]]]:
     """Return the microbatches that each data-parallel rank draws from a position on."""
     return [
         list(
@@ -32,14 +35,14 @@ def drawn(data_parallel_size: int, start: int, microbatches: int, order: SampleO
     ]
 
 
-def test_data_parallel_ranks_draw_the_microbatches_that_one_rank_draws():
+def test_data_parallel_ranks_draw_the_microbatches_that_one_rank_draws() -> None:
     order = SampleOrder(40, shuffle=True, seed=3)
     [alone] = drawn(1, 0, 8, order)
     first, second = drawn(2, 0, 4, order)
     assert [*itertools.chain(*zip(first, second, strict=True))] == alone
 
 
-def test_an_epoch_visits_every_sample_once_and_the_next_in_another_order():
+def test_an_epoch_visits_every_sample_once_and_the_next_in_another_order() -> None:
     order = SampleOrder(7, shuffle=True, seed=0)
     first, second = [order[i] for i in range(7)], [order[i] for i in range(7, 14)]
     assert sorted(first) == sorted(second) == list(range(7))
@@ -47,19 +50,19 @@ def test_an_epoch_visits_every_sample_once_and_the_next_in_another_order():
 
 
 @pytest.mark.parametrize("consumed", [0, 4, 12, 36, 40, 44])
-def test_drawing_from_a_position_continues_the_order_across_epochs(consumed):
+def test_drawing_from_a_position_continues_the_order_across_epochs(consumed: int) -> None:
     order = SampleOrder(20, shuffle=True, seed=5)
     [whole] = drawn(1, 0, 40, order)
     [rest] = drawn(1, consumed, 10, SampleOrder(20, shuffle=True, seed=5))
     assert rest == whole[consumed // 2 : consumed // 2 + 10]
 
 
-def test_a_dataset_that_shuffled_already_is_drawn_in_its_order():
+def test_a_dataset_that_shuffled_already_is_drawn_in_its_order() -> None:
     order = SampleOrder(3, shuffle=False, seed=9)
     assert [order[i] for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
 
 
-def test_orders_that_differ_have_other_fingerprints():
+def test_orders_that_differ_have_other_fingerprints() -> None:
     prints = {
         SampleOrder(size, shuffle=shuffle, seed=seed).fingerprint
         for size, shuffle, seed in [(5, True, 1), (6, True, 1), (5, True, 2), (5, False, 1)]
@@ -78,7 +81,9 @@ def test_orders_that_differ_have_other_fingerprints():
         (10, 4, 0, 0),
     ],
 )
-def test_an_evaluation_takes_whole_global_batches(size, replica_batch_size, eval_iters, expected):
+def test_an_evaluation_takes_whole_global_batches(
+    size: int, replica_batch_size: int, eval_iters: int | None, expected: int
+) -> None:
     samples = evaluation_samples(
         size,
         global_batch_size=16,
@@ -88,14 +93,14 @@ def test_an_evaluation_takes_whole_global_batches(size, replica_batch_size, eval
     assert samples == expected
 
 
-def test_a_validation_set_that_cannot_fill_a_microbatch_is_refused_with_the_remedy():
+def test_a_validation_set_that_cannot_fill_a_microbatch_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"3 samples.*train\.micro_batch_size"):
         evaluation_samples(3, global_batch_size=16, replica_batch_size=4, eval_iters=None)
 
 
-def test_a_sequence_of_datasets_is_train_validation_and_test():
+def test_a_sequence_of_datasets_is_train_validation_and_test() -> None:
     splits = as_splits([[1], [2]])
     assert (splits.train, splits.validation, splits.test) == ([1], [2], None)
     assert as_splits(kept := DataSplits(train=[1])) is kept
     with pytest.raises(ValueError, match="DataSplits"):
-        as_splits(7)
+        as_splits(7)  # type: ignore[arg-type]

@@ -5,11 +5,12 @@ import signal
 
 import pytest
 import torch.distributed as dist
+
 from bridge.training.stop_signals import stop_signals
 from ranks import run_ranks
 
 
-def test_the_first_signal_is_remembered_and_handlers_come_back():
+def test_the_first_signal_is_remembered_and_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with stop_signals() as request:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -18,22 +19,25 @@ def test_the_first_signal_is_remembered_and_handlers_come_back():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_a_second_ctrl_c_ends_at_once_and_handlers_come_back():
+def test_a_second_ctrl_c_ends_at_once_and_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), stop_signals():
+    with stop_signals():
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
 
 
 def agreed_on_every_rank() -> tuple[str | None, str | None]:
     with stop_signals() as request:
-        nobody = request.agreed(dist.group.WORLD)
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        nobody = request.agreed(everyone)
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        one = request.agreed(dist.group.WORLD)
-    return nobody and nobody.name, one and one.name
+        one = request.agreed(everyone)
+    return (nobody.name if nobody else None, one.name if one else None)
 
 
-def test_all_ranks_stop_when_one_is_told_to():
+def test_all_ranks_stop_when_one_is_told_to() -> None:
     assert run_ranks(2, agreed_on_every_rank) == [(None, "SIGTERM")] * 2

@@ -79,11 +79,14 @@ class LossAdapter:
         self,
         data_iterator: Iterator[Any] | None,
         model: torch.nn.Module,
+        checkpoint_activations_microbatch: bool | None = None,
         *,
         return_schedule_plan: bool = False,
     ) -> tuple[Any, Callable[..., Any]]:
         """Run the user's forward step; return its output and the loss function for megatron."""
-        if return_schedule_plan:
+        if checkpoint_activations_microbatch is not None:
+            result = self._forward_step(data_iterator, model, checkpoint_activations_microbatch)
+        elif return_schedule_plan:
             result = self._forward_step(data_iterator, model, return_schedule_plan=True)
         else:
             result = self._forward_step(data_iterator, model)
