@@ -1,0 +1,145 @@
+"""The public contract: what is named here exists with this signature. It grows, not changes."""
+
+import dataclasses
+import importlib
+import inspect
+
+import pytest
+
+FUNCTIONS = {
+    "bridge.training.pretrain.pretrain": ["config", "forward_step_func", "callbacks"],
+    "bridge.training.train.train": ["run"],
+    "bridge.training.train.train_step": [
+        "forward_step",
+        "data_iterator",
+        "model",
+        "optimizer",
+        "scheduler",
+        "state",
+        "pg_collection",
+        "num_microbatches",
+        "reducer",
+        "before_optimizer_step",
+    ],
+    "bridge.training.evaluate.evaluate": [
+        "forward_step",
+        "data_iterator",
+        "model",
+        "state",
+        "num_samples",
+        "pg_collection",
+        "reducer",
+        "collect_non_loss_data",
+    ],
+    "bridge.training.losses.masked_token_loss": [
+        "loss_mask",
+        "output_tensor",
+        "check_for_nan_in_loss",
+    ],
+    "bridge.training.losses.masked_next_token_loss": [
+        "loss_mask",
+        "output_tensor",
+        "check_for_nan_in_loss",
+    ],
+    "bridge.training.loss_reduction.token_mean": ["loss_sum", "count"],
+    "bridge.training.loss_reduction.mean": ["value"],
+    "bridge.training.loss_reduction.total": ["value"],
+    "bridge.training.loss_reduction.maximum": ["value"],
+    "bridge.training.loss_reduction.local": ["value"],
+    "bridge.training.forward_step.prepare_forward_step_func": ["func", "state"],
+    "bridge.training.gpt_step.forward_step": [
+        "global_state",
+        "data_iterator",
+        "model",
+        "return_schedule_plan",
+    ],
+    "bridge.training.gpt_step.get_batch": ["data_iterator", "inputs", "targets", "cp_group"],
+    "bridge.training.config.resolve": ["config", "device", "world_size"],
+}
+
+FIELDS = {
+    "bridge.training.pretrain.TrainResult": [
+        "reason",
+        "step",
+        "consumed_samples",
+        "metrics",
+        "validation",
+        "run_dir",
+    ],
+    "bridge.training.train.StepResult": [
+        "learning_rate",
+        "grad_norm",
+        "skipped",
+        "samples",
+        "tokens",
+        "reduced",
+    ],
+    "bridge.training.config.ConfigContainer": [
+        "recipe",
+        "model",
+        "train",
+        "validation",
+        "optimizer",
+        "scheduler",
+        "ddp",
+        "dataset",
+        "tokenizer",
+        "logger",
+        "checkpoint",
+        "dist",
+        "rng",
+        "rerun",
+        "mixed_precision",
+    ],
+}
+
+STATE = ["cfg", "timers", "train_state", "tensorboard_logger", "wandb_logger", "close"]
+RECIPES = ["gpt_tiny", "gpt_125m", "llama3_1b", "llama3_8b"]
+
+
+def found(path: str) -> object:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("path", FUNCTIONS)
+def test_a_function_has_the_parameters_that_callers_name(path: str) -> None:
+    function = found(path)
+    assert callable(function)
+    assert [*inspect.signature(function).parameters] == FUNCTIONS[path]
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_a_dataclass_has_the_fields_that_callers_read(path: str) -> None:
+    kind = found(path)
+    assert isinstance(kind, type)
+    assert dataclasses.is_dataclass(kind)
+    assert [field.name for field in dataclasses.fields(kind)] == FIELDS[path]
+
+
+def test_results_cannot_be_changed() -> None:
+    for path in ("bridge.training.pretrain.TrainResult", "bridge.training.train.StepResult"):
+        kind = found(path)
+        assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def test_the_state_has_what_forward_steps_use() -> None:
+    from bridge.training.config import ConfigContainer
+    from bridge.training.state import GlobalState
+
+    recipe = found("bridge.gpt.recipes.gpt_tiny")
+    config = recipe()  # type: ignore[operator]
+    assert isinstance(config, ConfigContainer)
+    state = GlobalState(config)
+    # The loggers are properties of the class, so nothing is opened by looking.
+    missing = [n for n in STATE if not hasattr(type(state), n) and n not in vars(state)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_function_that_returns_a_fresh_configuration(name: str) -> None:
+    recipe = found(f"bridge.gpt.recipes.{name}")
+    first, second = recipe(), recipe()  # type: ignore[operator]
+    assert first.recipe == name.replace("_", "-")
+    assert first is not second
+    assert first.train is not second.train
