@@ -10,6 +10,7 @@ saved fully reshardable, so that another layout can read it.
 """
 
 import logging
+import queue
 import random
 import shutil
 from collections.abc import Mapping
@@ -83,6 +84,7 @@ class Checkpointer:
                 shutil.rmtree(leftover)
             partial.mkdir()
         self._wait_for_all()
+        _use_a_queue_of_this_process()
         dist_checkpointing.save(
             self._sharded_state(is_loading=False, with_random_state=True),
             str(partial),
@@ -209,6 +211,18 @@ class Checkpointer:
 
     def _wait_for_all(self) -> None:
         dist.barrier(group=self._ranks.control_group)
+
+
+def _use_a_queue_of_this_process() -> None:
+    """Spare megatron-core's writer the process that it starts in every rank for its results.
+
+    A save that is waited for needs none. That process takes seconds to start, imports the user's
+    script a second time, and outlives a rank that is killed.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def _rng_key() -> str:
