@@ -96,7 +96,9 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
         if not dist.is_initialized():
             _initialize_default_group(device, config.dist.timeout_minutes)
             stack.callback(_destroy_default_group)
-        if not parallel_state.model_parallel_is_initialized():
+        if parallel_state.model_parallel_is_initialized():
+            _check_layout(layout)
+        else:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tensor,
                 pipeline_model_parallel_size=layout.pipeline,
@@ -106,7 +108,7 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
                 expert_tensor_parallel_size=layout.expert_tensor,
                 distributed_timeout_minutes=max(1, round(config.dist.timeout_minutes)),
             )
-            stack.callback(parallel_state.destroy_model_parallel)
+            stack.callback(_destroy_model_parallel)
         control_group = dist.new_group(
             backend="gloo", timeout=datetime.timedelta(minutes=config.dist.timeout_minutes)
         )
@@ -136,6 +138,41 @@ def _initialize_default_group(device: Device, timeout_minutes: float) -> None:
             timeout=timeout,
             device_id=device_id,
         )
+
+
+def _check_layout(wanted: Layout) -> None:
+    """Refuse groups that another part of the program made for another layout."""
+    from megatron.core import parallel_state
+
+    present = {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+    differing = {name: size for name, size in present.items() if getattr(wanted, name) != size}
+    if differing:
+        asked = ", ".join(f"{name} {getattr(wanted, name)}" for name in differing)
+        found = ", ".join(f"{name} {size}" for name, size in differing.items())
+        raise ValueError(
+            f"model: the configuration asks for parallel sizes {asked}, and megatron-core's groups "
+            f"are initialised already with {found}; make them equal, or let pretrain make the "
+            "groups (parallel_state.destroy_model_parallel before it)"
+        )
+
+
+def _destroy_model_parallel() -> None:
+    """Take down megatron-core's groups; its own function forgets most and leaves them running."""
+    from megatron.core import parallel_state
+
+    # The first entry stands for the default group, which is another's.
+    groups = (parallel_state._global_process_group_list or [])[1:]
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        if group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
 
 
 def _destroy_default_group() -> None:
