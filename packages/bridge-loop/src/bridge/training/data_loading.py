@@ -170,9 +170,18 @@ class RunData:
         return evaluation_samples(
             len(dataset),
             global_batch_size=train.global_batch_size,
-            replica_batch_size=train.micro_batch_size * self._ranks.layout.data,
+            replica_batch_size=self._samples_that_fill_the_ranks(),
             eval_iters=self._config.validation.eval_iters,
         )
+
+    def _samples_that_fill_the_ranks(self) -> int:
+        """Samples of which every rank has work: an interleaved pipeline takes whole groups."""
+        train, layout = self._config.train, self._ranks.layout
+        microbatches = 1
+        if layout.virtual_pipeline is not None:
+            group = getattr(self._config.model, "microbatch_group_size_per_vp_stage", None)
+            microbatches = group or layout.pipeline
+        return train.micro_batch_size * layout.data * microbatches
 
     def evaluation(self, dataset: SizedDataset) -> tuple[list[Iterator[Any]], int]:
         """Return one iterator a model chunk over an evaluation's microbatches, and its samples."""
@@ -204,6 +213,9 @@ class RunData:
                 data_parallel_size=self._ranks.layout.data,
             ),
             num_workers=train.num_workers,
+            # A generator of its own: the loader's draw would move the stream that a resumed run
+            # continues. It seeds the workers, otherwise from each position on.
+            generator=torch.Generator().manual_seed(self._config.rng.seed + start),
             pin_memory=self._ranks.device == "cuda",
             collate_fn=self.splits.collate,
         )
