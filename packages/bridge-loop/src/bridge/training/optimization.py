@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 def build_optimizer(
     config: ConfigContainer,
     model: list[Any],
+    *,
+    timers: Any = None,
 ) -> "MegatronOptimizer":
     """Build megatron-core's optimizer over the DDP-wrapped model chunks of this rank."""
     from megatron.core.optimizer import get_megatron_optimizer
@@ -31,6 +33,10 @@ def build_optimizer(
             and OptimizerConfig.__dataclass_fields__[name].init
         }
     )
+    if optimizer_config.min_lr is None:
+        # Else the parameter groups say None, which hides the schedule's own lowest rate.
+        optimizer_config.min_lr = 0.0
+    optimizer_config.timers = timers
     # Without a collection it takes megatron-core's own groups, of which those over gloo, that
     # checkpoints gather over, have no place in a collection.
     return get_megatron_optimizer(optimizer_config, model)
