@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from bridge.training.config import ConfigContainer
 from bridge.training.distributed import Ranks, is_logging_rank, rank, world_size
-from bridge.training.run_directory import RunDirectory, sync_directory, sync_tree
+from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
 
 _logger = logging.getLogger(__name__)
 
@@ -112,12 +112,10 @@ class Checkpointer:
         Raises:
             ValueError: The checkpoint belongs to another model or another order of the data.
         """
-        from megatron.core import dist_checkpointing
-
-        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-        self._check_same_data(checkpoint, common["data_fingerprint"])
+        saved_data, saved_ranks = self._read_common(checkpoint)
+        self._check_same_data(checkpoint, saved_data)
         # Another number of ranks has other random streams; each starts its own anew.
-        same_ranks = common["world_size"] == world_size()
+        same_ranks = saved_ranks == world_size()
         state = self._load(
             checkpoint, self._sharded_state(is_loading=True, with_random_state=same_ranks)
         )
@@ -136,6 +134,20 @@ class Checkpointer:
         """
         self._load_model(self._load(checkpoint, self._model_state()))
         self._optimizer.reload_model_params()
+
+    def _read_common(self, checkpoint: Path) -> tuple[str, int]:
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.core import CheckpointingException
+
+        try:
+            common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+            return common["data_fingerprint"], common["world_size"]
+        except (CheckpointingException, KeyError) as error:
+            raise ValueError(
+                f"{checkpoint}: this is not a checkpoint of a run of ours, or it is damaged "
+                f"({type(error).__name__}: {error}); its weights alone can be taken with "
+                "checkpoint.pretrained_checkpoint"
+            ) from error
 
     def _load(self, checkpoint: Path, wanted: dict[str, Any]) -> Any:
         from megatron.core import dist_checkpointing
@@ -205,8 +217,10 @@ class Checkpointer:
             )
 
     def _remove_old(self) -> None:
-        keep = self._config.checkpoint.keep_last
-        for old in self._directory.saved()[:-keep] if keep else []:
+        keep, step = self._config.checkpoint.keep_last, self._train_state.step
+        # Later steps are those of a run that went on from here before; they do not count.
+        known = [path for path in self._directory.saved() if step_of(path) <= step]
+        for old in known[:-keep] if keep else []:
             shutil.rmtree(old)
 
     def _wait_for_all(self) -> None:
