@@ -65,7 +65,7 @@ def evaluate(
     remaining = num_samples // replica_batch
     per_batch = max(1, train.global_batch_size // replica_batch)
     collected: list[Any] = []
-    modes = [chunk.training for chunk in model]
+    modes = [(module, module.training) for chunk in model for module in chunk.modules()]
     forward_step.watch.start(f"validation at step {state.train_state.step}")
     try:
         with parameters_in_sync(model), torch.no_grad():
@@ -88,8 +88,9 @@ def evaluate(
                 else:
                     reducer.accumulate(outputs)
     finally:
-        for chunk, mode in zip(model, modes, strict=True):
-            chunk.train(mode)
+        # Not chunk.train(), which would wake what the user has put to sleep, such as frozen parts.
+        for module, mode in modes:
+            module.training = mode
     state.train_state.consumed_validation_samples += num_samples
     metrics = {} if collect_non_loss_data else reducer.reduce().to_dict()
     return EvaluationResult(metrics=metrics, samples=num_samples, non_loss_data=collected)

@@ -28,6 +28,9 @@ def build_model(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module]:
     from megatron.core.transformer.module import Float16Module
 
     chunks: list[Any] = [_on_device(chunk, ranks.device) for chunk in _build_chunks(config, ranks)]
+    # Here and never again: later on, what a callback has put to sleep stays asleep.
+    for chunk in chunks:
+        chunk.train()
     if config.rng.layout_invariant_init:
         initialize_weights(chunks, config.rng.seed, ranks.pg_collection)
     model_config = chunks[0].config

@@ -58,9 +58,13 @@ def pretrain(
         stack.callback(progress.close)
         with progress.phase("process groups"):
             ranks = stack.enter_context(ranks_of(config, device))
-        run = stack.enter_context(
-            set_up(config, ranks, forward_step_func, callbacks or (), progress)
-        )
+        try:
+            run = stack.enter_context(
+                set_up(config, ranks, forward_step_func, callbacks or (), progress)
+            )
+        except BaseException as error:
+            error.add_note(f"rank {rank()}, in set-up")
+            raise
         return _run(run)
 
 

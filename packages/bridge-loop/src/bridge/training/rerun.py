@@ -15,22 +15,30 @@ from bridge.training.config import ConfigContainer
 
 
 class RerunRequest(RuntimeError):
-    """The rerun state machine wants the run to end and start again; exit with `exit_code`."""
+    """The rerun state machine wants the run to end and start again; exit with `exit_code`.
 
-    def __init__(self, exit_code: int) -> None:
+    The step in question was not taken. `checkpoint` says whether to save what was before it.
+    """
+
+    def __init__(self, exit_code: int, *, checkpoint: bool) -> None:
         super().__init__(
             f"the rerun state machine found a result that must be checked again (exit code "
             f"{exit_code}); continue the run with --resume, on other devices"
         )
         self.exit_code = exit_code
+        self.checkpoint = checkpoint
 
 
 def start_rerun_machine(config: ConfigContainer) -> None:
     """Start megatron-core's machine in the configured mode; `stop_rerun_machine` ends it."""
     from megatron.core import rerun_state_machine
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     rerun_state_machine.initialize_rerun_state_machine(
-        mode=rerun_state_machine.RerunMode(config.rerun.rerun_mode)
+        # A repetition draws the same dropout: the machine itself knows only of torch's streams.
+        state_save_func=lambda: get_cuda_rng_tracker().get_states(),
+        state_restore_func=lambda states: get_cuda_rng_tracker().set_states(states),
+        mode=rerun_state_machine.RerunMode(config.rerun.rerun_mode),
     )
 
 
@@ -63,9 +71,14 @@ def attempts(config: ConfigContainer, iterators: list[Any]) -> Iterator[None]:
 
 
 def check_loss(loss: torch.Tensor) -> None:
-    """Have the machine look at a microbatch's loss; waits for the device."""
+    """Have the machine look at a microbatch's loss; waits for the device.
+
+    Losses of an evaluation are not looked at: the machine can repeat training steps only.
+    """
     from megatron.core.rerun_state_machine import get_rerun_state_machine
 
+    if not torch.is_grad_enabled():
+        return
     get_rerun_state_machine().validate_result(
         result=loss,
         rejection_func=lambda value: not torch.isfinite(torch.as_tensor(value)).all(),
@@ -75,11 +88,16 @@ def check_loss(loss: torch.Tensor) -> None:
     )
 
 
-def wants(config: ConfigContainer) -> tuple[bool, int | None]:
-    """Return whether the machine asks for a checkpoint now, and the exit code if for the end."""
+def raise_if_suspicious(config: ConfigContainer) -> None:
+    """Raise where the machine wants the run to end; to be called before the optimizer's step.
+
+    Raises:
+        RerunRequest: On every rank. The random-number streams are those before the step.
+    """
     from megatron.core.rerun_state_machine import get_rerun_state_machine
 
     if config.rerun.rerun_mode == "disabled":
-        return False, None
+        return
     checkpoint, leave, exit_code = get_rerun_state_machine().should_checkpoint_and_exit()
-    return bool(checkpoint), exit_code if leave else None
+    if leave:
+        raise RerunRequest(exit_code, checkpoint=bool(checkpoint))

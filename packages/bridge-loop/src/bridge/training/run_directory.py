@@ -8,11 +8,13 @@ checkpoints/step-0000100/, latest
 
 import contextlib
 import datetime
+import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _STEP = re.compile(r"step-(\d{7,})")
 
@@ -78,6 +80,16 @@ class RunDirectory:
             return []
         found = [path for path in self.checkpoints.iterdir() if _STEP.fullmatch(path.name)]
         return sorted(found, key=lambda path: step_of(path))
+
+    def rows_of(self, step: int) -> list[dict[str, Any]]:
+        """Return what metrics.jsonl holds of a step; a torn last line is none."""
+        if not self.metrics.exists():
+            return []
+        rows = []
+        for line in self.metrics.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return [row for row in rows if row["step"] == step]
 
 
 def refuse_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run: bool) -> None:

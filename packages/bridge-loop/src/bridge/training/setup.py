@@ -6,6 +6,7 @@ can show. The run's directory is made last, so a run that could not start leaves
 
 import contextlib
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from bridge.training import rerun
 from bridge.training.callbacks import CallbackContext, Callbacks
 from bridge.training.checkpointing import Checkpointer
 from bridge.training.config import ConfigContainer
-from bridge.training.contracts import DataRequest
+from bridge.training.contracts import DataRequest, SizedDataset
 from bridge.training.data_loading import RunData, as_splits
 from bridge.training.distributed import Ranks, is_logging_rank
 from bridge.training.evaluate import EvaluationResult, evaluate, sequence_length
@@ -40,6 +41,7 @@ from bridge.training.run_directory import (
     find_checkpoint,
     new_run_name,
     refuse_wrong_directory,
+    replace_durably,
 )
 from bridge.training.state import GlobalState
 from bridge.training.stop_signals import StopRequest, stop_signals
@@ -72,7 +74,7 @@ class Run:
     """The newest logged step's row."""
     validation: dict[str, float | None] = field(default_factory=dict)
     """The newest evaluation's metrics."""
-    _validated_at: int | None = None
+    _evaluated_at: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.context = CallbackContext(
@@ -110,22 +112,41 @@ class Run:
 
     def validate(self) -> None:
         """Evaluate on the validation set, once a step, and write what was found."""
-        dataset, step = self.data.splits.validation, self.state.train_state.step
-        if dataset is None or self.config.validation.eval_iters == 0 or step == self._validated_at:
-            return
-        self.validation = dict(self._evaluate("validation", dataset).metrics)
-        self.context.validation = self.validation
-        self._validated_at = step
+        result = self._evaluate_once("validation", self.data.splits.validation)
+        if result is not None:
+            self.validation = dict(result.metrics)
+            self.context.validation = self.validation
 
     def test(self) -> None:
-        """Evaluate on the test set, if there is one."""
-        if self.data.splits.test is not None and len(self.data.splits.test):
-            self._evaluate("test", self.data.splits.test)
+        """Evaluate on the test set, once a step, and write what was found."""
+        self._evaluate_once("test", self.data.splits.test)
+
+    def recall_last_step(self) -> None:
+        """Take up what was logged at the step that the run continues from.
+
+        A run that had finished is then not evaluated a second time.
+        """
+        step = self.state.train_state.step
+        recalled = [self.directory.rows_of(step) if is_logging_rank() else []]
+        dist.broadcast_object_list(recalled, src=0, group=self.ranks.control_group)
+        for row in recalled[0]:
+            evaluated = {key.partition("/")[0] for key in row} & {"validation", "test"}
+            if not evaluated:
+                self.metrics = row
+            for name in evaluated:
+                self._evaluated_at[name] = step
+            if "validation" in evaluated:
+                self.validation = {
+                    key.removeprefix("validation/"): value
+                    for key, value in row.items()
+                    if key != "step"
+                }
+                self.context.validation = self.validation
 
     def save(self) -> None:
         """Save a checkpoint of this step, unless it has one; never after an unread NaN."""
         self._check_losses(alarm=True)
-        phase, self.phase = self.phase, "checkpoint"
+        phase, self.phase = self.phase, f"checkpoint at step {self.state.train_state.step}"
         with self.training_log.pause(), parameters_in_sync(self.model):
             path = self.checkpointer.save()
         if path is not None:
@@ -133,16 +154,31 @@ class Run:
             self.callbacks.fire("on_checkpoint_save", self.context, path)
         self.phase = phase
 
-    def obey_rerun_machine(self) -> None:
-        """Save and leave where megatron-core's rerun state machine asks for it."""
-        checkpoint, exit_code = rerun.wants(self.config)
-        if checkpoint:
-            self.save()
-        if exit_code is not None:
-            raise rerun.RerunRequest(exit_code)
+    @contextlib.contextmanager
+    def saved_before_a_suspicious_step(self) -> Iterator[None]:
+        """Save what was before the step where megatron-core's rerun state machine asks for it."""
+        try:
+            yield
+        except rerun.RerunRequest as request:
+            if request.checkpoint:
+                self.save()
+            raise
+
+    def _evaluate_once(self, name: str, dataset: SizedDataset | None) -> EvaluationResult | None:
+        step = self.state.train_state.step
+        if (
+            dataset is None
+            or len(dataset) == 0
+            or self.config.validation.eval_iters == 0
+            or self._evaluated_at.get(name) == step
+        ):
+            return None
+        result = self._evaluate(name, dataset)
+        self._evaluated_at[name] = step
+        return result
 
     def _evaluate(self, name: str, dataset: Any) -> EvaluationResult:
-        phase, self.phase = self.phase, name
+        phase, self.phase = self.phase, f"{name} at step {self.state.train_state.step}"
         self.callbacks.fire("on_evaluate_start", self.context)
         iterators, samples = self.data.evaluation(dataset)
         with self.training_log.pause():
@@ -192,19 +228,23 @@ def set_up(
     checkpoint, pretrained = _find_checkpoints(config, directory)
     with contextlib.ExitStack() as stack:
         stack.enter_context(expected_messages_held_back())
-        _seed_everything(config.rng.seed, ranks, stack)
+        _keep_the_hosts_random_streams(stack)
         state = GlobalState(config)
         stack.push(lambda kind, *_: state.close(failed=kind is not None))
         forward_step = adapt_forward_step(forward_step_func, state, ranks)
         _start_megatron_globals(config, ranks, stack)
         with progress.phase("data"):
+            # Every rank builds the same data, also where building it draws random numbers.
+            _seed(config.rng.seed)
             data = _build_data(config, ranks)
         with progress.phase("model"):
+            _seed_stage(config.rng.seed, ranks)
             model = build_model(config, ranks)
         with progress.phase("optimizer"):
-            optimizer = build_optimizer(config, model)
+            timers = _timers(config, state)
+            optimizer = build_optimizer(config, model, timers=timers)
             scheduler = build_scheduler(config, optimizer, data.train_iters)
-            attach_hooks(config, model, optimizer, _timers(config, state))
+            attach_hooks(config, model, optimizer, timers)
         checkpointer = Checkpointer(
             directory=directory,
             config=config,
@@ -221,37 +261,40 @@ def set_up(
                     checkpointer.restore(checkpoint)
                 elif pretrained is not None:
                     checkpointer.load_weights(pretrained)
-        _write_config(config, directory, ranks)
-        run = Run(
-            config=config,
-            ranks=ranks,
-            state=state,
-            directory=directory,
-            data=data,
-            model=model,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            forward_step=forward_step,
-            reducer=build_reducer(config, ranks),
-            callbacks=listeners,
-            checkpointer=checkpointer,
-            progress=progress,
-            training_log=TrainingLog(
+        with _nothing_left_on_failure(config, directory):
+            _write_config(config, directory, ranks)
+            run = Run(
                 config=config,
+                ranks=ranks,
                 state=state,
+                directory=directory,
+                data=data,
+                model=model,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                forward_step=forward_step,
+                reducer=build_reducer(config, ranks),
+                callbacks=listeners,
+                checkpointer=checkpointer,
                 progress=progress,
-                total_steps=data.train_iters,
-                device=ranks.device,
-                world_size=ranks.layout.world_size,
-                loss_scale=(
-                    (lambda: float(optimizer.get_loss_scale()))
-                    if config.mixed_precision.precision == "fp16"
-                    else None
+                training_log=TrainingLog(
+                    config=config,
+                    state=state,
+                    progress=progress,
+                    total_steps=data.train_iters,
+                    device=ranks.device,
+                    world_size=ranks.layout.world_size,
+                    loss_scale=(
+                        (lambda: float(optimizer.get_loss_scale()))
+                        if config.mixed_precision.precision == "fp16"
+                        else None
+                    ),
                 ),
-            ),
-            stop=stack.enter_context(stop_signals()),
-        )
-        _introduce(run, checkpoint)
+                stop=stack.enter_context(stop_signals()),
+            )
+            if checkpoint is not None:
+                run.recall_last_step()
+            _introduce(run, checkpoint)
         yield run
 
 
@@ -305,22 +348,37 @@ def _find_checkpoints(
 ) -> tuple[Path | None, Path | None]:
     resumed = directory.latest() if config.checkpoint.resume else None
     path = config.checkpoint.pretrained_checkpoint
-    field_name = "checkpoint.pretrained_checkpoint"
-    return resumed, None if path is None else find_checkpoint(path, field_name)
+    # What a run once started from need not be there any more when it is continued.
+    if path is None or resumed is not None:
+        return resumed, None
+    return None, find_checkpoint(path, "checkpoint.pretrained_checkpoint")
 
 
-def _seed_everything(seed: int, ranks: Ranks, stack: contextlib.ExitStack) -> None:
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+def _keep_the_hosts_random_streams(stack: contextlib.ExitStack) -> None:
+    """Let a host program's own random streams go on, at the end, as if we had not been here."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    # A host program's own random streams go on as if we had not been here.
     stack.callback(random.setstate, random.getstate())
     stack.callback(np.random.set_state, np.random.get_state())
     stack.callback(torch.set_rng_state, torch.get_rng_state())
-    # Stages of a pipeline hold different layers and draw different dropout.
+    stack.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state())
+    states = get_cuda_rng_tracker().get_states()
+    # Not this tracker's own method: the run has another tracker.
+    stack.callback(lambda: get_cuda_rng_tracker().set_states(states))
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _seed_stage(seed: int, ranks: Ranks) -> None:
+    """Seed the weights and the dropout: other ones on each stage, as it has other layers."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
     stage_seed = seed + 100 * ranks.pg_collection.pp.rank()
-    random.seed(stage_seed)
-    np.random.seed(stage_seed % 2**32)
-    torch.manual_seed(stage_seed)
+    _seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
 
 
@@ -362,10 +420,22 @@ def _build_data(config: ConfigContainer, ranks: Ranks) -> RunData:
     return RunData(as_splits(config.dataset.build(request)), config, ranks)
 
 
+@contextlib.contextmanager
+def _nothing_left_on_failure(config: ConfigContainer, directory: RunDirectory) -> Iterator[None]:
+    """Remove the directory of a new run again if the run does not come to its start."""
+    try:
+        yield
+    except BaseException:
+        # It was free: a directory that holds anything is refused for a new run.
+        if not config.checkpoint.resume and is_logging_rank():
+            shutil.rmtree(directory.path, ignore_errors=True)
+        raise
+
+
 def _write_config(config: ConfigContainer, directory: RunDirectory, ranks: Ranks) -> None:
     if is_logging_rank():
         directory.path.mkdir(parents=True, exist_ok=True)
-        directory.config.write_text(config.to_yaml())
+        replace_durably(directory.config, config.to_yaml())
     dist.barrier(group=ranks.control_group)
 
 

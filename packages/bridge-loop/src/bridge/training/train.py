@@ -15,6 +15,7 @@ from bridge.training import rerun
 from bridge.training.evaluate import run_schedule, sequence_length
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer, ReducedMetrics
+from bridge.training.model_building import GradientFinalizer
 from bridge.training.optimization import learning_rate
 from bridge.training.state import GlobalState
 
@@ -87,14 +88,15 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         num_microbatches = train.global_batch_size // (train.micro_batch_size * replicas)
     samples = num_microbatches * train.micro_batch_size * replicas
 
-    forward_step.watch.start(f"step {counters.step + 1}")
     for _ in rerun.attempts(state.cfg, data_iterator):
+        forward_step.watch.start(f"step {counters.step + 1}")
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         records = _forward_backward(
             forward_step, data_iterator, model, state, num_microbatches, pg_collection
         )
+    rerun.raise_if_suspicious(state.cfg)
     if before_optimizer_step is not None:
         before_optimizer_step()
 
@@ -125,8 +127,6 @@ def train(run: "Run") -> StopReason:
         Why it ended: "finished", or the name of the signal.
     """
     settings, counters = run.config, run.state.train_state
-    for chunk in run.model:
-        chunk.train()
     if settings.validation.eval_at_start and counters.step == 0:
         run.validate()
     data_iterator = rerun.rewindable(settings, run.data.training(counters.consumed_train_samples))
@@ -136,22 +136,22 @@ def train(run: "Run") -> StopReason:
             run.phase = f"step {counters.step + 1}"
             logs = _is_due(counters.step + 1, settings.logger.log_interval, run.data.train_iters)
             run.callbacks.fire("on_step_start", run.context)
-            result = train_step(
-                run.forward_step,
-                data_iterator,
-                run.model,
-                run.optimizer,
-                run.scheduler,
-                run.state,
-                pg_collection=run.ranks.pg_collection,
-                num_microbatches=run.num_microbatches(),
-                reducer=run.reducer if logs else None,
-                before_optimizer_step=run.before_optimizer_step,
-            )
+            with run.saved_before_a_suspicious_step():
+                result = train_step(
+                    run.forward_step,
+                    data_iterator,
+                    run.model,
+                    run.optimizer,
+                    run.scheduler,
+                    run.state,
+                    pg_collection=run.ranks.pg_collection,
+                    num_microbatches=run.num_microbatches(),
+                    reducer=run.reducer if logs else None,
+                    before_optimizer_step=run.before_optimizer_step,
+                )
             run.callbacks.fire("on_step_end", run.context, result)
             run.log(result)
             collect_garbage(counters.step)
-            run.obey_rerun_machine()
             if signal := run.stop.agreed(run.ranks.control_group):
                 reason = signal.name  # type: ignore[assignment]
                 break
@@ -176,6 +176,12 @@ def _forward_backward(
     from megatron.core.utils import get_model_config
 
     finalizer = get_model_config(model[0]).finalize_model_grads_func
+    if not isinstance(finalizer, GradientFinalizer):
+        raise ValueError(
+            f"train_step: the model's config has finalize_model_grads_func={finalizer!r}, so its "
+            "gradients might be left unreduced; call bridge.training.model_building.attach_hooks "
+            "once, before the first step"
+        )
     calls = finalizer.calls
     records = run_schedule(
         forward_step,
