@@ -1,0 +1,283 @@
+"""A step is what plain torch computes, under every layout, and stands alone."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.utils import get_model_config
+
+from bridge.training.config import TrainConfig
+from bridge.training.gpt_step import forward_step as gpt_forward_step
+from bridge.training.model_building import GradientFinalizer
+from bridge.training.pretrain import pretrain
+from gpt_models import tiny_gpt
+from ranks import run_ranks
+from training_runs import (
+    OwnData,
+    OwnModel,
+    a_run,
+    gpt_run,
+    mean_step,
+    one_step,
+    own_run,
+    parameters_of,
+    plain_torch,
+    rows,
+    series,
+    token_step,
+    trained,
+)
+
+STEPS = {1: mean_step, 2: token_step}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("pattern", [1, 2])
+def test_steps_are_adamw_written_out(tmp_path: Path, pattern: int, world_size: int) -> None:
+    def body(microbatches: int) -> dict[str, torch.Tensor]:
+        config = own_run(tmp_path / f"{microbatches}")
+        config.train.micro_batch_size = 8 // world_size // microbatches
+        return trained(config, STEPS[pattern])[1]
+
+    for microbatches in (1, 2):
+        parameters = run_ranks(world_size, body, microbatches, timeout=120)
+        run = tmp_path / f"{microbatches}"
+        wanted = plain_torch(own_run(run), pattern=pattern, steps=5)
+        assert series(run, "error") == pytest.approx(wanted.losses, rel=2e-6)
+        assert series(run, "grad_norm") == pytest.approx(wanted.grad_norms, rel=1e-5)
+        assert series(run, "learning_rate") == pytest.approx(wanted.rates, rel=1e-9)
+        assert len(wanted.losses) == 5
+        for of_rank in parameters:
+            for name, value in wanted.parameters.items():
+                torch.testing.assert_close(of_rank[name], value, rtol=2e-5, atol=2e-6)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "experts": {
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 48,
+        "moe_token_dispatcher_type": "alltoall",
+    },
+}
+
+
+def train_gpt(directory: Path, **model: Any) -> None:
+    pretrain(gpt_run(directory, tiny_gpt(**model)), gpt_forward_step)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the run of one rank, trained when it is first asked for."""
+
+    @cache
+    def run_of(kind: str) -> Path:
+        run = tmp_path_factory.mktemp(kind) / "run"
+        run_ranks(1, lambda: train_gpt(run, **KINDS[kind]), timeout=120)
+        return run
+
+    return run_of
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data": {},
+    "tensor": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pipeline": {"pipeline_model_parallel_size": 2},
+    "interleaved": {
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+    },
+    "context": {"context_parallel_size": 2},
+    "expert": {"expert_model_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_two_ranks_finds_what_one_rank_finds(
+    tmp_path: Path, one_rank: Callable[[str], Path], layout: str
+) -> None:
+    kind = "experts" if layout == "expert" else "dense"
+    losses, norms = (series(one_rank(kind), name) for name in ("lm loss", "grad_norm"))
+    run_ranks(2, lambda: train_gpt(tmp_path / "run", **KINDS[kind], **LAYOUTS[layout]), timeout=120)
+    assert len(losses) == 5 and losses[0] != losses[4]
+    assert series(tmp_path / "run", "lm loss") == pytest.approx(losses, rel=1e-5)
+    assert series(tmp_path / "run", "grad_norm") == pytest.approx(norms, rel=1e-4)
+
+
+def test_a_program_with_its_own_loop_gets_all_it_needs_from_the_result(tmp_path: Path) -> None:
+    def body() -> list[Any]:
+        with a_run(own_run(tmp_path / "run"), token_step) as run:
+            silent = one_step(run)
+            spoken = one_step(run, reducer=run.reducer)
+            counters = run.state.train_state
+            done = (counters.step, counters.consumed_train_samples, counters.consumed_tokens)
+            return [silent.metrics, dict(spoken.metrics), float(spoken.grad_norm or 0), done]
+
+    (found,) = run_ranks(1, body, timeout=120)
+    wanted = plain_torch(own_run(tmp_path), pattern=2, steps=2)
+    assert found[0] == {}
+    assert found[1]["error"] == pytest.approx(wanted.losses[1], rel=2e-6)
+    assert found[2] == pytest.approx(wanted.grad_norms[1], rel=1e-5)
+    assert found[3] == (2, 16, 16 * 3)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+class Overflows:
+    """An optimizer that refuses its step, as the one for fp16 does after an overflow."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self) -> tuple[bool, None, None]:
+        return False, None, None
+
+
+def test_a_refused_step_counts_its_samples_and_leaves_the_schedule_alone(tmp_path: Path) -> None:
+    def body() -> list[Any]:
+        with a_run(own_run(tmp_path / "run"), token_step) as run:
+            before = parameters_of(run.model)
+            one_step(run)
+            rates = [one_step(run, optimizer=Overflows(run.optimizer)).learning_rate]
+            unchanged = parameters_of(run.model)
+            result = one_step(run, optimizer=Overflows(run.optimizer))
+            rates.append(result.learning_rate)
+            for name, value in parameters_of(run.model).items():
+                assert torch.equal(value, unchanged[name]), name
+            assert before.keys() == unchanged.keys()
+            counters = run.state.train_state
+            return [
+                rates,
+                (result.skipped, result.grad_norm),
+                (counters.step, counters.consumed_train_samples, counters.skipped_train_samples),
+            ]
+
+    ((rates, result, counters),) = run_ranks(1, body, timeout=120)
+    assert rates[0] == rates[1] == pytest.approx(0.025)
+    assert result == (True, None)
+    assert counters == (3, 24, 16)
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_gradients_that_are_not_finalised_exactly_once_are_an_error(
+    tmp_path: Path, calls: int
+) -> None:
+    class Finalizer(GradientFinalizer):
+        def __call__(self, *args: Any, **kwargs: Any) -> None:
+            self.calls += calls
+
+    def body() -> str:
+        with a_run(own_run(tmp_path / "run"), token_step) as run:
+            get_model_config(run.model[0]).finalize_model_grads_func = Finalizer()
+            with pytest.raises(RuntimeError) as error:
+                one_step(run)
+            return str(error.value)
+
+    assert f"finalised the gradients {calls} times" in run_ranks(1, body, timeout=120)[0]
+
+
+def test_a_model_without_the_hooks_is_refused(tmp_path: Path) -> None:
+    def body() -> str:
+        with a_run(own_run(tmp_path / "run"), token_step) as run:
+            get_model_config(run.model[0]).finalize_model_grads_func = None
+            with pytest.raises(ValueError) as error:
+                one_step(run)
+            return str(error.value)
+
+    assert "attach_hooks" in run_ranks(1, body, timeout=120)[0]
+
+
+def test_a_nan_is_reported_at_the_next_logged_step_by_its_step_and_microbatch(
+    tmp_path: Path,
+) -> None:
+    def body() -> tuple[str, list[str]]:
+        config = own_run(tmp_path / "run")
+        config.train = TrainConfig(train_iters=9, global_batch_size=8, micro_batch_size=2)
+        config.logger.log_interval = 4
+        seen = []
+
+        def poisoned(data_iterator: Any, model: Any) -> Any:
+            output, loss_function = token_step(data_iterator, model)
+            seen.append(output)
+            # Two microbatches a step on each of two ranks: the second one of step 6.
+            bad = len(seen) == 12 and dist.get_rank() == 1
+            return output, (lambda out: loss_function(out * float("nan") if bad else out))
+
+        with pytest.raises(FloatingPointError) as error:
+            pretrain(config, poisoned)
+        return str(error.value), error.value.__notes__
+
+    for rank, (message, notes) in enumerate(run_ranks(2, body, timeout=120)):
+        assert "rank 1: nan at step 6, microbatch 1" in message
+        assert notes == [f"rank {rank}, in step 8"]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [4]
+
+
+def test_no_checkpoint_follows_an_unread_nan(tmp_path: Path) -> None:
+    def body() -> None:
+        config = own_run(tmp_path / "run")
+        config.checkpoint.save_interval = 2
+        config.logger.log_interval = 5
+        seen = []
+
+        def poisoned(data_iterator: Any, model: Any) -> Any:
+            output, loss_function = token_step(data_iterator, model)
+            seen.append(output)
+            bad = len(seen) == 4 * 3 + 1  # the first of four microbatches of step 4
+            return output, (lambda out: loss_function(out * float("nan") if bad else out))
+
+        with pytest.raises(FloatingPointError, match="rank 0: nan at step 4, microbatch 0"):
+            pretrain(config, poisoned)
+
+    run_ranks(1, body, timeout=120)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"latest", "step-0000002"}
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
+def test_a_run_of_any_length_has_a_valid_warm_up(
+    tmp_path: Path, iterations: int, fraction: float
+) -> None:
+    def body(batch: int) -> None:
+        config = own_run(tmp_path / f"{batch}")
+        config.train = TrainConfig(train_iters=iterations, global_batch_size=batch)
+        config.scheduler.lr_warmup_fraction = fraction
+        pretrain(config, token_step)
+
+    def both() -> None:
+        body(1)
+        body(8)
+
+    run_ranks(1, both, timeout=120)
+    for batch in (1, 8):
+        rates = series(tmp_path / f"{batch}", "learning_rate")
+        assert len(rates) == iterations
+        assert all(0 <= rate <= 0.05 for rate in rates)
+
+
+def test_what_a_callback_puts_to_sleep_stays_asleep(tmp_path: Path) -> None:
+    class Sleep:
+        def on_train_start(self, context: Any) -> None:
+            context.model[0].module.module.dropout.eval()
+
+        def on_step_end(self, context: Any, result: Any) -> None:
+            module = context.model[0].module.module
+            assert module.training and not module.dropout.training
+
+    def body() -> None:
+        config = own_run(tmp_path / "run", model=OwnModel(dropout=0.9))
+        config.dataset = OwnData(validation=8)
+        config.validation.eval_interval = 1
+        pretrain(config, token_step, [Sleep()])
+
+    run_ranks(1, body, timeout=120)
+    wanted = plain_torch(own_run(tmp_path), pattern=2, steps=5)
+    assert series(tmp_path / "run", "error") == pytest.approx(wanted.losses, rel=2e-6)

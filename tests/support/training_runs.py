@@ -1,0 +1,330 @@
+"""Runs of the loop that are small enough to be computed by hand: a model, data and steps."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig
+
+from bridge.gpt.model_config import GPTModelConfig
+from bridge.training.config import (
+    CheckpointConfig,
+    ConfigContainer,
+    LoggerConfig,
+    RNGConfig,
+    SchedulerConfig,
+    TrainConfig,
+    resolve,
+)
+from bridge.training.contracts import DataRequest, DataSplits
+from bridge.training.distributed import ranks_of, world_size
+from bridge.training.model_building import parameters_in_sync
+from bridge.training.pretrain import TrainResult, pretrain
+from bridge.training.progress import Progress
+from bridge.training.setup import Run, set_up
+from bridge.training.train import StepResult, train_step
+from gpt_models import microbatch
+
+TOKENS = 3
+FEATURES = 4
+
+
+class OwnModule(torch.nn.Module):
+    """A module that knows nothing of megatron-core."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(FEATURES, width)
+        self.dropout = torch.nn.Dropout(dropout)
+        self.outer = torch.nn.Linear(width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.dropout(torch.tanh(self.inner(x)))).squeeze(-1)
+
+
+@dataclass(kw_only=True)
+class OwnModel:
+    """The section that builds `OwnModule`."""
+
+    width: int = 6
+    dropout: float = 0.0
+    seq_length: int = TOKENS
+
+    def build(
+        self, pg_collection: Any, pre_process: bool, post_process: bool, vp_stage: int | None
+    ) -> torch.nn.Module:
+        return OwnModule(self.width, self.dropout)
+
+
+class Samples:
+    """Samples that are a function of their index; their numbers of valid tokens differ."""
+
+    def __init__(self, size: int, first: int = 0) -> None:
+        self.size, self.first = size, first
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int, /) -> dict[str, torch.Tensor]:
+        index += self.first
+        generator = torch.Generator().manual_seed(index)
+        x = torch.randn(TOKENS, FEATURES, generator=generator)
+        valid = 1 + index % TOKENS
+        return {
+            "x": x,
+            "y": x.sum(dim=1) * 0.5 + 0.1 * index % 1,
+            "mask": (torch.arange(TOKENS) < valid).float(),
+        }
+
+
+@dataclass(kw_only=True)
+class OwnData:
+    """Builds `Samples`; those of validation and test are others than those of training."""
+
+    train: int = 24
+    validation: int = 0
+    test: int = 0
+
+    def build(self, request: DataRequest) -> DataSplits:
+        return DataSplits(
+            train=Samples(self.train),
+            validation=Samples(self.validation, 1000) if self.validation else None,
+            test=Samples(self.test, 2000) if self.test else None,
+        )
+
+
+def token_step(data_iterator: Iterator[Any], model: Any) -> tuple[Any, Any]:
+    """Pattern 2: the sum of the valid tokens' squared errors, and their number."""
+    batch = next(data_iterator)
+
+    def loss_function(output: torch.Tensor) -> tuple[Any, ...]:
+        total = ((output - batch["y"]) ** 2 * batch["mask"]).sum()
+        count = batch["mask"].sum().to(torch.int)
+        return total, count, {"error": torch.stack([total.detach(), count])}
+
+    return model(batch["x"]), loss_function
+
+
+def mean_step(data_iterator: Iterator[Any], model: Any) -> tuple[Any, Any]:
+    """Pattern 1: the mean of the microbatch's squared errors."""
+    batch = next(data_iterator)
+
+    def loss_function(output: torch.Tensor) -> tuple[Any, ...]:
+        mean = ((output - batch["y"]) ** 2).mean()
+        return mean, {"error": mean.detach()}
+
+    return model(batch["x"]), loss_function
+
+
+def own_run(directory: Path | str, **sections: Any) -> ConfigContainer:
+    """Return a run of `OwnModel` that logs every step; `sections` replace its own."""
+    values: dict[str, Any] = {
+        "model": OwnModel(),
+        "dataset": OwnData(),
+        "train": TrainConfig(train_iters=5, global_batch_size=8, micro_batch_size=2),
+        "optimizer": OptimizerConfig(
+            lr=0.05, min_lr=0.001, weight_decay=0.1, adam_beta2=0.95, clip_grad=0.5
+        ),
+        "scheduler": SchedulerConfig(lr_warmup_fraction=0.4),
+        "rng": RNGConfig(seed=7),
+        "logger": LoggerConfig(log_interval=1, tensorboard=False),
+        "checkpoint": CheckpointConfig(run_dir=str(directory), save_at_end=False),
+    }
+    return ConfigContainer(**(values | sections))
+
+
+@dataclass(kw_only=True)
+class TokenData:
+    """Random tokens with masks of different sizes, for a GPT."""
+
+    train: int = 64
+    validation: int = 0
+
+    def build(self, request: DataRequest) -> DataSplits:
+        return DataSplits(
+            train=TokenSamples(self.train),
+            validation=TokenSamples(self.validation, 1000) if self.validation else None,
+        )
+
+
+class TokenSamples:
+    """`microbatch` of each index, without its batch dimension."""
+
+    def __init__(self, size: int, first: int = 0) -> None:
+        self.size, self.first = size, first
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int, /) -> dict[str, torch.Tensor]:
+        return {name: tensor[0] for name, tensor in microbatch(self.first + index).items()}
+
+
+def gpt_run(directory: Path | str, model: GPTModelConfig, **sections: Any) -> ConfigContainer:
+    """Return a run of a GPT that logs every step; micro batch 1, global batch 4."""
+    values: dict[str, Any] = {
+        "model": model,
+        "dataset": TokenData(),
+        "train": TrainConfig(train_iters=5, global_batch_size=4, micro_batch_size=1),
+    }
+    return own_run(directory, **(values | sections))
+
+
+def rows(directory: Path | str) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics.jsonl."""
+    text = (Path(directory) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def series(directory: Path | str, name: str) -> list[Any]:
+    """Return the values of one name, of the rows that have it."""
+    return [row[name] for row in rows(directory) if name in row]
+
+
+@dataclass
+class Weights:
+    """A callback that keeps the parameters as the run left them."""
+
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def on_train_end(self, context: Any) -> None:
+        with parameters_in_sync(context.model):
+            self.parameters = parameters_of(context.model)
+
+
+def parameters_of(model: list[Any]) -> dict[str, torch.Tensor]:
+    """Return copies of the chunks' parameters by their names within the user's module."""
+    return {
+        f"{index}." * (len(model) > 1) + name.replace("module.", ""): value.detach().clone()
+        for index, chunk in enumerate(model)
+        for name, value in chunk.named_parameters()
+    }
+
+
+def trained(
+    config: ConfigContainer, step: Callable[..., Any]
+) -> tuple[TrainResult, dict[str, torch.Tensor]]:
+    """Run `pretrain`; return its result and the parameters at the end."""
+    weights = Weights()
+    result = pretrain(config, step, [weights])
+    return result, weights.parameters
+
+
+@dataclass
+class Reference:
+    """What plain torch finds: a value for each step, and the parameters at the end."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def plain_torch(config: ConfigContainer, *, pattern: int, steps: int) -> Reference:
+    """Train `own_run` on one process with everything written out, in order of the samples.
+
+    Pattern 1's objective is the mean over microbatches of their means, pattern 2's the sum of all
+    valid tokens' losses over their number.
+    """
+    found = Reference()
+    torch.manual_seed(config.rng.seed)
+    module = OwnModule(config.model.width, 0.0)  # type: ignore[attr-defined]
+    samples = Samples(config.dataset.train)  # type: ignore[attr-defined]
+    batch = config.train.global_batch_size
+    adam = _AdamW(config, module)
+    for step in range(steps):
+        drawn = [samples[_drawn(config, len(samples), step * batch + i)] for i in range(batch)]
+        x, y, mask = (torch.stack([s[key] for s in drawn]) for key in ("x", "y", "mask"))
+        errors = (module(x) - y) ** 2
+        # Microbatches are of one size, so the mean of their means is the mean.
+        loss = errors.mean() if pattern == 1 else (errors * mask).sum() / mask.sum()
+        module.zero_grad()
+        loss.backward()
+        rate = _rate(config, step)
+        found.losses.append(loss.item())
+        found.grad_norms.append(adam.step(rate))
+        found.rates.append(rate)
+    found.parameters = {name: value.detach() for name, value in module.named_parameters()}
+    return found
+
+
+def _drawn(config: ConfigContainer, size: int, position: int) -> int:
+    epoch, offset = divmod(position, size)
+    generator = torch.Generator().manual_seed(config.rng.seed + epoch)
+    return int(torch.randperm(size, generator=generator)[offset])
+
+
+def _rate(config: ConfigContainer, step: int) -> float:
+    optimizer, batch = config.optimizer, config.train.global_batch_size
+    assert optimizer.lr is not None and optimizer.min_lr is not None
+    assert config.train.train_iters is not None
+    fraction = config.scheduler.lr_warmup_fraction or 0.0
+    samples, whole = step * batch, config.train.train_iters * batch
+    warmup = int(fraction * whole)
+    if warmup and samples <= warmup:
+        return optimizer.lr * samples / warmup
+    share = (samples - warmup) / (whole - warmup)
+    return optimizer.min_lr + 0.5 * (1 + math.cos(math.pi * share)) * (
+        optimizer.lr - optimizer.min_lr
+    )
+
+
+class _AdamW:
+    """AdamW with clipping, in float64; weight decay for matrices only, as megatron-core has it."""
+
+    def __init__(self, config: ConfigContainer, module: torch.nn.Module) -> None:
+        self.config = config.optimizer
+        self.parameters = list(module.parameters())
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
+        self.steps = 0
+
+    def step(self, rate: float) -> float:
+        """Update the parameters; return the norm of the gradients before clipping."""
+        self.steps += 1
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients))
+        scale = min(1.0, self.config.clip_grad / (norm + 1e-6))
+        beta1, beta2 = self.config.adam_beta1, self.config.adam_beta2
+        with torch.no_grad():
+            for parameter, gradient, (first, second) in zip(
+                self.parameters, gradients, self.moments, strict=True
+            ):
+                gradient = gradient * scale
+                first.lerp_(gradient, 1 - beta1)
+                second.lerp_(gradient**2, 1 - beta2)
+                unbiased = first / (1 - beta1**self.steps)
+                spread = (second / (1 - beta2**self.steps)).sqrt() + self.config.adam_eps
+                decay = self.config.weight_decay if parameter.dim() > 1 else 0.0
+                parameter -= rate * (unbiased / spread + decay * parameter)
+        return norm
+
+
+@contextlib.contextmanager
+def a_run(
+    config: ConfigContainer, step: Callable[..., Any], callbacks: Sequence[object] = ()
+) -> Iterator[Run]:
+    """Set up a run on the CPU and hand it over before its first step."""
+    config = resolve(config, device="cpu", world_size=world_size())
+    with (
+        ranks_of(config, "cpu") as ranks,
+        set_up(config, ranks, step, callbacks, Progress(enabled=False)) as run,
+    ):
+        yield run
+
+
+def one_step(run: Run, **arguments: Any) -> StepResult:
+    """Call `train_step` as a program with its own loop does."""
+    values: dict[str, Any] = {
+        "data_iterator": run.data.training(run.state.train_state.consumed_train_samples),
+        "optimizer": run.optimizer,
+        "pg_collection": run.ranks.pg_collection,
+    }
+    values |= arguments
+    return train_step(
+        run.forward_step, model=run.model, scheduler=run.scheduler, state=run.state, **values
+    )
