@@ -9,11 +9,13 @@ TrainState (the data's position is one of them) and the resolved configuration. 
 saved fully reshardable, so that another layout can read it.
 """
 
+import contextlib
 import logging
 import queue
 import random
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ from bridge.training.run_directory import RunDirectory, step_of, sync_directory,
 _logger = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
+_WARNINGS_OF_READING = (
+    r"torch\.distributed is disabled, unavailable",
+    "The argument order of load has been changed",
+    "Please use DTensor instead",
+)
 
 
 class Checkpointer:
@@ -137,31 +144,16 @@ class Checkpointer:
 
     def _read_common(self, checkpoint: Path) -> tuple[str, int]:
         from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.core import CheckpointingException
 
-        try:
+        with _reading(checkpoint, "it is no checkpoint of a run, or it is damaged"):
             common = dist_checkpointing.load_common_state_dict(str(checkpoint))
             return common["data_fingerprint"], common["world_size"]
-        except (CheckpointingException, KeyError) as error:
-            raise ValueError(
-                f"{checkpoint}: this is not a checkpoint of a run of ours, or it is damaged "
-                f"({type(error).__name__}: {error}); its weights alone can be taken with "
-                "checkpoint.pretrained_checkpoint"
-            ) from error
 
     def _load(self, checkpoint: Path, wanted: dict[str, Any]) -> Any:
         from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.core import CheckpointingException
-        from torch.distributed.checkpoint import CheckpointException
 
-        try:
+        with _reading(checkpoint, "it does not fit the model that is configured, or it is damaged"):
             return dist_checkpointing.load(wanted, str(checkpoint))
-        except (CheckpointingException, CheckpointException, KeyError) as error:
-            raise ValueError(
-                f"{checkpoint}: this checkpoint does not fit the model that is configured "
-                f"({type(error).__name__}: {error}); compare {checkpoint / 'config.yaml'} with "
-                "`bridge show`"
-            ) from error
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
         for index, chunk in enumerate(self._model):
@@ -237,6 +229,29 @@ def _use_a_queue_of_this_process() -> None:
 
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: Path, meaning: str) -> Iterator[None]:
+    """Say of which checkpoint an error is and what it means; hold back torch's own warnings.
+
+    Raises:
+        ValueError: In place of what megatron-core and torch raise.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            # What torch has against the way in which megatron-core calls it.
+            for message in _WARNINGS_OF_READING:
+                warnings.filterwarnings("ignore", message)
+            yield
+    except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
+        raise ValueError(
+            f"{checkpoint}: {meaning} ({type(error).__name__}: {error}); compare "
+            f"{checkpoint / 'config.yaml'} with `bridge show`"
+        ) from error
 
 
 def _rng_key() -> str:
