@@ -1,0 +1,300 @@
+"""A run that was saved and continued is the run that went through, bit for bit."""
+
+import hashlib
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bridge.training.config import ConfigContainer
+from bridge.training.gpt_step import forward_step as gpt_forward_step
+from bridge.training.model_building import parameters_in_sync
+from bridge.training.pretrain import pretrain
+from bridge.training.run_directory import RunDirectory
+from gpt_models import tiny_gpt
+from ranks import run_ranks
+from training_runs import (
+    OwnData,
+    OwnModel,
+    gpt_run,
+    own_run,
+    parameters_of,
+    rows,
+    token_step,
+    trained,
+)
+
+STEPS = 6
+TIMES = {"step_time_s", "tokens_per_s", "samples_per_s"}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+class Killer:
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, context: Any, result: Any) -> None:
+        if context.state.train_state.step == self.step:
+            raise Killed
+
+
+class Everything:
+    """Keeps all that must come back: parameters, counters and random-number streams."""
+
+    def __init__(self) -> None:
+        self.parameters: dict[str, bytes] = {}
+        self.state: dict[str, Any] = {}
+        self.streams: list[str] = []
+
+    def on_train_end(self, context: Any) -> None:
+        if context.exception is not None:
+            return
+        with parameters_in_sync(context.model):
+            self.parameters = {
+                name: value.float().numpy().tobytes()
+                for name, value in parameters_of(context.model).items()
+            }
+        self.state = asdict(context.state.train_state)
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        streams = [
+            random.getstate(),
+            np.random.get_state(),
+            torch.get_rng_state().numpy(),
+            torch.cuda.get_rng_state().numpy(),
+            {name: s.numpy() for name, s in get_cuda_rng_tracker().get_states().items()},
+        ]
+        self.streams = [hashlib.sha256(pickle.dumps(stream)).hexdigest() for stream in streams]
+
+
+def noisy_step(data_iterator: Any, model: Any) -> Any:
+    """Draw from every stream of the host in each microbatch."""
+    output, loss_function = token_step(data_iterator, model)
+    noise = 1 + 0.1 * (float(torch.randn(())) + random.random() + np.random.rand())
+    return output, lambda out: loss_function(out * noise)
+
+
+def own(directory: Path) -> tuple[ConfigContainer, Callable[..., Any]]:
+    return own_run(directory, model=OwnModel(dropout=0.3)), noisy_step
+
+
+def gpt(**layout: Any) -> Callable[[Path], tuple[ConfigContainer, Callable[..., Any]]]:
+    model = tiny_gpt(hidden_dropout=0.2, attention_dropout=0.1, **layout)
+    return lambda directory: (gpt_run(directory, model), gpt_forward_step)
+
+
+RUNS: dict[str, Callable[[Path], tuple[ConfigContainer, Callable[..., Any]]]] = {
+    "data, the distributed optimizer overlapped": own,
+    "tensor": gpt(tensor_model_parallel_size=2, sequence_parallel=True),
+    "pipeline": gpt(pipeline_model_parallel_size=2),
+    "interleaved": gpt(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_killed_run_continues_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    def body(directory: Path, killed_at: int, resume: bool) -> Everything:
+        config, step = RUNS[kind](directory)
+        config.train.train_iters = STEPS
+        config.dataset.validation = 4 * 2  # type: ignore[attr-defined]
+        config.validation.eval_interval = 2
+        config.checkpoint.save_interval = 3
+        config.checkpoint.resume = resume
+        everything = Everything()
+        try:
+            pretrain(config, step, [everything, Killer(killed_at)])
+        except Killed:
+            assert killed_at
+        return everything
+
+    whole = run_ranks(2, body, tmp_path / "whole", 0, False, timeout=120)
+    run_ranks(2, body, tmp_path / "cut", 5, False, timeout=120)
+    assert rows(tmp_path / "cut")[-1]["step"] == 4
+    continued = run_ranks(2, body, tmp_path / "cut", 0, True, timeout=120)
+    for one, other in zip(whole, continued, strict=True):
+        assert one.parameters == other.parameters and one.parameters
+        assert one.state == other.state and one.state["step"] == STEPS
+        assert one.streams == other.streams
+    texts = [
+        [{key: value for key, value in row.items() if key not in TIMES} for row in rows(run)]
+        for run in (tmp_path / "whole", tmp_path / "cut")
+    ]
+    assert texts[0] == texts[1]
+    assert [row["step"] for row in texts[0]] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def saving_run(directory: Path, **checkpoint: Any) -> ConfigContainer:
+    config = own_run(directory)
+    for name, value in ({"save_interval": 2} | checkpoint).items():
+        setattr(config.checkpoint, name, value)
+    return config
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "checkpoints").iterdir())
+
+
+def test_a_run_that_dies_before_latest_is_replaced_continues_from_the_one_before(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+
+    def dies() -> None:
+        publish = RunDirectory.publish
+
+        def refuses(directory: RunDirectory, checkpoint: Path) -> None:
+            if checkpoint.name.endswith("4"):
+                # All of it is there, and nothing names it yet.
+                assert (checkpoint / ".metadata").exists() and (checkpoint / "config.yaml").exists()
+                raise Killed
+            publish(directory, checkpoint)
+
+        RunDirectory.publish = refuses  # type: ignore[method-assign]
+        with pytest.raises(Killed):
+            pretrain(saving_run(run), token_step)
+
+    def goes_on() -> list[Any]:
+        config = saving_run(run, resume=True, save_interval=1, keep_last=1)
+        seen = []
+
+        class Listen:
+            def on_train_start(self, context: Any) -> None:
+                seen.append(context.state.train_state.step)
+
+            def on_checkpoint_save(self, context: Any, path: Path) -> None:
+                seen.append((path.name, RunDirectory(run).latest() == path))
+
+        pretrain(config, token_step, [Listen()])
+        return seen
+
+    run_ranks(1, dies, timeout=120)
+    assert RunDirectory(run).latest() == run / "checkpoints" / "step-0000002"
+    assert names(run) == ["latest", "step-0000002", "step-0000004"]
+    (run / "checkpoints" / "step-0000003.partial").mkdir()
+    (run / "checkpoints" / "step-0000003.partial" / "torn").touch()
+    assert run_ranks(1, goes_on, timeout=120) == [
+        [2, ("step-0000003", True), ("step-0000004", True), ("step-0000005", True)]
+    ]
+    assert names(run) == ["latest", "step-0000005"]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "kept"), [(0, [1, 2, 3, 4, 5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5])]
+)
+def test_the_newest_checkpoints_are_kept(tmp_path: Path, keep_last: int, kept: list[int]) -> None:
+    config = saving_run(tmp_path / "run", save_interval=1, keep_last=keep_last, save_at_end=True)
+    run_ranks(1, lambda: pretrain(config, token_step) and None, timeout=120)
+    assert names(tmp_path / "run") == ["latest", *(f"step-{step:07d}" for step in kept)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `OwnModel` with a checkpoint after steps 2 and 4."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    run_ranks(1, lambda: pretrain(saving_run(run), token_step) and None, timeout=120)
+    return run
+
+
+def message_of(config: ConfigContainer) -> str:
+    def body() -> str:
+        with pytest.raises(ValueError) as error:
+            pretrain(config, token_step)
+        return str(error.value)
+
+    return run_ranks(1, body, timeout=120)[0]
+
+
+def copied(saved: Path, place: Path) -> Path:
+    return Path(shutil.copytree(saved, place))
+
+
+@pytest.mark.parametrize("how", ["resume", "pretrained_checkpoint"])
+@pytest.mark.parametrize("layers", ["wider", "deeper"])
+def test_a_checkpoint_of_another_model_is_refused_by_its_path(
+    tmp_path: Path, saved: Path, how: str, layers: str
+) -> None:
+    class Deeper(OwnModel):
+        def build(self, **arguments: Any) -> torch.nn.Module:  # type: ignore[override]
+            module = super().build(**arguments)
+            module.more = torch.nn.Linear(2, 2)
+            return module
+
+    if how == "resume":
+        config = saving_run(copied(saved, tmp_path / "run"), resume=True)
+    else:
+        config = saving_run(tmp_path / "run", pretrained_checkpoint=str(saved))
+    config.model = OwnModel(width=7) if layers == "wider" else Deeper()
+    message = message_of(config)
+    assert "step-0000004" in message and "fit the model" in message
+    assert (tmp_path / "run").exists() == (how == "resume")
+
+
+def test_a_run_does_not_continue_on_data_in_another_order(tmp_path: Path, saved: Path) -> None:
+    config = saving_run(copied(saved, tmp_path / "run"), resume=True)
+    config.dataset = OwnData(train=25)
+    assert "24 samples" in (message := message_of(config)) and "25 samples" in message
+    config.dataset = OwnData()
+    config.rng.seed = 8
+    assert "seed 7" in (message := message_of(config)) and "seed 8" in message
+
+
+@pytest.mark.parametrize("damage", [".metadata", "metadata.json", "*.distcp"])
+def test_a_damaged_checkpoint_is_an_error_that_names_it(
+    tmp_path: Path, saved: Path, damage: str
+) -> None:
+    run = copied(saved, tmp_path / "run")
+    found = list((run / "checkpoints" / "step-0000004").glob(damage))
+    assert found
+    for path in found:
+        os.remove(path)
+    assert "step-0000004" in message_of(saving_run(run, resume=True))
+
+
+def test_a_run_that_goes_on_does_not_look_for_what_it_once_started_from(
+    tmp_path: Path, saved: Path
+) -> None:
+    run = copied(saved, tmp_path / "run")
+    config = saving_run(run, resume=True, pretrained_checkpoint=str(tmp_path / "gone"))
+    assert run_ranks(1, lambda: pretrain(config, token_step).step, timeout=120) == [5]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_weights_alone_are_taken_and_the_optimizers_copies_follow(
+    tmp_path: Path, precision: str, distributed_optimizer: bool
+) -> None:
+    def run(directory: str, **checkpoint: Any) -> ConfigContainer:
+        config = saving_run(tmp_path / directory, save_interval=None, **checkpoint)
+        config.mixed_precision.precision = precision  # type: ignore[assignment]
+        config.ddp.use_distributed_optimizer = distributed_optimizer
+        config.ddp.overlap_param_gather = distributed_optimizer
+        return config
+
+    def step(data_iterator: Any, model: Any) -> Any:
+        output, loss_function = token_step(data_iterator, model)
+        return output, lambda out: loss_function(out.float())
+
+    def body() -> Any:
+        _, donors = trained(run("donor", save_at_end=True), step)
+        config = run("taker", pretrained_checkpoint=str(tmp_path / "donor"))
+        config.train.train_iters = 1
+        config.optimizer.lr = config.optimizer.min_lr = 0.0
+        result, takers = trained(config, step)
+        assert (result.step, result.consumed_samples) == (1, 8)
+        changed = [name for name in donors if not torch.equal(donors[name], takers[name])]
+        dtypes = {value.dtype for value in takers.values()}
+        return changed, len(donors), dtypes
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert run_ranks(2, body, timeout=120) == [([], 4, {dtype})] * 2
