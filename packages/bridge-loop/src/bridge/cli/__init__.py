@@ -5,6 +5,7 @@ failure while running, 128 + N when signal N asked the run to stop.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -14,6 +15,17 @@ from bridge.cli import doctor, pretrain, recipes
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
+    try:
+        options = _parse(arguments)
+        return int(options.run(options))
+    except ValueError as error:
+        print(f"bridge: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bridge", description="Train Megatron-core models, on GPUs or rehearsed on a CPU."
     )
@@ -29,8 +41,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     if rest:
         options.overrides += rest
-    try:
-        return int(options.run(options))
-    except ValueError as error:
-        print(f"bridge: {error}", file=sys.stderr)
-        return 2
+    return options

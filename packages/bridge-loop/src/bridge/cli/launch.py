@@ -3,25 +3,33 @@
 On a CPU the ranks are forked from this process, which has imported everything: they start at once.
 On GPUs each is a process of its own, as CUDA does not survive a fork. Either way they are in
 process groups of their own, so that a Ctrl-C reaches each of them exactly once: this process
-passes on the signals that it gets.
+passes on the signals that it gets. When it dies without a chance to do so, they end themselves.
 """
 
 import contextlib
+import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
     from bridge.training.config import ConfigContainer
     from bridge.training.contracts import Recipe
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM)
+_POLL_SECONDS = 0.1
 
 
 def hide_gpus_for_rehearsal(documents: Sequence[str], overrides: Sequence[str]) -> None:
@@ -46,70 +54,146 @@ def hide_gpus_for_rehearsal(documents: Sequence[str], overrides: Sequence[str]) 
 
 def on_local_ranks(ranks: int, recipe: "Recipe", config: "ConfigContainer") -> int:
     """Train on `ranks` processes of this machine; return the exit code."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig
 
-    from bridge.training.distributed import choose_device
     from bridge.training.run_directory import new_run_name
 
     # The ranks could not agree on a time of day.
     config.checkpoint.run_dir = config.checkpoint.run_dir or new_run_name(config.recipe)
-    device = choose_device(config.dist.device)
     # The launcher would report each failed rank again, after the rank itself has.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
+        run_id=str(os.getpid()),
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
-        monitor_interval=0.1,
+        monitor_interval=_POLL_SECONDS,
         start_method="fork",
         signals_to_handle="SIGHUP,SIGQUIT",
     )
-    with _signals_passed_on():
-        try:
-            if device == "cpu":
-                elastic_launch(settings, _forked_rank)(recipe, config)
-            else:
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / "config.yaml"
-                    path.write_text(config.to_yaml())
-                    elastic_launch(settings, sys.executable)(
-                        "-m", "bridge.cli.rank", recipe.name, str(path)
-                    )
-        except ChildFailedError as error:
-            _, failure = error.get_first_failure()
-            # A negative code is the number of the signal that killed the rank.
-            return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    with tempfile.TemporaryDirectory(prefix="bridge-") as folder:
+        launcher = Launcher(os.getpid(), Path(folder))
+        with _signals_passed_on(launcher):
+            return _launch(settings, launcher, recipe, config)
+
+
+def _launch(
+    settings: "LaunchConfig", launcher: "Launcher", recipe: "Recipe", config: "ConfigContainer"
+) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    from bridge.training.distributed import choose_device
+
+    try:
+        if choose_device(config.dist.device) == "cpu":
+            elastic_launch(settings, _forked_rank)(launcher, recipe, config)
+        else:
+            path = launcher.folder / "config.yaml"
+            path.write_text(config.to_yaml())
+            elastic_launch(settings, sys.executable)(
+                "-m", "bridge.cli.rank", str(launcher.pid), recipe.name, str(path)
+            )
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _explain(launcher, rank, failure.exitcode)
+    except SignalException as error:
+        return 128 + error.sigval
     return 0
 
 
-def train_as_rank(recipe: "Recipe", config: "ConfigContainer") -> int:
-    """Train as one of the local ranks; return the exit code."""
-    from bridge.cli.pretrain import train_here
+@dataclass(frozen=True)
+class Launcher:
+    """The process that started the ranks, as they know it."""
+
+    pid: int
+    folder: Path
+    """Where ranks leave word of what made them fail."""
+    signals: list[int] = field(default_factory=list)
+    """Those that asked to stop: in the launcher all that it passed on, in a forked rank those that
+    came before it could obey."""
+
+    def report(self, code: int, message: str) -> None:
+        """Leave word that this rank fails."""
+        report = {"time": time.time(), "code": code, "message": message}
+        unfinished = self.folder / f"rank-{os.environ['RANK']}.unfinished"
+        unfinished.write_text(json.dumps(report))
+        unfinished.rename(unfinished.with_suffix(".json"))
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Return what the ranks left, first failure first."""
+        found = [json.loads(path.read_text()) for path in self.folder.glob("rank-*.json")]
+        return sorted(found, key=lambda report: report["time"])
+
+
+def train_as_rank(launcher: Launcher, recipe: "Recipe", config: "ConfigContainer") -> int:
+    """Train as one of the local ranks of `launcher`; return the exit code."""
+    from bridge.cli.pretrain import RankFailed, train_here
 
     os.setpgid(0, 0)
+    _end_with(launcher)
     try:
         return train_here(recipe, config)
     except ValueError as error:
-        # Every rank finds the same mistake; one line is enough.
-        if os.environ["RANK"] == "0":
-            print(f"bridge: {error}", file=sys.stderr)
+        launcher.report(2, str(error))
         return 2
+    except RankFailed as failure:
+        launcher.report(failure.code, str(failure))
+        # A rank that was killed says nothing: let the launcher see it before those that lost it.
+        time.sleep(5 * _POLL_SECONDS)
+        return failure.code
 
 
-def _forked_rank(recipe: "Recipe", config: "ConfigContainer") -> None:
+def _explain(launcher: Launcher, rank: int, code: int) -> int:
+    """Say what made the run fail, which was `rank` with `code` at first; return the exit code."""
+    if code < 0:
+        # The number of the signal that killed the rank.
+        if -code not in launcher.signals:
+            name = signal.Signals(-code).name
+            print(f"bridge: rank {rank} was killed by {name}", file=sys.stderr)
+        return 128 - code
+    reports = launcher.reports()
+    if not reports:
+        return code
+    mistakes = [report["message"] for report in reports if report["code"] == 2]
+    # Every rank finds the same mistake; what the others say of one that left is no news.
+    message = mistakes[0] if mistakes else f"the first failure was {reports[0]['message']}"
+    print(f"bridge: {message}", file=sys.stderr)
+    return 2 if mistakes else int(reports[0]["code"])
+
+
+def _end_with(launcher: Launcher) -> None:
+    """End this rank when its launcher has been killed: no signal would reach it any more."""
+
+    def watch() -> None:
+        while os.getppid() == launcher.pid:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _forked_rank(launcher: Launcher, recipe: "Recipe", config: "ConfigContainer") -> None:
     import torch
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    for number in _FORWARDED:
-        signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        )
-    code = train_as_rank(recipe, config)
+    try:
+        for number in _FORWARDED:
+            signal.signal(
+                number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            )
+        for number in launcher.signals:
+            signal.raise_signal(number)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        code = train_as_rank(launcher, recipe, config)
+    except KeyboardInterrupt:
+        # The launcher would take a rank that leaves it this way for one that still works.
+        code = 128 + signal.SIGINT
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
@@ -118,13 +202,21 @@ def _forked_rank(recipe: "Recipe", config: "ConfigContainer") -> None:
 
 
 @contextlib.contextmanager
-def _signals_passed_on() -> Iterator[None]:
+def _signals_passed_on(launcher: Launcher) -> Iterator[None]:
     import psutil
 
     this = psutil.Process()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        for child in this.children():
+        launcher.signals.append(number)
+        if os.getpid() != launcher.pid:
+            return  # A rank that is being forked; it looks at what it missed.
+        children = this.children()
+        if not children:
+            # Not an exception, which those that wait for the ranks might take for theirs.
+            shutil.rmtree(launcher.folder, ignore_errors=True)
+            os._exit(128 + number)
+        for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 

@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
         overrides.append(f"checkpoint.run_dir={options.run_dir}")
     overrides.append(f"checkpoint.resume={'true' if options.resume else 'false'}")
     documents = read_documents(options.config)
+    # megatron-core's overlap of transfers with computing relies on it; CUDA reads it once.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     is_a_rank = "RANK" in os.environ
     if is_a_rank and options.nproc is not None:
         raise ValueError(
@@ -85,30 +87,45 @@ def run(options: argparse.Namespace) -> int:
         print(f"dry run: {recipe.name} is ready for {ranks} rank{'s' if ranks > 1 else ''}")
         return 0
     if is_a_rank or ranks == 1:
-        return train_here(recipe, config)
+        try:
+            return train_here(recipe, config)
+        except RankFailed as failure:
+            return failure.code
     return launch.on_local_ranks(ranks, recipe, config)
 
 
 def train_here(recipe: "Recipe", config: "ConfigContainer") -> int:
-    """Train as one rank of a run; return the exit code."""
+    """Train as one rank of a run; return the exit code.
+
+    Raises:
+        ValueError: What the user can mend.
+        RankFailed: Anything else that ended the run, once it has been printed.
+    """
     from bridge.training.pretrain import pretrain
 
     started = _Started()
     try:
         result = pretrain(config, recipe.forward_step, [started, *recipe.callbacks()])
-    except ValueError:
-        if not started.training:
-            # The user's to mend: `main` prints it in one line.
-            raise
-        traceback.print_exc()
-        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        print(f"bridge: {'; '.join(getattr(error, '__notes__', []))}", file=sys.stderr)
-        traceback.print_exc()
-        return int(getattr(error, "exit_code", 1))
+        if isinstance(error, ValueError) and not started.training:
+            # The user's to mend: `main` prints it in one line.
+            raise
+        place = "; ".join(getattr(error, "__notes__", [])) or f"rank {os.environ.get('RANK', 0)}"
+        what = f"{place}: {type(error).__name__}: {error}"
+        # In one piece: other ranks may have something to say at the same time.
+        sys.stderr.write(f"bridge: {what}\n{traceback.format_exc()}")
+        raise RankFailed(what, int(getattr(error, "exit_code", 1))) from error
     return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason]
+
+
+class RankFailed(Exception):
+    """Says what made this rank fail, and where; it has been printed with its traceback."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class _Started:
