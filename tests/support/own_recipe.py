@@ -1,0 +1,123 @@
+"""A package with recipes of its own, as a user might write one: it needs no GPT."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bridge.training.config import CheckpointConfig, ConfigContainer, LoggerConfig, TrainConfig
+from bridge.training.contracts import DataRequest, DataSplits, Recipe
+from bridge.training.state import GlobalState
+
+
+@dataclass(kw_only=True)
+class Perceptron:
+    width: int = 8
+
+    def build(
+        self, pg_collection: Any, pre_process: bool, post_process: bool, vp_stage: int | None
+    ) -> torch.nn.Module:
+        return torch.nn.Sequential(
+            torch.nn.Linear(1, self.width), torch.nn.Tanh(), torch.nn.Linear(self.width, 1)
+        )
+
+
+class Points:
+    def __init__(self, size: int, seconds: float) -> None:
+        self.size, self.seconds = size, seconds
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int, /) -> tuple[torch.Tensor, torch.Tensor]:
+        time.sleep(self.seconds)
+        x = torch.tensor([6 * index / self.size - 3])
+        return x, x.sin()
+
+
+@dataclass(kw_only=True)
+class Sine:
+    size: int = 64
+    seconds_per_sample: float = 0.0
+    """Time for a test to act in the middle of a run."""
+
+    def build(self, request: DataRequest) -> DataSplits:
+        if self.size == 13:
+            raise ValueError("dataset.size=13: only found when the data is built; take another")
+        if self.size == 14 and os.environ.get("RANK") == "1":
+            raise ValueError("dataset.size=14: only rank 1 minds")
+        return DataSplits(train=Points(self.size, self.seconds_per_sample))
+
+
+def forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
+    x, y = next(data_iterator)
+    return model(x), lambda output: (torch.nn.functional.mse_loss(output, y), {})
+
+
+def _failing(error: type[Exception]) -> Callable[..., Any]:
+    def failing_step(state: GlobalState, data_iterator: Iterator[Any], model: Any) -> Any:
+        if state.train_state.step == 2 and os.environ.get("RANK", "0") == "1":
+            raise error("a shape does not fit")
+        return forward_step(data_iterator, model)
+
+    return failing_step
+
+
+def _make_config() -> ConfigContainer:
+    return ConfigContainer(
+        model=Perceptron(),
+        dataset=Sine(),
+        train=TrainConfig(train_iters=6, micro_batch_size=2, global_batch_size=4),
+        logger=LoggerConfig(log_interval=1, tensorboard=False),
+        checkpoint=CheckpointConfig(save_interval=2),
+    )
+
+
+def _killed_step(state: GlobalState, data_iterator: Iterator[Any], model: Any) -> Any:
+    if state.train_state.step == 2 and os.environ.get("RANK", "0") == "1":
+        os.kill(os.getpid(), 9)
+    return forward_step(data_iterator, model)
+
+
+sine = Recipe(
+    name="sine", summary="learns a sine", make_config=_make_config, forward_step=forward_step
+)
+failing = Recipe(
+    name="failing",
+    summary="raises on rank 1 in step 3",
+    make_config=_make_config,
+    forward_step=_failing(RuntimeError),
+)
+killed = Recipe(
+    name="killed",
+    summary="is killed on rank 1 in step 3",
+    make_config=_make_config,
+    forward_step=_killed_step,
+)
+mistaken = Recipe(
+    name="mistaken",
+    summary="raises a ValueError on rank 1 in step 3",
+    make_config=_make_config,
+    forward_step=_failing(ValueError),
+)
+
+_ENTRY_POINTS = """[bridge.recipes]
+sine = own_recipe:sine
+failing = own_recipe:failing
+killed = own_recipe:killed
+mistaken = own_recipe:mistaken
+"""
+
+
+def install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Install this package, as pip would, for the time of a test."""
+    metadata = place / "own_recipe-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: own-recipe\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(_ENTRY_POINTS)
+    monkeypatch.syspath_prepend(place)
