@@ -228,7 +228,7 @@ def _use_a_queue_of_this_process() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
+        filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

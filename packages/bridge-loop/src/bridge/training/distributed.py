@@ -9,7 +9,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -168,7 +168,7 @@ def _destroy_model_parallel() -> None:
     from megatron.core import parallel_state
 
     # The first entry stands for the default group, which is another's.
-    groups = (parallel_state._global_process_group_list or [])[1:]
+    groups: list[Any] = (parallel_state._global_process_group_list or [])[1:]
     parallel_state.destroy_model_parallel()
     for group in groups:
         if group in dist.distributed_c10d._world.pg_map:

@@ -6,7 +6,7 @@ build -> initial weights -> 16-bit wrapper -> megatron-core's DDP -> the hooks o
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -149,7 +149,7 @@ def _as_megatron_module(module: Any, config: ConfigContainer, ranks: Ranks) -> t
         module = _plain_module(module, _config_for_plain_module(config), ranks)
     if not hasattr(module, "model_type"):
         module.model_type = ModelType.encoder_or_decoder
-    return module
+    return cast(torch.nn.Module, module)
 
 
 def _plain_module(
