@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -123,8 +124,10 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path: Path, kind: str) -> None:
     assert rows(tmp_path / "cut")[-1]["step"] == 4
     continued = run_ranks(2, body, tmp_path / "cut", 0, True, timeout=120)
     for one, other in zip(whole, continued, strict=True):
-        assert one.parameters == other.parameters and one.parameters
-        assert one.state == other.state and one.state["step"] == STEPS
+        assert one.parameters
+        assert one.parameters == other.parameters
+        assert one.state["step"] == STEPS
+        assert one.state == other.state
         assert one.streams == other.streams
     texts = [
         [{key: value for key, value in row.items() if key not in TIMES} for row in rows(run)]
@@ -156,11 +159,12 @@ def test_a_run_that_dies_before_latest_is_replaced_continues_from_the_one_before
         def refuses(directory: RunDirectory, checkpoint: Path) -> None:
             if checkpoint.name.endswith("4"):
                 # All of it is there, and nothing names it yet.
-                assert (checkpoint / ".metadata").exists() and (checkpoint / "config.yaml").exists()
+                assert (checkpoint / ".metadata").exists()
+                assert (checkpoint / "config.yaml").exists()
                 raise Killed
             publish(directory, checkpoint)
 
-        RunDirectory.publish = refuses  # type: ignore[method-assign]
+        RunDirectory.publish = refuses  # type: ignore[assignment,method-assign]
         with pytest.raises(Killed):
             pretrain(saving_run(run), token_step)
 
@@ -208,7 +212,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def message_of(config: ConfigContainer) -> str:
     def body() -> str:
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match="step-0000004") as error:
             pretrain(config, token_step)
         return str(error.value)
 
@@ -236,17 +240,17 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_path(
         config = saving_run(tmp_path / "run", pretrained_checkpoint=str(saved))
     config.model = OwnModel(width=7) if layers == "wider" else Deeper()
     message = message_of(config)
-    assert "step-0000004" in message and "fit the model" in message
+    assert "fit the model" in message
     assert (tmp_path / "run").exists() == (how == "resume")
 
 
 def test_a_run_does_not_continue_on_data_in_another_order(tmp_path: Path, saved: Path) -> None:
     config = saving_run(copied(saved, tmp_path / "run"), resume=True)
     config.dataset = OwnData(train=25)
-    assert "24 samples" in (message := message_of(config)) and "25 samples" in message
+    assert re.search("24 samples.*25 samples", message_of(config))
     config.dataset = OwnData()
     config.rng.seed = 8
-    assert "seed 7" in (message := message_of(config)) and "seed 8" in message
+    assert re.search("seed 7.*seed 8", message_of(config))
 
 
 @pytest.mark.parametrize("damage", [".metadata", "metadata.json", "*.distcp"])
@@ -258,7 +262,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(
     assert found
     for path in found:
         os.remove(path)
-    assert "step-0000004" in message_of(saving_run(run, resume=True))
+    assert "damaged" in message_of(saving_run(run, resume=True))
 
 
 def test_a_run_that_goes_on_does_not_look_for_what_it_once_started_from(

@@ -117,7 +117,8 @@ def test_training_goes_on_as_if_there_had_been_no_evaluation(tmp_path: Path) -> 
     assert len(found) == 6
     assert found[0] == pytest.approx(error_of(7, 8), rel=1e-6)
     # The first step has rate 0.
-    assert found[1] == pytest.approx(found[0], rel=1e-6) and found[2] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] != found[1]
 
 
 def test_every_module_is_back_in_its_mode_after_an_exception(tmp_path: Path) -> None:
@@ -135,7 +136,8 @@ def test_every_module_is_back_in_its_mode_after_an_exception(tmp_path: Path) -> 
                 evaluated(run)
             assert len(hooks) > 0
             assert module.remove_forward_pre_hook_handles.keys() == set(hooks)
-            assert module.training and module.module.module.inner.training
+            assert module.training
+            assert module.module.module.inner.training
             assert not module.module.module.dropout.training
             assert run.state.train_state.consumed_validation_samples == 0
 
@@ -181,7 +183,9 @@ def test_collected_data_comes_from_the_last_stage_one_item_a_microbatch(tmp_path
 def test_an_interleaved_pipeline_evaluates_only_what_fills_it(tmp_path: Path) -> None:
     def body(validation: int) -> Any:
         model = tiny_gpt(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
-        config = gpt_run(tmp_path / f"{validation}", model, dataset=TokenData(validation=validation))
+        config = gpt_run(
+            tmp_path / f"{validation}", model, dataset=TokenData(validation=validation)
+        )
         config.train = TrainConfig(train_iters=1, global_batch_size=4)
         return pretrain(config, gpt_forward_step).validation["lm loss"]
 

@@ -22,7 +22,7 @@ from bridge.training.config import (
     resolve,
 )
 from bridge.training.contracts import DataRequest, DataSplits
-from bridge.training.distributed import ranks_of, world_size
+from bridge.training.distributed import choose_device, ranks_of, world_size
 from bridge.training.model_building import parameters_in_sync
 from bridge.training.pretrain import TrainResult, pretrain
 from bridge.training.progress import Progress
@@ -44,7 +44,8 @@ class OwnModule(torch.nn.Module):
         self.outer = torch.nn.Linear(width, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.outer(self.dropout(torch.tanh(self.inner(x)))).squeeze(-1)
+        output: torch.Tensor = self.outer(self.dropout(torch.tanh(self.inner(x))))
+        return output.squeeze(-1)
 
 
 @dataclass(kw_only=True)
@@ -261,7 +262,8 @@ def _drawn(config: ConfigContainer, size: int, position: int) -> int:
 
 def _rate(config: ConfigContainer, step: int) -> float:
     optimizer, batch = config.optimizer, config.train.global_batch_size
-    assert optimizer.lr is not None and optimizer.min_lr is not None
+    assert optimizer.lr is not None
+    assert optimizer.min_lr is not None
     assert config.train.train_iters is not None
     fraction = config.scheduler.lr_warmup_fraction or 0.0
     samples, whole = step * batch, config.train.train_iters * batch
@@ -300,7 +302,7 @@ class _AdamW:
                 unbiased = first / (1 - beta1**self.steps)
                 spread = (second / (1 - beta2**self.steps)).sqrt() + self.config.adam_eps
                 decay = self.config.weight_decay if parameter.dim() > 1 else 0.0
-                parameter -= rate * (unbiased / spread + decay * parameter)
+                parameter.sub_(rate * (unbiased / spread + decay * parameter))
         return norm
 
 
@@ -308,10 +310,11 @@ class _AdamW:
 def a_run(
     config: ConfigContainer, step: Callable[..., Any], callbacks: Sequence[object] = ()
 ) -> Iterator[Run]:
-    """Set up a run on the CPU and hand it over before its first step."""
-    config = resolve(config, device="cpu", world_size=world_size())
+    """Set up a run and hand it over before its first step."""
+    device = choose_device(config.dist.device)
+    config = resolve(config, device=device, world_size=world_size())
     with (
-        ranks_of(config, "cpu") as ranks,
+        ranks_of(config, device) as ranks,
         set_up(config, ranks, step, callbacks, Progress(enabled=False)) as run,
     ):
         yield run

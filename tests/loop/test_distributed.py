@@ -1,0 +1,68 @@
+"""Where a process stands among the ranks, and the device it is on."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bridge.training.config import resolve
+from bridge.training.distributed import (
+    choose_device,
+    is_logging_rank,
+    rank,
+    ranks_of,
+    world_size,
+)
+from gpt_models import tiny_gpt
+from ranks import run_ranks
+from training_runs import gpt_run
+
+
+def test_rank_and_world_size_are_known_before_and_after_the_groups_are_up() -> None:
+    def body() -> Any:
+        before = rank(), world_size(), is_logging_rank()
+        dist.init_process_group("gloo")
+        after = rank(), world_size(), is_logging_rank()
+        return before, after
+
+    assert run_ranks(2, body, timeout=120, process_group=False) == [
+        ((0, 2, True), (0, 2, True)),
+        ((1, 2, False), (1, 2, False)),
+    ]
+
+
+def test_one_process_needs_no_launcher() -> None:
+    def body() -> Any:
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+        assert (rank(), world_size()) == (0, 1)
+        config = resolve(gpt_run("unused", tiny_gpt()), device="cpu", world_size=1)
+        with ranks_of(config, "cpu") as ranks:
+            return ranks.layout.data, dist.get_world_size(), ranks.is_last_stage
+
+    assert run_ranks(1, body, timeout=120, process_group=False) == [(1, 1, True)]
+
+
+def test_losses_are_known_at_the_end_of_the_pipeline() -> None:
+    def body() -> Any:
+        model = tiny_gpt(pipeline_model_parallel_size=2)
+        config = resolve(gpt_run("unused", model), device="cpu", world_size=2)
+        with ranks_of(config, "cpu") as ranks:
+            return ranks.is_last_stage, ranks.control_group.size()
+
+    assert run_ranks(2, body, timeout=120) == [(False, 2), (True, 2)]
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_the_device_is_the_one_that_there_is(
+    monkeypatch: pytest.MonkeyPatch, present: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
+    found = "cuda" if present else "cpu"
+    missing: Any = "cpu" if present else "cuda"
+    assert choose_device("auto") == found
+    assert choose_device(found) == found
+    with pytest.raises(ValueError, match=f"dist.device: '{missing}' was asked for"):
+        choose_device(missing)

@@ -1,0 +1,113 @@
+"""The loop on one GPU: bf16 with Transformer Engine, and no waiting between logged steps."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bridge.gpt.data.dataset_config import GPTDatasetConfig
+from bridge.gpt.layer_specs import has_transformer_engine
+from bridge.training.gpt_step import forward_step
+from bridge.training.pretrain import pretrain
+from gpt_models import tiny_gpt
+from training_runs import a_run, gpt_run, one_step, parameters_of, series
+
+pytestmark = pytest.mark.gpu
+
+needs_engine = pytest.mark.skipif(
+    not torch.cuda.is_available() or not has_transformer_engine(),
+    reason="needs Transformer Engine",
+)
+# Kernels of 16 bits want sizes that the tiniest GPT has not.
+SIZES: dict[str, Any] = {"hidden_size": 128, "ffn_hidden_size": 256, "seq_length": 64}
+
+
+def gpt(layer_spec: str) -> Any:
+    return tiny_gpt(num_layers=2, layer_spec=layer_spec, pipeline_dtype=None, **SIZES)
+
+
+def run_of(directory: Path, layer_spec: str, precision: Any = "bf16") -> Any:
+    config = gpt_run(directory, gpt(layer_spec), dataset=GPTDatasetConfig(mock=True))
+    config.mixed_precision.precision = precision
+    config.train.train_iters = 3
+    return config
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "layer_spec", ["local", pytest.param("transformer_engine", marks=needs_engine)]
+)
+def test_three_steps_in_bf16(tmp_path: Path, layer_spec: str) -> None:
+    config = run_of(tmp_path / "run", layer_spec)
+    config.checkpoint.save_at_end = True
+    result = pretrain(config, forward_step)
+    losses = series(tmp_path / "run", "lm loss")
+    assert result.step == len(losses) == 3
+    # Random tokens of 64 kinds: the logarithm of 64, more or less.
+    assert all(3.9 < loss < 4.6 for loss in losses)
+    assert result.metrics["memory_gb"] > 0
+
+
+@needs_engine
+@pytest.mark.parametrize("layer_spec", ["local", "transformer_engine"])
+def test_a_step_that_is_not_logged_waits_for_nothing(tmp_path: Path, layer_spec: str) -> None:
+    """Without Transformer Engine's kernels megatron-core reads the gradients' norm to clip them."""
+    with a_run(run_of(tmp_path / "run", layer_spec), forward_step) as run:
+        data_iterator = run.data.training(0)
+        for _ in range(2):  # What happens only once may wait.
+            one_step(run, data_iterator=data_iterator, reducer=run.reducer)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        result = one_step(run, data_iterator=data_iterator)
+        torch.cuda.set_sync_debug_mode("default")
+        assert result.metrics == {}
+
+
+def weights(directory: Path, layer_spec: str) -> list[torch.Tensor]:
+    """Return the untrained weights on the host, in an order that needs no names.
+
+    Names differ where Transformer Engine holds a norm and a matrix in one module.
+    """
+    with a_run(run_of(directory, layer_spec, "fp32"), forward_step) as run:
+        values = [value.cpu() for value in parameters_of(run.model).values()]
+    return sorted(values, key=lambda value: (tuple(value.shape), value.flatten().tolist()))
+
+
+def weights_without_a_gpu(directory: Path) -> list[torch.Tensor]:
+    """Return the weights that another process finds, which sees no GPU."""
+    file = directory / "weights.pt"
+    program = (
+        "import sys, pathlib, torch; import test_gpu; "
+        "torch.save(test_gpu.weights(pathlib.Path(sys.argv[1]), 'local'), sys.argv[2])"
+    )
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent / "support")]),
+    }
+    arguments = [sys.executable, "-c", program, str(directory / "cpu"), str(file)]
+    subprocess.run(arguments, env=environment, check=True, timeout=100)
+    found: list[torch.Tensor] = torch.load(file)
+    return found
+
+
+@pytest.mark.parametrize(
+    "layer_spec", ["local", pytest.param("transformer_engine", marks=needs_engine)]
+)
+def test_the_weights_depend_on_neither_device_nor_modules(tmp_path: Path, layer_spec: str) -> None:
+    on_cpu, on_gpu = weights_without_a_gpu(tmp_path), weights(tmp_path / "gpu", layer_spec)
+    assert len(on_cpu) == len(on_gpu)
+    for one, other in zip(on_cpu, on_gpu, strict=True):
+        assert torch.equal(one, other)

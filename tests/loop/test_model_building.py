@@ -1,0 +1,121 @@
+"""From a configuration to DDP-wrapped chunks with the loop's hooks."""
+
+import contextlib
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.utils import get_model_config
+
+from bridge.training.gpt_step import forward_step
+from bridge.training.model_building import (
+    GradientFinalizer,
+    attach_hooks,
+    count_parameters,
+    parameters_in_sync,
+)
+from bridge.training.setup import Run
+from gpt_models import tiny_gpt
+from ranks import run_ranks
+from training_runs import (
+    OwnModel,
+    OwnModule,
+    a_run,
+    gpt_run,
+    one_step,
+    own_run,
+    parameters_of,
+    plain_torch,
+    token_step,
+)
+
+
+def test_a_module_of_ones_own_is_built_from_the_seed(tmp_path: Path) -> None:
+    def body() -> Any:
+        with a_run(own_run(tmp_path / "run"), token_step) as run:
+            assert count_parameters(run.model) == 6 * 4 + 6 + 6 + 1
+            assert all(chunk.training for chunk in run.model)
+            return parameters_of(run.model)
+
+    torch.manual_seed(7)
+    wanted = dict(OwnModule(6, 0.0).named_parameters())
+    for found in run_ranks(2, body, timeout=120):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_chunks_share_the_hooks(tmp_path: Path) -> None:
+    def body() -> None:
+        model = tiny_gpt(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+        with a_run(gpt_run(tmp_path / "run", model), forward_step) as run:
+            assert len(run.model) == 2
+            configs = {id(get_model_config(chunk)) for chunk in run.model}
+            shared = get_model_config(run.model[0])
+            assert configs == {id(shared)}
+            assert isinstance(shared.finalize_model_grads_func, GradientFinalizer)
+            assert len(shared.no_sync_func) == 2
+
+    run_ranks(2, body, timeout=120)
+
+
+@pytest.mark.parametrize("place", ["wrapper", "module"])
+def test_chunks_that_do_not_share_their_config_are_refused(tmp_path: Path, place: str) -> None:
+    def body() -> None:
+        with a_run(own_run(tmp_path / "run"), token_step) as run:
+            wrapper: Any = run.model[0]
+            holder: Any = wrapper if place == "wrapper" else wrapper.module
+            holder.config = copy.copy(holder.config)
+            model = [wrapper] if place == "module" else [wrapper, twin(run)]
+            with pytest.raises(ValueError, match="PlainModule.config is not the config"):
+                attach_hooks(run.config, model, run.optimizer, None)
+
+    def twin(run: Run) -> Any:
+        return SimpleNamespace(
+            module=run.model[0].module, config=get_model_config(run.model[0].module)
+        )
+
+    run_ranks(1, body, timeout=120)
+
+
+def test_parameters_are_whole_inside_and_gathered_by_hooks_again_outside(tmp_path: Path) -> None:
+    def body() -> Any:
+        with a_run(own_run(tmp_path / "run"), token_step) as run:
+            one_step(run)
+            one_step(run)
+            chunk: Any = run.model[0]
+            hooks = set(chunk.remove_forward_pre_hook_handles)
+            with contextlib.suppress(ZeroDivisionError), parameters_in_sync(run.model):
+                assert not chunk.remove_forward_pre_hook_handles
+                whole = parameters_of(run.model)
+                raise ZeroDivisionError
+            assert set(chunk.remove_forward_pre_hook_handles) == hooks
+            assert len(hooks) > 0
+            one_step(run)
+            with parameters_in_sync(run.model):
+                return whole, parameters_of(run.model)
+
+    results = run_ranks(2, body, timeout=120)
+    for index, steps in enumerate((2, 3)):
+        wanted = plain_torch(own_run(tmp_path), pattern=2, steps=steps).parameters
+        for found in results:
+            for name, value in wanted.items():
+                torch.testing.assert_close(found[index][name], value, rtol=2e-5, atol=2e-6)
+
+
+def test_a_16_bit_module_of_ones_own_computes_in_16_bits(tmp_path: Path) -> None:
+    def step(data_iterator: Any, model: Any) -> Any:
+        output, loss_function = token_step(data_iterator, model)
+        return output, lambda out: loss_function(out.float())
+
+    def body() -> tuple[str, str]:
+        config = own_run(tmp_path / "run", model=OwnModel())
+        config.mixed_precision.precision = "bf16"
+        with a_run(config, step) as run:
+            parameter: Any = next(run.model[0].parameters())
+            one_step(run)
+            return str(parameter.dtype), str(parameter.main_grad.dtype)
+
+    assert run_ranks(1, body, timeout=120) == [("torch.bfloat16", "torch.float32")]
