@@ -59,13 +59,14 @@ def _gpt_tiny() -> ConfigContainer:
             hidden_size=128,
             ffn_hidden_size=352,
             num_attention_heads=4,
-            seq_length=256,
+            seq_length=128,
             # Each of the 257 tokens costs time on a CPU.
             make_vocab_size_divisible_by=8,
         ),
-        train=TrainConfig(train_iters=600, global_batch_size=16, micro_batch_size=4),
-        validation=ValidationConfig(eval_iters=16),
-        optimizer=_adamw(3e-3),
+        # Two microbatches a step, so that a pipeline or two data-parallel ranks can share it.
+        train=TrainConfig(train_iters=560, global_batch_size=16, micro_batch_size=8),
+        validation=ValidationConfig(eval_iters=32),
+        optimizer=_adamw(6e-3),
         scheduler=SchedulerConfig(lr_warmup_fraction=0.05),
         dataset=GPTDatasetConfig(standard_library=True),
         tokenizer=TokenizerConfig(type="bytes"),
