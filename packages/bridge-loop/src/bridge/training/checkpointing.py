@@ -127,7 +127,7 @@ class Checkpointer:
             checkpoint, self._sharded_state(is_loading=True, with_random_state=same_ranks)
         )
         self._load_model(state)
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"], state["scheduler"])
         self._scheduler.load_state_dict(state["scheduler"])
         self._train_state.load_state_dict(state["train_state"])
         if same_ranks:
@@ -158,6 +158,24 @@ class Checkpointer:
     def _load_model(self, state: Mapping[str, Any]) -> None:
         for index, chunk in enumerate(self._model):
             chunk.module.load_state_dict(state[self._chunk_name(index)])
+
+    def _load_optimizer(self, state: Any, schedule: Mapping[str, Any]) -> None:
+        """Load the optimizer's state, and keep the settings that this start was configured with.
+
+        megatron-core finds a parameter group by its learning rates among other things, and takes
+        all of its settings from the checkpoint.
+        """
+        groups = self._optimizer.param_groups
+        wanted = [{**group, "params": None} for group in groups]
+        for group in groups:
+            for name in ("max_lr", "min_lr"):
+                if group.get(name) == getattr(self._scheduler, name):
+                    group[name] = schedule[name]
+        self._optimizer.load_state_dict(state)
+        for group, settings in zip(self._optimizer.param_groups, wanted, strict=True):
+            group.update(
+                (name, value) for name, value in settings.items() if name not in ("params", "step")
+            )
 
     def _chunk_name(self, index: int) -> str:
         return "model" if len(self._model) == 1 else f"model{index}"
