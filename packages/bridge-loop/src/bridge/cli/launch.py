@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM)
 _POLL_SECONDS = 0.1
+_GRACE_SECONDS = 1.0
 
 
 def hide_gpus_for_rehearsal(documents: Sequence[str], overrides: Sequence[str]) -> None:
@@ -54,6 +55,7 @@ def hide_gpus_for_rehearsal(documents: Sequence[str], overrides: Sequence[str]) 
 
 def on_local_ranks(ranks: int, recipe: "Recipe", config: "ConfigContainer") -> int:
     """Train on `ranks` processes of this machine; return the exit code."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
     from bridge.training.run_directory import new_run_name
@@ -64,20 +66,22 @@ def on_local_ranks(ranks: int, recipe: "Recipe", config: "ConfigContainer") -> i
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=str(os.getpid()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        monitor_interval=_POLL_SECONDS,
-        start_method="fork",
-        signals_to_handle="SIGHUP,SIGQUIT",
-    )
     with tempfile.TemporaryDirectory(prefix="bridge-") as folder:
         launcher = Launcher(os.getpid(), Path(folder))
+        settings = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id=str(os.getpid()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            max_restarts=0,
+            monitor_interval=_POLL_SECONDS,
+            start_method="fork",
+            # A directory that it makes by itself it leaves behind.
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle="SIGHUP,SIGQUIT",
+        )
         with _signals_passed_on(launcher):
             return _launch(settings, launcher, recipe, config)
 
@@ -119,6 +123,10 @@ class Launcher:
     """Those that asked to stop: in the launcher all that it passed on, in a forked rank those that
     came before it could obey."""
 
+    def is_to_end_at_once(self) -> bool:
+        """Whether Ctrl-C was pressed a second time."""
+        return self.signals.count(signal.SIGINT) > 1
+
     def report(self, code: int, message: str) -> None:
         """Leave word that this rank fails."""
         report = {"time": time.time(), "code": code, "message": message}
@@ -152,6 +160,8 @@ def train_as_rank(launcher: Launcher, recipe: "Recipe", config: "ConfigContainer
 
 def _explain(launcher: Launcher, rank: int, code: int) -> int:
     """Say what made the run fail, which was `rank` with `code` at first; return the exit code."""
+    if launcher.is_to_end_at_once():
+        return 128 + signal.SIGINT
     if code < 0:
         # The number of the signal that killed the rank.
         if -code not in launcher.signals:
@@ -187,13 +197,13 @@ def _forked_rank(launcher: Launcher, recipe: "Recipe", config: "ConfigContainer"
             signal.signal(
                 number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             )
-        for number in launcher.signals:
-            signal.raise_signal(number)
+        for missed in launcher.signals:
+            signal.raise_signal(missed)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         code = train_as_rank(launcher, recipe, config)
     except KeyboardInterrupt:
         # The launcher would take a rank that leaves it this way for one that still works.
-        code = 128 + signal.SIGINT
+        code = int(128 + signal.SIGINT)
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
@@ -216,6 +226,12 @@ def _signals_passed_on(launcher: Launcher) -> Iterator[None]:
             # Not an exception, which those that wait for the ranks might take for theirs.
             shutil.rmtree(launcher.folder, ignore_errors=True)
             os._exit(128 + number)
+        send(children, number)
+        if launcher.is_to_end_at_once():
+            # A rank that waits inside a collective hears two signals as one, and later.
+            threading.Timer(_GRACE_SECONDS, send, (children, signal.SIGKILL)).start()
+
+    def send(children: list[psutil.Process], number: int) -> None:
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
