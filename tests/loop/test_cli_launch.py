@@ -1,0 +1,191 @@
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import own_recipe
+from commands import Command, Ended, run, start
+
+SLOW = ("dataset.seconds_per_sample=0.05", "train.train_iters=400", "checkpoint.save_interval=null")
+
+
+@pytest.fixture(autouse=True)
+def _folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    site, temporary = tmp_path / "site", tmp_path / "temporary"
+    site.mkdir()
+    temporary.mkdir()
+    own_recipe.install(site, monkeypatch)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    yield
+    assert list(temporary.iterdir()) == []
+
+
+def test_the_rank_that_fails_is_named_with_its_step_and_the_others_end_too(tmp_path: Path) -> None:
+    began = time.monotonic()
+    ended = run("pretrain", "failing", "--run-dir", "R", "--nproc", "2", folder=tmp_path)
+    assert ended.code == 1
+    assert time.monotonic() - began < 30
+    assert "RuntimeError: a shape does not fit\nrank 1, in step 3" in ended.err
+    last = ended.err.splitlines()[-1]
+    assert last == (
+        "bridge: the first failure was rank 1, in step 3: RuntimeError: a shape does not fit"
+    )
+
+
+def test_a_value_error_of_a_running_step_is_a_failure_with_a_traceback(tmp_path: Path) -> None:
+    ended = run("pretrain", "mistaken", "--run-dir", "R", "--nproc", "2", folder=tmp_path)
+    assert ended.code == 1
+    assert "own_recipe.py" in ended.err
+    assert "in step 3: ValueError: a shape does not fit" in ended.err.splitlines()[-1]
+
+
+def test_a_rank_that_is_killed_is_named_though_it_says_nothing(tmp_path: Path) -> None:
+    ended = run("pretrain", "killed", "--run-dir", "R", "--nproc", "2", folder=tmp_path)
+    assert ended.code == 128 + signal.SIGKILL
+    assert ended.err.splitlines()[-1] == "bridge: rank 1 was killed by SIGKILL"
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_mistake_that_only_the_data_show_is_told_once_and_leaves_nothing(
+    tmp_path: Path, ranks: str
+) -> None:
+    arguments = ("dataset.size=13", "--run-dir", "R", "--nproc", ranks)
+    ended = run("pretrain", "sine", *arguments, folder=tmp_path)
+    assert ended.code == 2
+    assert ended.err == "bridge: dataset.size=13: only found when the data is built; take another\n"
+    assert not (tmp_path / "R").exists()
+
+
+def test_a_mistake_that_only_another_rank_finds_is_told(tmp_path: Path) -> None:
+    arguments = ("dataset.size=14", "--run-dir", "R", "--nproc", "2")
+    ended = run("pretrain", "sine", *arguments, folder=tmp_path)
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1] == "bridge: dataset.size=14: only rank 1 minds"
+    assert not (tmp_path / "R").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number", "to_group"),
+    [
+        ("1", signal.SIGINT, True),
+        ("1", signal.SIGTERM, False),
+        ("2", signal.SIGINT, False),
+        ("2", signal.SIGINT, True),
+        ("2", signal.SIGTERM, False),
+    ],
+)
+def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(
+    tmp_path: Path, ranks: str, number: signal.Signals, to_group: bool
+) -> None:
+    command = _started(tmp_path, *SLOW, ranks=ranks, lines=2)
+    processes = command.descendants()
+    command.send(number, to_group=to_group)
+    ended = command.wait()
+    assert ended.code == 128 + number
+    assert ended.err == ""
+    step = _steps(tmp_path)[-1]
+    assert step < 100
+    assert f"stopped by {number.name} at step {step}/400" in ended.out
+    assert "bridge pretrain sine --run-dir R --resume" in ended.out
+    assert _latest(tmp_path) == f"step-{step:07d}"
+    assert not any(psutil.pid_exists(pid) for pid in processes)
+
+    resumed = run(
+        "pretrain", "sine", "--run-dir", "R", "--resume", "--nproc", ranks, "dataset.seconds_per_"
+        "sample=0.05", f"train.train_iters={step + 2}", folder=tmp_path,
+    )  # fmt: skip
+    assert resumed.code == 0
+    assert f"continues after step {step}" in resumed.out
+    assert _steps(tmp_path) == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_second_interrupt_ends_at_once(tmp_path: Path, ranks: str) -> None:
+    # A step lasts for a minute.
+    command = _started(tmp_path, "dataset.seconds_per_sample=15", ranks=ranks)
+    time.sleep(0.3)
+    processes = command.descendants()
+    began = time.monotonic()
+    for _ in range(2):
+        command.send(signal.SIGINT)
+        time.sleep(0.3)
+    ended = command.wait()
+    assert ended.code == 128 + signal.SIGINT
+    assert time.monotonic() - began < 10
+    assert not any(psutil.pid_exists(pid) for pid in processes)
+
+
+def test_no_interrupt_is_lost_while_the_ranks_start(tmp_path: Path) -> None:
+    for number, delay in enumerate((0.1, 0.25, 0.35, 0.45, 0.6)):
+        folder = tmp_path / str(number)
+        command = start("pretrain", "sine", *SLOW, "--run-dir", "R", "--nproc", "2", folder=folder)
+        time.sleep(delay)
+        command.send(signal.SIGINT)
+        assert command.wait(20).code == 128 + signal.SIGINT
+        assert "Traceback" not in command.err
+
+
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is killed cannot clean up.
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    command = _started(tmp_path, *SLOW, ranks="2", lines=2)
+    ranks = command.descendants()
+    assert len(ranks) == 2
+    command.send(signal.SIGKILL)
+    command.wait()
+    deadline = time.monotonic() + 30
+    while any(psutil.pid_exists(pid) for pid in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_under_a_launcher_the_command_is_one_rank(tmp_path: Path) -> None:
+    commands = [
+        start(
+            "pretrain", "sine", "--run-dir", "../R",
+            folder=tmp_path / str(rank),
+            environment={
+                "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(),
+            },
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    ended: list[Ended] = [command.wait() for command in commands]
+    assert [end.code for end in ended] == [0, 0], ended
+    assert "2 ranks (data 2)" in ended[0].out
+    assert ended[1].out == ""
+    assert _steps(tmp_path) == list(range(1, 7))
+
+
+def _started(folder: Path, *arguments: str, ranks: str, lines: int = 0) -> Command:
+    """Start a run and wait until it has logged so many steps, or has begun the first."""
+    command = start(
+        "pretrain", "sine", *arguments, "--run-dir", "R", "--nproc", ranks, folder=folder
+    )
+    if lines:
+        command.wait_for(folder / "R" / "metrics.jsonl", lines)
+    else:
+        command.wait_for(folder / "stdout", 11)
+    return command
+
+
+def _steps(folder: Path) -> list[int]:
+    lines = (folder / "R" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def _latest(folder: Path) -> str:
+    return (folder / "R" / "checkpoints" / "latest").read_text().strip()
+
+
+def _free_port() -> str:
+    """Return a port of this worker's own, the same for all ranks of the test."""
+    return str(21000 + os.getpid() % 20000)
