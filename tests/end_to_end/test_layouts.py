@@ -1,0 +1,67 @@
+"""One process and two, in every layout: the same run."""
+
+from pathlib import Path
+
+import pytest
+
+from commands import run
+from small_runs import SMALL, assert_close, losses
+
+MOE = (
+    "model.num_moe_experts=4",
+    "model.moe_router_topk=2",
+    "model.moe_aux_loss_coeff=0.0",
+    "model.moe_grouped_gemm=false",
+)
+STEPS = 20
+
+
+def train(folder: Path, *overrides: str, ranks: int = 1) -> list[float]:
+    arguments = (*SMALL, f"train.train_iters={STEPS}", "checkpoint.save_at_end=false", *overrides)
+    ended = run(
+        "pretrain", "gpt-tiny", *arguments, "--run-dir", "R", "--nproc", str(ranks), folder=folder
+    )
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    found = losses(folder / "R")
+    assert len(found) == STEPS
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of one process; they fall."""
+    found = train(tmp_path_factory.mktemp("alone"))
+    assert found[-1] < found[0] - 0.5
+    return found
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param([], id="data"),
+        pytest.param(["model.tensor_model_parallel_size=2"], id="tensor"),
+        pytest.param(
+            ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"], id="sequence"
+        ),
+        pytest.param(["model.pipeline_model_parallel_size=2"], id="pipeline"),
+        pytest.param(
+            [
+                "model.pipeline_model_parallel_size=2",
+                "model.virtual_pipeline_model_parallel_size=2",
+            ],
+            id="virtual-pipeline",
+        ),
+        pytest.param(["model.context_parallel_size=2"], id="context"),
+    ],
+)
+def test_two_processes_train_as_one_does(
+    tmp_path: Path, alone: list[float], layout: list[str]
+) -> None:
+    assert_close(train(tmp_path, *layout, ranks=2), alone)
+
+
+def test_experts_on_two_processes_train_as_on_one(tmp_path: Path) -> None:
+    alone = train(tmp_path / "alone", *MOE)
+    spread = train(tmp_path / "spread", *MOE, "model.expert_model_parallel_size=2", ranks=2)
+    assert_close(spread, alone)
