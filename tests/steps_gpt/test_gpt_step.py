@@ -144,7 +144,7 @@ class TestPacking:
 class TestContextParallel:
     def test_each_rank_takes_its_two_chunks(self) -> None:
         def body() -> tuple[list[int], list[int]]:
-            groups(context_parallel_size=2)
+            parallel_state.initialize_model_parallel(context_parallel_size=2)
             batch = get_batch(
                 iter([microbatch()]), cp_group=parallel_state.get_context_parallel_group()
             )
@@ -162,7 +162,7 @@ class TestContextParallel:
 
     def test_each_rank_takes_two_chunks_of_every_packed_document(self) -> None:
         def body() -> tuple[list[int], list[int]]:
-            groups(context_parallel_size=2)
+            parallel_state.initialize_model_parallel(context_parallel_size=2)
             group = parallel_state.get_context_parallel_group()
             sample = packed(ends=[0, 4, 16]) | {"position_ids": torch.arange(16).unsqueeze(0)}
             batch = get_batch(iter([sample]), cp_group=group)
@@ -177,7 +177,7 @@ class TestContextParallel:
 
     def test_documents_that_cannot_be_cut_are_refused(self) -> None:
         def body() -> str:
-            groups(context_parallel_size=2)
+            parallel_state.initialize_model_parallel(context_parallel_size=2)
             group = parallel_state.get_context_parallel_group()
             with pytest.raises(ValueError, match="multiples of 4") as caught:
                 get_batch(iter([packed()]), cp_group=group)
@@ -331,7 +331,3 @@ def in_rank[T](function: Callable[[], T]) -> T:
 
     with cpu.cpu_training():
         return function()
-
-
-def groups(**sizes: int) -> None:
-    parallel_state.initialize_model_parallel(**sizes)

@@ -230,7 +230,7 @@ class TestFlops:
                 chunk(tokens, tokens, None, labels=tokens).sum().backward()
             counts = counter.get_flop_counts()["Global"]
             products = sum(n for op, n in counts.items() if "mm" in str(op))
-            return products / tokens.numel()
+            return float(products / tokens.numel())
 
         model = tiny_gpt(**changes)
         attention = 6.0 * model.num_layers * model.seq_length * model.hidden_size

@@ -60,7 +60,9 @@ class ByteReport(Callback):
                 num_tokens=self._num_tokens,
                 seed=context.config.rng.seed,
             )
-        context.summary.append("sampled text, after the first line or lines of validation data:")
+        context.summary.append(
+            f"sampled text, continuing the first {len(tokens)} tokens of the validation data:"
+        )
         context.summary.extend(f"  | {line}" for line in _printable(prompt + text).splitlines())
 
 
