@@ -105,6 +105,19 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_run_whose_reader_has_gone_still_saves(tmp_path: Path, ranks: str) -> None:
+    # As in `bridge ... | tee log`: a Ctrl-C ends `tee` too.
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = _started(tmp_path, *SLOW, ranks=ranks, lines=2, output=writer)
+    os.close(writer)
+    command.send(signal.SIGINT)
+    ended = command.wait()
+    assert (ended.code, ended.err) == (128 + signal.SIGINT, "")
+    assert _latest(tmp_path) == f"step-{_steps(tmp_path)[-1]:07d}"
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
 def test_a_second_interrupt_ends_at_once(tmp_path: Path, ranks: str) -> None:
     # A step lasts for a minute.
     command = _started(tmp_path, "dataset.seconds_per_sample=15", ranks=ranks)
@@ -165,11 +178,14 @@ def test_under_a_launcher_the_command_is_one_rank(tmp_path: Path) -> None:
     assert _steps(tmp_path) == list(range(1, 7))
 
 
-def _started(folder: Path, *arguments: str, ranks: str, lines: int = 0) -> Command:
+def _started(
+    folder: Path, *arguments: str, ranks: str, lines: int = 0, output: int | None = None
+) -> Command:
     """Start a run and wait until it has logged so many steps, or has begun the first."""
     command = start(
-        "pretrain", "sine", *arguments, "--run-dir", "R", "--nproc", ranks, folder=folder
-    )
+        "pretrain", "sine", *arguments, "--run-dir", "R", "--nproc", ranks,
+        folder=folder, output=output,
+    )  # fmt: skip
     if lines:
         command.wait_for(folder / "R" / "metrics.jsonl", lines)
     else:

@@ -128,8 +128,16 @@ def _import_everything_once() -> None:
                 importlib.import_module(name)
 
 
-def start(*arguments: str, folder: Path, environment: Mapping[str, str] | None = None) -> Command:
-    """Start ``bridge`` with `folder` as working directory; its streams go to files there."""
+def start(
+    *arguments: str,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    output: int | None = None,
+) -> Command:
+    """Start ``bridge`` with `folder` as working directory.
+
+    Its streams go to files there; standard output to the descriptor `output` where one is given.
+    """
     _import_everything_once()
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -139,7 +147,7 @@ def start(*arguments: str, folder: Path, environment: Mapping[str, str] | None =
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
-        _be_command(arguments, folder, environment or {})
+        _be_command(arguments, folder, environment or {}, output)
     return Command(pid, folder)
 
 
@@ -154,13 +162,13 @@ def run(
 
 
 def _be_command(
-    arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str]
+    arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str], output: int | None
 ) -> NoReturn:
     code: Any = 70
     try:
         os.setpgid(0, 0)
         _die_with_parent()
-        _take_streams(folder)
+        _take_streams(folder, output)
         os.chdir(folder)
         for name in _LAUNCHER_VARIABLES:
             os.environ.pop(name, None)
@@ -189,10 +197,12 @@ def _be_command(
         os._exit(code if isinstance(code, int) else 1)
 
 
-def _take_streams(folder: Path) -> None:
+def _take_streams(folder: Path, output: int | None) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         with (folder / name).open("wb") as file:
             os.dup2(file.fileno(), number)
+    if output is not None:
+        os.dup2(output, 1)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
 

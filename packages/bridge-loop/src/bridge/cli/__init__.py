@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
-from bridge.cli import doctor, pretrain, recipes
+from bridge.cli import doctor, launch, pretrain, recipes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        launch.flush_output()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

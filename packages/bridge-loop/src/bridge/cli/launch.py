@@ -53,6 +53,16 @@ def hide_gpus_for_rehearsal(documents: Sequence[str], overrides: Sequence[str]) 
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def flush_output() -> None:
+    """Write out what was said; nobody need be there any more to read it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Else Python would complain about the rest at its exit, and change the exit code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.stderr.flush()
+
+
 def on_local_ranks(ranks: int, recipe: "Recipe", config: "ConfigContainer") -> int:
     """Train on `ranks` processes of this machine; return the exit code."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -204,8 +214,7 @@ def _forked_rank(launcher: Launcher, recipe: "Recipe", config: "ConfigContainer"
     except KeyboardInterrupt:
         # The launcher would take a rank that leaves it this way for one that still works.
         code = int(128 + signal.SIGINT)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     if code:
         # An exit, not an exception, which the launcher would report a second time.
         os._exit(code)

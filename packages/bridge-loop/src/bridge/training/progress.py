@@ -16,7 +16,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     "grad_norm": lambda value: f"grad norm {value:.3g}",
     "loss_scale": lambda value: f"loss scale {value:.0f}",
     "tokens_per_s": lambda value: f"{_short(value)} tokens/s",
-    "mfu": lambda value: f"mfu {value:.1%}",
+    "mfu": lambda value: f"mfu {100 * value:.3g}%",
     "memory_gb": lambda value: f"{value:.1f} GB",
 }
 _NOT_SHOWN = {
@@ -62,8 +62,7 @@ class Progress:
     def note(self, line: str) -> None:
         """Write one line that stays."""
         if self._enabled:
-            self._stream.write(("\r\x1b[K" if self._live else "") + line + "\n")
-            self._stream.flush()
+            self._write(("\r\x1b[K" if self._live else "") + line + "\n")
             self._live = False
 
     @contextlib.contextmanager
@@ -136,8 +135,7 @@ class Progress:
     def close(self) -> None:
         """Leave the live line as it is and go on below it."""
         if self._live:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._write("\n")
             self._live = False
 
     def __enter__(self) -> Self:
@@ -165,9 +163,16 @@ class Progress:
         """Write a line over the live one, cut so that it stays one line."""
         if self._enabled:
             self._last_draw = time.monotonic()
-            self._stream.write("\r" + line[: self._width() - 1] + "\x1b[K")
-            self._stream.flush()
+            self._write("\r" + line[: self._width() - 1] + "\x1b[K")
             self._live = True
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:
+            # The reader has gone, as `tee` does on the Ctrl-C that asks the run to stop and save.
+            self._enabled = False
 
     def _width(self) -> int:
         try:
