@@ -64,7 +64,8 @@ def test_a_run_without_a_checkpoint_starts_again_and_says_so(tmp_path: Path) -> 
 
 
 def test_a_run_can_be_extended_and_not_be_made_another(tmp_path: Path) -> None:
-    assert begin(tmp_path, "train.train_iters=3").wait().code == 0
+    rates = ("optimizer.lr=0.003", "optimizer.min_lr=0.0003")
+    assert begin(tmp_path, "train.train_iters=3", *rates).wait().code == 0
     before = contents(tmp_path / "R")
     for overrides, named in (
         (["model.hidden_size=32", "rng.seed=7"], ["model.hidden_size", "rng.seed"]),
