@@ -76,6 +76,9 @@ def _run(run: Run) -> TrainResult:
                 run.phase = "final evaluation"
                 run.validate()
                 run.test()
+            else:
+                # What an earlier evaluation found is not true of the model as it is now.
+                run.context.validation = {}
     except BaseException as error:
         error.add_note(f"rank {rank()}, in {run.phase}")
         raise
