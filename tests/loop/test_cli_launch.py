@@ -4,11 +4,13 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 import own_recipe
+from bridge.cli import launch
 from commands import Command, Ended, run, start
 
 SLOW = ("dataset.seconds_per_sample=0.05", "train.train_iters=400", "checkpoint.save_interval=null")
@@ -85,6 +87,9 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(
     command = _started(tmp_path, *SLOW, ranks=ranks, lines=2)
     processes = command.descendants()
     command.send(number, to_group=to_group)
+    time.sleep(0.2)
+    if number == signal.SIGINT and command.is_running():
+        command.send(number)  # `uv run` passes on what the group has received already.
     ended = command.wait()
     assert ended.code == 128 + number
     assert ended.err == ""
@@ -126,7 +131,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path, ranks: str) -> None:
     began = time.monotonic()
     for _ in range(2):
         command.send(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(0.8)
     ended = command.wait()
     assert ended.code == 128 + signal.SIGINT
     assert time.monotonic() - began < 10
@@ -178,13 +183,31 @@ def test_under_a_launcher_the_command_is_one_rank(tmp_path: Path) -> None:
     assert _steps(tmp_path) == list(range(1, 7))
 
 
-def _started(
-    folder: Path, *arguments: str, ranks: str, lines: int = 0, output: int | None = None
-) -> Command:
+def test_ranks_can_be_processes_of_their_own_as_on_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch_ranks = launch._launch
+
+    def launch_as_on_gpus(*arguments: Any) -> int:
+        monkeypatch.setattr("bridge.training.distributed.choose_device", lambda wanted: "cuda")
+        return launch_ranks(*arguments)
+
+    monkeypatch.setattr(launch, "_launch", launch_as_on_gpus)
+    path = os.pathsep.join([str(tmp_path / "site"), str(Path(own_recipe.__file__).parent)])
+    command = _started(tmp_path, *SLOW, ranks="2", lines=2, environment={"PYTHONPATH": path})
+    processes = command.descendants()
+    command.send(signal.SIGINT, to_group=True)
+    ended = command.wait()
+    assert (ended.code, ended.err) == (128 + signal.SIGINT, "")
+    assert "stopped by SIGINT" in ended.out
+    assert not any(psutil.pid_exists(pid) for pid in processes)
+
+
+def _started(folder: Path, *arguments: str, ranks: str, lines: int = 0, **settings: Any) -> Command:
     """Start a run and wait until it has logged so many steps, or has begun the first."""
     command = start(
         "pretrain", "sine", *arguments, "--run-dir", "R", "--nproc", ranks,
-        folder=folder, output=output,
+        folder=folder, **settings,
     )  # fmt: skip
     if lines:
         command.wait_for(folder / "R" / "metrics.jsonl", lines)

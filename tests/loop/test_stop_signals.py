@@ -2,11 +2,12 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch.distributed as dist
 
-from bridge.training.stop_signals import stop_signals
+from bridge.training.stop_signals import SECONDS_OF_ONE_INTERRUPT, stop_signals
 from ranks import run_ranks
 
 
@@ -23,9 +24,17 @@ def test_a_second_ctrl_c_ends_at_once_and_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGINT)
     with stop_signals():
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.1 * SECONDS_OF_ONE_INTERRUPT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_ctrl_c_that_is_passed_on_once_more_is_one() -> None:
+    with stop_signals() as request:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert request.signal == signal.SIGINT
 
 
 def agreed_on_every_rank() -> tuple[str | None, str | None]:

@@ -154,7 +154,6 @@ def train_as_rank(launcher: Launcher, recipe: "Recipe", config: "ConfigContainer
     """Train as one of the local ranks of `launcher`; return the exit code."""
     from bridge.cli.pretrain import RankFailed, train_here
 
-    os.setpgid(0, 0)
     _end_with(launcher)
     try:
         return train_here(recipe, config)
@@ -203,6 +202,8 @@ def _forked_rank(launcher: Launcher, recipe: "Recipe", config: "ConfigContainer"
     import torch
 
     try:
+        # A process of its own, as on GPUs, is the leader of a session of its own already.
+        os.setpgid(0, 0)
         for number in _FORWARDED:
             signal.signal(
                 number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
@@ -224,9 +225,19 @@ def _forked_rank(launcher: Launcher, recipe: "Recipe", config: "ConfigContainer"
 def _signals_passed_on(launcher: Launcher) -> Iterator[None]:
     import psutil
 
+    from bridge.training.stop_signals import SECONDS_OF_ONE_INTERRUPT
+
     this = psutil.Process()
 
+    last_interrupt = float("-inf")
+
     def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal last_interrupt
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if now - last_interrupt < SECONDS_OF_ONE_INTERRUPT:
+                return
+            last_interrupt = now
         launcher.signals.append(number)
         if os.getpid() != launcher.pid:
             return  # A rank that is being forked; it looks at what it missed.

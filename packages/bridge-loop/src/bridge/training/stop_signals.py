@@ -1,17 +1,22 @@
 """Ctrl-C and SIGTERM: finish the step, save, say how to go on.
 
 The first signal asks the loop to stop at the end of the step. A second Ctrl-C ends the process at
-once. The handlers that were there before come back when the run ends, however it ends.
+once; one that follows within half a second is the same one, passed on by a program in between
+(`uv run` does so after a fifth of a second). The handlers that were there before come back when the
+run ends, however it ends.
 """
 
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 import torch
 import torch.distributed as dist
+
+SECONDS_OF_ONE_INTERRUPT = 0.5
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -21,6 +26,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._interrupted_at: float | None = None
 
     def agreed(self, control_group: dist.ProcessGroup) -> signal.Signals | None:
         """Return the signal that any rank has received, the same on every rank.
@@ -39,9 +45,14 @@ class StopRequest:
         return signal.Signals(found) if found else None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT == self.signal:
-            raise KeyboardInterrupt
         self.signal = self.signal or signal.Signals(number)
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+        elif now - self._interrupted_at > SECONDS_OF_ONE_INTERRUPT:
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
