@@ -20,8 +20,8 @@ class _Part:
 _PARTS = (
     _Part("torch", "tensors", "pip install torch"),
     _Part("megatron-core", "the engine", "pip install megatron-core==0.19.2"),
-    _Part("bridge-state", "configuration and state", "pip install bridge-state"),
-    _Part("bridge-loop", "the training loop", "pip install bridge-loop"),
+    _Part("bridge-state", "configuration and state", "pip install --find-links DIST bridge-state"),
+    _Part("bridge-loop", "the training loop", "pip install --find-links DIST bridge-loop"),
     _Part(
         "bridge-steps-gpt",
         "GPT: step, data, recipes",
@@ -30,16 +30,16 @@ _PARTS = (
     _Part(
         "transformer-engine",
         "fused layers on GPUs",
-        'pip install "bridge-loop[te]" on a machine with a GPU and its compiler; without it GPUs '
-        "use our local layers",
+        'pip install "transformer-engine[core-cu13,pytorch]" on a machine with a GPU and its '
+        "compiler; without it GPUs use our local layers",
     ),
     _Part(
         "apex",
         "fused gradient accumulation on GPUs",
         "nothing to do: Transformer Engine brings what the loop uses",
     ),
-    _Part("tensorboard", "curves", 'pip install "bridge-state[tensorboard]"'),
-    _Part("wandb", "tracking", 'pip install "bridge-state[wandb]"'),
+    _Part("tensorboard", "curves", "pip install tensorboard"),
+    _Part("wandb", "tracking", "pip install wandb"),
     _Part("transformers", "Hugging Face tokenizers", "pip install transformers"),
     _Part("sentencepiece", "SentencePiece tokenizers", "pip install sentencepiece"),
     _Part("tiktoken", "tiktoken tokenizers", "pip install tiktoken"),
