@@ -95,7 +95,7 @@ def weights_without_a_gpu(directory: Path) -> list[torch.Tensor]:
     here = Path(__file__).parent
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent / "support")]),
+        "PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)]),
     }
     arguments = [sys.executable, "-c", program, str(directory / "cpu"), str(file)]
     subprocess.run(arguments, env=environment, check=True, timeout=100)
