@@ -11,7 +11,7 @@ from bridge.training.config import TrainConfig, ValidationConfig
 from bridge.training.evaluate import evaluate
 from bridge.training.gpt_step import forward_step as gpt_forward_step
 from bridge.training.pretrain import pretrain
-from bridge.training.setup import Run
+from bridge.training.run import Run
 from gpt_models import tiny_gpt
 from ranks import run_ranks
 from training_runs import (

@@ -17,7 +17,7 @@ from bridge.training.model_building import (
     count_parameters,
     parameters_in_sync,
 )
-from bridge.training.setup import Run
+from bridge.training.run import Run
 from gpt_models import tiny_gpt
 from ranks import run_ranks
 from training_runs import (

@@ -26,7 +26,8 @@ from bridge.training.distributed import choose_device, ranks_of, world_size
 from bridge.training.model_building import parameters_in_sync
 from bridge.training.pretrain import TrainResult, pretrain
 from bridge.training.progress import Progress
-from bridge.training.setup import Run, set_up
+from bridge.training.run import Run
+from bridge.training.setup import set_up
 from bridge.training.train import StepResult, train_step
 from gpt_models import microbatch
 

@@ -9,7 +9,8 @@ from typing import Any
 from bridge.training.config import ConfigContainer, resolve
 from bridge.training.distributed import choose_device, is_logging_rank, rank, ranks_of, world_size
 from bridge.training.progress import Progress
-from bridge.training.setup import Run, set_up
+from bridge.training.run import Run
+from bridge.training.setup import set_up
 from bridge.training.train import StopReason, train
 
 

@@ -22,7 +22,7 @@ from bridge.training.state import GlobalState
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from bridge.training.setup import Run
+    from bridge.training.run import Run
 
 type StopReason = Literal["finished", "SIGINT", "SIGTERM"]
 
