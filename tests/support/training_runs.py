@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig
 
-from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.config import (
     CheckpointConfig,
     ConfigContainer,
@@ -29,7 +28,9 @@ from bridge.training.progress import Progress
 from bridge.training.run import Run
 from bridge.training.setup import set_up
 from bridge.training.train import StepResult, train_step
-from gpt_models import microbatch
+
+if TYPE_CHECKING:
+    from bridge.gpt.model_config import GPTModelConfig
 
 TOKENS = 3
 FEATURES = 4
@@ -164,10 +165,12 @@ class TokenSamples:
         return self.size
 
     def __getitem__(self, index: int, /) -> dict[str, torch.Tensor]:
+        from gpt_models import microbatch
+
         return {name: tensor[0] for name, tensor in microbatch(self.first + index).items()}
 
 
-def gpt_run(directory: Path | str, model: GPTModelConfig, **sections: Any) -> ConfigContainer:
+def gpt_run(directory: Path | str, model: "GPTModelConfig", **sections: Any) -> ConfigContainer:
     """Return a run of a GPT that logs every step; micro batch 1, global batch 4."""
     values: dict[str, Any] = {
         "model": model,
