@@ -67,6 +67,14 @@ def test_an_override_reaches_into_a_nested_section() -> None:
     assert changed.dataset.augmentation == Augmentation(flip=True, scales=(1.0, 2.0))  # type: ignore[attr-defined]
 
 
+def test_a_choice_that_yaml_takes_for_nothing_is_still_that_choice() -> None:
+    config = tiny_config()
+    config.tokenizer = TokenizerConfig()
+    changed = apply_overrides(config, ["tokenizer.type=null"])
+    assert changed.tokenizer is not None
+    assert changed.tokenizer.type == "null"
+
+
 def test_an_override_fills_an_optional_section_and_null_empties_it() -> None:
     changed = apply_overrides(tiny_config(), ["tokenizer.type=tiktoken"])
     assert changed.tokenizer == TokenizerConfig(type="tiktoken")

@@ -1,7 +1,6 @@
 """What YAML files and the command line change in a configuration."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,6 @@ from bridge.training.config.fields import (
     TARGET,
     annotations_of,
     class_name,
-    describe_annotation,
     fields_of,
     is_runtime_hook,
     join,
@@ -297,11 +295,11 @@ def _convert_text(text: str, annotation: Any, path: str) -> Any:
         value = text  # YAML would cut a " #..." off as a comment.
     try:
         return convert(value, annotation, path)
-    except ConversionError:
-        if isinstance(value, str) or not _accepts_text(annotation):
+    except ConversionError as error:
+        if isinstance(value, str):
             raise
-        return convert(text, annotation, path)
-
-
-def _accepts_text(annotation: Any) -> bool:
-    return re.search(r"\ba (string|path)\b", describe_annotation(annotation)) is not None
+        try:
+            # What YAML takes for a number or nothing may be a name here, such as `null`.
+            return convert(text, annotation, path)
+        except ConversionError:
+            raise error from None
