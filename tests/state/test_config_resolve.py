@@ -267,6 +267,11 @@ def transformer(**values: Any) -> Any:
         ),
         (tiny_config(optimizer=OptimizerConfig()), 1, "optimizer.lr has no value"),
         (
+            tiny_config(scheduler=SchedulerConfig(start_weight_decay=0.3, end_weight_decay=0.1)),
+            1,
+            "scheduler.start_weight_decay=0.3 and scheduler.end_weight_decay=0.1 do not fit",
+        ),
+        (
             tiny_config(optimizer=OptimizerConfig(lr=1e-4, min_lr=1e-3)),
             1,
             "optimizer.min_lr=0.001 is above optimizer.lr=0.0001",

@@ -160,6 +160,17 @@ def _schedule(config: ConfigContainer) -> Iterator[str]:
             f"scheduler.lr_warmup_init={scheduler.lr_warmup_init} must be between 0 and "
             f"optimizer.lr={optimizer.lr}"
         )
+    start, end = (
+        optimizer.weight_decay if value is None else value
+        for value in (scheduler.start_weight_decay, scheduler.end_weight_decay)
+    )
+    style = scheduler.weight_decay_incr_style
+    if not 0 <= start <= end or (style == "constant" and start != end):
+        yield (
+            f"scheduler.start_weight_decay={start} and scheduler.end_weight_decay={end} do not fit "
+            f"scheduler.weight_decay_incr_style={style}: the decay may rise, with the style linear "
+            "or cosine, and not fall"
+        )
 
 
 def _ddp(config: ConfigContainer) -> Iterator[str]:
