@@ -176,9 +176,7 @@ class Run:
         return result
 
     def _check_losses(self, *, alarm: bool) -> None:
-        if not self.config.train.check_for_nan:
-            self.forward_step.watch.clear()
-        elif alarm:
+        if self.config.train.check_for_nan and alarm:
             self.forward_step.watch.raise_if_not_finite(self.ranks.control_group)
         else:
             self.forward_step.watch.clear()
