@@ -7,6 +7,7 @@ reads does not exist. megatron-core's own dataclasses (optimizer, DDP, model) ar
 from dataclasses import dataclass
 from typing import Literal
 
+type AnomalyAction = Literal["raise", "raise_at_once", "skip", "log"]
 
 @dataclass(kw_only=True)
 class TrainConfig:
@@ -28,8 +29,18 @@ class TrainConfig:
     num_workers: int = 0
     """Data loading processes of each rank; 0 loads in the training process."""
     check_for_nan: bool = True
-    """Raise when a loss was NaN or infinite. Read at logged steps and before checkpoints, so that
-    other steps need no host synchronisation."""
+    """Look for losses that are NaN or infinite; nan_action says what follows."""
+    nan_action: AnomalyAction = "raise"
+    """raise: found at the next logged step or checkpoint, so that other steps need no host
+    synchronisation. raise_at_once and skip: found before the optimizer's step, which waits for
+    the device at every step; skip leaves the whole step out, on every rank. log: a warning."""
+    spike_factor: float | None = None
+    """A microbatch whose loss is above this many times the mean of its rank's recent ones is a
+    spike; None looks for none."""
+    spike_action: AnomalyAction = "log"
+    """What a spike leads to, as nan_action."""
+    time_limit_minutes: float | None = None
+    """End the run, with a checkpoint, after the step in which it has gone on for so long."""
     manual_gc_interval: int = 100
     """Steps between Python garbage collections, at the same step on every rank; 0 leaves it to
     Python, which then stalls ranks at different times."""
@@ -45,6 +56,9 @@ class ValidationConfig:
     """Global batches of one evaluation; None takes the whole validation set, 0 turns it off."""
     eval_at_start: bool = False
     """Evaluate before the first step too."""
+    time_limit_minutes: float | None = None
+    """End an evaluation after the global batch in which it has taken so long; its metrics are then
+    those of the samples that were seen."""
 
 
 @dataclass(kw_only=True)

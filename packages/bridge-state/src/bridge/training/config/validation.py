@@ -76,7 +76,7 @@ def _message(error: Exception) -> str:
 def _positive(config: ConfigContainer, section: str, *names: str) -> Iterator[str]:
     for name in names:
         value = getattr(getattr(config, section), name)
-        if value is not None and value < 1:
+        if value is not None and value <= 0:
             yield f"{section}.{name}={value} must be positive"
 
 
@@ -102,6 +102,12 @@ def _train(config: ConfigContainer) -> Iterator[str]:
     yield from _positive(config, "train", "train_iters", "train_samples", "epochs")
     yield from _positive(config, "train", "micro_batch_size", "global_batch_size")
     yield from _not_negative(config, "train", "num_workers", "manual_gc_interval")
+    yield from _positive(config, "train", "time_limit_minutes")
+    if train.spike_factor is not None and train.spike_factor <= 1:
+        yield (
+            f"train.spike_factor={train.spike_factor} must be above 1: it is a multiple of the "
+            "mean of recent losses"
+        )
     batch, samples = train.global_batch_size, train.train_samples
     if batch > 0 and samples is not None and samples % batch:
         yield (
@@ -117,6 +123,7 @@ def _nearest_multiple(number: int, base: int) -> int:
 def _validation(config: ConfigContainer) -> Iterator[str]:
     yield from _positive(config, "validation", "eval_interval")
     yield from _not_negative(config, "validation", "eval_iters")
+    yield from _positive(config, "validation", "time_limit_minutes")
 
 
 def _schedule(config: ConfigContainer) -> Iterator[str]:
