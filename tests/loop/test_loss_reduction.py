@@ -227,6 +227,29 @@ def test_local_values_stay_on_their_rank() -> None:
     assert [values for values, _ in results] == [{"o": 0.0, "a": 1.0}, {"o": 1.0, "a": 1.0}]
 
 
+def test_a_rank_that_reports_no_local_value_has_that_of_the_first_rank_that_does() -> None:
+    def records_of(rank: int) -> list[MicrobatchRecord]:
+        if rank == 0:  # an earlier pipeline stage: it writes the log and has no loss
+            return []
+        late = record(late=local(0.5)) if rank == 2 else record()
+        return [record(o=local(1.0 * rank)), record(a=1.0), record(o=local(3.0 * rank)), late]
+
+    # Rank 1 is a tensor-parallel rank whose other metrics do not count: this one it keeps.
+    results = run_ranks(4, on_every_rank, records_of, lambda rank: rank != 1)
+    found = [values for values, _ in results]
+    assert [values["o"] for values in found] == [2.0, 2.0, 4.0, 6.0]
+    assert [values["late"] for values in found] == [0.5] * 4
+    assert [values["a"] for values in found] == [1.0] * 4
+
+
+def test_a_local_value_that_is_not_a_number_stays_on_its_rank() -> None:
+    results = run_ranks(3, on_every_rank, lambda rank: [record(o=local([NAN, -0.5, 7.0][rank]))])
+    first, second, third = (values["o"] for values, _ in results)
+    assert first is not None
+    assert math.isnan(first)
+    assert (second, third) == (-0.5, 7.0)
+
+
 def test_a_nan_on_one_rank_is_reported_on_all() -> None:
     def records_of(rank: int) -> list[MicrobatchRecord]:
         bad = NAN if rank == 1 else 1.0
@@ -278,7 +301,7 @@ def _counted_steps() -> tuple[list[list[str]], list[dict[str, float | None]]]:
     for extra in ([], [], [1], [], [1, 2]):
         more = {"extra": maximum(float(rank))} if rank in extra else {}
         with Collectives() as calls:
-            reduced = reducer.reduce([record(t=pair(4, 2), m=1.0, **more)])
+            reduced = reducer.reduce([record(t=pair(4, 2), m=1.0, o=local(rank), **more)])
             values.append(reduced.to_dict())
         counts.append(calls)
     return counts, values
@@ -286,8 +309,8 @@ def _counted_steps() -> tuple[list[list[str]], list[dict[str, float | None]]]:
 
 def test_one_collective_carries_a_step_and_an_exchange_a_new_key() -> None:
     exchange = ["all_reduce", "all_gather_object", "all_reduce"]
-    base = {"t": 2.0, "m": 1.0}
-    for counts, values in run_ranks(3, _counted_steps):
+    for rank, (counts, values) in enumerate(run_ranks(3, _counted_steps)):
+        base = {"t": 2.0, "m": 1.0, "o": rank}
         assert counts == [exchange, ["all_reduce"], exchange, ["all_reduce"], ["all_reduce"]]
         assert values == [base, base, base | {"extra": 1.0}, base, base | {"extra": 2.0}]
 

@@ -8,7 +8,8 @@ Each metric declares how it is reduced. Over microbatches m and the contributing
     mean          sum_mr value / number of values
     total         sum_mr value
     maximum       max_mr value
-    local         mean over this rank's microbatches, not reduced
+    local         mean over this rank's microbatches; a rank that reported none has that of the
+                  first rank that did
 
 Everything is added in float64, so that counts are exact beyond 2**24.
 """
@@ -117,13 +118,14 @@ class MetricReducer:
 
     def accumulate(self, records: Iterable[MicrobatchRecord]) -> None:
         """Add microbatches to the next reduction; no collective, no wait for the device."""
-        records = list(records) if self._contributes else []
-        if not records:
-            return
+        records = list(records)
         kinds: dict[str, Kind] = {}
         for record in records:
-            self._patterns.add("(loss, ...)" if record.count is None else "(sum, count, ...)")
+            if self._contributes:
+                self._patterns.add("(loss, ...)" if record.count is None else "(sum, count, ...)")
             for key, metric in record.metrics.items():
+                if metric.kind != "local" and not self._contributes:
+                    continue
                 if kinds.setdefault(key, metric.kind) != metric.kind:
                     self._conflicts.add(f"{key!r} ({kinds[key]} and {metric.kind})")
         if kinds:
@@ -150,8 +152,7 @@ class MetricReducer:
         vector = self._pack(layout, pending)
         if self._size > 1:
             dist.all_reduce(vector, group=self._group)
-        own = _own_means(pending.blocks)
-        return ReducedMetrics(layout, vector, own, lambda: self._agree_and_repeat(pending))
+        return ReducedMetrics(layout, vector, self._rank, lambda: self._agree_and_repeat(pending))
 
     def _agree_and_repeat(self, pending: _Pending) -> "ReducedMetrics":
         """Exchange the keys over the group, extend the agreed ones, and reduce once more."""
@@ -225,6 +226,8 @@ class MetricReducer:
                 place = layout.place(key, kind)
                 if place is not None and not (in_microbatches and kind == "token_mean"):
                     host[place] += reports
+                    if kind == "local":
+                        host[layout.locals[key] + self._rank] += reports
         vector = _to_device(host, self._device)
         for block in pending.blocks:
             self._add_sums(layout, block, vector)
@@ -241,7 +244,11 @@ class MetricReducer:
         for row, (key, kind) in enumerate(block.keys):
             place = layout.place(key, kind)
             by_ratio = kind == "token_mean" and self._normalization == "microbatch"
-            if place is None or kind in ("maximum", "local") or by_ratio:
+            if place is None or kind == "maximum" or by_ratio:
+                continue
+            if kind == "local":
+                rows.append(row)
+                places.append(layout.locals[key] + layout.size + self._rank)
                 continue
             rows += [row, len(block.keys) + row]
             places += [place + 1, place + 2]
@@ -294,8 +301,9 @@ class MetricReducer:
 class _Layout:
     """Places of the agreed keys in the vector that is all-reduced.
 
-    ``[changed, alarm, (reports, sum, count) for each key, a slot per rank for each maximum]``;
-    a maximum travels as a sum, every rank filling its own slot.
+    ``[changed, alarm, (reports, sum, count) for each key, slots per rank]``. A maximum has one
+    slot per rank and a local metric two, of all ranks' reports and then of their sums: each rank
+    fills its own, so that they travel in a sum unchanged.
     """
 
     CHANGED = 0
@@ -307,11 +315,15 @@ class _Layout:
         self.size = size
         self.places = {key: 2 + 3 * index for index, key in enumerate(kinds)}
         self.maxima: dict[str, int] = {}
+        self.locals: dict[str, int] = {}
         self.length = 2 + 3 * len(kinds)
         for key, kind in kinds.items():
             if kind == "maximum":
                 self.maxima[key] = self.length
                 self.length += size
+            elif kind == "local":
+                self.locals[key] = self.length
+                self.length += 2 * size
 
     def place(self, key: str, kind: Kind) -> int | None:
         """First slot of a key, None if it is not agreed with this kind."""
@@ -324,7 +336,7 @@ class ReducedMetrics:
 
     _layout: _Layout
     _vector: torch.Tensor
-    _own: dict[str, torch.Tensor]
+    _rank: int
     _repeat: Callable[[], "ReducedMetrics"]
     _read: tuple[dict[str, float | None], bool] | None = field(default=None, init=False)
 
@@ -332,8 +344,8 @@ class ReducedMetrics:
         """Wait for the device and return each metric's value, equal on every rank.
 
         A collective if some rank reported a new key: call it on all ranks of the group or none.
-        A token mean over no token is None. A key that nobody reported is left out, and `local`
-        ones are this rank's own.
+        A token mean over no token is None. A key that nobody reported is left out. Only `local`
+        ones differ: each rank that reported one has its own, the others that of the first.
 
         Raises:
             ValueError: A metric was declared with different reductions; on every rank.
@@ -359,11 +371,10 @@ class ReducedMetrics:
         for key, place in self._layout.places.items():
             kind = self._layout.kinds[key]
             reports, value, count = numbers[place : place + 3]
-            if kind == "local":
-                if key in self._own:
-                    values[key] = float(self._own[key])
-            elif not reports:
+            if not reports:
                 continue
+            if kind == "local":
+                values[key] = self._own_or_first(numbers, self._layout.locals[key])
             elif kind == "token_mean":
                 weight = reports if self._layout.by_ratio else count
                 values[key] = value / weight if count else None
@@ -376,17 +387,14 @@ class ReducedMetrics:
                 values[key] = _largest(numbers[first : first + self._layout.size])
         return values
 
-
-def _own_means(blocks: Sequence[_Block]) -> dict[str, torch.Tensor]:
-    """Average this rank's local metrics over its microbatches."""
-    sums: dict[str, list[torch.Tensor]] = {}
-    reports: dict[str, float] = {}
-    for block in blocks:
-        for row, (key, kind) in enumerate(block.keys):
-            if kind == "local":
-                sums.setdefault(key, []).append(block.values[0, row].sum())
-                reports[key] = reports.get(key, 0.0) + block.present[row].sum().item()
-    return {key: torch.stack(parts).sum() / reports[key] for key, parts in sums.items()}
+    def _own_or_first(self, numbers: list[float], first: int) -> float:
+        """Return the mean over this rank's reports of a local metric, else the first rank's."""
+        size = self._layout.size
+        reports, sums = numbers[first : first + size], numbers[first + size : first + 2 * size]
+        reporter = self._rank
+        if not reports[reporter]:
+            reporter = next(rank for rank in range(size) if reports[rank])
+        return sums[reporter] / reports[reporter]
 
 
 def _largest(numbers: Sequence[float]) -> float:

@@ -43,7 +43,11 @@ def maximum(value: Number) -> Metric:
 
 
 def local(value: Number) -> Metric:
-    """Declare a value that each rank reports for itself, averaged over its microbatches."""
+    """Declare a value that each rank reports for itself, averaged over its microbatches.
+
+    A rank that reports none, such as one of an earlier pipeline stage, gets that of the first rank
+    that does: so rank 0, which writes the log, has one under every layout.
+    """
     return Metric("local", _number(value))
 
 
