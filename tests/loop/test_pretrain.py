@@ -75,6 +75,19 @@ def test_a_run_leaves_the_process_as_it_was(tmp_path: Path, world_size: int) -> 
     run_ranks(world_size, body, timeout=120, process_group=False)
 
 
+def test_one_run_after_another_under_a_launcher_whose_store_outlives_both(tmp_path: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def body() -> list[float]:
+        os.environ.update(MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+        runs = [own_run(tmp_path / name, dataset=OwnData()) for name in ("first", "second")]
+        return [pretrain(run, token_step).metrics["error"] for run in runs]
+
+    first, second = run_ranks(2, body, process_group=False, timeout=40)
+    assert first == second
+    assert first[0] == first[1]
+
+
 def test_groups_that_were_there_stay_and_are_used(tmp_path: Path) -> None:
     def body() -> None:
         before = footprint()

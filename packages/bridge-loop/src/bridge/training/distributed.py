@@ -6,9 +6,11 @@ leaves them as they were, so that the loop can live inside a larger program.
 
 import contextlib
 import datetime
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,6 +21,9 @@ from bridge.training.config import ConfigContainer, Layout, layout_of
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+# Every rank has begun as many runs, so they agree on the number without asking each other.
+_runs = itertools.count()
 
 type Device = Literal["cuda", "cpu"]
 
@@ -126,18 +131,35 @@ def _initialize_default_group(device: Device, timeout_minutes: float) -> None:
     # CPU tensors travel too (object exchanges, checkpoints), so a GPU run has both backends.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     device_id = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-    else:
+    dist.init_process_group(
+        backend,
+        store=_store(timeout),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=timeout,
+        device_id=device_id,
+    )
+
+
+def _store(timeout: datetime.timedelta) -> dist.Store:
+    """Return a store in which no earlier run of these processes has left anything.
+
+    A launcher's store outlives the process groups; a second run that met the first one's keys
+    would wait for peers that are gone.
+    """
+    if "RANK" not in os.environ:
         # One process without a launcher needs no port.
-        dist.init_process_group(
-            backend,
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-            timeout=timeout,
-            device_id=device_id,
-        )
+        return dist.HashStore()
+    store = _launchers_store()
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"bridge-{next(_runs)}", store)
+
+
+@cache
+def _launchers_store() -> dist.Store:
+    # Kept: rank 0 may host it, and the others may still be at it when rank 0 starts its next run.
+    store: dist.Store = next(dist.rendezvous("env://"))[0]
+    return store
 
 
 def _check_layout(wanted: Layout) -> None:
