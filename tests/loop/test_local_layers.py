@@ -39,9 +39,12 @@ def make_config(**changes: Any) -> TransformerConfig:
 
 
 def make_attention(
-    mask_type: AttnMaskType = AttnMaskType.causal, group: Any = None, **changes: Any
+    mask_type: AttnMaskType = AttnMaskType.causal,
+    group: Any = None,
+    tensor_group: Any = None,
+    **changes: Any,
 ) -> LocalAttention:
-    groups: Any = SimpleNamespace(cp=group)
+    groups: Any = SimpleNamespace(tp=tensor_group, cp=group)
     return LocalAttention(make_config(**changes), 1, mask_type, "self", pg_collection=groups)
 
 
@@ -102,7 +105,7 @@ def test_the_window_limits_how_far_back_a_query_sees() -> None:
 
 def test_softmax_scale_replaces_the_usual_one() -> None:
     query, key, value = random_qkv(6)
-    groups: Any = SimpleNamespace(cp=None)
+    groups: Any = SimpleNamespace(tp=None, cp=None)
     attention = LocalAttention(
         make_config(), 1, AttnMaskType.causal, "self", softmax_scale=0.7, pg_collection=groups
     )
@@ -123,28 +126,53 @@ def test_packed_sequences_are_the_sequences_apart() -> None:
     torch.testing.assert_close(output, torch.cat(apart))
 
 
-def test_dropout_draws_from_the_tensor_parallel_stream() -> None:
-    def outputs() -> list[Tensor]:
-        attention = make_attention(attention_dropout=0.5)
-        query, key, value = random_qkv(16)
-        results = []
-        for tensor_rank in (0, 0, 1):
-            model_parallel_cuda_manual_seed(
-                7, tp_rank=tensor_rank, ep_rank=0, etp_rank=0, force_reset_rng=True
-            )
-            results.append(attention(query, key, value).detach())
-        return [*results, attention.eval()(query, key, value).detach()]
+def test_dropout_leaves_out_weights_and_scales_the_others() -> None:
+    rate, length, batch = 0.25, 64, 8
 
-    def on_a_rank() -> list[Tensor]:
+    def on_a_rank() -> tuple[Tensor, Tensor, Tensor]:
         parallel_state.initialize_model_parallel()
-        return outputs()
+        model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+        attention = make_attention(AttnMaskType.no_mask, attention_dropout=rate)
+        # Equal scores, and values that say which position they are of: the output is the weights.
+        query = torch.zeros(length, batch, HEADS, length)
+        value = torch.eye(length)[:, None, None].expand(-1, batch, GROUPS, -1)
+        first = attention(query, query[:, :, :GROUPS], value)
+        again = attention(query, query[:, :, :GROUPS], value)
+        evaluated = attention.eval()(query, query[:, :, :GROUPS], value)
+        return first, again, evaluated
 
-    (first, again, other_rank, evaluated) = run_ranks(1, on_a_rank)[0]
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other_rank)
-    torch.testing.assert_close(
-        evaluated, plain_attention(*(random_qkv(16)), causal_mask(16)).detach()
-    )
+    first, again, evaluated = run_ranks(1, on_a_rank)[0]
+    kept = first != 0
+    torch.testing.assert_close(first[kept].mean(), torch.tensor(1 / length / (1 - rate)))
+    assert float(kept.float().mean()) == pytest.approx(1 - rate, abs=0.005)
+    assert not torch.equal(first, again)
+    shaped = kept.reshape(length, batch, HEADS, length)
+    assert not torch.equal(shaped[:, 0], shaped[:, 1])
+    assert not torch.equal(shaped[:, :, 0], shaped[:, :, 1])
+    torch.testing.assert_close(evaluated, torch.full_like(evaluated, 1 / length))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_dropout_is_the_same_on_two_tensor_parallel_ranks(sequence_parallel: bool) -> None:
+    def attend(ranks: int) -> list[Tensor]:
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
+        model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+        attention = make_attention(
+            tensor_group=parallel_state.get_tensor_model_parallel_group(),
+            attention_dropout=0.5,
+            tensor_model_parallel_size=ranks,
+            sequence_parallel=sequence_parallel and ranks > 1,
+        )
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        parts = [x.chunk(ranks, dim=2)[rank] for x in random_qkv(16)]
+        return [attention(*parts).detach() for _ in range(2)]
+
+    (alone,) = run_ranks(1, attend, 1)
+    two = run_ranks(2, attend, 2)
+    for call in range(2):
+        together = torch.cat([of_rank[call] for of_rank in two], dim=2)
+        torch.testing.assert_close(together, alone[call])
+    assert not torch.equal(alone[0], alone[1])
 
 
 @pytest.mark.parametrize(
@@ -155,8 +183,17 @@ def test_what_the_kernel_lacks_is_refused_by_name(changes: dict[str, Any]) -> No
         make_attention(**changes)
 
 
-def test_two_context_parallel_ranks_are_one_rank_gradients_too() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_two_context_parallel_ranks_are_one_rank_gradients_too(dropout: float) -> None:
     length = 8
+
+    def alone() -> tuple[Tensor, list[Tensor]]:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+        inputs = random_qkv(length)
+        output = make_attention(attention_dropout=dropout)(*inputs)
+        output.square().sum().backward()
+        return output.detach(), [x.grad for x in inputs if x.grad is not None]
 
     def rank_part() -> tuple[Tensor, list[Tensor]]:
         parallel_state.initialize_model_parallel(context_parallel_size=2)
@@ -170,7 +207,8 @@ def test_two_context_parallel_ranks_are_one_rank_gradients_too() -> None:
             cp_group=group,
         )
         parts = [cut[name].transpose(0, 1).requires_grad_() for name in "qkv"]
-        output = make_attention(group=group)(*parts)
+        model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+        output = make_attention(group=group, attention_dropout=dropout)(*parts)
         output.square().sum().backward()
         return output.detach(), [part.grad for part in parts]
 
@@ -179,12 +217,10 @@ def test_two_context_parallel_ranks_are_one_rank_gradients_too() -> None:
         return torch.cat([a, b, c, d])
 
     outputs, gradients = zip(*run_ranks(2, rank_part), strict=True)
-    inputs = random_qkv(length)
-    expected = plain_attention(*inputs, causal_mask(length))
-    expected.square().sum().backward()
-    torch.testing.assert_close(whole_again(list(outputs)), expected.detach())
-    for parts, tensor in zip(zip(*gradients, strict=True), inputs, strict=True):
-        torch.testing.assert_close(whole_again(list(parts)), tensor.grad)
+    ((expected, expected_gradients),) = run_ranks(1, alone)
+    torch.testing.assert_close(whole_again(list(outputs)), expected)
+    for parts, gradient in zip(zip(*gradients, strict=True), expected_gradients, strict=True):
+        torch.testing.assert_close(whole_again(list(parts)), gradient)
 
 
 def test_context_parallelism_refuses_masks_and_packs() -> None:

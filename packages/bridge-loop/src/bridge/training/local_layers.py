@@ -13,7 +13,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import (
+    get_cuda_rng_tracker,
+    get_data_parallel_rng_tracker_name,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -79,6 +82,10 @@ class LocalAttention(torch.nn.Module):
     ``get_batch_on_this_cp_rank`` cuts it. A mask costs memory for each pair of positions, so
     long contexts want Transformer Engine; plain causal attention has none.
 
+    Dropout is drawn for all heads and positions of a microbatch, equally on every tensor- and
+    context-parallel rank, and each takes its part: how many ranks there are does not matter. It
+    costs memory for each pair of positions of each head, as megatron-core's own local attention.
+
     Raises:
         ValueError: If the config asks for a softmax or a clipping that torch's kernel lacks.
     """
@@ -97,9 +104,10 @@ class LocalAttention(torch.nn.Module):
         super().__init__()
         _check_supported(config)
         if pg_collection is None:
-            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.config = config
         self.attn_mask_type = attn_mask_type
+        self.tensor_parallel_group = pg_collection.tp
         self.context_parallel_group = pg_collection.cp
         head_size = config.kv_channels or config.hidden_size // config.num_attention_heads
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(head_size)
@@ -164,29 +172,56 @@ class LocalAttention(torch.nn.Module):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
     ) -> Tensor:
-        def heads_first(x: Tensor) -> Tensor:
-            return x.permute(1, 2, 0, 3)
-
-        def attend(dropout: float) -> Tensor:
-            return functional.scaled_dot_product_attention(
-                heads_first(query),
-                heads_first(key),
-                heads_first(value),
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if self.training and self.dropout > 0.0:
+            if is_causal:
+                positions = torch.arange(query.shape[2], device=query.device)
+                mask = self._position_mask(positions, positions, causal=True)
+            output = self._attend_with_dropout(query, key, value, mask)
+        else:
+            output = functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
                 attn_mask=mask,
-                dropout_p=dropout,
                 is_causal=is_causal,
                 scale=self.softmax_scale,
-                enable_gqa=query.shape[2] != key.shape[2],
+                enable_gqa=query.shape[1] != key.shape[1],
             )
-
-        if not self.training or self.dropout == 0.0:
-            output = attend(0.0)
-        elif self.config.sequence_parallel:  # the transformer block has forked already
-            output = attend(self.dropout)
-        else:
-            with get_cuda_rng_tracker().fork():
-                output = attend(self.dropout)
         return output.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_with_dropout(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attend with the softmax written out, as torch's kernel draws a mask of its own."""
+        heads_per_group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key, value))
+        scores = (query @ key.transpose(2, 3)).float() * self.softmax_scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1).masked_fill(~self._kept(scores), 0.0)
+        return (weights / (1.0 - self.dropout)).to(value.dtype) @ value
+
+    def _kept(self, scores: Tensor) -> Tensor:
+        """Draw which attention weights are kept: this rank's part, like `scores` ``[b, n, s, s]``.
+
+        The context-parallel ranks' keys are gathered: the last dimension is the whole sequence.
+        """
+        tensor, context = self.tensor_parallel_group, self.context_parallel_group
+        batch, heads, length, whole = scores.shape
+        ones = scores.new_ones(batch, heads * _size(tensor), whole, whole)
+        if self.config.sequence_parallel:
+            # The transformer block has forked to a stream that differs between the ranks.
+            with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
+                kept = functional.dropout(ones, self.dropout) > 0
+        else:
+            kept = functional.dropout(ones, self.dropout) > 0
+        if _size(tensor) > 1:
+            kept = kept.narrow(1, tensor.rank() * heads, heads)
+        if _size(context) > 1:
+            queries, keys = _positions_of_ranks(length, context, scores.device)
+            kept = kept[:, :, queries[:, None], keys]
+        return kept
 
     def _position_mask(self, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
         """Which keys each query may see, from their positions in the sequence; None for all."""
@@ -216,10 +251,7 @@ class LocalAttention(torch.nn.Module):
 
     def _zigzag_mask(self, length: int, device: torch.device, causal: bool) -> Tensor | None:
         """The mask of this rank's two chunks against the gathered sequence."""
-        group = self.context_parallel_group
-        positions = [_zigzag_positions(length, rank, group.size()) for rank in range(group.size())]
-        keys = torch.cat(positions).to(device)
-        queries = positions[group.rank()].to(device)
+        queries, keys = _positions_of_ranks(length, self.context_parallel_group, device)
         return self._position_mask(queries, keys, causal)
 
     def _packed_mask(self, length: int, packed: PackedSeqParams, causal: bool) -> Tensor:
@@ -258,6 +290,14 @@ def _zigzag_positions(length: int, rank: int, ranks: int) -> Tensor:
     chunk = length // 2
     first, last = rank * chunk, (2 * ranks - 1 - rank) * chunk
     return torch.cat([torch.arange(first, first + chunk), torch.arange(last, last + chunk)])
+
+
+def _positions_of_ranks(
+    length: int, group: dist.ProcessGroup, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Positions in the sequence of this rank's `length` tokens, and of all ranks' one by one."""
+    positions = [_zigzag_positions(length, rank, group.size()) for rank in range(group.size())]
+    return positions[group.rank()].to(device), torch.cat(positions).to(device)
 
 
 def _gather_sequence(key: Tensor, value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def _initialize_chunk(
 ) -> None:
     described: set[int] = set()
     kept: list[str] = []
-    for parameter, shards in _shards_of_parameters(module, pg_collection):
+    for parameter, shards in shards_of_parameters(module, pg_collection):
         described.add(id(parameter))
         for shard in shards:
             initializer = initializer_of(shard.key, config)
@@ -141,7 +141,7 @@ def _is_marked_split(parameter: torch.nn.Parameter) -> bool:
     return of_expert or getattr(parameter, "tensor_model_parallel", False)
 
 
-def _shards_of_parameters(
+def shards_of_parameters(
     module: MegatronModule, pg_collection: ProcessGroupCollection
 ) -> Iterator[tuple[torch.nn.Parameter, list[ShardedTensor]]]:
     """Yield each parameter with its parts' places in the full tensors.
