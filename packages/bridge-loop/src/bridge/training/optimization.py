@@ -5,11 +5,13 @@ consumed, so a resumed run continues it exactly. Step k uses the rate of k steps
 warm-up from 0 the first step has rate `scheduler.lr_warmup_init`, as in Megatron-LM.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bridge.training.config import ConfigContainer
 
 if TYPE_CHECKING:
+    import torch
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -83,3 +85,28 @@ def learning_rate(optimizer: Any) -> float:
         if group.get("default_config", True) and group.get("lr_mult", 1.0) == 1.0:
             return float(group["lr"])
     return float(groups[0]["lr"])
+
+
+def step_optimizer(optimizer: Any) -> "tuple[bool, torch.Tensor | float | None]":
+    """Step with the gradients in ``main_grad``; return whether it was done, and their norm.
+
+    After an overflow (fp16) it is not done, on any rank. megatron-core chains one optimizer for
+    the experts to that for the other weights, each with a scaler; the loss is multiplied by the
+    first's scale and gradients are divided by their own. So all of them follow the one that found
+    the overflow, else the experts' gradients would be wrong from then on.
+    """
+    succeeded, grad_norm, _ = optimizer.step()
+    if succeeded:
+        return True, grad_norm
+    scalers = [part.grad_scaler for part in getattr(optimizer, "chained_optimizers", ())]
+    if len(scalers) > 1:
+        # They were equal before the step, and an overflow alone lowers the count.
+        found = min((scaler.state_dict() for scaler in scalers), key=_overflows_left)
+        for scaler in scalers:
+            scaler.load_state_dict(found)
+    return False, None
+
+
+def _overflows_left(scaler_state: Mapping[str, Any]) -> int:
+    """Return how many overflows a scaler will still bear before it lowers its scale."""
+    return int(scaler_state.get("hysteresis_tracker", 0))
