@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from bridge.training.loss_adapter import LossAdapter, LossWatch
+from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer, maximum
 from bridge.training.losses import masked_token_loss
 from ranks import run_ranks
@@ -508,67 +507,6 @@ def test_each_loss_is_shown_to_who_asked() -> None:
 
 
 # ---- NaN and Inf -----------------------------------------------------------------------------
-
-
-def watch_of(losses: Sequence[float], name: str = "step 1") -> LossWatch:
-    watch = LossWatch()
-    watch.start(name)
-    for loss in losses:
-        watch.add(torch.tensor(loss))
-    return watch
-
-
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_the_first_loss_that_is_not_finite_is_named(bad: float) -> None:
-    watch = watch_of([1.0] * 3, "step 1")
-    for step in range(2, 200):
-        watch.start(f"step {step}")
-        for microbatch in range(3):
-            watch.add(torch.tensor(bad if step >= 150 and microbatch else 1.0))
-
-    alarm = watch.alarm()
-    assert alarm is not None
-    assert alarm.item() == 1.0
-    with pytest.raises(FloatingPointError, match=f"rank 0: {bad} at step 150, microbatch 1$"):
-        watch.raise_if_not_finite()
-    watch.raise_if_not_finite()
-
-
-def test_clearing_forgets_only_what_the_alarm_covered() -> None:
-    watch = watch_of([1.0, 1.0])
-    alarm = watch.alarm()
-    assert alarm is not None
-    assert alarm.item() == 0.0
-    watch.start("step 2")
-    watch.add(torch.tensor(1.0))
-    watch.add(torch.tensor(NAN))
-    watch.clear()
-    with pytest.raises(FloatingPointError, match="nan at step 2, microbatch 1"):
-        watch.raise_if_not_finite()
-
-
-def test_clearing_within_a_step_keeps_the_microbatchs_number() -> None:
-    watch = watch_of([1.0, 1.0])
-    watch.alarm()
-    watch.clear()
-    watch.add(torch.tensor(NAN))
-    with pytest.raises(FloatingPointError, match="nan at step 1, microbatch 2"):
-        watch.raise_if_not_finite()
-
-
-def _watch_on_ranks() -> str:
-    watch = LossWatch()
-    if dist.get_rank() != 0:
-        watch = watch_of([1.0, NAN if dist.get_rank() == 2 else 1.0], "step 9")
-    with pytest.raises(FloatingPointError) as caught:
-        watch.raise_if_not_finite()
-    watch.raise_if_not_finite()
-    return str(caught.value)
-
-
-def test_all_ranks_raise_for_one_ranks_nan() -> None:
-    for message in run_ranks(3, _watch_on_ranks):
-        assert message == "The loss is not finite. rank 2: nan at step 9, microbatch 1"
 
 
 def test_a_nan_prediction_rings_the_alarm_and_no_valid_token_does_not() -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from bridge.training.loss_watch import LossWatch
 from bridge.training.metric_kinds import (
     Metric,
     MicrobatchRecord,
@@ -119,7 +120,7 @@ class LossAdapter:
             loss=optimized,
             count=count,
         )
-        self.watch.add(optimized)
+        self.watch.add(optimized, count)
         if self._on_loss is not None:
             self._on_loss(optimized)
         if self.normalization == "token":
@@ -196,93 +197,6 @@ class LossAdapter:
         if not metrics:
             metrics = {"loss": mean(loss) if count is None else token_mean(loss, count)}
         return {key: snapshot(as_metric(key, value), loss.device) for key, value in metrics.items()}
-
-
-class LossWatch:
-    """Remembers every microbatch's loss, on the device, until someone looks for NaN and Inf.
-
-    Nothing here waits for the device before `alarm` is read or `raise_if_not_finite` is called.
-    """
-
-    _FOLD_AT = 256
-
-    def __init__(self) -> None:
-        # Positions count the losses since the start of the run; a mark names those from it on.
-        self._marks: list[tuple[int, str]] = [(0, "the first step")]
-        self._first = 0
-        self._seen = 0
-        self._inspected = 0
-        self._scalars: list[torch.Tensor] = []
-        self._blocks: list[torch.Tensor] = []
-
-    def start(self, where: str) -> None:
-        """Name what the next microbatches belong to: "step 7", "validation at step 7"."""
-        if self._marks[-1][0] == self._seen:
-            self._marks.pop()
-        self._marks.append((self._seen, where))
-
-    def add(self, loss: torch.Tensor) -> None:
-        """Take note of one microbatch's loss: a detached scalar that nobody changes later."""
-        self._scalars.append(loss)
-        self._seen += 1
-        if len(self._scalars) == self._FOLD_AT:
-            self._blocks.append(torch.stack(self._scalars))
-            self._scalars.clear()
-
-    def alarm(self) -> torch.Tensor | None:
-        """1 where a loss since the last look was NaN or Inf, else 0, on the device.
-
-        None on a rank that saw no loss. Pass it to `MetricReducer.reduce`: it travels with the
-        metrics, and `ReducedMetrics.alarm` is then the same on every rank.
-        """
-        losses = self._losses()
-        self._inspected = self._seen
-        return None if losses is None else (~torch.isfinite(losses)).any().to(torch.float64)
-
-    def clear(self) -> None:
-        """Forget the losses that the last `alarm` covered, after it was silent on every rank."""
-        losses = self._losses()
-        later = self._seen - self._inspected
-        self._blocks = [losses[-later:]] if losses is not None and later else []
-        self._first = self._inspected
-        current = max(index for index, mark in enumerate(self._marks) if mark[0] <= self._first)
-        del self._marks[:current]
-
-    def raise_if_not_finite(self, group: dist.ProcessGroup | None = None) -> None:
-        """Raise on all ranks of the group if a loss on any of them was NaN or Inf; then clear.
-
-        A collective that waits for the device: every rank of the group calls it.
-
-        Raises:
-            FloatingPointError: It names each rank's first step and microbatch.
-        """
-        losses = self._losses()
-        found = None if losses is None else self._first_not_finite(losses.tolist())
-        self._inspected = self._seen
-        self.clear()
-        everyone: list[str | None] = [found]
-        if dist.is_initialized():
-            everyone = [None] * dist.get_world_size(group)
-            dist.all_gather_object(everyone, found, group=group)
-        reports = [f"rank {rank}: {line}" for rank, line in enumerate(everyone) if line]
-        if reports:
-            more = f" (and {len(reports) - 8} more ranks)" if len(reports) > 8 else ""
-            raise FloatingPointError("The loss is not finite. " + "; ".join(reports[:8]) + more)
-
-    def _losses(self) -> torch.Tensor | None:
-        if self._scalars:
-            self._blocks.append(torch.stack(self._scalars))
-            self._scalars.clear()
-        if len(self._blocks) > 1:
-            self._blocks = [torch.cat(self._blocks)]
-        return self._blocks[0] if self._blocks else None
-
-    def _first_not_finite(self, losses: list[float]) -> str | None:
-        for position, loss in enumerate(losses, start=self._first):
-            if not -float("inf") < loss < float("inf"):
-                start, where = max(mark for mark in self._marks if mark[0] <= position)
-                return f"{loss} at {where}, microbatch {position - start}"
-        return None
 
 
 def _integer_count(count: Any, device: torch.device) -> torch.Tensor:

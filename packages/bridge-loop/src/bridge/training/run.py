@@ -122,7 +122,7 @@ class Run:
                 self.context.validation = self.validation
 
     def save(self) -> None:
-        """Save a checkpoint of this step, unless it has one; never after an unread NaN."""
+        """Save a checkpoint of this step, unless it has one; never after an unread loss."""
         self._check_losses(alarm=True)
         phase, self.phase = self.phase, f"checkpoint at step {self.state.train_state.step}"
         with self.training_log.pause(), parameters_in_sync(self.model):
@@ -176,7 +176,8 @@ class Run:
         return result
 
     def _check_losses(self, *, alarm: bool) -> None:
-        if self.config.train.check_for_nan and alarm:
-            self.forward_step.watch.raise_if_not_finite(self.ranks.control_group)
-        else:
+        if not alarm:
             self.forward_step.watch.clear()
+            return
+        for warning in self.forward_step.watch.check(self.config.train, self.ranks.control_group):
+            self.progress.note(f"warning: {warning}")

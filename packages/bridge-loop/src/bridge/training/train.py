@@ -15,8 +15,9 @@ from bridge.training import rerun
 from bridge.training.evaluate import run_schedule, sequence_length
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer, ReducedMetrics
+from bridge.training.loss_watch import actions_of
 from bridge.training.model_building import GradientFinalizer
-from bridge.training.optimization import learning_rate
+from bridge.training.optimization import learning_rate, step_optimizer
 from bridge.training.state import GlobalState
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class StepResult:
     """L2 norm of the gradients before clipping, over all ranks; None if the step was skipped or
     nothing clips."""
     skipped: bool
-    """Whether the optimizer refused the step: a gradient overflowed (fp16)."""
+    """Whether the step was left out: for its losses, as train.nan_action or train.spike_action
+    says, or because a gradient overflowed (fp16)."""
     samples: int
     """Samples of the step, over all ranks."""
     tokens: int
@@ -70,6 +72,15 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
 ) -> StepResult:
     """Train on one global batch; a collective over all ranks.
 
+    Of losses that are NaN, infinite or a spike it does what is due before the optimizer's step
+    (raise_at_once and skip of train.nan_action and train.spike_action, which wait for the device).
+    A program with its own loop calls ``forward_step.watch.check`` where it reads metrics, for the
+    errors and warnings that may wait until then.
+
+    A step that is left out leaves parameters, buffers, optimizer, loss scale and schedule as they
+    were. It counts as a step all the same: its samples and random numbers are consumed, and those
+    of its losses that are no anomaly are in the mean that later spikes are measured by.
+
     Args:
         forward_step: The user's forward step, adapted (`bridge.training.setup.adapt_forward_step`).
         data_iterator: One iterator of this rank's microbatches for each model chunk.
@@ -80,7 +91,11 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         pg_collection: The process groups.
         num_microbatches: Microbatches of this rank; from the batch sizes if None.
         reducer: Reduces the metrics; None leaves them, which saves the collective.
-        before_optimizer_step: Called when the reduced gradients are in ``main_grad``.
+        before_optimizer_step: Called when the reduced gradients are in ``main_grad``, unless the
+            step is left out for its losses.
+
+    Raises:
+        FloatingPointError: A loss is an anomaly whose action is raise_at_once; on every rank.
     """
     train, counters = state.cfg.train, state.train_state
     replicas = pg_collection.dp.size()
@@ -88,8 +103,9 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         num_microbatches = train.global_batch_size // (train.micro_batch_size * replicas)
     samples = num_microbatches * train.micro_batch_size * replicas
 
+    watch, buffers = forward_step.watch, _Buffers(model, keep="skip" in actions_of(train))
     for _ in rerun.attempts(state.cfg, data_iterator):
-        forward_step.watch.start(f"step {counters.step + 1}")
+        watch.start(f"step {counters.step + 1}", spike_factor=train.spike_factor)
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -97,11 +113,16 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
             forward_step, data_iterator, model, state, num_microbatches, pg_collection
         )
     rerun.raise_if_suspicious(state.cfg)
-    if before_optimizer_step is not None:
-        before_optimizer_step()
+    watch.end_step()
 
     rate = learning_rate(optimizer)
-    succeeded, grad_norm, _ = optimizer.step()
+    if watch.leaves_out_step(train):
+        succeeded, grad_norm = False, None
+        buffers.put_back()
+    else:
+        if before_optimizer_step is not None:
+            before_optimizer_step()
+        succeeded, grad_norm = step_optimizer(optimizer)
     if succeeded:
         scheduler.step(increment=samples)
 
@@ -112,11 +133,11 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     counters.consumed_tokens += tokens
     return StepResult(
         learning_rate=rate,
-        grad_norm=grad_norm if succeeded else None,
+        grad_norm=grad_norm,
         skipped=not succeeded,
         samples=samples,
         tokens=tokens,
-        reduced=reducer.reduce(records, alarm=forward_step.watch.alarm()) if reducer else None,
+        reduced=reducer.reduce(records, alarm=watch.alarm()) if reducer else None,
     )
 
 
@@ -198,6 +219,29 @@ def _forward_backward(
             "they must be reduced and divided exactly once"
         )
     return records
+
+
+class _Buffers:
+    """What a forward pass changes in a model: running statistics, the experts' bias.
+
+    Args:
+        model: The model chunks, before the step.
+        keep: Whether to keep copies at all.
+    """
+
+    def __init__(self, model: list[Any], *, keep: bool) -> None:
+        self._copies = [
+            (chunk, name, buffer.detach().clone())
+            for chunk in model
+            for name, buffer in chunk.named_buffers()
+            if keep
+        ]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Make them what they were."""
+        for chunk, name, copy in self._copies:
+            chunk.get_buffer(name).copy_(copy)
 
 
 def _is_due(step: int, interval: int | None, last: int | None = None) -> bool:
