@@ -4,8 +4,9 @@ A checkpoint is written beside its final name, made durable, renamed, and only t
 `latest`. So whenever the process dies, `latest` names a whole checkpoint or is absent. Older ones
 go only after the newer one is named.
 
-What is saved: model, optimizer, schedule, random-number states of every rank, the counters of
-TrainState (the data's position is one of them) and the resolved configuration. The optimizer is
+What is saved: model, optimizer, schedule, every rank's random-number states and mean of recent
+losses, the counters of TrainState (the data's position is one of them) and the resolved
+configuration. The optimizer is
 saved fully reshardable, so that another layout can read it.
 """
 
@@ -25,6 +26,7 @@ import torch.distributed as dist
 
 from bridge.training.config import ConfigContainer
 from bridge.training.distributed import Ranks, is_logging_rank, rank, world_size
+from bridge.training.loss_watch import LossWatch
 from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
 
 _logger = logging.getLogger(__name__)
@@ -49,9 +51,10 @@ class Checkpointer:
         scheduler: megatron-core's schedule.
         train_state: The run's counters.
         data_fingerprint: Names the order of the training samples.
+        loss_watch: Holds the mean that spikes of the loss are measured by.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # all that a checkpoint holds
         self,
         *,
         directory: RunDirectory,
@@ -62,6 +65,7 @@ class Checkpointer:
         scheduler: Any,
         train_state: Any,
         data_fingerprint: str,
+        loss_watch: LossWatch,
     ) -> None:
         self._directory = directory
         self._config = config
@@ -71,6 +75,7 @@ class Checkpointer:
         self._scheduler = scheduler
         self._train_state = train_state
         self._data_fingerprint = data_fingerprint
+        self._loss_watch = loss_watch
         self._last_saved: int | None = None
 
     def save(self) -> Path | None:
@@ -93,7 +98,7 @@ class Checkpointer:
         self._wait_for_all()
         _use_a_queue_of_this_process()
         dist_checkpointing.save(
-            self._sharded_state(is_loading=False, with_random_state=True),
+            self._sharded_state(is_loading=False, with_state_of_ranks=True),
             str(partial),
             async_sharded_save=False,
             content_metadata=self._content(),
@@ -121,17 +126,21 @@ class Checkpointer:
         """
         saved_data, saved_ranks = self._read_common(checkpoint)
         self._check_same_data(checkpoint, saved_data)
-        # Another number of ranks has other random streams; each starts its own anew.
+        # Other ranks have other random streams and losses; each starts its own anew.
         same_ranks = saved_ranks == world_size()
         state = self._load(
-            checkpoint, self._sharded_state(is_loading=True, with_random_state=same_ranks)
+            checkpoint, self._sharded_state(is_loading=True, with_state_of_ranks=same_ranks)
         )
         self._load_model(state)
         self._load_optimizer(state["optimizer"], state["scheduler"])
         self._scheduler.load_state_dict(state["scheduler"])
         self._train_state.load_state_dict(state["train_state"])
         if same_ranks:
-            _restore_random_state(state[_rng_key()])
+            of_rank = state[_rng_key()]
+            _restore_random_state(of_rank)
+            # Checkpoints of an older form have none.
+            if "loss_watch" in of_rank:
+                self._loss_watch.load_state_dict(of_rank["loss_watch"])
         self._last_saved = self._train_state.step
 
     def load_weights(self, checkpoint: Path) -> None:
@@ -197,7 +206,7 @@ class Checkpointer:
             for index, chunk in enumerate(self._model)
         }
 
-    def _sharded_state(self, *, is_loading: bool, with_random_state: bool) -> dict[str, Any]:
+    def _sharded_state(self, *, is_loading: bool, with_state_of_ranks: bool) -> dict[str, Any]:
         from megatron.core.dist_checkpointing.mapping import ShardedObject
 
         state = self._model_state()
@@ -211,9 +220,10 @@ class Checkpointer:
         state["train_state"] = self._train_state.state_dict()
         state["data_fingerprint"] = self._data_fingerprint
         state["world_size"] = world_size()
-        if with_random_state:
+        if with_state_of_ranks:
+            of_rank = {**_random_state(), "loss_watch": self._loss_watch.state_dict()}
             state[_rng_key()] = ShardedObject(
-                "rng", _random_state(), (world_size(),), (rank(),), replica_id=0
+                "rng", of_rank, (world_size(),), (rank(),), replica_id=0
             )
         return state
 

@@ -95,6 +95,7 @@ def set_up(
             scheduler=scheduler,
             train_state=state.train_state,
             data_fingerprint=data.fingerprint,
+            loss_watch=forward_step.watch,
         )
         if checkpoint is not None or pretrained is not None:
             with progress.phase("checkpoint"):
