@@ -107,6 +107,58 @@ def test_keys_may_differ_between_microbatches_and_steps() -> None:
     assert reducer.reduce([]).to_dict() == {}
 
 
+def counted(count: int | None) -> MicrobatchRecord:
+    tokens = None if count is None else torch.tensor(count, dtype=torch.int32)
+    return MicrobatchRecord(metrics={}, loss=torch.zeros(()), count=tokens)
+
+
+def test_microbatches_and_tokens_are_counted_without_a_metric() -> None:
+    reducer = alone()
+    reducer.accumulate([counted(2**30), counted(2**30)])
+    reduced = reducer.reduce([counted(2**30 + 1)])
+    assert (reduced.microbatches, reduced.tokens, reduced.to_dict()) == (3, 3 * 2**30 + 1, {})
+    assert (reducer.reduce().microbatches, reducer.reduce().tokens) == (0, None)
+    zero = reducer.reduce([counted(0)])
+    assert (zero.microbatches, zero.tokens) == (1, 0)
+    mean_of_pattern_1 = reducer.reduce([counted(None)])
+    assert (mean_of_pattern_1.microbatches, mean_of_pattern_1.tokens) == (1, None)
+
+
+def test_microbatches_and_tokens_travel_with_the_metrics() -> None:
+    def body() -> Any:
+        rank = dist.get_rank()
+        reducer = alone(contributes=rank != 1)
+        reducer.reduce([record(a=1.0)]).to_dict()
+        with Collectives() as calls:
+            reduced = reducer.reduce([counted(3 + rank)] * (1 + rank))
+            found = reduced.microbatches, reduced.tokens
+        return found, calls
+
+    # Rank 1 holds the tokens of another rank and does not contribute.
+    assert run_ranks(3, body) == [((1 + 3, 3 + 3 * 5), ["all_reduce"])] * 3
+
+
+def test_what_a_fresh_reducer_holds_is_nobody_elses() -> None:
+    reducer = alone()
+    reducer.accumulate([record(a=1.0)])
+    other = reducer.fresh()
+    other.accumulate([record(a=5.0, b=2.0), counted(None)])
+    assert reducer.reduce().to_dict() == {"a": 1.0}
+    reduced = other.reduce()
+    assert (reduced.to_dict(), reduced.microbatches) == ({"a": 5.0, "b": 2.0}, 2)
+
+
+def test_a_fresh_reducer_shares_the_agreed_keys_both_ways() -> None:
+    def body() -> Any:
+        reducer = alone()
+        reducer.fresh().reduce([record(b=1.0)]).to_dict()
+        with Collectives() as calls:
+            assert reducer.reduce([record(b=2.0)]).to_dict() == {"b": 2.0}
+        return calls
+
+    assert run_ranks(2, body) == [["all_reduce"]] * 2
+
+
 def test_counts_are_exact_beyond_the_integers_of_float32() -> None:
     # 2**24 + 1 has no float32; neither has the sum of these counts.
     odd = token_mean(torch.tensor(0.0), torch.tensor(2**24 + 1, dtype=torch.int64))

@@ -14,6 +14,7 @@ Each metric declares how it is reduced. Over microbatches m and the contributing
 Everything is added in float64, so that counts are exact beyond 2**24.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -68,6 +69,9 @@ class _Pending:
     alarm: torch.Tensor | None
     conflicts: set[str]
     patterns: set[str]
+    microbatches: int
+    counts: list[torch.Tensor]
+    """Tokens of the microbatches that have a count, in sums."""
 
 
 class MetricReducer:
@@ -113,8 +117,20 @@ class MetricReducer:
         self._blocks: list[_Block] = []
         self._conflicts: set[str] = set()
         self._patterns: set[str] = set()
+        self._microbatches = 0
+        self._counts: list[torch.Tensor] = []
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
+
+    def fresh(self) -> "MetricReducer":
+        """Return a reducer with nothing accumulated, for the same ranks and agreed keys.
+
+        What is accumulated in it and never reduced, as of an evaluation that raised, is nobody
+        else's. Keys that one of the two agrees on, the other knows.
+        """
+        reducer = copy.copy(self)
+        reducer._start_afresh()
+        return reducer
 
     def accumulate(self, records: Iterable[MicrobatchRecord]) -> None:
         """Add microbatches to the next reduction; no collective, no wait for the device."""
@@ -130,6 +146,11 @@ class MetricReducer:
                     self._conflicts.add(f"{key!r} ({kinds[key]} and {metric.kind})")
         if kinds:
             self._blocks.append(self._stack(records, kinds))
+        if self._contributes:
+            self._microbatches += len(records)
+            counts = [record.count for record in records if record.count is not None]
+            if counts:
+                self._counts.append(torch.stack(counts).sum())
 
     def reduce(
         self, records: Iterable[MicrobatchRecord] = (), *, alarm: torch.Tensor | None = None
@@ -143,9 +164,15 @@ class MetricReducer:
             alarm: `LossWatch.alarm` of this rank.
         """
         self.accumulate(records)
-        pending = _Pending(self._blocks, alarm, self._conflicts, self._patterns)
-        self._blocks, self._conflicts, self._patterns = [], set(), set()
+        pending = _Pending(
+            self._blocks, alarm, self._conflicts, self._patterns, self._microbatches, self._counts
+        )
+        self._start_afresh()
         return self._launch(pending)
+
+    def _start_afresh(self) -> None:
+        self._blocks, self._conflicts, self._patterns = [], set(), set()
+        self._microbatches, self._counts = 0, []
 
     def _launch(self, pending: _Pending) -> "ReducedMetrics":
         layout = _Layout(dict(self._agreed), self._size, self._normalization)
@@ -217,6 +244,8 @@ class MetricReducer:
         host = torch.zeros(layout.length, dtype=torch.float64)
         known = all(layout.kinds.get(k) == kind for b in pending.blocks for k, kind in b.keys)
         host[layout.CHANGED] = float(not known or bool(pending.conflicts))
+        host[layout.MICROBATCHES] = pending.microbatches
+        host[layout.COUNTED] = float(bool(pending.counts))
         for first in layout.maxima.values():
             host[first + self._rank] = -torch.inf
         in_microbatches = self._normalization == "microbatch"
@@ -236,6 +265,8 @@ class MetricReducer:
             self._add_ratios(layout, pending.blocks, vector)
         if pending.alarm is not None:
             vector[layout.ALARM] += pending.alarm
+        if pending.counts:
+            vector[layout.TOKENS] += torch.stack(pending.counts).sum()
         return vector
 
     def _add_sums(self, layout: "_Layout", block: _Block, vector: torch.Tensor) -> None:
@@ -301,22 +332,26 @@ class MetricReducer:
 class _Layout:
     """Places of the agreed keys in the vector that is all-reduced.
 
-    ``[changed, alarm, (reports, sum, count) for each key, slots per rank]``. A maximum has one
-    slot per rank and a local metric two, of all ranks' reports and then of their sums: each rank
-    fills its own, so that they travel in a sum unchanged.
+    ``[changed, alarm, microbatches, counted, tokens, (reports, sum, count) for each key, slots per
+    rank]``. A maximum has one slot per rank and a local metric two, of all ranks' reports and then
+    of their sums: each rank fills its own, so that they travel in a sum unchanged.
     """
 
     CHANGED = 0
     ALARM = 1
+    MICROBATCHES = 2
+    COUNTED = 3
+    TOKENS = 4
+    FIRST_KEY = 5
 
     def __init__(self, kinds: dict[str, Kind], size: int, normalization: str) -> None:
         self.kinds = kinds
         self.by_ratio = normalization == "microbatch"
         self.size = size
-        self.places = {key: 2 + 3 * index for index, key in enumerate(kinds)}
+        self.places = {key: self.FIRST_KEY + 3 * index for index, key in enumerate(kinds)}
         self.maxima: dict[str, int] = {}
         self.locals: dict[str, int] = {}
-        self.length = 2 + 3 * len(kinds)
+        self.length = self.FIRST_KEY + 3 * len(kinds)
         for key, kind in kinds.items():
             if kind == "maximum":
                 self.maxima[key] = self.length
@@ -330,6 +365,16 @@ class _Layout:
         return self.places[key] if self.kinds.get(key) == kind else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """A reduction's result on the host."""
+
+    values: dict[str, float | None]
+    alarm: bool
+    microbatches: int
+    tokens: int | None
+
+
 @dataclass(slots=True)
 class ReducedMetrics:
     """A reduction's result, on the device until it is asked for."""
@@ -338,7 +383,7 @@ class ReducedMetrics:
     _vector: torch.Tensor
     _rank: int
     _repeat: Callable[[], "ReducedMetrics"]
-    _read: tuple[dict[str, float | None], bool] | None = field(default=None, init=False)
+    _read: "_Read | None" = field(default=None, init=False)
 
     def to_dict(self) -> dict[str, float | None]:
         """Wait for the device and return each metric's value, equal on every rank.
@@ -350,20 +395,38 @@ class ReducedMetrics:
         Raises:
             ValueError: A metric was declared with different reductions; on every rank.
         """
-        return dict(self._resolve()[0])
+        return dict(self._resolve().values)
 
     @property
     def alarm(self) -> bool:
         """Whether some rank's loss was NaN or Inf, equal on every rank; waits, as `to_dict`."""
-        return self._resolve()[1]
+        return self._resolve().alarm
 
-    def _resolve(self) -> tuple[dict[str, float | None], bool]:
+    @property
+    def microbatches(self) -> int:
+        """Records that were reduced, of all contributing ranks; waits, as `to_dict`.
+
+        Context-parallel ranks share a microbatch and have a record each.
+        """
+        return self._resolve().microbatches
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens in their losses; None if the loss functions count none. It waits, as `to_dict`."""
+        return self._resolve().tokens
+
+    def _resolve(self) -> "_Read":
         if self._read is None:
             numbers = self._vector.tolist()
             if numbers[_Layout.CHANGED]:
                 self._read = self._repeat()._resolve()
             else:
-                self._read = (self._values(numbers), numbers[_Layout.ALARM] != 0)
+                self._read = _Read(
+                    values=self._values(numbers),
+                    alarm=numbers[_Layout.ALARM] != 0,
+                    microbatches=int(numbers[_Layout.MICROBATCHES]),
+                    tokens=int(numbers[_Layout.TOKENS]) if numbers[_Layout.COUNTED] else None,
+                )
         return self._read
 
     def _values(self, numbers: list[float]) -> dict[str, float | None]:
