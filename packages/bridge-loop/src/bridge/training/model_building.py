@@ -47,7 +47,8 @@ def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, time
     so that is refused.
 
     Raises:
-        ValueError: The chunks do not share their config.
+        ValueError: The chunks do not share their config, or it has the loss divided in another
+            way than the run.
     """
     from megatron.core.transformer.module import Float16Module
     from megatron.core.utils import get_model_config
@@ -62,6 +63,12 @@ def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, time
                 f"model: {type(inner).__name__}.config is not the config of its first chunk; build "
                 "every chunk with the same config object, since the loop's hooks live on it"
             )
+    mode, per_token = config.train.loss_normalization, model_config.calculate_per_token_loss
+    if per_token != (mode == "token"):
+        raise ValueError(
+            f"model: {type(inner).__name__}.config has calculate_per_token_loss={per_token}, which "
+            f"contradicts train.loss_normalization={mode}; build the model without changing it"
+        )
     model_config.timers = timers
     model_config.grad_scale_func = optimizer.scale_loss
     model_config.finalize_model_grads_func = GradientFinalizer()
