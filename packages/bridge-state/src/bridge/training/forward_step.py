@@ -45,10 +45,12 @@ class LossFunction(Protocol):
     It returns one of
 
     1. ``(loss, metrics)``: the scalar mean loss of this microbatch on this rank. It is averaged
-       over microbatches and over data-parallel and context-parallel ranks.
+       over microbatches and over data-parallel and context-parallel ranks. A loss that is
+       normalised already, in whatever way, belongs here.
     2. ``(loss_sum, num_tokens, metrics)``: the scalar sum of the token losses and how many tokens
        they are of (an integer tensor). The step's loss is the sum of all sums over the sum of all
-       counts, across microbatches and those ranks.
+       counts, across microbatches and those ranks. A mean in the place of the sum would be
+       divided a second time: nothing can tell the two apart.
     3. any structure, where `evaluate` is called with ``collect_non_loss_data=True``: it is
        collected from each microbatch as it is, and nothing is trained.
 
