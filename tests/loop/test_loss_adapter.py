@@ -1,12 +1,10 @@
 """The adapter by itself, and its gradients through megatron-core's schedules, DDP and finalizer."""
 
 import itertools
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -14,44 +12,22 @@ import torch
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer, maximum
 from bridge.training.losses import masked_token_loss
+from oracle_cells import (
+    CASES,
+    SLOTS,
+    TOKEN_MEAN,
+    Cells,
+    Normalization,
+    microbatches_of,
+    objective,
+    random_cells,
+    world_size,
+)
 from ranks import run_ranks
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
 WEIGHT = 3.0
-
-type Normalization = Literal["token", "microbatch"]
-type Cells = Sequence[Sequence[Sequence[tuple[int, int]]]]
-"""(sum of losses, tokens) per data-parallel rank, microbatch and context-parallel rank."""
-
-CASES: dict[str, Cells] = {
-    "A": [[[(2, 1)], [(90, 9)]]],
-    "B": [[[(12, 4)], [(30, 12)]], [[(8, 1)], [(6, 3)]]],
-    "C": [[[(5, 1), (0, 0)]]],
-    "C4": [[[(5, 1), (0, 0), (0, 0), (0, 0)]]],
-    "D": [[[(6, 2), (4, 4)], [(9, 1), (0, 0)]], [[(10, 5), (3, 3)], [(0, 0), (0, 0)]]],
-    "nothing anywhere": [[[(0, 0)], [(0, 0)]], [[(0, 0)], [(0, 0)]]],
-}
-TOKEN_MEAN = {
-    "A": Fraction(46, 5),
-    "B": Fraction(14, 5),
-    "C": Fraction(5),
-    "C4": Fraction(5),
-    "D": Fraction(32, 15),
-    "nothing anywhere": None,
-}
-
-
-def expected(cells: Cells, normalization: Normalization, pattern: int) -> Fraction:
-    """The objective at weight 1, written out with exact fractions; 0 without any token."""
-    flat = [cell for replica in cells for microbatch in replica for cell in microbatch]
-    microbatches = [microbatch for replica in cells for microbatch in replica]
-    if pattern == 1:  # the test's loss function returns its shard's own mean
-        return sum((Fraction(s, max(n, 1)) for s, n in flat), Fraction()) / len(flat)
-    if normalization == "token":
-        return Fraction(sum(s for s, _ in flat), max(sum(n for _, n in flat), 1))
-    ratios = [Fraction(sum(s for s, _ in mb), max(sum(n for _, n in mb), 1)) for mb in microbatches]
-    return sum(ratios, Fraction()) / len(ratios)
 
 
 @dataclass
@@ -59,9 +35,6 @@ class Outcome:
     gradients: list[float]
     values: dict[str, float | None]
     alarm: bool
-
-
-SLOTS = 16
 
 
 def token_batch(loss_sum: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,10 +154,6 @@ def run_schedule(
     return Outcome(gradients, reduced.to_dict(), reduced.alarm)
 
 
-def world_size(cells: Cells, pipeline: int = 1) -> int:
-    return len(cells) * len(cells[0][0]) * pipeline
-
-
 LOSS_FUNCS = {1: own_mean, 2: sum_and_count}
 
 
@@ -206,7 +175,7 @@ def test_the_porting_mode_and_means_give_the_mean_over_microbatches(
     case: str, normalization: Normalization, pattern: int
 ) -> None:
     cells = CASES[case]
-    want = float(expected(cells, normalization, pattern))
+    want = float(objective(microbatches_of(cells), normalization, pattern))
     no_tokens = case == "nothing anywhere" and pattern == 2
     logged = None if no_tokens else pytest.approx(WEIGHT * want, rel=1e-6)
     outcomes = run_ranks(world_size(cells), run_schedule, cells, normalization, LOSS_FUNCS[pattern])
@@ -221,7 +190,7 @@ def test_every_pipeline_stage_gets_its_gradient_and_learns_the_loss(
     normalization: Normalization, pattern: int
 ) -> None:
     cells = CASES["B"]
-    want = float(expected(cells, normalization, pattern))
+    want = float(objective(microbatches_of(cells), normalization, pattern))
     outcomes = run_ranks(
         4, partial(run_schedule, pipeline=2), cells, normalization, LOSS_FUNCS[pattern]
     )
@@ -235,23 +204,13 @@ def test_every_pipeline_stage_gets_its_gradient_and_learns_the_loss(
 @pytest.mark.parametrize("normalization", ["token", "microbatch"])
 def test_evaluation_logs_the_same_values(normalization: Normalization) -> None:
     cells = CASES["D"]
-    want = float(expected(cells, normalization, 2))
+    want = float(objective(microbatches_of(cells), normalization, 2))
     outcomes = run_ranks(
         4, partial(run_schedule, forward_only=True), cells, normalization, sum_and_count
     )
     for outcome in outcomes:
         assert outcome.values == {"lm loss": pytest.approx(WEIGHT * want, rel=1e-6)}
         assert outcome.gradients == [0.0]
-
-
-def random_cells(seed: int, data: int, microbatches: int, context: int) -> Cells:
-    draw = random.Random(seed)
-
-    def cell() -> tuple[int, int]:
-        tokens = draw.choice([0, 0, 1, 2, 5, SLOTS])
-        return (draw.randint(1, 60) if tokens else 0), tokens
-
-    return [[[cell() for _ in range(context)] for _ in range(microbatches)] for _ in range(data)]
 
 
 def _many_cells(trials: Sequence[tuple[Cells, Normalization, int]]) -> list[Outcome]:
@@ -269,7 +228,7 @@ def test_random_cells_give_the_objective(data: int, context: int) -> None:
     ]
     for outcomes in run_ranks(data * context, _many_cells, trials):
         for (cells, normalization, pattern), outcome in zip(trials, outcomes, strict=True):
-            want = float(expected(cells, normalization, pattern))
+            want = float(objective(microbatches_of(cells), normalization, pattern))
             assert outcome.gradients == [pytest.approx(want, rel=1e-5)], cells
             logged = outcome.values["lm loss"]
             assert (logged or 0.0) == pytest.approx(WEIGHT * want, rel=1e-5), cells
