@@ -64,7 +64,9 @@ def test_three_steps_in_bf16(tmp_path: Path, layer_spec: str) -> None:
 @pytest.mark.parametrize("layer_spec", ["local", "transformer_engine"])
 def test_a_step_that_is_not_logged_waits_for_nothing(tmp_path: Path, layer_spec: str) -> None:
     """Without Transformer Engine's kernels megatron-core reads the gradients' norm to clip them."""
-    with a_run(run_of(tmp_path / "run", layer_spec), forward_step) as run:
+    config = run_of(tmp_path / "run", layer_spec)
+    config.train.spike_factor = 3.0
+    with a_run(config, forward_step) as run:
         data_iterator = run.data.training(0)
         for _ in range(2):  # What happens only once may wait.
             one_step(run, data_iterator=data_iterator, reducer=run.reducer)
