@@ -6,15 +6,17 @@ cut into microbatches of consecutive samples, and microbatch k goes to data-para
 So every layout trains on the same samples at the same step, in the same microbatches.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Sampler, Subset
 
 from bridge.training.config import ConfigContainer, TrainConfig
-from bridge.training.contracts import DataSplits, SizedDataset
+from bridge.training.contracts import DataSplits, SizedDataset, named_sets
 from bridge.training.distributed import Ranks
 
 
@@ -29,6 +31,70 @@ def as_splits(built: DataSplits | Sequence[SizedDataset | None]) -> DataSplits:
         )
     train, validation, test = [*built, None, None][:3]
     return DataSplits(train=train, validation=validation, test=test)
+
+
+def cut_to_the_smallest(
+    splits: DataSplits, control_group: dist.ProcessGroup
+) -> tuple[DataSplits, list[str]]:
+    """Cut each set to the size that it has on the rank where it is smallest.
+
+    Ranks that know other sizes would draw other samples than the order says, and end at different
+    times. A collective over all ranks.
+
+    Args:
+        splits: What this rank's dataset built.
+        control_group: All ranks, over gloo.
+
+    Returns:
+        The splits, and a line for each set that was cut on some rank.
+
+    Raises:
+        ValueError: One rank has data that another has not; on every rank.
+    """
+    everyone: list[dict[str, int]] = [{}] * control_group.size()
+    dist.all_gather_object(everyone, _sizes(splits), group=control_group)
+    notes, smallest = [], {}
+    for name in dict.fromkeys(name for sizes in everyone for name in sizes):
+        sizes = [sizes_of_rank.get(name, 0) for sizes_of_rank in everyone]
+        low, high = min(sizes), max(sizes)
+        if low == high:
+            continue
+        described = (
+            f"{name} data has {low} samples on rank {sizes.index(low)} and {high} on rank "
+            f"{sizes.index(high)}"
+        )
+        if low == 0:
+            raise ValueError(f"dataset: {described}; build the same splits on every rank")
+        smallest[name] = low
+        notes.append(f"warning: {described}: the first {low} count on every rank")
+
+    if not smallest:
+        return splits, notes
+
+    def cut(name: str, dataset: Any) -> Any:
+        return Subset(dataset, range(smallest[name])) if name in smallest else dataset
+
+    def cut_all(split: Literal["validation", "test"]) -> Any:
+        data = getattr(splits, split)
+        if isinstance(data, Mapping):
+            return {name: cut(f"{split}/{name}", dataset) for name, dataset in data.items()}
+        return cut(split, data)
+
+    cut_splits = dataclasses.replace(
+        splits,
+        train=cut("train", splits.train),
+        validation=cut_all("validation"),
+        test=cut_all("test"),
+    )
+    return cut_splits, notes
+
+
+def _sizes(splits: DataSplits) -> dict[str, int]:
+    sizes = {"train": 0 if splits.train is None else len(splits.train)}
+    for split in ("validation", "test"):
+        sets = named_sets(split, getattr(splits, split))
+        sizes |= {name: len(dataset) for name, dataset in sets.items()}
+    return sizes
 
 
 class SampleOrder:
@@ -103,7 +169,12 @@ class MicrobatchSampler(Sampler[list[int]]):
 
 
 def evaluation_samples(
-    size: int, *, global_batch_size: int, replica_batch_size: int, eval_iters: int | None
+    size: int,
+    *,
+    global_batch_size: int,
+    replica_batch_size: int,
+    eval_iters: int | None,
+    name: str = "validation",
 ) -> int:
     """Return how many samples of a set one evaluation draws: the same under every layout.
 
@@ -118,23 +189,24 @@ def evaluation_samples(
     samples = wanted // unit * unit
     if samples == 0 and eval_iters != 0:
         raise ValueError(
-            f"validation data: {size} samples are fewer than the {replica_batch_size} of one "
+            f"{name} data: {size} samples are fewer than the {replica_batch_size} of one "
             "microbatch on every data-parallel rank; lower train.micro_batch_size, enlarge the "
-            "validation split, or turn evaluation off with validation.eval_iters=0"
+            f"{name} data, or turn evaluation off with validation.eval_iters=0"
         )
     return samples
 
 
 class RunData:
-    """The data of one run, as this rank draws it.
+    """The data of one run, as this rank draws it; building it is a collective over all ranks.
 
     Args:
-        splits: What the dataset built.
+        splits: What the dataset built on this rank.
         config: The resolved configuration.
         ranks: The process groups.
     """
 
     def __init__(self, splits: DataSplits, config: ConfigContainer, ranks: Ranks) -> None:
+        splits, self.warnings = cut_to_the_smallest(splits, ranks.control_group)
         self.splits = splits
         self._config = config
         self._ranks = ranks
@@ -146,9 +218,9 @@ class RunData:
         self._order = SampleOrder(len(splits.train), shuffle=splits.shuffle, seed=config.rng.seed)
         self.train_iters = self._resolve_train_iters(len(splits.train))
         # A set that cannot be evaluated is found now, not when training is over.
-        for dataset in (splits.validation, splits.test):
-            if dataset is not None and len(dataset):
-                self.evaluation_samples(dataset)
+        for split in ("validation", "test"):
+            for name, dataset in self.sets(split).items():
+                self.evaluation_samples(dataset, name=name)
 
     @property
     def fingerprint(self) -> str:
@@ -164,7 +236,22 @@ class RunData:
             for _ in range(self._ranks.layout.virtual_pipeline or 1)
         ]
 
-    def evaluation_samples(self, dataset: SizedDataset) -> int:
+    def sets(self, split: str) -> dict[str, SizedDataset]:
+        """Return the sets of a split by the names under which results stand (`named_sets`)."""
+        return named_sets(split, getattr(self.splits, split))
+
+    def set_named(self, name: str) -> SizedDataset:
+        """Return the set "validation", "validation/NAME", "test" or "test/NAME".
+
+        Raises:
+            ValueError: There is no such set.
+        """
+        sets = {**self.sets("validation"), **self.sets("test")}
+        if name not in sets:
+            raise ValueError(f"there is no {name!r} data; there is {', '.join(sets) or 'none'}")
+        return sets[name]
+
+    def evaluation_samples(self, dataset: SizedDataset, *, name: str = "validation") -> int:
         """Return how many samples one evaluation of a set draws, over all ranks."""
         train = self._config.train
         return evaluation_samples(
@@ -172,6 +259,7 @@ class RunData:
             global_batch_size=train.global_batch_size,
             replica_batch_size=self._samples_that_fill_the_ranks(),
             eval_iters=self._config.validation.eval_iters,
+            name=name,
         )
 
     def _samples_that_fill_the_ranks(self) -> int:
@@ -183,15 +271,39 @@ class RunData:
             microbatches = group or layout.pipeline
         return train.micro_batch_size * layout.data * microbatches
 
-    def evaluation(self, dataset: SizedDataset) -> tuple[list[Iterator[Any]], int]:
-        """Return one iterator a model chunk over an evaluation's microbatches, and its samples."""
-        train, samples = self._config.train, self.evaluation_samples(dataset)
+    def evaluation(
+        self, dataset: SizedDataset, num_samples: int | None = None
+    ) -> tuple[list[Iterator[Any]], int]:
+        """Return one iterator a model chunk over an evaluation's microbatches, and its samples.
+
+        Args:
+            dataset: The set; it is drawn from its beginning.
+            num_samples: Samples over all ranks; those of an evaluation if None.
+
+        Raises:
+            ValueError: The set has fewer samples, or they do not fill every rank.
+        """
+        train = self._config.train
+        if num_samples is None:
+            samples = self.evaluation_samples(dataset)
+        else:
+            samples = self._checked_samples(dataset, num_samples)
         order = SampleOrder(len(dataset), shuffle=False, seed=0)
         iterators = [
             self._iterator(dataset, order, 0, samples, train)
             for _ in range(self._ranks.layout.virtual_pipeline or 1)
         ]
         return iterators, samples
+
+    def _checked_samples(self, dataset: SizedDataset, num_samples: int) -> int:
+        batch, unit = self._config.train.global_batch_size, self._samples_that_fill_the_ranks()
+        # Global batches come first, and every rank must have work in what is left.
+        if not 0 < num_samples <= len(dataset) or num_samples % batch % unit:
+            raise ValueError(
+                f"num_samples={num_samples}: the set has {len(dataset)} samples and every rank "
+                f"must take part; give a multiple of {unit}, at most {len(dataset)}"
+            )
+        return num_samples
 
     def _iterator(
         self,

@@ -4,7 +4,7 @@ The loop knows no model family. Whatever satisfies these Protocols can be traine
 module, dataset and forward step make a run.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -51,9 +51,9 @@ class DataRequest:
     train_samples: int | None
     """Samples that training draws in all; None asks for exactly one pass over the data."""
     validation_samples: int | None
-    """Samples that one evaluation draws; None asks for the whole validation set."""
+    """Samples that one evaluation draws of each set; None asks for whole validation sets."""
     test_samples: int | None
-    """As `validation_samples`, for the test set."""
+    """As `validation_samples`, for the test sets."""
 
 
 class SizedDataset(Protocol):
@@ -66,11 +66,16 @@ class SizedDataset(Protocol):
 
 @dataclass(kw_only=True)
 class DataSplits:
-    """The data of a run. Every rank builds the same splits; the loop cuts out each rank's share."""
+    """The data of a run. Every rank builds the same splits; the loop cuts out each rank's share.
+
+    Where ranks build splits of different sizes, the smallest size counts on all of them.
+    """
 
     train: SizedDataset | None
-    validation: SizedDataset | None = None
-    test: SizedDataset | None = None
+    validation: SizedDataset | Mapping[str, SizedDataset] | None = None
+    """One set, or several by name: their metrics are then ``validation/NAME/METRIC``."""
+    test: SizedDataset | Mapping[str, SizedDataset] | None = None
+    """As `validation`."""
     shuffle: bool = True
     """Draw the training samples in a new seeded order each epoch. False: in the dataset's order,
     for a dataset that has shuffled already."""
@@ -81,6 +86,38 @@ class DataSplits:
     run must draw the same. None derives it from the length, `shuffle` and the seed."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Facts for the start-up lines, such as ``{"train tokens": 12_000_000}``."""
+
+
+def named_sets(
+    split: str, data: SizedDataset | Mapping[str, SizedDataset] | None
+) -> dict[str, SizedDataset]:
+    """Return the sets of a split by the names under which results stand.
+
+    That is ``{"validation": set}`` for one set, ``{"validation/NAME": set, ...}`` for several, and
+    nothing where there is no set or it is empty.
+
+    Args:
+        split: "validation" or "test".
+        data: What `DataSplits` has for it.
+
+    Raises:
+        ValueError: A name is empty or has a slash.
+    """
+    if data is None:
+        return {}
+    if not isinstance(data, Mapping):
+        return {split: data} if len(data) else {}
+    for name in data:
+        if problem := wrong_set_name(name):
+            raise ValueError(f"{split} data: {problem}")
+    return {f"{split}/{name}": dataset for name, dataset in data.items()}
+
+
+def wrong_set_name(name: Any) -> str | None:
+    """Say what is wrong with the name of a set; None if nothing is."""
+    if isinstance(name, str) and name.strip() and "/" not in name:
+        return None
+    return f"the name {name!r} of a set must be text that is not empty and has no '/'; rename it"
 
 
 @runtime_checkable
