@@ -1,16 +1,23 @@
 """Every layout draws the same samples at the same step, and a position resumes exactly."""
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bridge.training.contracts import DataSplits
+from bridge.training.config import ValidationConfig
+from bridge.training.contracts import DataSplits, named_sets
 from bridge.training.data_loading import (
     MicrobatchSampler,
     SampleOrder,
     as_splits,
     evaluation_samples,
 )
+from bridge.training.pretrain import pretrain
+from evaluation_runs import FIRST, NamedData, SizesOfRanks, error_of
+from ranks import run_ranks
+from training_runs import OwnData, a_run, own_run, plain_torch, series, token_step
 
 
 def drawn(
@@ -104,3 +111,113 @@ def test_a_sequence_of_datasets_is_train_validation_and_test() -> None:
     assert as_splits(kept := DataSplits(train=[1])) is kept
     with pytest.raises(ValueError, match="DataSplits"):
         as_splits(7)  # type: ignore[arg-type]
+
+
+def test_one_set_has_the_name_of_its_split_and_several_have_their_own() -> None:
+    assert named_sets("validation", [1]) == {"validation": [1]}
+    sets = {"wiki": [1], "code": [2]}
+    assert named_sets("test", sets) == {"test/wiki": [1], "test/code": [2]}
+    assert named_sets("validation", {"wiki": [1]}) == {"validation/wiki": [1]}
+    assert named_sets("validation", None) == named_sets("validation", []) == {}
+    assert named_sets("validation", {}) == {}
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "/", 3])
+def test_a_set_is_not_named_by_nothing_or_with_a_slash(name: Any) -> None:
+    with pytest.raises(ValueError, match=f"validation data: the name {name!r} of a set"):
+        named_sets("validation", {name: [1]})
+
+
+def test_a_wrong_name_and_an_empty_set_are_found_at_the_start(tmp_path: Path) -> None:
+    def body() -> None:
+        data = NamedData(validation={"a/b": 8})
+        with (
+            pytest.raises(ValueError, match="the name 'a/b' of a set"),
+            a_run(own_run(tmp_path / "slash", dataset=data), token_step),
+        ):
+            pass
+        data = NamedData(validation={"wiki": 8, "code": 0})
+        with (
+            pytest.raises(ValueError, match="validation/code data: 0 samples are fewer than the 2"),
+            a_run(own_run(tmp_path / "empty", dataset=data), token_step),
+        ):
+            pass
+
+    run_ranks(1, body, timeout=120)
+
+
+def test_the_start_says_how_many_samples_are_evaluated_of_how_many(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def body(name: str, data: Any, eval_iters: int | None = None) -> None:
+        config = own_run(tmp_path / name, dataset=data)
+        config.train.train_iters = 1
+        config.validation = ValidationConfig(eval_iters=eval_iters)
+        pretrain(config, token_step)
+
+    run_ranks(2, body, "one", OwnData(validation=27, test=8), timeout=120)
+    assert "evaluates validation 24 of 27, test 8 of 8 samples\n" in capfd.readouterr().out
+    named = NamedData(validation={"wiki": 24, "code": 7})
+    run_ranks(2, body, "named", named, timeout=120)
+    told = "evaluates validation/wiki 24 of 24, validation/code 4 of 7 samples\n"
+    assert told in capfd.readouterr().out
+    run_ranks(1, body, "part", named, 1, timeout=120)
+    told = "evaluates validation/wiki 8 of 24, validation/code 6 of 7 samples\n"
+    assert told in capfd.readouterr().out
+    run_ranks(1, body, "off", named, 0, timeout=120)
+    assert "evaluates" not in capfd.readouterr().out
+
+
+def test_the_smallest_size_of_a_set_counts_on_every_rank(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two epochs of the smaller size: ranks that knew their own would draw other samples."""
+
+    def body() -> Any:
+        config = own_run(tmp_path / "run", dataset=SizesOfRanks(train=(40, 24), validation=(9, 17)))
+        config.train.train_iters, config.train.epochs = None, 2
+        config.validation = ValidationConfig(eval_at_start=True)
+        result = pretrain(config, token_step)
+        return result.step, result.consumed_samples, result.validation
+
+    one, other = run_ranks(2, body, timeout=120)
+    assert one == other
+    assert one[:2] == (6, 48)
+    config = own_run(tmp_path)
+    config.train.train_iters = 6
+    wanted = plain_torch(config, pattern=2, steps=6)
+    assert series(tmp_path / "run", "error") == pytest.approx(wanted.losses, rel=2e-6)
+    found = series(tmp_path / "run", "validation/error")
+    assert found[0] == pytest.approx(error_of(7, FIRST["wiki"], 8), rel=1e-6)
+    said = capfd.readouterr().out
+    assert (
+        "warning: train data has 24 samples on rank 1 and 40 on rank 0: the first 24 count on "
+        "every rank\n"
+    ) in said
+    assert "warning: validation data has 9 samples on rank 0 and 17 on rank 1" in said
+    assert "evaluates validation 8 of 9 samples" in said
+
+
+def test_the_smallest_size_counts_for_each_of_several_sets(tmp_path: Path) -> None:
+    def body() -> Any:
+        data = SizesOfRanks(validation=(24, 16), code=(8, 24))
+        config = own_run(tmp_path / "run", dataset=data)
+        config.validation = ValidationConfig(eval_at_start=True)
+        config.train.train_iters = 1
+        pretrain(config, token_step)
+
+    run_ranks(2, body, timeout=120)
+    for name, size in (("wiki", 16), ("code", 8)):
+        first = series(tmp_path / "run", f"validation/{name}/error")[0]
+        assert first == pytest.approx(error_of(7, FIRST[name], size), rel=1e-6)
+
+
+def test_data_that_only_one_rank_has_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    def body() -> str:
+        config = own_run(tmp_path / "run", dataset=SizesOfRanks(validation=(8, 0)))
+        with pytest.raises(ValueError, match="build the same splits") as error:
+            pretrain(config, token_step)
+        return str(error.value)
+
+    told = "dataset: validation data has 0 samples on rank 1 and 8 on rank 0; build the same"
+    assert all(message.startswith(told) for message in run_ranks(2, body, timeout=120))

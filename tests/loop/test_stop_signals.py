@@ -7,7 +7,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from bridge.training.stop_signals import SECONDS_OF_ONE_INTERRUPT, stop_signals
+from bridge.training.stop_signals import SECONDS_OF_ONE_INTERRUPT, StopRequest, stop_signals
 from ranks import run_ranks
 
 
@@ -37,16 +37,47 @@ def test_a_ctrl_c_that_is_passed_on_once_more_is_one() -> None:
     assert request.signal == signal.SIGINT
 
 
+def all_ranks() -> dist.ProcessGroup:
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    return everyone
+
+
 def agreed_on_every_rank() -> tuple[str | None, str | None]:
     with stop_signals() as request:
-        everyone = dist.group.WORLD
-        assert everyone is not None
-        nobody = request.agreed(everyone)
+        nobody = request.agreed(all_ranks())
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        one = request.agreed(everyone)
-    return (nobody.name if nobody else None, one.name if one else None)
+        one = request.agreed(all_ranks())
+    return nobody, one
 
 
 def test_all_ranks_stop_when_one_is_told_to() -> None:
     assert run_ranks(2, agreed_on_every_rank) == [(None, "SIGTERM")] * 2
+
+
+def test_a_time_limit_is_over_at_its_time_and_not_before() -> None:
+    request = StopRequest(ends_at=time.monotonic() + 0.2)
+    assert not request.is_pending
+    time.sleep(0.25)
+    assert request.is_pending
+    assert not StopRequest().is_pending
+
+
+def test_all_ranks_stop_when_the_time_of_one_is_over() -> None:
+    def body() -> str | None:
+        return StopRequest(0.0 if dist.get_rank() == 1 else None).agreed(all_ranks())
+
+    assert run_ranks(2, body) == ["time limit"] * 2
+
+
+def test_a_signal_counts_more_than_the_time_limit_and_what_was_agreed_stays() -> None:
+    def body() -> list[str | None]:
+        with stop_signals(0.0 if dist.get_rank() == 0 else None) as request:
+            if dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            first = request.agreed(all_ranks())
+            os.kill(os.getpid(), signal.SIGTERM)
+            return [first, request.agreed(all_ranks()), request.cause]
+
+    assert run_ranks(2, body) == [["SIGINT"] * 3] * 2

@@ -117,7 +117,9 @@ def train_here(recipe: "Recipe", config: "ConfigContainer") -> int:
         # In one piece: other ranks may have something to say at the same time.
         sys.stderr.write(f"bridge: {what}\n{traceback.format_exc()}")
         raise RankFailed(what, int(getattr(error, "exit_code", 1))) from error
-    return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason]
+    # Whoever sets a time limit plans the end that it makes.
+    planned = result.reason in ("finished", "time limit")
+    return 0 if planned else 128 + signal.Signals[result.reason]
 
 
 class RankFailed(Exception):

@@ -45,11 +45,47 @@ class CallbackContext:
     """What ended the run, in on_train_end; None if it ended as planned."""
     summary: list[str] = field(default_factory=list)
     """Lines that a callback wants in the summary at the end of the run."""
+    collect: Callable[..., list[Any]] | None = field(default=None, repr=False)
+    """What `collect_non_loss_data` calls; the run sets it."""
 
     @property
     def config(self) -> "ConfigContainer":
         """The resolved configuration."""
         return self.state.cfg
+
+    def collect_non_loss_data(
+        self,
+        forward_step_func: Callable[..., Any] | None = None,
+        name: str = "validation",
+        num_samples: int | None = None,
+    ) -> list[Any]:
+        """Run the model over a validation or test set and return what its loss function collects.
+
+        A collective: a callback calls it on every rank, with the same arguments. The model
+        computes as in an evaluation, in the schedule of its layout, in evaluation mode and without
+        gradients; metrics, counters and what is logged stay as they are. Each microbatch's loss
+        function is called as ``loss_func(output, non_loss_data=True)`` (the keyword only where it
+        takes one) and may return anything; without a loss function it is the output itself.
+
+        Args:
+            forward_step_func: A forward step in any form that `pretrain` takes; the run's own if
+                None.
+            name: "validation" or "test", or one of several sets: "validation/NAME".
+            num_samples: Samples to draw over all ranks, from the set's beginning: a multiple of
+                micro batch size x data-parallel size. As many as an evaluation draws if None.
+
+        Returns:
+            One item for each microbatch of this rank, in the order of the data, on the last
+            pipeline stage; an empty list on the others. Of the set's microbatches, consecutive
+            samples each, data-parallel rank r of D has numbers r, r + D, r + 2 D and so on.
+            Tensor- and context-parallel ranks have an item each for the same microbatch.
+
+        Raises:
+            ValueError: There is no such set, or `num_samples` does not fit it.
+        """
+        if self.collect is None:
+            raise RuntimeError("this context belongs to no run, so there is no data to collect")
+        return self.collect(forward_step_func, name, num_samples)
 
 
 class Callback:
@@ -71,12 +107,16 @@ class Callback:
         """When the reduced gradients are in ``main_grad``, before clipping and the update."""
 
     def on_evaluate_start(self, context: CallbackContext) -> None:
-        """Before an evaluation."""
+        """Before an evaluation: of all validation sets, or of all test sets."""
 
     def on_evaluate_end(
         self, context: CallbackContext, results: Mapping[str, float | None]
     ) -> None:
-        """After an evaluation, with its metrics."""
+        """After an evaluation that did not fail, with its metrics.
+
+        They are named METRIC, or NAME/METRIC where there are several sets. Empty if the run is to
+        stop and the evaluation was cut short for that.
+        """
 
     def on_log(self, context: CallbackContext, metrics: dict[str, float | None]) -> None:
         """Before a logged step's row is written; what is added to `metrics` is written too."""

@@ -4,16 +4,19 @@ The value of a metric is the sum over the whole set of its sums, divided by the 
 it does not depend on batch sizes or on the layout.
 """
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer
 from bridge.training.model_building import parameters_in_sync
 from bridge.training.state import GlobalState
+from bridge.training.stop_signals import largest_of_all
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,17 +24,25 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, frozen=True)
 class EvaluationResult:
-    """What an evaluation found, equal on every rank."""
+    """What an evaluation found, equal on every rank but for what it collected."""
 
     metrics: Mapping[str, float | None]
     """By name; None where no token counted."""
     samples: int
-    """Samples that were evaluated, over all ranks."""
+    """Samples that were evaluated, over all ranks: those of the microbatches that were reduced."""
+    planned_samples: int
+    """Samples that were asked for."""
+    tokens: int | None
+    """Tokens in their losses, over all ranks; None if the loss function counts none (pattern 1),
+    and where it was not asked for a loss."""
+    complete: bool
+    """Whether all planned samples were evaluated; False if `stop` ended the evaluation before."""
     non_loss_data: list[Any]
-    """What the loss function collected, one item a microbatch, on the last pipeline stage."""
+    """What the loss function collected on this rank, one item a microbatch in the order of the
+    data, on the last pipeline stage; empty on the others."""
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` takes it
     forward_step: LossAdapter,
     data_iterator: list[Iterator[Any]],
     model: list[torch.nn.Module],
@@ -41,6 +52,8 @@ def evaluate(
     pg_collection: "ProcessGroupCollection",
     reducer: MetricReducer,
     collect_non_loss_data: bool = False,
+    stop: Callable[[], bool] | None = None,
+    control_group: dist.ProcessGroup | None = None,
 ) -> EvaluationResult:
     """Run the model over `num_samples` samples without training; a collective over all ranks.
 
@@ -51,9 +64,17 @@ def evaluate(
         state: The run's state.
         num_samples: Samples over all ranks: a multiple of micro batch size x data-parallel size.
         pg_collection: The process groups.
-        reducer: Reduces the metrics.
+        reducer: Knows how the metrics are reduced; what is accumulated in it stays as it is.
         collect_non_loss_data: Call the loss function for its data instead of its loss (pattern 3);
-            the metrics are then empty.
+            the metrics are then empty, and the state's counters stay as they are.
+        stop: Asked on every rank after each global batch but the last; the evaluation ends there
+            if it is true on any of them.
+        control_group: The ranks that agree on `stop`, over gloo; the default group if None.
+
+    Raises:
+        ValueError: The ranks would not end together.
+        RuntimeError: Not every planned sample was observed, or the forward step on this rank drew
+            neither none nor all of its microbatches.
     """
     train = state.cfg.train
     replica_batch = train.micro_batch_size * pg_collection.dp.size()
@@ -62,43 +83,116 @@ def evaluate(
             f"evaluate: {num_samples} samples are not a multiple of {replica_batch} (micro batch "
             "size x data-parallel size), so the ranks would not end together"
         )
-    remaining = num_samples // replica_batch
+    planned, done = num_samples // replica_batch, 0
     per_batch = max(1, train.global_batch_size // replica_batch)
+    # One of its own: what an evaluation that raises leaves in it must not reach a training step.
+    reducer = reducer.fresh()
+    counted = [_Counted(iterator, planned) for iterator in data_iterator]
     collected: list[Any] = []
+    if not collect_non_loss_data:
+        forward_step.watch.start(f"validation at step {state.train_state.step}")
+    with _evaluation_mode(model):
+        while done < planned:
+            number = min(per_batch, planned - done)
+            outputs = run_schedule(
+                forward_step,
+                counted,
+                model,
+                state,
+                num_microbatches=number,
+                pg_collection=pg_collection,
+                forward_only=True,
+                collect_non_loss_data=collect_non_loss_data,
+            )
+            done += number
+            if collect_non_loss_data:
+                collected.extend(outputs)
+                reducer.count(len(outputs))
+            else:
+                reducer.accumulate(outputs)
+            if stop is not None and done < planned and largest_of_all(stop(), control_group):
+                break
+    for chunk, iterator in enumerate(counted):
+        iterator.check(done, chunk)
+    reduced = reducer.reduce()
+    # Context-parallel ranks share a microbatch and report it each.
+    observed = reduced.microbatches * train.micro_batch_size / pg_collection.cp.size()
+    if observed != done * replica_batch:
+        raise RuntimeError(
+            f"evaluate: {observed:g} samples were observed and {done * replica_batch} planned; the "
+            "ranks that the reducer reduces over are not those that the data is divided over"
+        )
+    samples = int(observed)
+    if not collect_non_loss_data:
+        state.train_state.consumed_validation_samples += samples
+    return EvaluationResult(
+        metrics=reduced.to_dict(),
+        samples=samples,
+        planned_samples=num_samples,
+        tokens=reduced.tokens,
+        complete=done == planned,
+        non_loss_data=collected,
+    )
+
+
+class _Counted(Iterator[Any]):
+    """Counts what a forward step draws of this rank's planned microbatches."""
+
+    def __init__(self, iterator: Iterator[Any], planned: int) -> None:
+        self._iterator = iterator
+        self._planned = planned
+        self._drawn = 0
+
+    def __next__(self) -> Any:
+        if self._drawn == self._planned:
+            raise RuntimeError(
+                f"evaluate: the forward step drew more than the {self._planned} planned "
+                "microbatches; draw one with each call, or none"
+            )
+        try:
+            item = next(self._iterator)
+        except StopIteration:
+            raise RuntimeError(
+                f"evaluate: the data ended after {self._drawn} of {self._planned} planned "
+                "microbatches; give an iterator over all of num_samples"
+            ) from None
+        self._drawn += 1
+        return item
+
+    def check(self, done: int, chunk: int) -> None:
+        """Refuse that a part of the microbatches was drawn; none is a rank that reads nothing."""
+        if self._drawn not in (0, done):
+            raise RuntimeError(
+                f"evaluate: the forward step drew {self._drawn} microbatches for model chunk "
+                f"{chunk} and {done} were planned; draw one with each call, or none"
+            )
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: list[torch.nn.Module]) -> Iterator[None]:
+    """Let the model compute without gradients, dropout and megatron-core's timers."""
+    from megatron.core.utils import get_model_config
+
     modes = [(module, module.training) for chunk in model for module in chunk.modules()]
-    forward_step.watch.start(f"validation at step {state.train_state.step}")
+    config = get_model_config(model[0])
+    timers = config.timers
     try:
         with parameters_in_sync(model), torch.no_grad():
+            # They measure steps.
+            config.timers = None
             for chunk in model:
                 chunk.eval()
-            while remaining:
-                outputs = run_schedule(
-                    forward_step,
-                    data_iterator,
-                    model,
-                    state,
-                    num_microbatches=min(per_batch, remaining),
-                    pg_collection=pg_collection,
-                    forward_only=True,
-                    collect_non_loss_data=collect_non_loss_data,
-                )
-                remaining -= min(per_batch, remaining)
-                if collect_non_loss_data:
-                    collected.extend(outputs)
-                else:
-                    reducer.accumulate(outputs)
+            yield
     finally:
+        config.timers = timers
         # Not chunk.train(), which would wake what the user has put to sleep, such as frozen parts.
         for module, mode in modes:
             module.training = mode
-    state.train_state.consumed_validation_samples += num_samples
-    metrics = {} if collect_non_loss_data else reducer.reduce().to_dict()
-    return EvaluationResult(metrics=metrics, samples=num_samples, non_loss_data=collected)
 
 
 def run_schedule(
     forward_step: LossAdapter,
-    data_iterator: list[Iterator[Any]],
+    data_iterator: Sequence[Iterator[Any]],
     model: list[torch.nn.Module],
     state: GlobalState,
     *,

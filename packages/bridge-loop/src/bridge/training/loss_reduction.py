@@ -146,11 +146,16 @@ class MetricReducer:
                     self._conflicts.add(f"{key!r} ({kinds[key]} and {metric.kind})")
         if kinds:
             self._blocks.append(self._stack(records, kinds))
+        self.count(len(records))
         if self._contributes:
-            self._microbatches += len(records)
             counts = [record.count for record in records if record.count is not None]
             if counts:
                 self._counts.append(torch.stack(counts).sum())
+
+    def count(self, microbatches: int) -> None:
+        """Count microbatches that have no metrics, such as those whose data was collected."""
+        if self._contributes:
+            self._microbatches += microbatches
 
     def reduce(
         self, records: Iterable[MicrobatchRecord] = (), *, alarm: torch.Tensor | None = None

@@ -19,7 +19,7 @@ class TrainResult:
     """What a run came to, equal on every rank."""
 
     reason: StopReason
-    """"finished", or the signal that asked it to stop."""
+    """"finished", the signal that asked it to stop, or "time limit" (train.time_limit_minutes)."""
     step: int
     """Steps done."""
     consumed_samples: int
@@ -77,9 +77,8 @@ def _run(run: Run) -> TrainResult:
                 run.phase = "final evaluation"
                 run.validate()
                 run.test()
-            else:
-                # What an earlier evaluation found is not true of the model as it is now.
-                run.context.validation = {}
+                reason = run.stop.cause or reason
+            run.forget_old_validation()
     except BaseException as error:
         error.add_note(f"rank {rank()}, in {run.phase}")
         raise

@@ -1,7 +1,8 @@
 """A run while it goes on: its parts, and what the loop asks of them at its fixed points."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from bridge.training.contracts import SizedDataset
 from bridge.training.data_loading import RunData
 from bridge.training.distributed import Ranks, is_logging_rank
 from bridge.training.evaluate import EvaluationResult, evaluate
+from bridge.training.forward_step import prepare_forward_step_func
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer
 from bridge.training.model_building import parameters_in_sync
@@ -62,6 +64,7 @@ class Run:
             scheduler=self.scheduler,
             data=self.data,
             pg_collection=self.ranks.pg_collection,
+            collect=self.collect_non_loss_data,
         )
 
     def num_microbatches(self) -> int:
@@ -89,15 +92,47 @@ class Run:
         )
 
     def validate(self) -> None:
-        """Evaluate on the validation set, once a step, and write what was found."""
-        result = self._evaluate_once("validation", self.data.splits.validation)
-        if result is not None:
-            self.validation = dict(result.metrics)
+        """Evaluate on the validation sets, once a step, and write what was found.
+
+        If the run is asked to stop meanwhile, nothing is written and `stop.cause` says why.
+        """
+        metrics = self._evaluate_once("validation")
+        if metrics is not None:
+            self.validation = metrics
             self.context.validation = self.validation
 
     def test(self) -> None:
-        """Evaluate on the test set, once a step, and write what was found."""
-        self._evaluate_once("test", self.data.splits.test)
+        """Evaluate on the test sets, as `validate`."""
+        self._evaluate_once("test")
+
+    def forget_old_validation(self) -> None:
+        """Keep from callbacks what was found of the model as it was at an earlier step."""
+        if self._evaluated_at.get("validation") != self.state.train_state.step:
+            self.context.validation = {}
+
+    def collect_non_loss_data(
+        self,
+        forward_step_func: Callable[..., Any] | None = None,
+        name: str = "validation",
+        num_samples: int | None = None,
+    ) -> list[Any]:
+        """Do what `CallbackContext.collect_non_loss_data` says."""
+        step = self.state.train_state.step
+        phase, self.phase = self.phase, f"collection of {name} data at step {step}"
+        iterators, samples = self.data.evaluation(self.data.set_named(name), num_samples)
+        with self.training_log.pause():
+            result = evaluate(
+                self.forward_step if forward_step_func is None else self._adapt(forward_step_func),
+                iterators,
+                self.model,
+                self.state,
+                num_samples=samples,
+                pg_collection=self.ranks.pg_collection,
+                reducer=self.reducer,
+                collect_non_loss_data=True,
+            )
+        self.phase = phase
+        return result.non_loss_data
 
     def recall_last_step(self) -> None:
         """Take up what was logged at the step that the run continues from.
@@ -142,25 +177,53 @@ class Run:
                 self.save()
             raise
 
-    def _evaluate_once(self, name: str, dataset: SizedDataset | None) -> EvaluationResult | None:
-        step = self.state.train_state.step
+    def _evaluate_once(self, split: str) -> dict[str, float | None] | None:
+        """Evaluate the sets of a split; return their metrics, None where there is nothing to tell.
+
+        That is where the split has no set, this step's evaluation is done, or the run is to stop.
+        """
+        step, sets = self.state.train_state.step, self.data.sets(split)
         if (
-            dataset is None
-            or len(dataset) == 0
+            not sets
             or self.config.validation.eval_iters == 0
-            or self._evaluated_at.get(name) == step
+            or self._evaluated_at.get(split) == step
+            or self.stop.cause is not None
         ):
             return None
-        result = self._evaluate(name, dataset)
-        self._evaluated_at[name] = step
-        return result
-
-    def _evaluate(self, name: str, dataset: Any) -> EvaluationResult:
-        phase, self.phase = self.phase, f"{name} at step {self.state.train_state.step}"
+        phase, self.phase = self.phase, f"{split} at step {step}"
         self.callbacks.fire("on_evaluate_start", self.context)
-        iterators, samples = self.data.evaluation(dataset)
         with self.training_log.pause():
-            result = evaluate(
+            results = self._evaluate(sets)
+        self._check_losses(alarm=True)
+        is_cut = not all(name in results and results[name].complete for name in sets)
+        cause = self.stop.agreed(self.ranks.control_group)
+        if is_cut:
+            self._tell_of_cut(split, sets, results)
+        metrics: dict[str, float | None] = {}
+        if not is_cut or cause is None:
+            metrics = _merged(split, results)
+            samples = sum(result.samples for result in results.values())
+            self.training_log.write_evaluation(split, metrics, samples)
+            self._evaluated_at[split] = step
+        self.callbacks.fire("on_evaluate_end", self.context, metrics)
+        self.phase = phase
+        return metrics if self._evaluated_at.get(split) == step else None
+
+    def _evaluate(self, sets: Mapping[str, SizedDataset]) -> dict[str, EvaluationResult]:
+        """Evaluate one set after the other, each from its beginning, until it is time to stop."""
+        limit = self.config.validation.time_limit_minutes
+        ends_at = None if limit is None else time.monotonic() + 60 * limit
+
+        def stop() -> bool:
+            if limit is not None and self.ranks.device == "cuda":
+                # Without it the clock would tell how long it took to ask for the computation.
+                torch.cuda.synchronize()
+            return self.stop.is_pending or (ends_at is not None and time.monotonic() >= ends_at)
+
+        results: dict[str, EvaluationResult] = {}
+        for name, dataset in sets.items():
+            iterators, samples = self.data.evaluation(dataset)
+            results[name] = evaluate(
                 self.forward_step,
                 iterators,
                 self.model,
@@ -168,12 +231,38 @@ class Run:
                 num_samples=samples,
                 pg_collection=self.ranks.pg_collection,
                 reducer=self.reducer,
+                stop=stop,
+                control_group=self.ranks.control_group,
             )
-        self._check_losses(alarm=True)
-        self.training_log.write_evaluation(name, result.metrics, result.samples)
-        self.callbacks.fire("on_evaluate_end", self.context, result.metrics)
-        self.phase = phase
-        return result
+            if not results[name].complete:
+                break
+        return results
+
+    def _tell_of_cut(
+        self,
+        split: str,
+        sets: Mapping[str, SizedDataset],
+        results: Mapping[str, EvaluationResult],
+    ) -> None:
+        seen = ", ".join(
+            f"{results[name].samples if name in results else 0} of "
+            f"{self.data.evaluation_samples(dataset)} samples of {name}"
+            for name, dataset in sets.items()
+        )
+        cause = self.stop.cause
+        self.progress.note(
+            f"{split} at step {self.state.train_state.step} was cut short by "
+            f"{cause or 'validation.time_limit_minutes'} after {seen}"
+            + ("; its metrics are discarded" if cause else "")
+        )
+
+    def _adapt(self, forward_step_func: Callable[..., Any]) -> LossAdapter:
+        """Make a forward step that is only asked for data; how it weighs losses is no matter."""
+        return LossAdapter(
+            prepare_forward_step_func(forward_step_func, self.state),
+            normalization=self.config.train.loss_normalization,
+            token_slots=1,
+        )
 
     def _check_losses(self, *, alarm: bool) -> None:
         if not alarm:
@@ -181,3 +270,12 @@ class Run:
             return
         for warning in self.forward_step.watch.check(self.config.train, self.ranks.control_group):
             self.progress.note(f"warning: {warning}")
+
+
+def _merged(split: str, results: Mapping[str, EvaluationResult]) -> dict[str, float | None]:
+    """Return the metrics of all sets of a split, by METRIC or by NAME/METRIC."""
+    return {
+        f"{name}/{key}".removeprefix(f"{split}/"): value
+        for name, result in results.items()
+        for key, value in result.metrics.items()
+    }

@@ -7,6 +7,7 @@ can show. The run's directory is made last, so a run that could not start leaves
 import contextlib
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def set_up(
         callbacks: Callbacks, in the order in which they are called.
         progress: Where the user reads how it goes.
     """
+    limit = config.train.time_limit_minutes
+    ends_at = None if limit is None else time.monotonic() + 60 * limit
     listeners = Callbacks(callbacks)
     directory = _choose_directory(config, ranks)
     checkpoint, pretrained = _find_checkpoints(config, directory)
@@ -132,7 +135,7 @@ def set_up(
                         else None
                     ),
                 ),
-                stop=stack.enter_context(stop_signals()),
+                stop=stack.enter_context(stop_signals(ends_at)),
             )
             if checkpoint is not None:
                 run.recall_last_step()
@@ -308,6 +311,15 @@ def _introduce(run: Run, checkpoint: Path | None) -> None:
         f"data {samples / len(run.data.splits.train or []):.3g} epochs: {run.data.train_iters} "
         f"steps of {train.global_batch_size} samples{notes}"
     )
+    for warning in run.data.warnings:
+        progress.note(warning)
+    sets = {**run.data.sets("validation"), **run.data.sets("test")}
+    if sets and run.config.validation.eval_iters != 0:
+        drawn = ", ".join(
+            f"{name} {run.data.evaluation_samples(dataset):,} of {len(dataset):,}"
+            for name, dataset in sets.items()
+        )
+        progress.note(f"evaluates {drawn} samples")
     if checkpoint is not None:
         progress.note(f"continues after step {run.state.train_state.step}, from {checkpoint}")
     elif run.config.checkpoint.resume:

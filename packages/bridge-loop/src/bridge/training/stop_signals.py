@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, say how to go on.
+"""Ctrl-C, SIGTERM and the run's time limit: finish the step, save, say how to go on.
 
 The first signal asks the loop to stop at the end of the step. A second Ctrl-C ends the process at
 once; one that follows within half a second is the same one, passed on by a program in between
@@ -12,24 +12,41 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
+type StopCause = Literal["time limit", "SIGINT", "SIGTERM"]
+
 SECONDS_OF_ONE_INTERRUPT = 0.5
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What ranks tell each other. Where they have several causes the last of these counts.
+_CAUSES: tuple[StopCause | None, ...] = (None, "time limit", "SIGINT", "SIGTERM")
 
 
 class StopRequest:
-    """Remembers the first signal that asked this rank to stop."""
+    """Remembers the first signal that asked this rank to stop, and watches its time limit.
 
-    def __init__(self) -> None:
+    Args:
+        ends_at: When the time limit is over, on the clock of `time.monotonic`; None for no limit.
+    """
+
+    def __init__(self, ends_at: float | None = None) -> None:
         self.signal: signal.Signals | None = None
+        self.cause: StopCause | None = None
+        """Why the run stops, once all ranks have agreed on it."""
+        self._ends_at = ends_at
         self._interrupted_at: float | None = None
 
-    def agreed(self, control_group: dist.ProcessGroup) -> signal.Signals | None:
-        """Return the signal that any rank has received, the same on every rank.
+    @property
+    def is_pending(self) -> bool:
+        """Whether this rank has a cause to stop; the others may not know of it."""
+        return self._own_cause() is not None
+
+    def agreed(self, control_group: dist.ProcessGroup) -> StopCause | None:
+        """Return the cause that any rank has, the same on every rank; remember it as `cause`.
 
         A collective of one number on the host, so it waits for no GPU. Every rank leaves the loop
         at the same step, whichever of them was told to.
@@ -37,12 +54,16 @@ class StopRequest:
         Args:
             control_group: All ranks, over gloo.
         """
-        if control_group.size() == 1:
-            return self.signal
-        number = torch.tensor(0 if self.signal is None else int(self.signal), dtype=torch.int32)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=control_group)
-        found = int(number.item())
-        return signal.Signals(found) if found else None
+        if self.cause is None:
+            mine = _CAUSES.index(self._own_cause())
+            self.cause = _CAUSES[largest_of_all(mine, control_group)]
+        return self.cause
+
+    def _own_cause(self) -> StopCause | None:
+        if self.signal is not None:
+            return "SIGINT" if self.signal == signal.SIGINT else "SIGTERM"
+        is_over = self._ends_at is not None and time.monotonic() >= self._ends_at
+        return "time limit" if is_over else None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)
@@ -55,10 +76,28 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
+def largest_of_all(number: int, control_group: dist.ProcessGroup | None) -> int:
+    """Return the largest of the ranks' numbers, on every rank; it waits for no GPU.
+
+    Args:
+        number: This rank's; from 0 to 2**31 - 1.
+        control_group: The ranks, over gloo; the default group if None.
+    """
+    if not dist.is_initialized() or dist.get_world_size(control_group) == 1:
+        return number
+    largest = torch.tensor(number, dtype=torch.int32)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=control_group)
+    return int(largest.item())
+
+
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM while the run lasts; in another thread than the main one, do not."""
-    request = StopRequest()
+def stop_signals(ends_at: float | None = None) -> Iterator[StopRequest]:
+    """Catch SIGINT and SIGTERM while the run lasts; in another thread than the main one, do not.
+
+    Args:
+        ends_at: As for `StopRequest`.
+    """
+    request = StopRequest(ends_at)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

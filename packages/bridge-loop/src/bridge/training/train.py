@@ -19,13 +19,14 @@ from bridge.training.loss_watch import actions_of
 from bridge.training.model_building import GradientFinalizer
 from bridge.training.optimization import learning_rate, step_optimizer
 from bridge.training.state import GlobalState
+from bridge.training.stop_signals import StopCause
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from bridge.training.run import Run
 
-type StopReason = Literal["finished", "SIGINT", "SIGTERM"]
+type StopReason = Literal["finished"] | StopCause
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -142,18 +143,17 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
 
 
 def train(run: "Run") -> StopReason:
-    """Train until the run's last step, or until a signal asks to stop; a checkpoint is saved.
+    """Train until the last step, a signal or the end of the time limit; a checkpoint is saved.
 
     Returns:
-        Why it ended: "finished", or the name of the signal.
+        Why it ended: "finished", the name of the signal, or "time limit".
     """
     settings, counters = run.config, run.state.train_state
     if settings.validation.eval_at_start and counters.step == 0:
         run.validate()
     data_iterator = rerun.rewindable(settings, run.data.training(counters.consumed_train_samples))
-    reason: StopReason = "finished"
     with _collected_by_hand(settings.train.manual_gc_interval) as collect_garbage:
-        while counters.step < run.data.train_iters:
+        while counters.step < run.data.train_iters and run.stop.cause is None:
             run.phase = f"step {counters.step + 1}"
             logs = _is_due(counters.step + 1, settings.logger.log_interval, run.data.train_iters)
             run.callbacks.fire("on_step_start", run.context)
@@ -173,8 +173,7 @@ def train(run: "Run") -> StopReason:
             run.callbacks.fire("on_step_end", run.context, result)
             run.log(result)
             collect_garbage(counters.step)
-            if signal := run.stop.agreed(run.ranks.control_group):
-                reason = signal.name  # type: ignore[assignment]
+            if run.stop.agreed(run.ranks.control_group):
                 break
             if _is_due(counters.step, settings.validation.eval_interval):
                 run.validate()
@@ -182,7 +181,7 @@ def train(run: "Run") -> StopReason:
                 run.save()
     if settings.checkpoint.save_at_end:
         run.save()
-    return reason
+    return run.stop.cause or "finished"
 
 
 def _forward_backward(

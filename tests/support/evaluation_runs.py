@@ -1,0 +1,65 @@
+"""Evaluations that are small enough to be computed by hand: sets with names, and their values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from bridge.training.contracts import DataRequest, DataSplits
+from training_runs import OwnModule, Samples
+
+FIRST = {"wiki": 1000, "code": 3000, "test": 5000}
+"""Index of the first sample of a set; their numbers of valid tokens follow from it."""
+
+
+@dataclass(kw_only=True)
+class NamedData:
+    """Builds `Samples`: several validation sets by name, and test sets."""
+
+    train: int = 24
+    validation: dict[str, int] = field(default_factory=lambda: {"wiki": 24, "code": 16})
+    test: dict[str, int] = field(default_factory=dict)
+
+    def build(self, request: DataRequest) -> DataSplits:
+        return DataSplits(
+            train=Samples(self.train),
+            validation={
+                name: Samples(size, FIRST.get(name, 7000)) for name, size in self.validation.items()
+            },
+            test={name: Samples(size, FIRST["test"]) for name, size in self.test.items()},
+        )
+
+
+@dataclass(kw_only=True)
+class SizesOfRanks:
+    """Builds sets whose sizes depend on the rank: entry r is rank r's."""
+
+    train: Sequence[int] = (24, 24)
+    validation: Sequence[int] = (8, 8)
+    code: Sequence[int] = ()
+
+    def build(self, request: DataRequest) -> DataSplits:
+        rank = dist.get_rank()
+        one = Samples(self.validation[rank], FIRST["wiki"])
+        named = {"wiki": one, "code": Samples(self.code[rank], FIRST["code"])} if self.code else one
+        return DataSplits(train=Samples(self.train[rank]), validation=named)
+
+
+def error_of(seed: int, first: int, samples: int) -> float:
+    """The valid tokens' mean squared error of the untrained `OwnModel` over samples from a first.
+
+    In float64, sum over sum.
+    """
+    torch.manual_seed(seed)
+    module = OwnModule(6, 0.0).double()
+    data = Samples(samples, first)
+    drawn = [data[index] for index in range(samples)]
+    x, y, mask = (torch.stack([s[key] for s in drawn]).double() for key in ("x", "y", "mask"))
+    return float((((module(x) - y) ** 2) * mask).sum().detach() / mask.sum())
+
+
+def tokens_of(first: int, samples: int) -> int:
+    """Number of valid tokens of the samples."""
+    data = Samples(samples, first)
+    return int(sum(data[index]["mask"].sum() for index in range(samples)))
