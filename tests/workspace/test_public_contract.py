@@ -1,8 +1,8 @@
 """The public contract: what is named here exists with this signature. It grows, not changes."""
 
 import dataclasses
-import importlib
 import inspect
+import pkgutil
 
 import pytest
 
@@ -30,6 +30,14 @@ FUNCTIONS = {
         "pg_collection",
         "reducer",
         "collect_non_loss_data",
+        "stop",
+        "control_group",
+    ],
+    "bridge.training.callbacks.CallbackContext.collect_non_loss_data": [
+        "self",
+        "forward_step_func",
+        "name",
+        "num_samples",
     ],
     "bridge.training.losses.masked_token_loss": [
         "loss_mask",
@@ -66,6 +74,23 @@ FIELDS = {
         "validation",
         "run_dir",
     ],
+    "bridge.training.evaluate.EvaluationResult": [
+        "metrics",
+        "samples",
+        "planned_samples",
+        "tokens",
+        "complete",
+        "non_loss_data",
+    ],
+    "bridge.training.contracts.DataSplits": [
+        "train",
+        "validation",
+        "test",
+        "shuffle",
+        "collate",
+        "fingerprint",
+        "notes",
+    ],
     "bridge.training.train.StepResult": [
         "learning_rate",
         "grad_norm",
@@ -98,8 +123,8 @@ RECIPES = ["gpt_tiny", "gpt_125m", "llama3_1b", "llama3_8b"]
 
 
 def found(path: str) -> object:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    there: object = pkgutil.resolve_name(path)
+    return there
 
 
 @pytest.mark.parametrize("path", FUNCTIONS)
@@ -118,7 +143,11 @@ def test_a_dataclass_has_the_fields_that_callers_read(path: str) -> None:
 
 
 def test_results_cannot_be_changed() -> None:
-    for path in ("bridge.training.pretrain.TrainResult", "bridge.training.train.StepResult"):
+    for path in (
+        "bridge.training.pretrain.TrainResult",
+        "bridge.training.train.StepResult",
+        "bridge.training.evaluate.EvaluationResult",
+    ):
         kind = found(path)
         assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
