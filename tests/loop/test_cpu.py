@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -341,3 +342,24 @@ def test_a_step_of_ddp_and_the_distributed_optimizer_is_adamw_on_the_mean_gradie
     for rank_weight, rank_norm in run_ranks(2, train_on_a_rank):
         torch.testing.assert_close(rank_weight, weight.detach(), atol=1e-5, rtol=1e-5)
         assert rank_norm == pytest.approx(float(norm), rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [(3, 1), (0, 2), (0, 0)])
+def test_unequal_parts_are_gathered_and_their_gradients_scattered(rows: tuple[int, int]) -> None:
+    def part_of(rank: int) -> Tensor:
+        return torch.arange(10.0 * rank, 10.0 * rank + 2 * rows[rank]).reshape(-1, 2)
+
+    def body() -> tuple[Tensor, Tensor | None]:
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+        group = parallel_state.get_tensor_model_parallel_group()
+        part = part_of(group.rank()).requires_grad_()
+        whole = gather_from_sequence_parallel_region(
+            part, group=group, output_split_sizes=list(rows)
+        )
+        (whole * (group.rank() + 1)).sum().backward()
+        return whole.detach(), part.grad
+
+    for rank, (whole, gradient) in enumerate(run_ranks(2, body)):
+        assert torch.equal(whole, torch.cat([part_of(0), part_of(1)]))
+        assert gradient is not None
+        assert torch.equal(gradient, torch.full((rows[rank], 2), 3.0))

@@ -34,6 +34,7 @@ with quiet_import():
     import megatron.core.optimizer.clip_grads
     import megatron.core.optimizer.distrib_optimizer
     import megatron.core.optimizer.optimizer
+    import megatron.core.tensor_parallel.mappings
     import megatron.core.tensor_parallel.random
     import megatron.core.transformer.moe.moe_utils
     import megatron.core.transformer.moe.token_dispatcher
@@ -119,6 +120,7 @@ def patches() -> Iterator[Patch]:
     yield from _optimizer_patches()
     yield from _compiler_patches()
     yield from _expert_patches()
+    yield from _uneven_collective_patches()
     yield from _process_group_patches()
 
 
@@ -360,6 +362,48 @@ def _expert_patches() -> Iterator[Patch]:
 
     for module in (moe.moe_utils, moe.token_dispatcher):
         yield module, "maybe_move_tensor_to_cpu", to_host
+
+
+def _uneven_collective_patches() -> Iterator[Patch]:
+    """Gathers and scatters of unequal parts, which gloo has not: mappings.py, for experts."""
+    mappings = megatron.core.tensor_parallel.mappings
+    gather = mappings._gather_along_first_dim
+    reduce_scatter = mappings._reduce_scatter_along_first_dim
+
+    def padded_gather(
+        input_: torch.Tensor,
+        group: torch.distributed.ProcessGroup,
+        output_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if output_split_sizes is None:
+            return gather(input_, group, None, use_global_buffer)
+        longest = max(1, *output_split_sizes)
+        parts = gather(_with_rows(input_, longest), group).split(longest)
+        return torch.cat(
+            [part[:rows] for part, rows in zip(parts, output_split_sizes, strict=True)]
+        )
+
+    def padded_reduce_scatter(
+        input_: torch.Tensor,
+        group: torch.distributed.ProcessGroup,
+        input_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if input_split_sizes is None:
+            return reduce_scatter(input_, group, None, use_global_buffer)
+        longest = max(1, *input_split_sizes)
+        parts = [_with_rows(part, longest) for part in input_.split(input_split_sizes)]
+        return reduce_scatter(torch.cat(parts), group)[: input_split_sizes[group.rank()]]
+
+    yield mappings, "_gather_along_first_dim", padded_gather
+    yield mappings, "_reduce_scatter_along_first_dim", padded_reduce_scatter
+
+
+def _with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Append zeros to the first dimension, up to `rows`."""
+    missing = tensor.new_zeros((rows - tensor.shape[0], *tensor.shape[1:]))
+    return torch.cat([tensor, missing])
 
 
 def _process_group_patches() -> Iterator[Patch]:
