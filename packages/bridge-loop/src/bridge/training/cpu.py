@@ -367,8 +367,8 @@ def _expert_patches() -> Iterator[Patch]:
 def _uneven_collective_patches() -> Iterator[Patch]:
     """Gathers and scatters of unequal parts, which gloo has not: mappings.py, for experts."""
     mappings = megatron.core.tensor_parallel.mappings
-    gather = mappings._gather_along_first_dim
-    reduce_scatter = mappings._reduce_scatter_along_first_dim
+    gather: Callable[..., torch.Tensor] = mappings._gather_along_first_dim
+    reduce_scatter: Callable[..., torch.Tensor] = mappings._reduce_scatter_along_first_dim
 
     def padded_gather(
         input_: torch.Tensor,
