@@ -340,6 +340,55 @@ def transformer(**values: Any) -> Any:
             1,
             "model.overlap_moe_expert_parallel_comm=true needs",
         ),
+        (
+            transformer(
+                tensor_model_parallel_size=2,
+                num_moe_experts=2,
+                moe_router_load_balancing_type="none",
+            ),
+            2,
+            "model.num_moe_experts=2 on model.tensor_model_parallel_size=2 needs model.sequence_",
+        ),
+        (
+            transformer(num_moe_experts=2, expert_tensor_parallel_size=2),
+            2,
+            "model.add_bias_linear=true on model.expert_tensor_parallel_size=2 would add each bias",
+        ),
+        (
+            transformer(tensor_model_parallel_size=4, ffn_hidden_size=10),
+            4,
+            "model.ffn_hidden_size=10 is not a multiple of model.tensor_model_parallel_size=4",
+        ),
+        (
+            transformer(num_moe_experts=2, expert_tensor_parallel_size=2, moe_ffn_hidden_size=5),
+            2,
+            "model.moe_ffn_hidden_size=5 is not a multiple of model.expert_tensor_parallel_size=2",
+        ),
+        (
+            transformer(
+                tensor_model_parallel_size=2,
+                sequence_parallel=True,
+                num_moe_experts=2,
+                moe_shared_expert_intermediate_size=7,
+            ),
+            2,
+            "model.moe_shared_expert_intermediate_size=7 is not a multiple of model.tensor_model",
+        ),
+        (
+            transformer(
+                pipeline_model_parallel_size=2, overlap_p2p_comm=True, batch_p2p_comm=False
+            ),
+            2,
+            "model.overlap_p2p_comm=true needs model.virtual_pipeline_model_parallel_size above 1",
+        ),
+        (transformer(use_ring_exchange_p2p=True), 1, "model.use_ring_exchange_p2p=true needs"),
+        (transformer(tp_comm_overlap=True), 1, "model.tp_comm_overlap=true is not supported"),
+        (
+            changed(tiny_config(), ddp__num_distributed_optimizer_instances=2),
+            2,
+            "ddp.num_distributed_optimizer_instances=2 is not supported",
+        ),
+        (changed(tiny_config(), ddp__nccl_ub=True), 1, "ddp.nccl_ub=true needs NCCL"),
         (transformer(fp8_param=True), 1, "model: fp8_param must be used together with fp8 mode."),
         (
             changed(
@@ -362,6 +411,27 @@ def transformer(**values: Any) -> Any:
 def test_a_contradiction_is_named_with_its_fields(config: Any, world_size: int, says: str) -> None:
     problems = problems_of(config, world_size=world_size)
     assert any(says in line for line in problems), problems
+
+
+def test_two_interleaved_stages_never_exchange_in_batches() -> None:
+    model = TinyTransformer(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    for given in ("model.batch_p2p_comm=true", "model.overlap_p2p_comm=false"):
+        with pytest.raises(ConfigError) as error:
+            configure(tiny_config(model=model), [given], device="cpu", world_size=2)
+        (line,) = error.value.problems
+        assert line.startswith(f"{given} contradicts model.virtual_pipeline_model_parallel_size=2")
+
+
+def test_widths_that_no_layer_has_may_be_odd() -> None:
+    model = TinyTransformer(
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        num_moe_experts=2,
+        ffn_hidden_size=9,
+        moe_ffn_hidden_size=8,
+        add_bias_linear=False,
+    )
+    resolve(tiny_config(model=model), device="cpu", world_size=2)
 
 
 def test_a_value_said_once_by_us_is_not_repeated_in_megatrons_words() -> None:

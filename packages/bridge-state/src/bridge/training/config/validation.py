@@ -195,6 +195,14 @@ def _ddp(config: ConfigContainer) -> Iterator[str]:
             "train.loss_normalization=token divides by the tokens: set it to false, or "
             "train.loss_normalization=microbatch"
         )
+    if ddp.num_distributed_optimizer_instances > 1:
+        yield (
+            f"ddp.num_distributed_optimizer_instances={ddp.num_distributed_optimizer_instances} is "
+            "not supported: the optimizer's state is spread over all data-parallel ranks; set it "
+            "to 1"
+        )
+    if ddp.nccl_ub and config.dist.device == "cpu":
+        yield "ddp.nccl_ub=true needs NCCL, which dist.device=cpu has not: set it to false"
     if ddp.use_megatron_fsdp or ddp.use_custom_fsdp:
         yield "ddp.use_megatron_fsdp=true is not supported: the loop uses the DDP wrapper"
 
@@ -240,6 +248,8 @@ def _model_in_layout(config: ConfigContainer, world_size: int) -> Iterator[str]:
             yield from _sequence(model, layout)
         if isinstance(model, TransformerConfig):
             yield from _transformer(model, layout)
+            yield from _widths(model, layout)
+            yield from _experts(model, layout)
 
 
 def _megatrons_checks(model: Any, ours: list[str]) -> Iterator[str]:
@@ -329,6 +339,11 @@ def _ranks(model: ModelParallelConfig, layout: Layout) -> Iterator[str]:
             "model.overlap_moe_expert_parallel_comm=true needs model.expert_model_parallel_size "
             "above 1"
         )
+    if model.tp_comm_overlap:
+        yield (
+            "model.tp_comm_overlap=true is not supported: the loop sets up none of the buffers of "
+            "Transformer Engine that it needs; set it to false"
+        )
     for name in ("tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"):
         shards = getattr(model, name)
         whole = layout.expert_tensor if name.startswith("expert") else layout.tensor
@@ -345,6 +360,16 @@ def _pipeline(model: ModelParallelConfig, layout: Layout) -> Iterator[str]:
         )
     if model.overlap_p2p_comm and model.batch_p2p_comm:
         yield "model.overlap_p2p_comm=true needs model.batch_p2p_comm=false"
+    if model.overlap_p2p_comm and layout.pipeline > 1 and (virtual or 1) == 1:
+        yield (
+            "model.overlap_p2p_comm=true needs model.virtual_pipeline_model_parallel_size above 1: "
+            "only the interleaved schedule overlaps"
+        )
+    if model.use_ring_exchange_p2p:
+        yield (
+            "model.use_ring_exchange_p2p=true needs a torch with a kernel of its own: set it to "
+            "false"
+        )
     if not isinstance(model, TransformerConfig):
         return
     uneven = (
@@ -411,16 +436,58 @@ def _transformer(model: TransformerConfig, layout: Layout) -> Iterator[str]:
                 f"model.num_query_groups={groups} is neither a multiple nor a divisor of "
                 f"model.tensor_model_parallel_size={layout.tensor}"
             )
+
+
+def _widths(model: TransformerConfig, layout: Layout) -> Iterator[str]:
+    """Yield the widths of MLPs that tensor-parallel ranks cannot share equally."""
+    ffn = model.ffn_hidden_size or 4 * model.hidden_size
+    expert, shared = model.moe_ffn_hidden_size, model.moe_shared_expert_intermediate_size
+    dense = ("ffn_hidden_size", ffn, "tensor_model_parallel_size", layout.tensor)
+    widths = [dense] if model.num_moe_experts is None or model.moe_layer_freq != 1 else []
+    if model.num_moe_experts is not None:
+        widths += [
+            (
+                "moe_ffn_hidden_size",
+                expert or ffn,
+                "expert_tensor_parallel_size",
+                layout.expert_tensor,
+            ),
+            (
+                "moe_shared_expert_intermediate_size",
+                shared or 0,
+                "tensor_model_parallel_size",
+                layout.tensor,
+            ),
+        ]
+    for name, width, size, ranks in widths:
+        if width % ranks:
+            yield f"model.{name}={width} is not a multiple of model.{size}={ranks}"
+
+
+def _experts(model: TransformerConfig, layout: Layout) -> Iterator[str]:
     experts = model.num_moe_experts
-    if layout.expert > 1 and experts is None:
-        yield (
-            f"model.expert_model_parallel_size={layout.expert} needs experts: give "
-            "model.num_moe_experts"
-        )
-    elif experts is not None and experts % layout.expert:
+    if experts is None:
+        if layout.expert > 1:
+            yield (
+                f"model.expert_model_parallel_size={layout.expert} needs experts: give "
+                "model.num_moe_experts"
+            )
+        return
+    if experts % layout.expert:
         yield (
             f"model.num_moe_experts={experts} is not a multiple of "
             f"model.expert_model_parallel_size={layout.expert}"
+        )
+    if layout.tensor > 1 and not model.sequence_parallel:
+        yield (
+            f"model.num_moe_experts={experts} on model.tensor_model_parallel_size={layout.tensor} "
+            "needs model.sequence_parallel=true: without it every rank would route every token"
+        )
+    if layout.expert_tensor > 1 and model.add_bias_linear:
+        yield (
+            f"model.add_bias_linear=true on model.expert_tensor_parallel_size="
+            f"{layout.expert_tensor} would add each bias of an expert {layout.expert_tensor} "
+            "times: set the one to false or the other to 1"
         )
 
 
