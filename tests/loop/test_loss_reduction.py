@@ -19,6 +19,7 @@ from bridge.training.loss_reduction import (
     token_mean,
     total,
 )
+from bridge.training.metric_kinds import ratio
 from ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -414,3 +415,21 @@ def test_microbatch_normalization_adds_a_microbatchs_shards_before_it_divides() 
     for counts, values in run_ranks(4, _context_parallel_ratios):
         assert values == [expected, expected]
         assert counts[1] == ["all_reduce", "all_reduce"]
+
+
+@pytest.mark.parametrize("normalization", ["token", "microbatch"])
+def test_every_rank_contributes_to_a_metric_of_all_ranks(normalization: Any) -> None:
+    def body() -> tuple[list[str], dict[str, float | None]]:
+        last = dist.get_rank() == 1
+        reducer = alone(normalization=normalization, contributes=last)
+        ours = {"r": ratio(torch.tensor(1.0 + dist.get_rank()), 4.0), "none": ratio(0.0, 0.0)}
+        if last:
+            ours["own"] = ratio(6.0, 4.0)
+        reducer.reduce([record(m=2.0)], of_all_ranks=ours).to_dict()
+        with Collectives() as calls:
+            values = reducer.reduce([record(m=2.0)], of_all_ranks=ours).to_dict()
+        return calls, values
+
+    # (1 + 2) / (4 + 4), also where token means are means of ratios.
+    wanted = {"m": 2.0, "r": 0.375, "none": None, "own": 1.5}
+    assert run_ranks(2, body) == [(["all_reduce"], wanted)] * 2

@@ -10,12 +10,13 @@ Each metric declares how it is reduced. Over microbatches m and the contributing
     maximum       max_mr value
     local         mean over this rank's microbatches; a rank that reported none has that of the
                   first rank that did
+    ratio         sum_mr value / sum_mr count, in either normalisation
 
 Everything is added in float64, so that counts are exact beyond 2**24.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -145,7 +146,7 @@ class MetricReducer:
                 if kinds.setdefault(key, metric.kind) != metric.kind:
                     self._conflicts.add(f"{key!r} ({kinds[key]} and {metric.kind})")
         if kinds:
-            self._blocks.append(self._stack(records, kinds))
+            self._blocks.append(self._stack([record.metrics for record in records], kinds))
         self.count(len(records))
         if self._contributes:
             counts = [record.count for record in records if record.count is not None]
@@ -158,7 +159,11 @@ class MetricReducer:
             self._microbatches += microbatches
 
     def reduce(
-        self, records: Iterable[MicrobatchRecord] = (), *, alarm: torch.Tensor | None = None
+        self,
+        records: Iterable[MicrobatchRecord] = (),
+        *,
+        alarm: torch.Tensor | None = None,
+        of_all_ranks: Mapping[str, Metric] | None = None,
     ) -> "ReducedMetrics":
         """Reduce the records, and those accumulated before them, over the group; start afresh.
 
@@ -167,8 +172,15 @@ class MetricReducer:
         Args:
             records: A step's records, one for each microbatch; what the schedule returned.
             alarm: `LossWatch.alarm` of this rank.
+            of_all_ranks: Metrics to which every rank that has them contributes, also one whose
+                records do not count; totals and ratios.
         """
         self.accumulate(records)
+        if of_all_ranks:
+            shared = {key: snapshot(m, self._device) for key, m in of_all_ranks.items()}
+            self._blocks.append(
+                self._stack([shared], {key: metric.kind for key, metric in shared.items()})
+            )
         pending = _Pending(
             self._blocks, alarm, self._conflicts, self._patterns, self._microbatches, self._counts
         )
@@ -217,8 +229,8 @@ class MetricReducer:
             )
         return self._launch(pending)
 
-    def _stack(self, records: Sequence[MicrobatchRecord], kinds: dict[str, Kind]) -> _Block:
-        """Stack K keys of M records with one kernel, Python numbers aside."""
+    def _stack(self, records: Sequence[Mapping[str, Metric]], kinds: dict[str, Kind]) -> _Block:
+        """Stack K keys of M records' metrics with one kernel, Python numbers aside."""
         host = torch.zeros(2, len(kinds), len(records), dtype=torch.float64)
         present = torch.zeros(len(kinds), len(records), dtype=torch.float64)
         cells = [self._zero] * host.numel()
@@ -227,7 +239,7 @@ class MetricReducer:
             if kind == "maximum":
                 host[0, row] = -torch.inf
             for column, record in enumerate(records):
-                metric = record.metrics.get(key)
+                metric = record.get(key)
                 if metric is None:
                     continue
                 present[row, column] = 1.0
@@ -446,6 +458,8 @@ class ReducedMetrics:
             elif kind == "token_mean":
                 weight = reports if self._layout.by_ratio else count
                 values[key] = value / weight if count else None
+            elif kind == "ratio":
+                values[key] = value / count if count else None
             elif kind == "mean":
                 values[key] = value / reports
             elif kind == "total":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-type Kind = Literal["token_mean", "mean", "total", "maximum", "local"]
+type Kind = Literal["token_mean", "mean", "total", "maximum", "local", "ratio"]
 type Number = torch.Tensor | float
 
 
@@ -19,7 +19,7 @@ class Metric:
     kind: Kind
     value: Number
     count: Number = 0.0
-    """Denominator of a token mean; unused by the others."""
+    """Denominator of a token mean or a ratio; unused by the others."""
 
 
 def token_mean(loss_sum: Number, count: Number) -> Metric:
@@ -49,6 +49,11 @@ def local(value: Number) -> Metric:
     that does: so rank 0, which writes the log, has one under every layout.
     """
     return Metric("local", _number(value))
+
+
+def ratio(value: Number, count: Number) -> Metric:
+    """Declare a sum of values over a sum of counts, whatever the normalisation of the loss."""
+    return Metric("ratio", _number(value), _number(count))
 
 
 def as_metric(key: str, value: Any) -> Metric:
