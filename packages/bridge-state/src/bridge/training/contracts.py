@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from bridge.training.config import ConfigContainer
+    from bridge.training.config import ConfigContainer, Layout
 
 
 @runtime_checkable
@@ -137,6 +137,44 @@ class LeavesFieldsOpen(Protocol):
         self, config: "ConfigContainer", *, device: Literal["cuda", "cpu"]
     ) -> dict[str, Any]:
         """Return the value of each such field, used where the field was left at its default."""
+        ...
+
+
+@runtime_checkable
+class DerivesFields(Protocol):
+    """A model section with fields that follow from others, and must not contradict them."""
+
+    def derived_fields(self, config: "ConfigContainer") -> Mapping[str, tuple[Any, str]]:
+        """Return, for each such field, its value and the reason, such as ``model.width=4``."""
+        ...
+
+
+@runtime_checkable
+class ArrangesRanks(Protocol):
+    """A model section that says itself how the ranks of a run are arranged.
+
+    It is for a model of several modules; a ``ModelParallelConfig`` has its sizes in its fields.
+    """
+
+    def layout(self, world_size: int) -> "Layout":
+        """Return the layout on `world_size` ranks, which `layout_problems` has nothing against."""
+        ...
+
+    def layout_problems(self, world_size: int) -> Iterable[str]:
+        """Yield one line for each reason why the modules do not fit on `world_size` ranks."""
+        ...
+
+
+@runtime_checkable
+class ScalesLearningRates(Protocol):
+    """A model section whose parameters do not all learn at optimizer.lr."""
+
+    def learning_rate_multiplier(self, parameter: str) -> float:
+        """Return the factor on optimizer.lr and optimizer.min_lr for a parameter of the model.
+
+        Args:
+            parameter: Its name within the module that `ModelConfig.build` returned.
+        """
         ...
 
 

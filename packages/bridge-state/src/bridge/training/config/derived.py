@@ -13,7 +13,8 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.training.config.fields import default_of, fields_of
-from bridge.training.contracts import LeavesFieldsOpen
+from bridge.training.config.parts import parts_of, value_at
+from bridge.training.contracts import DerivesFields, LeavesFieldsOpen
 
 if TYPE_CHECKING:
     from bridge.training.config.container import ConfigContainer
@@ -30,13 +31,15 @@ def listed_as_derived(plain: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     listed = plain.get(DERIVED) or []
     if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
         return [], [f"{DERIVED}: expected a list of section.field, got {listed!r}"]
-    present = []
-    for path in listed:
-        section, _, name = path.partition(".")
-        content = plain.get(section)
-        if isinstance(content, Mapping) and name in content:
-            present.append(path)
-    return present, []
+    return [path for path in listed if _is_in(plain, path)], []
+
+
+def _is_in(plain: Any, path: str) -> bool:
+    try:
+        value_at(plain, path)
+    except KeyError:
+        return False
+    return True
 
 
 def derived_values(config: "ConfigContainer") -> dict[str, tuple[Any, str | None]]:
@@ -49,15 +52,20 @@ def derived_values(config: "ConfigContainer") -> dict[str, tuple[Any, str | None
     if isinstance(config.model, LeavesFieldsOpen) and config.dist.device != "auto":
         open_fields = config.model.open_fields(config, device=config.dist.device)
         derived.update({f"model.{name}": (value, None) for name, value in open_fields.items()})
+    if isinstance(config.model, DerivesFields):
+        follows = config.model.derived_fields(config)
+        derived.update({f"model.{name}": wanted for name, wanted in follows.items()})
+    megatrons = _megatron_configs(config)
     if config.mixed_precision.precision != "auto":
-        derived.update(_from_precision(config))
+        derived.update(_from_precision(config, megatrons))
+    for path, part in megatrons.items():
+        if isinstance(part, TransformerConfig):
+            mode = config.train.loss_normalization
+            derived[f"{path}.calculate_per_token_loss"] = (
+                mode == "token",
+                f"train.loss_normalization={mode}",
+            )
     model = config.model
-    if isinstance(model, TransformerConfig):
-        mode = config.train.loss_normalization
-        derived["model.calculate_per_token_loss"] = (
-            mode == "token",
-            f"train.loss_normalization={mode}",
-        )
     if isinstance(model, ModelParallelConfig) and _is_interleaved(model):
         # Batched p2p on two stages posts to the same rank twice, and pairs the tensors wrongly.
         virtual = model.virtual_pipeline_model_parallel_size
@@ -75,23 +83,33 @@ def _is_interleaved(model: ModelParallelConfig) -> bool:
     return (model.virtual_pipeline_model_parallel_size or 1) > 1
 
 
-def _from_precision(config: "ConfigContainer") -> dict[str, tuple[Any, str | None]]:
+def _megatron_configs(config: "ConfigContainer") -> dict[str, ModelParallelConfig]:
+    """Return the model section and what is in it, by path, where it is a config of megatron-core's.
+
+    A model of several modules has one for each of them.
+    """
+    return {
+        path: part
+        for path, part in parts_of(config.model, "model")
+        if isinstance(part, ModelParallelConfig)
+    }
+
+
+def _from_precision(
+    config: "ConfigContainer", megatrons: Mapping[str, ModelParallelConfig]
+) -> dict[str, tuple[Any, str | None]]:
     precision = config.mixed_precision.precision
     reason = f"mixed_precision.precision={precision}"
     dtype = _PARAMS_DTYPES[precision]
-    sections = ["optimizer"]
     derived: dict[str, tuple[Any, str | None]] = {}
-    if isinstance(config.model, ModelParallelConfig):
-        sections.append("model")
+    for path, part in megatrons.items():
         # The residual stream is what travels between the stages.
-        in_fp32 = (
-            isinstance(config.model, TransformerConfig) and config.model.fp32_residual_connection
-        )
-        derived["model.pipeline_dtype"] = (torch.float32 if in_fp32 else dtype, reason)
-    for section in sections:
-        derived[f"{section}.bf16"] = (precision == "bf16", reason)
-        derived[f"{section}.fp16"] = (precision == "fp16", reason)
-        derived[f"{section}.params_dtype"] = (dtype, reason)
+        in_fp32 = isinstance(part, TransformerConfig) and part.fp32_residual_connection
+        derived[f"{path}.pipeline_dtype"] = (torch.float32 if in_fp32 else dtype, reason)
+    for place in ("optimizer", *megatrons):
+        derived[f"{place}.bf16"] = (precision == "bf16", reason)
+        derived[f"{place}.fp16"] = (precision == "fp16", reason)
+        derived[f"{place}.params_dtype"] = (dtype, reason)
     return derived
 
 
@@ -151,8 +169,8 @@ def get_value(config: "ConfigContainer", path: str) -> Any:
 
 
 def _holder(config: "ConfigContainer", path: str) -> tuple[Any, str]:
-    section, name = path.split(".")
-    return getattr(config, section), name
+    place, _, name = path.rpartition(".")
+    return value_at(config, place), name
 
 
 def same(left: Any, right: Any) -> bool:

@@ -5,6 +5,8 @@ from typing import Any
 
 from megatron.core.model_parallel_config import ModelParallelConfig
 
+from bridge.training.contracts import ArrangesRanks
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -33,9 +35,12 @@ class Layout:
 def layout_of(model: Any, world_size: int) -> Layout:
     """Return the layout of `model` on `world_size` ranks.
 
-    A model that is not a megatron-core ``ModelParallelConfig`` is data-parallel only. `data` is
-    rounded down where the layout does not fit, which `resolve` reports.
+    A model that is neither a megatron-core ``ModelParallelConfig`` nor says itself how its ranks
+    are arranged is data-parallel only. `data` is rounded down where the layout does not fit, which
+    `resolve` reports.
     """
+    if isinstance(model, ArrangesRanks):
+        return model.layout(world_size)
     if not isinstance(model, ModelParallelConfig):
         return Layout(
             tensor=1,

@@ -23,8 +23,15 @@ from bridge.training.config.fields import (
     is_runtime_hook,
     join,
 )
+from bridge.training.config.parts import (
+    is_dataclass_instance,
+    item_annotation,
+    names_in,
+    step_into,
+    value_at,
+)
 from bridge.training.config.resolve import resolve_collecting
-from bridge.training.config.suggestions import likely_meant, section_fields, unknown_key
+from bridge.training.config.suggestions import likely_meant, unknown_key
 from bridge.training.config.types_check import assign
 from bridge.training.config.yaml_text import load_yaml
 
@@ -167,23 +174,36 @@ class _Merge:
                 continue
             if key not in fields:
                 self._unknown(here)
-            elif isinstance(value, Mapping) and dataclasses.is_dataclass(getattr(holder, key)):
+                continue
+            annotation = annotations_of(type(holder))[key]
+            if isinstance(value, Mapping) and dataclasses.is_dataclass(getattr(holder, key)):
                 self._fields(getattr(holder, key), here, value)
+            elif isinstance(value, Mapping) and _has_parts(getattr(holder, key), annotation):
+                self._items(getattr(holder, key), item_annotation(annotation), here, value)
             else:
                 self._set(holder, key, value, here)
+
+    def _items(
+        self, present: dict[Any, Any], annotation: Any, path: str, content: Mapping[Any, Any]
+    ) -> None:
+        """Merge into a mapping of dataclasses; a name that it has not is added."""
+        for key, value in content.items():
+            here = join(path, key)
+            if key in present and isinstance(value, Mapping):
+                self._fields(present[key], here, value)
+            else:
+                self._set(present, key, value, here, annotation=annotation)
 
     def _note_derived(self, plain: Mapping[Any, Any]) -> None:
         """Take what a saved configuration had filled in for derived, not for the user's own."""
         listed, problems = listed_as_derived(plain)
         self.problems += problems
         for path, (value, reason) in derived_values(self.config).items():
-            section, name = path.split(".")
-            content = plain.get(section)
             follows = reason is not None and same(get_value(self.config, path), value)
-            if follows and isinstance(content, Mapping) and name in content:
+            if follows and _holds(plain, path):
                 listed.append(path)
         for path in listed:
-            if path.rpartition(".")[2] in section_fields(self.config, path.partition(".")[0]):
+            if _holds(self.config, path):
                 self.config._derived[path] = get_value(self.config, path)
 
     # --- the command line
@@ -208,27 +228,41 @@ class _Merge:
             self._override_field(section, keys, text.strip())
 
     def _override_field(self, section: str, keys: list[str], text: str) -> None:
+        names = [section, *keys]
         holder: Any = self.config
         holder_path = ""
-        for key in [section, *keys[:-1]]:
+        for position, key in enumerate(names[:-1], start=1):
             path = join(holder_path, key)
-            if key not in fields_of(holder):
+            if key not in names_in(holder):
                 self._unknown(path)
                 return
-            inner = getattr(holder, key)
+            inner = step_into(holder, key)
             if inner is None:
                 inner = self._absent_section(holder, key, path)
-            if not dataclasses.is_dataclass(inner) or isinstance(inner, type):
+            annotation = Any if isinstance(holder, Mapping) else annotations_of(type(holder))[key]
+            if isinstance(inner, dict) and not _has_parts(inner, annotation):
+                # A mapping of plain values: what is left of the path is the key, dots and all.
+                self._override_item(inner, ".".join(names[position:]), text, path, annotation)
+                return
+            if not is_dataclass_instance(inner) and not isinstance(inner, dict):
                 kind = "has no fields" if key != section else "is not a dataclass"
-                self.problems.append(
-                    f"{'.'.join([section, *keys])}: {path} {kind}, so text cannot change it"
-                )
+                self.problems.append(f"{'.'.join(names)}: {path} {kind}, so text cannot change it")
                 return
             holder, holder_path = inner, path
-        path = join(holder_path, keys[-1])
-        if keys[-1] not in fields_of(holder):
+        path = join(holder_path, names[-1])
+        if names[-1] not in names_in(holder):
             self._unknown(path)
-        elif self._set(holder, keys[-1], text, path, from_text=True):
+        elif isinstance(holder, Mapping):
+            self._has_fields(path, holder[names[-1]], text)
+        elif self._set(holder, names[-1], text, path, from_text=True):
+            self.config._given.add(path)
+
+    def _override_item(
+        self, mapping: dict[Any, Any], key: str, text: str, path: str, annotation: Any
+    ) -> None:
+        path = join(path, key)
+        wanted = item_annotation(annotation)
+        if self._set(mapping, key, text, path, annotation=wanted, from_text=True):
             self.config._given.add(path)
 
     def _absent_section(self, holder: Any, key: str, path: str) -> Any:
@@ -243,12 +277,21 @@ class _Merge:
     # --- both
 
     def _set(
-        self, holder: Any, name: str, value: Any, path: str, *, from_text: bool = False
+        self,
+        holder: Any,
+        name: str,
+        value: Any,
+        path: str,
+        *,
+        annotation: Any = None,
+        from_text: bool = False,
     ) -> bool:
-        annotation = annotations_of(type(holder))[name]
-        if is_runtime_hook(fields_of(holder)[name]) and value not in (None, "null"):
-            self.problems.append(f"{path}: is set by the loop while it runs, not by text")
-            return False
+        """Set a field, or an item of a mapping whose values are of `annotation`."""
+        if not isinstance(holder, dict):
+            annotation = annotations_of(type(holder))[name]
+            if is_runtime_hook(fields_of(holder)[name]) and value not in (None, "null"):
+                self.problems.append(f"{path}: is set by the loop while it runs, not by text")
+                return False
         try:
             if from_text:
                 converted = _convert_text(value, annotation, path)
@@ -259,7 +302,10 @@ class _Merge:
         except ConversionError as error:
             self.problems.append(f"{path}: {error}")
         else:
-            assign(holder, name, converted)
+            if isinstance(holder, dict):
+                holder[name] = converted
+            else:
+                assign(holder, name, converted)
             return True
         self.refused.add(path)
         return False
@@ -269,14 +315,31 @@ class _Merge:
         self.refused.update(likely_meant(self.config, path))
 
     def _is_a_section(self, section: str, value: Any) -> None:
-        present = getattr(self.config, section)
-        example = (
-            next(iter(fields_of(present)), None) if dataclasses.is_dataclass(present) else None
-        )
+        self._has_fields(section, getattr(self.config, section), value)
+
+    def _has_fields(self, path: str, present: Any, value: Any) -> None:
+        example = next(iter(names_in(present)), None)
         self.problems.append(
-            f"{section}: is a section, it cannot be {value!r}"
-            + (f"; set its fields, such as {section}.{example}" if example else "")
+            f"{path}: is a section, it cannot be {value!r}"
+            + (f"; set its fields, such as {path}.{example}" if example else "")
         )
+
+
+def _has_parts(value: Any, annotation: Any) -> bool:
+    """Tell whether `value` is a mapping of dataclasses."""
+    if not isinstance(value, dict):
+        return False
+    return dataclasses.is_dataclass(item_annotation(annotation)) or any(
+        is_dataclass_instance(item) for item in value.values()
+    )
+
+
+def _holds(holder: Any, path: str) -> bool:
+    try:
+        value_at(holder, path)
+    except KeyError:
+        return False
+    return True
 
 
 def _read(document: YamlDocument) -> Any:

@@ -22,6 +22,7 @@ from bridge.training.config.fields import (
     join,
 )
 from bridge.training.config.names import dtype_name, name_of
+from bridge.training.config.parts import item_annotation
 
 
 def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> Any:
@@ -39,7 +40,8 @@ def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> 
     if isinstance(value, list | tuple | set | frozenset):
         return [to_plain(item, Any, f"{path}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, Mapping):
-        return {key: to_plain(item, Any, f"{path}.{key}") for key, item in value.items()}
+        kind = item_annotation(annotation)
+        return {k: to_plain(item, kind, f"{path}.{k}", brief=brief) for k, item in value.items()}
     try:
         if isinstance(value, functools.partial) and not value.args:
             keywords = {key: to_plain(v, Any, f"{path}.{key}") for key, v in value.keywords.items()}

@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from bridge.training.config.fields import (
     is_runtime_hook,
     join,
 )
+from bridge.training.config.parts import is_dataclass_instance
 from bridge.training.config.plain import to_plain
 from bridge.training.config.suggestions import declared_class
 from bridge.training.config.yaml_text import dump_scalar
@@ -72,8 +73,12 @@ def _keys(holder: Any, path: str) -> Iterator[Key]:
         if is_runtime_hook(field):
             continue
         here, value = join(path, name), getattr(holder, name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if is_dataclass_instance(value):
             yield from _keys(value, here)
+            continue
+        if isinstance(value, Mapping) and any(map(is_dataclass_instance, value.values())):
+            for key, item in value.items():
+                yield from _keys(item, join(here, key))
             continue
         try:
             shown = dump_scalar(to_plain(value, annotations[name], here))

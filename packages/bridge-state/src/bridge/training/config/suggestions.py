@@ -6,6 +6,7 @@ from typing import Any
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.fields import annotations_of, fields_of
 from bridge.training.config.names import nearest
+from bridge.training.config.parts import names_in, parts_of, value_at
 
 
 def section_fields(config: ConfigContainer, section: str) -> list[str]:
@@ -34,17 +35,21 @@ def unknown_key(config: ConfigContainer, path: str) -> str:
 def likely_meant(config: ConfigContainer, path: str) -> list[str]:
     """Return the existing keys that `path` most probably stands for, none if nothing is near.
 
-    The same key in another section comes first, then a near one in the same section, then a near
-    one anywhere.
+    A near key beside it within a section comes first, then the same key in another section or in
+    a part of the same one, then a near one in the same section, then a near one anywhere.
     """
-    section, _, key = path.rpartition(".")
-    section = section.partition(".")[0]
+    place, _, key = path.rpartition(".")
+    section = place.partition(".")[0]
+    if place != section and (hint := nearest(key, _names_at(config, place))):
+        return [f"{place}.{hint}"]
     near_section = section if section in SECTIONS else nearest(section, list(SECTIONS))
     homes = {name: section_fields(config, name) for name in SECTIONS}
     if near_section and near_section != section and key in homes[near_section]:
         return [f"{near_section}.{key}"]
     if exact := [f"{name}.{key}" for name, keys in homes.items() if key in keys]:
         return exact
+    if near_section and (inner := _parts_with(config, near_section, key)):
+        return inner
     if near_section and (hint := nearest(key, homes[near_section])):
         return [f"{near_section}.{hint}"]
     if not section and (hint := nearest(key, list(SECTIONS))):
@@ -52,3 +57,16 @@ def likely_meant(config: ConfigContainer, path: str) -> list[str]:
     everywhere = {key: name for name, keys in reversed(homes.items()) for key in keys}
     hint = nearest(key, list(everywhere), cutoff=0.7)
     return [f"{everywhere[hint]}.{hint}"] if hint else []
+
+
+def _names_at(config: ConfigContainer, place: str) -> list[str]:
+    """Return the keys of what stands at a path, none if nothing does."""
+    try:
+        return names_in(value_at(config, place))
+    except KeyError:
+        return []
+
+
+def _parts_with(config: ConfigContainer, section: str, key: str) -> list[str]:
+    parts = parts_of(getattr(config, section), section)
+    return [f"{path}.{key}" for path, part in parts if path != section and key in names_in(part)]

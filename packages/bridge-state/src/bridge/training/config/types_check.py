@@ -7,6 +7,7 @@ from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.conversion import convert
 from bridge.training.config.errors import ConversionError, FieldProblems
 from bridge.training.config.fields import annotations_of, default_of, fields_of, is_default, join
+from bridge.training.config.parts import parts_of
 from bridge.training.config.suggestions import unknown_key
 
 
@@ -21,9 +22,9 @@ def check_types(config: ConfigContainer) -> tuple[list[str], set[str]]:
     refused: set[str] = set()
     _check_fields(config, "", config, problems, refused)
     for name in SECTIONS:
-        section = getattr(config, name)
-        if dataclasses.is_dataclass(section) and not isinstance(section, type):
-            _check_fields(section, name, config, problems, refused)
+        # A field's value is replaced before the parts within it are looked at.
+        for path, part in parts_of(getattr(config, name), name):
+            _check_fields(part, path, config, problems, refused)
     return problems, refused
 
 

@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.layout import Layout, layout_of
-from bridge.training.contracts import ChecksItself
+from bridge.training.config.parts import parts_of
+from bridge.training.contracts import ArrangesRanks, ChecksItself
 
 
 @runtime_checkable
@@ -227,7 +228,8 @@ def _model(config: ConfigContainer, world_size: int, refused: set[str]) -> Itera
     ours = list(_model_in_layout(config, world_size))
     yield from ours
     if not any(path.startswith("model.") for path in refused):
-        yield from _megatrons_checks(config.model, ours)
+        for path, part in parts_of(config.model, "model"):
+            yield from _megatrons_checks(part, ours, path)
 
 
 def _model_in_layout(config: ConfigContainer, world_size: int) -> Iterator[str]:
@@ -235,6 +237,10 @@ def _model_in_layout(config: ConfigContainer, world_size: int) -> Iterator[str]:
     sizes_fit = True
     if isinstance(model, ModelParallelConfig):
         for line in _parallel_sizes(config):
+            sizes_fit = False
+            yield line
+    elif world_size >= 1 and isinstance(model, ArrangesRanks):
+        for line in model.layout_problems(world_size):
             sizes_fit = False
             yield line
     if world_size < 1:
@@ -246,13 +252,12 @@ def _model_in_layout(config: ConfigContainer, world_size: int) -> Iterator[str]:
             yield from _ranks(model, layout)
             yield from _pipeline(model, layout)
             yield from _sequence(model, layout)
-        if isinstance(model, TransformerConfig):
-            yield from _transformer(model, layout)
-            yield from _widths(model, layout)
-            yield from _experts(model, layout)
+        for path, part in parts_of(model, "model"):
+            if isinstance(part, TransformerConfig):
+                yield from _transformer(part, layout_of(part, world_size), path)
 
 
-def _megatrons_checks(model: Any, ours: list[str]) -> Iterator[str]:
+def _megatrons_checks(model: Any, ours: list[str], path: str) -> Iterator[str]:
     """Yield what megatron-core has against the model, unless it is in `ours` in other words."""
     if not isinstance(model, CanBeFinalized):
         return
@@ -265,9 +270,9 @@ def _megatrons_checks(model: Any, ours: list[str]) -> Iterator[str]:
         named = {
             word for word in re.findall(r"\w+", message) if "_" in word and hasattr(model, word)
         }
-        said = any(all(f"model.{name}" in line for name in named) for line in ours)
+        said = any(all(f"{path}.{name}" in line for name in named) for line in ours)
         if not named or not said:
-            yield f"model: {message}"
+            yield f"{path}: {message}"
 
 
 def _parallel_sizes(config: ConfigContainer) -> Iterator[str]:
@@ -407,34 +412,35 @@ def _sequence(model: ModelParallelConfig, layout: Layout) -> Iterator[str]:
         )
 
 
-def _transformer(model: TransformerConfig, layout: Layout) -> Iterator[str]:
+def _transformer(model: TransformerConfig, layout: Layout, path: str) -> Iterator[str]:
     heads, hidden, groups = model.num_attention_heads, model.hidden_size, model.num_query_groups
     positive = True
     for name in ("num_layers", "hidden_size", "num_attention_heads"):
         if getattr(model, name) < 1:
             positive = False
-            yield f"model.{name}={getattr(model, name)} must be positive"
+            yield f"{path}.{name}={getattr(model, name)} must be positive"
     if not positive:
         return
     if model.kv_channels is None and hidden % heads:
         yield (
-            f"model.hidden_size={hidden} is not a multiple of model.num_attention_heads={heads}; "
-            "or give model.kv_channels"
+            f"{path}.hidden_size={hidden} is not a multiple of {path}.num_attention_heads={heads}; "
+            f"or give {path}.kv_channels"
         )
     if heads % layout.tensor:
         yield (
-            f"model.num_attention_heads={heads} is not a multiple of "
-            f"model.tensor_model_parallel_size={layout.tensor}"
+            f"{path}.num_attention_heads={heads} is not a multiple of "
+            f"{path}.tensor_model_parallel_size={layout.tensor}"
         )
     if groups is not None:
         if groups < 1 or heads % groups:
             yield (
-                f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}"
+                f"{path}.num_query_groups={groups} does not divide "
+                f"{path}.num_attention_heads={heads}"
             )
         elif groups % layout.tensor and layout.tensor % groups:
             yield (
-                f"model.num_query_groups={groups} is neither a multiple nor a divisor of "
-                f"model.tensor_model_parallel_size={layout.tensor}"
+                f"{path}.num_query_groups={groups} is neither a multiple nor a divisor of "
+                f"{path}.tensor_model_parallel_size={layout.tensor}"
             )
 
 
