@@ -217,11 +217,6 @@ def _others(config: ConfigContainer) -> Iterator[str]:
     if config.dist.timeout_minutes <= 0:
         yield f"dist.timeout_minutes={config.dist.timeout_minutes} must be positive"
     yield from _not_negative(config, "rng", "seed")
-    if config.mixed_precision.precision == "fp16" and config.dist.device == "cpu":
-        yield (
-            "mixed_precision.precision=fp16 does not run on dist.device=cpu: "
-            "take fp32 or bf16 there"
-        )
 
 
 def _model(config: ConfigContainer, world_size: int, refused: set[str]) -> Iterator[str]:
