@@ -116,18 +116,30 @@ def forward_step(
     data_iterator: Iterator[Any],
     model: Any,
 ) -> Any:
-    """Run the model on this rank's shard; what comes out at masked positions is NaN."""
+    """Run the model on this rank's shard."""
     batch, shard = next(data_iterator), parallel_state.get_context_parallel_rank()
     losses, mask = (batch[name][0, shard].reshape(SLOTS, 1, 1) for name in ("losses", "mask"))
-    poison = torch.where(mask == 0, NAN, 0.0)
-    return model(losses), lambda output: loss_function(mask, output + poison)
+    return model(losses), partial(loss_function, mask)
 
 
 def sum_and_count(mask: torch.Tensor, output: torch.Tensor) -> Any:
-    """Pattern 2, with the loss itself and a mean of another denominator as further metrics."""
-    loss_sum, num_tokens, metrics = masked_token_loss(mask, output)
+    """Pattern 2, of an output that is NaN where it is masked."""
+    poison = torch.where(mask == 0, NAN, 0.0)
+    loss_sum, num_tokens, metrics = masked_token_loss(mask, output + poison)
+    return loss_sum, num_tokens, {**metrics, **more_metrics(loss_sum)}
+
+
+def product_and_count(mask: torch.Tensor, output: torch.Tensor) -> Any:
+    """Pattern 2 as many write it: without a token its gradient is 0 times what comes back."""
+    loss_sum, num_tokens = (output * mask).sum(), mask.sum().int()
+    report = torch.stack((loss_sum.detach(), num_tokens))
+    return loss_sum, num_tokens, {"lm loss": report, **more_metrics(loss_sum)}
+
+
+def more_metrics(loss_sum: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The loss itself, and a mean with another denominator than the loss's."""
     per_slot = torch.stack((loss_sum.detach(), torch.tensor(float(SLOTS))))
-    return loss_sum, num_tokens, {**metrics, "sum": loss_sum.detach(), "per slot": per_slot}
+    return {"sum": loss_sum.detach(), "per slot": per_slot}
 
 
 def own_mean(mask: torch.Tensor, output: torch.Tensor) -> Any:
@@ -211,8 +223,9 @@ def run_of(
     config = config_of(
         directory, microbatches, normalization, batch=len(microbatches) // len(steps)
     )
-    # So that each rank holds the whole gradient.
-    config.ddp.use_distributed_optimizer = config.ddp.overlap_param_gather = False
+    # Plain DDP, so that each rank holds the whole gradient.
+    config.ddp.use_distributed_optimizer = False
+    config.ddp.overlap_param_gather = config.ddp.overlap_grad_reduce = False
     seen = Seen()
     result = pretrain(config, partial(forward_step, loss_function), [seen])
     return seen, result
@@ -351,9 +364,10 @@ def empty_where(cells: Cells, is_empty: Callable[[int, int, int], bool]) -> Cell
     ]
 
 
+@pytest.mark.parametrize("loss_function", [sum_and_count, product_and_count])
 @pytest.mark.parametrize("normalization", ["token", "microbatch"])
 def test_cells_without_tokens_take_their_share_of_nothing(
-    tmp_path: Path, normalization: Normalization
+    tmp_path: Path, normalization: Normalization, loss_function: Callable[..., Any]
 ) -> None:
     full: Cells = [[[(6, 2), (4, 4)], [(9, 1), (7, 3)]], [[(10, 5), (3, 3)], [(8, 16), (1, 1)]]]
     empty: list[Callable[[int, int, int], bool]] = [
@@ -369,7 +383,7 @@ def test_cells_without_tokens_take_their_share_of_nothing(
     steps = [empty_where(full, is_empty) for is_empty in empty]
 
     def body() -> tuple[Seen, int]:
-        seen, result = run_of(tmp_path / "run", steps, normalization)
+        seen, result = run_of(tmp_path / "run", steps, normalization, loss_function)
         return seen, result.step
 
     for seen, count in run_ranks(4, body):
