@@ -4,21 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from bridge.training.config import TrainConfig, ValidationConfig
-from bridge.training.evaluate import evaluate
 from bridge.training.gpt_step import forward_step as gpt_forward_step
 from bridge.training.pretrain import pretrain
-from bridge.training.run import Run
+from evaluation_runs import error_of, evaluated
 from gpt_models import tiny_gpt
 from ranks import run_ranks
 from training_runs import (
     OwnData,
     OwnModel,
-    OwnModule,
-    Samples,
     TokenData,
     a_run,
     gpt_run,
@@ -27,31 +23,6 @@ from training_runs import (
     series,
     token_step,
 )
-
-
-def evaluated(run: Run, samples: int | None = None, **arguments: Any) -> Any:
-    dataset = run.data.splits.validation
-    assert dataset is not None
-    iterators, all_samples = run.data.evaluation(dataset)
-    return evaluate(
-        run.forward_step,
-        iterators,
-        run.model,
-        run.state,
-        num_samples=samples or all_samples,
-        pg_collection=run.ranks.pg_collection,
-        reducer=run.reducer,
-        **arguments,
-    )
-
-
-def error_of(seed: int, samples: int) -> float:
-    """The valid tokens' squared error of the untrained model over the first samples."""
-    torch.manual_seed(seed)
-    module = OwnModule(6, 0.0)
-    drawn = [Samples(100, 1000)[index] for index in range(samples)]
-    x, y, mask = (torch.stack([s[key] for s in drawn]).double() for key in ("x", "y", "mask"))
-    return float((((module.double()(x) - y) ** 2) * mask).sum().detach() / mask.sum())
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -77,7 +48,7 @@ def test_the_value_is_the_sum_over_the_set_by_the_tokens_of_the_set(
     for found in run_ranks(world_size, body, timeout=120):
         assert [samples for samples, _ in found] == [24, 8, 16, 24]
         for samples, error in found:
-            assert error == pytest.approx(error_of(7, samples), rel=1e-6)
+            assert error == pytest.approx(error_of(7, 1000, samples), rel=1e-6)
 
 
 def test_a_set_smaller_than_a_global_batch_is_evaluated_in_part_of_one(tmp_path: Path) -> None:
@@ -87,7 +58,7 @@ def test_a_set_smaller_than_a_global_batch_is_evaluated_in_part_of_one(tmp_path:
             return result.samples, result.metrics["error"]
 
     for samples, error in run_ranks(2, body, timeout=120):
-        assert (samples, error) == (4, pytest.approx(error_of(7, 4), rel=1e-6))
+        assert (samples, error) == (4, pytest.approx(error_of(7, 1000, 4), rel=1e-6))
 
 
 def test_ranks_that_would_not_end_together_are_refused(tmp_path: Path) -> None:
@@ -96,7 +67,7 @@ def test_ranks_that_would_not_end_together_are_refused(tmp_path: Path) -> None:
             a_run(own_run(tmp_path / "run", dataset=OwnData(validation=8)), token_step) as run,
             pytest.raises(ValueError, match="3 samples are not a multiple of 2"),
         ):
-            evaluated(run, samples=3)
+            evaluated(run, num_samples=3)
 
     run_ranks(1, body, timeout=120)
 
@@ -115,7 +86,7 @@ def test_training_goes_on_as_if_there_had_been_no_evaluation(tmp_path: Path) -> 
     assert series(tmp_path / "run", "error") == pytest.approx(wanted.losses, rel=2e-6)
     found = series(tmp_path / "run", "validation/error")
     assert len(found) == 6
-    assert found[0] == pytest.approx(error_of(7, 8), rel=1e-6)
+    assert found[0] == pytest.approx(error_of(7, 1000, 8), rel=1e-6)
     # The first step has rate 0.
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert found[2] != found[1]

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bridge.training.contracts import DataRequest, DataSplits
+from bridge.training.evaluate import EvaluationResult, evaluate
+from bridge.training.run import Run
 from training_runs import OwnModule, Samples
 
 FIRST = {"wiki": 1000, "code": 3000, "test": 5000}
@@ -46,8 +49,21 @@ class SizesOfRanks:
         return DataSplits(train=Samples(self.train[rank]), validation=named)
 
 
-def error_of(seed: int, first: int, samples: int) -> float:
-    """The valid tokens' mean squared error of the untrained `OwnModel` over samples from a first.
+def evaluated(
+    run: Run, samples: int | None = None, *, name: str = "validation", **arguments: Any
+) -> EvaluationResult:
+    """Evaluate a set as the run would, or so many of its samples."""
+    iterators, drawn = run.data.evaluation(run.data.set_named(name), samples)
+    values: dict[str, Any] = {
+        "num_samples": drawn,
+        "pg_collection": run.ranks.pg_collection,
+        "reducer": run.reducer,
+    }
+    return evaluate(run.forward_step, iterators, run.model, run.state, **(values | arguments))
+
+
+def error_of(seed: int, first: int, samples: int, *, valid_only: bool = True) -> float:
+    """The tokens' mean squared error of the untrained `OwnModel` over samples from a first.
 
     In float64, sum over sum.
     """
@@ -56,6 +72,8 @@ def error_of(seed: int, first: int, samples: int) -> float:
     data = Samples(samples, first)
     drawn = [data[index] for index in range(samples)]
     x, y, mask = (torch.stack([s[key] for s in drawn]).double() for key in ("x", "y", "mask"))
+    if not valid_only:
+        mask = torch.ones_like(mask)
     return float((((module(x) - y) ** 2) * mask).sum().detach() / mask.sum())
 
 

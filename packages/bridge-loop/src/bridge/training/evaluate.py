@@ -73,8 +73,8 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
 
     Raises:
         ValueError: The ranks would not end together.
-        RuntimeError: Not every planned sample was observed, or the forward step on this rank drew
-            neither none nor all of its microbatches.
+        RuntimeError: Not every planned sample was observed, or the forward step drew neither none
+            nor all of a rank's microbatches; on every rank.
     """
     train = state.cfg.train
     replica_batch = train.micro_batch_size * pg_collection.dp.size()
@@ -112,9 +112,14 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
                 reducer.accumulate(outputs)
             if stop is not None and done < planned and largest_of_all(stop(), control_group):
                 break
-    for chunk, iterator in enumerate(counted):
-        iterator.check(done, chunk)
-    reduced = reducer.reduce()
+    problems = [iterator.problem(done) for iterator in counted]
+    problem = next(filter(None, problems), None)
+    reduced = reducer.reduce(alarm=torch.tensor(float(problem is not None)))
+    if reduced.alarm:
+        raise RuntimeError(
+            f"evaluate: the forward step {problem or 'on another rank drew another number'} of the "
+            f"{done} planned microbatches; draw one with each call, or none on this rank at all"
+        )
     # Context-parallel ranks share a microbatch and report it each.
     observed = reduced.microbatches * train.micro_batch_size / pg_collection.cp.size()
     if observed != done * replica_batch:
@@ -146,8 +151,8 @@ class _Counted(Iterator[Any]):
     def __next__(self) -> Any:
         if self._drawn == self._planned:
             raise RuntimeError(
-                f"evaluate: the forward step drew more than the {self._planned} planned "
-                "microbatches; draw one with each call, or none"
+                f"evaluate: the forward step draws more than the {self._planned} planned "
+                "microbatches; draw one with each call, or none on this rank at all"
             )
         try:
             item = next(self._iterator)
@@ -159,13 +164,9 @@ class _Counted(Iterator[Any]):
         self._drawn += 1
         return item
 
-    def check(self, done: int, chunk: int) -> None:
-        """Refuse that a part of the microbatches was drawn; none is a rank that reads nothing."""
-        if self._drawn not in (0, done):
-            raise RuntimeError(
-                f"evaluate: the forward step drew {self._drawn} microbatches for model chunk "
-                f"{chunk} and {done} were planned; draw one with each call, or none"
-            )
+    def problem(self, done: int) -> str | None:
+        """Say that only a part of the microbatches was drawn; none is a rank that reads nothing."""
+        return None if self._drawn in (0, done) else f"drew {self._drawn}"
 
 
 @contextlib.contextmanager
