@@ -13,7 +13,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.training.config.fields import default_of, fields_of
-from bridge.training.config.parts import parts_of, value_at
+from bridge.training.config.parts import exists, parts_of, value_at
 from bridge.training.contracts import DerivesFields, LeavesFieldsOpen
 
 if TYPE_CHECKING:
@@ -31,15 +31,7 @@ def listed_as_derived(plain: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     listed = plain.get(DERIVED) or []
     if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
         return [], [f"{DERIVED}: expected a list of section.field, got {listed!r}"]
-    return [path for path in listed if _is_in(plain, path)], []
-
-
-def _is_in(plain: Any, path: str) -> bool:
-    try:
-        value_at(plain, path)
-    except KeyError:
-        return False
-    return True
+    return [path for path in listed if exists(plain, path)], []
 
 
 def derived_values(config: "ConfigContainer") -> dict[str, tuple[Any, str | None]]:

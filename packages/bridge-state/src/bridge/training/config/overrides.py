@@ -24,11 +24,11 @@ from bridge.training.config.fields import (
     join,
 )
 from bridge.training.config.parts import (
+    exists,
     is_dataclass_instance,
     item_annotation,
     names_in,
     step_into,
-    value_at,
 )
 from bridge.training.config.resolve import resolve_collecting
 from bridge.training.config.suggestions import likely_meant, unknown_key
@@ -200,10 +200,10 @@ class _Merge:
         self.problems += problems
         for path, (value, reason) in derived_values(self.config).items():
             follows = reason is not None and same(get_value(self.config, path), value)
-            if follows and _holds(plain, path):
+            if follows and exists(plain, path):
                 listed.append(path)
         for path in listed:
-            if _holds(self.config, path):
+            if exists(self.config, path):
                 self.config._derived[path] = get_value(self.config, path)
 
     # --- the command line
@@ -332,14 +332,6 @@ def _has_parts(value: Any, annotation: Any) -> bool:
     return dataclasses.is_dataclass(item_annotation(annotation)) or any(
         is_dataclass_instance(item) for item in value.values()
     )
-
-
-def _holds(holder: Any, path: str) -> bool:
-    try:
-        value_at(holder, path)
-    except KeyError:
-        return False
-    return True
 
 
 def _read(document: YamlDocument) -> Any:

@@ -61,6 +61,15 @@ def value_at(holder: Any, path: str) -> Any:
     return holder
 
 
+def exists(holder: Any, path: str) -> bool:
+    """Tell whether something, None included, stands at `path` below `holder`."""
+    try:
+        value_at(holder, path)
+    except KeyError:
+        return False
+    return True
+
+
 def item_annotation(annotation: Any) -> Any:
     """Return the annotation of a mapping's values, as ``dict[str, int] | None`` says; else Any."""
     for candidate in (annotation, *get_args(annotation)):

@@ -249,7 +249,10 @@ def _model_in_layout(config: ConfigContainer, world_size: int) -> Iterator[str]:
             yield from _sequence(model, layout)
         for path, part in parts_of(model, "model"):
             if isinstance(part, TransformerConfig):
-                yield from _transformer(part, layout_of(part, world_size), path)
+                sizes = layout_of(part, world_size)
+                yield from _transformer(part, sizes, path)
+                yield from _widths(part, sizes, path)
+                yield from _experts(part, sizes, path)
 
 
 def _megatrons_checks(model: Any, ours: list[str], path: str) -> Iterator[str]:
@@ -439,7 +442,7 @@ def _transformer(model: TransformerConfig, layout: Layout, path: str) -> Iterato
             )
 
 
-def _widths(model: TransformerConfig, layout: Layout) -> Iterator[str]:
+def _widths(model: TransformerConfig, layout: Layout, path: str) -> Iterator[str]:
     """Yield the widths of MLPs that tensor-parallel ranks cannot share equally."""
     ffn = model.ffn_hidden_size or 4 * model.hidden_size
     expert, shared = model.moe_ffn_hidden_size, model.moe_shared_expert_intermediate_size
@@ -462,31 +465,32 @@ def _widths(model: TransformerConfig, layout: Layout) -> Iterator[str]:
         ]
     for name, width, size, ranks in widths:
         if width % ranks:
-            yield f"model.{name}={width} is not a multiple of model.{size}={ranks}"
+            yield f"{path}.{name}={width} is not a multiple of {path}.{size}={ranks}"
 
 
-def _experts(model: TransformerConfig, layout: Layout) -> Iterator[str]:
+def _experts(model: TransformerConfig, layout: Layout, path: str) -> Iterator[str]:
     experts = model.num_moe_experts
     if experts is None:
         if layout.expert > 1:
             yield (
-                f"model.expert_model_parallel_size={layout.expert} needs experts: give "
-                "model.num_moe_experts"
+                f"{path}.expert_model_parallel_size={layout.expert} needs experts: give "
+                f"{path}.num_moe_experts"
             )
         return
     if experts % layout.expert:
         yield (
-            f"model.num_moe_experts={experts} is not a multiple of "
-            f"model.expert_model_parallel_size={layout.expert}"
+            f"{path}.num_moe_experts={experts} is not a multiple of "
+            f"{path}.expert_model_parallel_size={layout.expert}"
         )
     if layout.tensor > 1 and not model.sequence_parallel:
         yield (
-            f"model.num_moe_experts={experts} on model.tensor_model_parallel_size={layout.tensor} "
-            "needs model.sequence_parallel=true: without it every rank would route every token"
+            f"{path}.num_moe_experts={experts} on "
+            f"{path}.tensor_model_parallel_size={layout.tensor} needs "
+            f"{path}.sequence_parallel=true: without it every rank would route every token"
         )
     if layout.expert_tensor > 1 and model.add_bias_linear:
         yield (
-            f"model.add_bias_linear=true on model.expert_tensor_parallel_size="
+            f"{path}.add_bias_linear=true on {path}.expert_tensor_parallel_size="
             f"{layout.expert_tensor} would add each bias of an expert {layout.expert_tensor} "
             "times: set the one to false or the other to 1"
         )
