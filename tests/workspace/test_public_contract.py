@@ -7,7 +7,12 @@ import pkgutil
 import pytest
 
 FUNCTIONS = {
-    "bridge.training.pretrain.pretrain": ["config", "forward_step_func", "callbacks"],
+    "bridge.training.pretrain.pretrain": [
+        "config",
+        "forward_step_func",
+        "callbacks",
+        "on_failure",
+    ],
     "bridge.training.train.train": ["run"],
     "bridge.training.train.train_step": [
         "forward_step",

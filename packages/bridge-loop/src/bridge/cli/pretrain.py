@@ -103,20 +103,31 @@ def train_here(recipe: "Recipe", config: "ConfigContainer") -> int:
     """
     from bridge.training.pretrain import pretrain
 
-    started = _Started()
+    started, failure = _Started(), ""
+
+    def is_the_users_to_mend(error: BaseException) -> bool:
+        return isinstance(error, ValueError) and not started.training
+
+    def tell(error: BaseException, line: str) -> None:
+        nonlocal failure
+        if not is_the_users_to_mend(error):
+            failure = line
+            sys.stderr.write(f"bridge: {line}\n")
+
     try:
-        result = pretrain(config, recipe.forward_step, [started, *recipe.callbacks()])
+        callbacks = [started, *recipe.callbacks()]
+        result = pretrain(config, recipe.forward_step, callbacks, on_failure=tell)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        if isinstance(error, ValueError) and not started.training:
-            # The user's to mend: `main` prints it in one line.
+        if is_the_users_to_mend(error):
+            # `main` prints it in one line.
             raise
-        place = "; ".join(getattr(error, "__notes__", [])) or f"rank {os.environ.get('RANK', 0)}"
-        what = f"{place}: {type(error).__name__}: {error}"
+        if not failure:
+            tell(error, f"rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}")
         # In one piece: other ranks may have something to say at the same time.
-        sys.stderr.write(f"bridge: {what}\n{traceback.format_exc()}")
-        raise RankFailed(what, int(getattr(error, "exit_code", 1))) from error
+        sys.stderr.write(traceback.format_exc())
+        raise RankFailed(failure, int(getattr(error, "exit_code", 1))) from error
     # Whoever sets a time limit plans the end that it makes.
     planned = result.reason in ("finished", "time limit")
     return 0 if planned else 128 + signal.Signals[result.reason]

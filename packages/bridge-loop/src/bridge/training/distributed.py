@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Every rank has begun as many runs, so they agree on the number without asking each other.
 _runs = itertools.count()
 
+MEETING_PATIENCE = dist.default_pg_timeout
+
 type Device = Literal["cuda", "cpu"]
 
 
@@ -150,16 +152,32 @@ def _store(timeout: datetime.timedelta) -> dist.Store:
     if "RANK" not in os.environ:
         # One process without a launcher needs no port.
         return dist.HashStore()
-    store = _launchers_store()
+    store = meeting_store()
     store.set_timeout(timeout)
     return dist.PrefixStore(f"bridge-{next(_runs)}", store)
 
 
+def meeting_store(patience: datetime.timedelta = MEETING_PATIENCE) -> dist.Store:
+    """Return the store of the default group; before there is one, that of the ranks' launcher.
+
+    Args:
+        patience: How long the ranks wait for each other at the launcher's store.
+
+    Raises:
+        ValueError: The launcher has left the ranks without an address.
+        dist.DistError: They did not meet in time.
+    """
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    return _launchers_store(patience)
+
+
 @cache
-def _launchers_store() -> dist.Store:
+def _launchers_store(patience: datetime.timedelta) -> dist.Store:
     # Kept: rank 0 may host it, and the others may still be at it when rank 0 starts its next run.
-    store: dist.Store = next(dist.rendezvous("env://"))[0]
-    return store
+    store: dist.Store = next(dist.rendezvous("env://", timeout=patience))[0]
+    # torchrun starts failed ranks again with the store that the earlier ones have left.
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _check_layout(wanted: Layout) -> None:

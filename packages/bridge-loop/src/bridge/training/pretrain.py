@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bridge.training.config import ConfigContainer, resolve
-from bridge.training.distributed import choose_device, is_logging_rank, rank, ranks_of, world_size
+from bridge.training.distributed import choose_device, is_logging_rank, ranks_of, world_size
+from bridge.training.peers import PeerWatch
 from bridge.training.progress import Progress
 from bridge.training.run import Run
 from bridge.training.setup import set_up
@@ -36,52 +37,56 @@ def pretrain(
     config: ConfigContainer,
     forward_step_func: Callable[..., Any],
     callbacks: Sequence[object] | None = None,
+    *,
+    on_failure: Callable[[BaseException, str], None] | None = None,
 ) -> TrainResult:
     """Train a model as `config` says.
 
     Under a launcher (torchrun, Slurm, Kubernetes) every rank calls it; alone it is one rank.
     Process groups that exist are used and left; others are made and taken down.
+    When it fails on one rank of several, it ends on all within 30 seconds: a rank that does not
+    raise by then, since it waits in a collective, ends as a process with exit code 1.
 
     Args:
         config: The run; it is not changed.
         forward_step_func: The forward step, in any form that
             `bridge.training.forward_step.prepare_forward_step_func` accepts.
         callbacks: Callbacks (`bridge.training.callbacks.Callback`), called in this order.
+        on_failure: Called when the run fails on this rank, before anything is taken down, with the
+            exception and a line that says rank, phase and error. None writes the line to standard
+            error where there are several ranks.
 
     Raises:
         ConfigError: The configuration has problems; the message lists all of them.
         ValueError: The data, the run directory or a checkpoint does not fit.
     """
-    device = choose_device(config.dist.device)
-    config = resolve(config, device=device, world_size=world_size())
-    progress = Progress(enabled=is_logging_rank())
-    with contextlib.ExitStack() as stack:
-        stack.callback(progress.close)
-        with progress.phase("process groups"):
-            ranks = stack.enter_context(ranks_of(config, device))
-        try:
+    with PeerWatch(on_failure) as peers, contextlib.ExitStack() as stack:
+        with peers.told_at_once():
+            device = choose_device(config.dist.device)
+            config = resolve(config, device=device, world_size=world_size())
+            progress = Progress(enabled=is_logging_rank())
+            stack.callback(progress.close)
+            with progress.phase("process groups"):
+                peers.join()
+                ranks = stack.enter_context(ranks_of(config, device))
             run = stack.enter_context(
                 set_up(config, ranks, forward_step_func, callbacks or (), progress)
             )
-        except BaseException as error:
-            error.add_note(f"rank {rank()}, in set-up")
-            raise
-        return _run(run)
+        peers.phase = lambda: run.phase
+        return _run(run, peers)
 
 
-def _run(run: Run) -> TrainResult:
-    try:
-        with run.callbacks.training(run.context):
-            reason = train(run)
-            if reason == "finished":
-                run.phase = "final evaluation"
-                run.validate()
-                run.test()
-                reason = run.stop.cause or reason
-            run.forget_old_validation()
-    except BaseException as error:
-        error.add_note(f"rank {rank()}, in {run.phase}")
-        raise
+def _run(run: Run, peers: PeerWatch) -> TrainResult:
+    # The inner one tells before on_train_end, which may wait for other ranks.
+    with peers.told_at_once(), run.callbacks.training(run.context), peers.told_at_once():
+        reason = train(run)
+        if reason == "finished":
+            run.phase = "final evaluation"
+            run.validate()
+            run.test()
+            reason = run.stop.cause or reason
+        run.forget_old_validation()
+        peers.needs_no_peers()
     run.progress.summary(_summary(run, reason))
     counters = run.state.train_state
     return TrainResult(

@@ -1,0 +1,435 @@
+"""A run that fails on one rank ends on all of them, whatever they are doing and whoever started it.
+
+The ranks of `run_ranks` wait for each other before they exit, so a rank that has failed stays; and
+it keeps its exception, and with it the connections that the others wait on. Nothing but the watch
+ends those.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bridge.training import peers
+from bridge.training.config import ConfigContainer, ConfigError
+from bridge.training.contracts import DataRequest, DataSplits
+from bridge.training.pretrain import pretrain
+from ranks import RankFailure, run_ranks
+from training_runs import OwnData, OwnModel, OwnModule, Samples, own_run, rows, token_step
+
+NOTICE = 0.5
+FOREVER = 600.0
+_kept: list[BaseException] = []
+
+
+@pytest.fixture(autouse=True)
+def _short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "SECONDS_TO_NOTICE", NOTICE)
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+class Trouble:
+    """Fails in one event, or goes on for ever in it, on one rank."""
+
+    def __init__(self, event: str, act: Callable[[], None], *, on_rank: int = 1) -> None:
+        self.event, self.act, self.on_rank = event, act, on_rank
+
+    def _hear(self, event: str, context: Any) -> None:
+        step = context.state.train_state.step
+        if (event, rank()) == (self.event, self.on_rank) and (step >= 2 or event == "start"):
+            self.act()
+
+    def on_train_start(self, context: Any) -> None:
+        self._hear("start", context)
+
+    def on_step_end(self, context: Any, result: Any) -> None:
+        self._hear("step", context)
+
+    def on_checkpoint_save(self, context: Any, path: Path) -> None:
+        self._hear("save", context)
+
+    def on_train_end(self, context: Any) -> None:
+        self._hear("end", context)
+
+
+def fail() -> None:
+    raise ValueError("a shape\ndoes not fit")
+
+
+def fails_with(error: type[BaseException]) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+class PoorSamples(Samples):
+    """Samples of which some cannot be read on rank 1."""
+
+    def __init__(self, size: int, first: int, ends: bool) -> None:
+        super().__init__(size, first)
+        self.ends, self.reads = ends, 0
+
+    def __getitem__(self, index: int, /) -> dict[str, torch.Tensor]:
+        self.reads += 1
+        if rank() == 1 and self.reads > 6:
+            if self.ends:
+                raise StopIteration
+            fail()
+        return super().__getitem__(index)
+
+
+@dataclass(kw_only=True)
+class PoorData(OwnData):
+    ends: bool = False
+
+    def build(self, request: DataRequest) -> DataSplits:
+        splits = super().build(request)
+        if self.validation:
+            splits.validation = PoorSamples(self.validation, 1000, self.ends)
+        else:
+            splits.train = PoorSamples(self.train, 0, self.ends)
+        return splits
+
+
+@dataclass(kw_only=True)
+class DataOfOneRank(OwnData):
+    of: int = 0
+
+    def build(self, request: DataRequest) -> DataSplits:
+        if rank() != self.of:
+            fail()
+        return super().build(request)
+
+
+class UnsavableModule(OwnModule):
+    broken = False
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self.broken:
+            fail()
+        return super().state_dict(*args, **kwargs)
+
+
+@dataclass(kw_only=True)
+class UnsavableModel(OwnModel):
+    def build(self, *arguments: Any, **named: Any) -> torch.nn.Module:
+        return UnsavableModule(self.width, self.dropout)
+
+
+def survived(config: ConfigContainer, *callbacks: object, **settings: Any) -> str:
+    """Run, as a program does that catches what the run raises and goes on with something else."""
+    try:
+        pretrain(config, token_step, callbacks, **settings)
+        outcome = "finished"
+    except BaseException as error:
+        _kept.append(error)
+        outcome = type(error).__name__
+    assert [thread.name for thread in threading.enumerate() if thread.name == "peers"] == []
+    return outcome
+
+
+def ends_the_others(
+    body: Callable[[], Any], capfd: pytest.CaptureFixture[str], **settings: Any
+) -> list[str]:
+    """Run on two ranks of which rank 0 is ended from within; return the lines that they printed."""
+    with pytest.raises(RankFailure, match="^rank 0 died without a word$"):
+        run_ranks(2, body, timeout=40, **settings)
+    printed: list[str] = capfd.readouterr().err.splitlines()
+    sys.stderr.write("\n".join(printed))
+    return [line for line in printed if line.startswith(("rank 0", "rank 1"))]
+
+
+@pytest.mark.parametrize(
+    ("where", "phase", "what"),
+    [
+        ("start", "set-up", "ValueError: a shape does not fit"),
+        ("callback", "step 2", "ValueError: a shape does not fit"),
+        ("data", "step 2", "ValueError: a shape does not fit"),
+        ("end of data", "step 2", "StopIteration"),
+        ("validation", "validation at step 1", "ValueError: a shape does not fit"),
+        ("state_dict", "checkpoint at step 2", "ValueError: a shape does not fit"),
+        ("saved", "checkpoint at step 2", "ValueError: a shape does not fit"),
+        ("build", "set-up", "ValueError: a shape does not fit"),
+        ("exit", "step 2", "SystemExit"),
+    ],
+)
+def test_a_rank_ends_that_waits_for_one_that_has_failed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], where: str, phase: str, what: str
+) -> None:
+    def body() -> str:
+        config = own_run(tmp_path / "run")
+        config.checkpoint.save_interval = 2
+        config.validation.eval_interval = 1
+        callbacks = []
+        match where:
+            case "start" | "callback" | "saved":
+                event = {"callback": "step", "saved": "save"}.get(where, where)
+                callbacks = [Trouble(event, fail)]
+            case "exit":
+                callbacks = [Trouble("step", fails_with(SystemExit))]
+            case "data":
+                config.dataset = PoorData()
+            case "end of data":
+                config.dataset = PoorData(ends=True)
+            case "validation":
+                config.dataset = PoorData(validation=16)
+            case "state_dict":
+                config.model = UnsavableModel()
+                callbacks = [Trouble("step", lambda: setattr(UnsavableModule, "broken", True))]
+            case "build":
+                config.dataset = DataOfOneRank()
+        return survived(config, *callbacks)
+
+    told, ended = ends_the_others(body, capfd)
+    assert told == f"rank 1, in {phase}: {what}"
+    assert ended.startswith("rank 0, in ")
+    assert ended.endswith(f": ends, since rank 1 failed in {phase}: {what}")
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("when", ["early", "set-up", "step"])
+def test_ranks_that_meet_by_themselves_end_together_whoever_keeps_the_store(
+    tmp_path: Path, when: str, failing: int
+) -> None:
+    def body() -> str:
+        config = own_run(tmp_path / "run")
+        callbacks = []
+        if when == "early" and rank() == failing:
+            config.dist.device = "cuda"
+        if when == "set-up":
+            config.dataset = DataOfOneRank(of=1 - failing)
+        if when == "step":
+            callbacks = [Trouble("step", fail, on_rank=failing)]
+        return survived(config, *callbacks)
+
+    began = time.monotonic()
+    message = f"^rank {1 - failing} died without a word$"
+    with pytest.raises(RankFailure, match=message):
+        run_ranks(2, body, timeout=40, process_group=False)
+    assert time.monotonic() - began < 30
+
+
+def test_a_rank_ends_that_waits_for_another_in_the_last_callback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> str:
+        def wait() -> None:
+            dist.barrier()
+
+        callbacks = [Trouble("end", wait, on_rank=0), Trouble("end", fail)]
+        return survived(own_run(tmp_path / "run"), *callbacks)
+
+    told, ended = ends_the_others(body, capfd)
+    assert told == "rank 1, in final evaluation: ValueError: a shape does not fit"
+    assert "rank 0, in final evaluation: ends, since rank 1 failed" in ended
+
+
+def test_who_presses_ctrl_c_twice_is_told_nothing_and_leaves_no_rank_behind(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> str:
+        callback = Trouble("step", fails_with(KeyboardInterrupt))
+        return survived(own_run(tmp_path / "run"), callback)
+
+    (ended,) = ends_the_others(body, capfd)
+    assert ended.endswith(": ends, since rank 1 failed in step 2: KeyboardInterrupt")
+
+
+def test_a_rank_that_has_failed_and_does_not_come_to_its_end_ends_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "SECONDS_TO_LEAVE", NOTICE)
+
+    def body() -> str:
+        callbacks = [
+            Trouble("step", fail, on_rank=0),
+            Trouble("end", lambda: time.sleep(FOREVER), on_rank=0),
+        ]
+        with suppress(RuntimeError):
+            return survived(own_run(tmp_path / "run"), *callbacks)
+        return "lost its peer"
+
+    with pytest.raises(RankFailure, match="died without a word"):
+        run_ranks(2, body, timeout=40)
+    lines = capfd.readouterr().err.splitlines()
+    assert "rank 0, in step 2: ValueError: a shape does not fit" in lines
+    assert any(line.startswith("rank 0, in step 2: ends, since it does not come") for line in lines)
+
+
+@pytest.mark.parametrize("process_group", [True, False])
+def test_an_error_of_all_ranks_is_an_exception_on_each_and_the_next_run_trains(
+    tmp_path: Path, process_group: bool
+) -> None:
+    def body() -> Any:
+        mistaken = own_run(tmp_path / "mistaken")
+        mistaken.train.global_batch_size = 7
+        torn = own_run(tmp_path / "torn", dataset=DataOfOneRank(of=-1))
+        callback = own_run(tmp_path / "callback")
+        began = time.monotonic()
+        outcomes = [
+            survived(mistaken),
+            survived(torn),
+            survived(callback, Trouble("step", fail), Trouble("step", fail, on_rank=0)),
+        ]
+        seconds = time.monotonic() - began
+        # Were anything left of those runs' watch, it would end this process.
+        time.sleep(3 * NOTICE)
+        config = own_run(tmp_path / "good")
+        return outcomes, survived(config), seconds
+
+    for outcomes, last, seconds in run_ranks(2, body, timeout=60, process_group=process_group):
+        assert outcomes == [ConfigError.__name__, "ValueError", "ValueError"]
+        assert last == "finished"
+        assert seconds < 30
+    assert [row["step"] for row in rows(tmp_path / "good")] == [1, 2, 3, 4, 5]
+
+
+def test_an_exception_that_follows_from_another_ranks_says_so(tmp_path: Path) -> None:
+    def body() -> list[str]:
+        if rank() == 1:
+            survived(own_run(tmp_path / "run"), Trouble("step", fail))
+            return _kept[-1].__notes__
+
+        def late() -> None:
+            time.sleep(0.3 * NOTICE)
+            raise RuntimeError("the connection is lost")
+
+        with pytest.raises(RuntimeError) as caught:
+            pretrain(own_run(tmp_path / "run"), token_step, [Trouble("step", late, on_rank=0)])
+        return caught.value.__notes__
+
+    follower, first = run_ranks(2, body, timeout=40)
+    assert first == ["in callback Trouble.on_step_end", "rank 1, in step 2"]
+    assert follower == [
+        "in callback Trouble.on_step_end",
+        "after rank 1 failed in step 2: ValueError: a shape does not fit",
+        "rank 0, in step 2",
+    ]
+
+
+def test_a_caller_can_be_told_instead_of_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> Any:
+        told: list[tuple[str, str]] = []
+
+        def tell(error: BaseException, line: str) -> None:
+            told.append((type(error).__name__, line))
+
+        callbacks = [Trouble("step", fail, on_rank=rank())]
+        survived(own_run(tmp_path / str(dist.get_world_size())), *callbacks, on_failure=tell)
+        return told
+
+    for world_size in (1, 2):
+        for number, told in enumerate(run_ranks(world_size, body, timeout=40)):
+            assert told == [
+                ("ValueError", f"rank {number}, in step 2: ValueError: a shape does not fit")
+            ]
+    assert "a shape does not fit" not in capfd.readouterr().err
+
+
+def test_one_rank_alone_raises_and_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> str:
+        return survived(own_run(tmp_path / "run"), Trouble("step", fail, on_rank=0))
+
+    assert run_ranks(1, body, timeout=40) == ["ValueError"]
+    assert "a shape does not fit" not in capfd.readouterr().err
+
+
+def test_ctrl_c_on_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    def body() -> Any:
+        config = own_run(tmp_path / "run")
+        config.checkpoint.save_at_end = True
+        callback = Trouble("step", lambda: os.kill(os.getpid(), signal.SIGINT))
+        result = pretrain(config, token_step, [callback])
+        return result.reason, result.step
+
+    assert run_ranks(2, body, timeout=40) == [("SIGINT", 2)] * 2
+    assert (tmp_path / "run" / "checkpoints" / "step-0000002").is_dir()
+
+
+@pytest.fixture
+def started_alone(tmp_path: Path) -> Iterator[Callable[..., list[int | None]]]:
+    """Start ranks as a scheduler does that looks at none of them; return their exit codes."""
+    fork = multiprocessing.get_context("fork")
+    processes: list[Any] = []
+
+    def be(number: int, port: int, body: Callable[[], Any]) -> None:
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.set_num_threads(1)
+        body()
+
+    def start(body: Callable[[], Any]) -> list[int | None]:
+        port = 41000 + os.getpid() % 20000
+        processes.extend(fork.Process(target=be, args=(number, port, body)) for number in range(2))
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 40
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in processes]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def test_no_rank_is_left_where_nobody_ends_them(
+    tmp_path: Path, started_alone: Callable[..., list[int | None]]
+) -> None:
+    def body() -> None:
+        pretrain(own_run(tmp_path / "run"), token_step, [Trouble("step", fail)])
+
+    assert started_alone(body) == [1, 1]
+
+
+def test_the_process_that_keeps_the_store_is_missed(
+    tmp_path: Path,
+    started_alone: Callable[..., list[int | None]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def body() -> None:
+        callbacks = [
+            Trouble("step", lambda: os.kill(os.getpid(), signal.SIGKILL), on_rank=0),
+            # As with NCCL, which does not notice that a peer has gone.
+            Trouble("step", lambda: time.sleep(FOREVER)),
+        ]
+        pretrain(own_run(tmp_path / "run"), token_step, callbacks)
+
+    assert started_alone(body) == [-signal.SIGKILL, 1]
+    assert "rank 1, in step 2: ends, since the process has ended that kept the store" in (
+        capfd.readouterr().err
+    )
+
+
+def test_a_rank_that_ends_before_the_others_is_not_taken_for_a_failure(
+    tmp_path: Path, started_alone: Callable[..., list[int | None]]
+) -> None:
+    def body() -> None:
+        def write() -> None:
+            time.sleep(4 * NOTICE + 1)
+            (tmp_path / "written").touch()
+
+        pretrain(own_run(tmp_path / "run"), token_step, [Trouble("end", write)])
+
+    assert started_alone(body) == [0, 0]
+    assert (tmp_path / "written").exists()
