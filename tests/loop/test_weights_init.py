@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor
 
-from bridge.training.weights_init import initialize_weights
+from bridge.training.weights_init import draw_with, initialize_weights
 from ranks import run_ranks
 from tiny_models import SEQUENCE, VOCABULARY, build_tiny_gpt, layout_of, tiny_config
 
@@ -312,3 +312,47 @@ def test_modules_of_ones_own_keep_their_weights_and_unknown_split_ones_are_refus
         assert kept
         assert message.startswith("scorer.weight:")
         assert "rng.layout_invariant_init=false" in message
+
+
+class Modules(MegatronModule):
+    """A model of modules with configs of their own, in one of them a user's weights."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_config())
+        self.first = Encoder(init_method_std=0.5)
+        self.second = Encoder(init_method_std=0.02)
+
+
+class Encoder(MegatronModule):
+    """A transformer's MLP, and weights that megatron-core does not know."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(tiny_config(**changes))
+        assert self.config.init_method is not None
+        self.mlp = torch.nn.Module()
+        self.mlp.linear_fc1 = torch.nn.Linear(32, 64)
+        self.patches = torch.nn.Linear(16, 32)
+        self.positions = torch.nn.Parameter(torch.empty(9, 32))
+        draw_with(self.patches.weight, self.config.init_method)
+        draw_with(self.positions, torch.nn.init.ones_)
+
+
+def test_weights_of_ones_own_that_are_named_are_drawn_and_by_the_config_that_they_are_in() -> None:
+    def weights(noise: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        layout_of()
+        torch.manual_seed(noise)
+        own = Modules()
+        before = {name: value.detach().clone() for name, value in own.named_parameters()}
+        initialize_weights([own], SEED, ProcessGroupCollection.use_mpu_process_groups())
+        return before, {name: parameter.detach() for name, parameter in own.named_parameters()}
+
+    (before, after), (_, again) = run_ranks(1, weights, 1)[0], run_ranks(1, weights, 2)[0]
+    for name in ("patches.weight", "mlp.linear_fc1.weight"):
+        first, second = f"first.{name}", f"second.{name}"
+        assert torch.equal(after[first], again[first])
+        assert float(after[first].std()) == pytest.approx(0.5, rel=0.1)
+        assert float(after[second].std()) == pytest.approx(0.02, rel=0.1)
+    # A run without layout-invariant weights starts from this.
+    assert float(before["first.patches.weight"].std()) == pytest.approx(0.5, rel=0.1)
+    assert torch.equal(after["first.positions"], torch.ones(9, 32))
+    assert torch.equal(before["first.patches.bias"], after["first.patches.bias"])

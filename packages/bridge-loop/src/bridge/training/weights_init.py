@@ -54,14 +54,30 @@ _EMBEDDINGS = {
 }
 
 
+def draw_with(parameter: Tensor, initializer: Initializer) -> None:
+    """Say how a weight of a module of one's own starts, so that `initialize_weights` draws it.
+
+    It is drawn at once too, from the default generator, for runs whose model initialises itself.
+
+    Args:
+        parameter: Whole on this rank, or split as its module's sharded state dict says.
+        initializer: Fills a tensor of the full shape in place, as those of ``torch.nn.init`` do
+            and a config's ``init_method``.
+    """
+    parameter.initializer = initializer  # type: ignore[attr-defined]
+    with torch.no_grad():
+        initializer(parameter)
+
+
 def initialize_weights(
     model_chunks: Iterable[torch.nn.Module], seed: int, pg_collection: ProcessGroupCollection
 ) -> None:
     """Draw the weights of a megatron-core model anew, the same under every layout and device.
 
     Norms and biases keep the constants that megatron-core gave them. A module that is not a
-    megatron-core transformer keeps the initialisation of its author. To be called before an
-    optimizer copies the weights. Rows of an embedding do not depend on how many rows pad it.
+    megatron-core transformer keeps the initialisation of its author, but for the weights that it
+    named to `draw_with`. To be called before an optimizer copies the weights. Rows of an embedding
+    do not depend on how many rows pad it.
 
     Args:
         model_chunks: This rank's part of the model, wrapped for 16 bits or not.
@@ -78,22 +94,22 @@ def initialize_weights(
         if not isinstance(module, MegatronModule) or not isinstance(config, TransformerConfig):
             continue
         if config.perform_initialization:
-            _initialize_chunk(module, config, seed, pg_collection)
+            _initialize_chunk(module, seed, pg_collection)
 
 
 @torch.no_grad()
 def _initialize_chunk(
-    module: MegatronModule,
-    config: TransformerConfig,
-    seed: int,
-    pg_collection: ProcessGroupCollection,
+    module: MegatronModule, seed: int, pg_collection: ProcessGroupCollection
 ) -> None:
     described: set[int] = set()
     kept: list[str] = []
+    configs = _config_of_each_parameter(module)
     for parameter, shards in shards_of_parameters(module, pg_collection):
         described.add(id(parameter))
         for shard in shards:
-            initializer = initializer_of(shard.key, config)
+            initializer = getattr(parameter, "initializer", None)
+            if initializer is None:
+                initializer = initializer_of(shard.key, configs[id(parameter)])
             if initializer is not None and shard.data is not None:
                 shard.data.copy_(_part(shard, initializer, seed))
             elif not _is_constant(shard.key):
@@ -105,6 +121,19 @@ def _initialize_chunk(
             kept.append(name)
     if kept:
         logger.info("weights that keep their module's own initialisation: %s", ", ".join(kept))
+
+
+def _config_of_each_parameter(module: MegatronModule) -> dict[int, TransformerConfig]:
+    """Return, by the parameter's id, the config of the innermost transformer that it is in.
+
+    A model of several modules has one for each of them.
+    """
+    found: dict[int, TransformerConfig] = {}
+    for part in module.modules():  # outer modules come first
+        config = getattr(part, "config", None)
+        if isinstance(config, TransformerConfig):
+            found.update({id(parameter): config for parameter in part.parameters()})
+    return found
 
 
 def initializer_of(name: str, config: TransformerConfig) -> Initializer | None:
