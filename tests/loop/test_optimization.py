@@ -1,5 +1,6 @@
 """The rate is a function of the samples consumed, whatever the run's length."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from megatron.core.optimizer import OptimizerConfig
 from bridge.training.config import SchedulerConfig, TrainConfig
 from bridge.training.optimization import learning_rate
 from ranks import run_ranks
-from training_runs import a_run, own_run, token_step
+from training_runs import OwnModel, a_run, one_step, own_run, parameters_of, token_step
 
 
 def rates(directory: Path, scheduler: SchedulerConfig, optimizer: OptimizerConfig) -> list[float]:
@@ -70,3 +71,47 @@ def test_the_users_optimizer_section_is_not_written_to(tmp_path: Path) -> None:
             return run.config.optimizer.min_lr, config.optimizer.min_lr
 
     assert run_ranks(1, body, timeout=120) == [(None, None)]
+
+
+@dataclass(kw_only=True)
+class TwoRates(OwnModel):
+    """One layer learns at a tenth of the rate."""
+
+    def learning_rate_multiplier(self, parameter: str) -> float:
+        assert parameter.startswith(("inner.", "outer."))
+        return 0.1 if parameter.startswith("inner.") else 1.0
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_model_may_have_a_rate_for_each_of_its_parameters(
+    tmp_path: Path, distributed: bool
+) -> None:
+    """Adam's first step is the rate, whatever the gradient."""
+
+    def body() -> tuple[float, dict[str, float], set[float]]:
+        optimizer = OptimizerConfig(
+            lr=0.5, min_lr=0.25, weight_decay=0.0, adam_eps=1e-30, clip_grad=0.0
+        )
+        config = own_run(tmp_path / f"{distributed}", model=TwoRates(), optimizer=optimizer)
+        config.scheduler = SchedulerConfig(lr_decay_style="linear")
+        config.ddp.use_distributed_optimizer = distributed
+        config.ddp.overlap_param_gather = distributed
+        with a_run(config, token_step) as run:
+            before = parameters_of(run.model)
+            result = one_step(run)
+            moved = {
+                name: float((after - before[name]).abs().median())
+                for name, after in parameters_of(run.model).items()
+            }
+            run.scheduler.step(increment=10**6)
+            return result.learning_rate, moved, {g["lr"] for g in run.optimizer.param_groups}
+
+    rate, moved, last = run_ranks(1, body, timeout=120)[0]
+    assert rate == 0.5
+    assert moved == {
+        "inner.weight": pytest.approx(0.05),
+        "inner.bias": pytest.approx(0.05),
+        "outer.weight": pytest.approx(0.5),
+        "outer.bias": pytest.approx(0.5),
+    }
+    assert sorted(last) == pytest.approx([0.025, 0.25])

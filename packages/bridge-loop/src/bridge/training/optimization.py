@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bridge.training.config import ConfigContainer
+from bridge.training.contracts import ScalesLearningRates
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,41 @@ def build_optimizer(
     optimizer_config.timers = timers
     # Without a collection it takes megatron-core's own groups, of which those over gloo, that
     # checkpoints gather over, have no place in a collection.
-    return get_megatron_optimizer(optimizer_config, model)
+    return get_megatron_optimizer(
+        optimizer_config, model, _overrides(config.model, optimizer_config, model)
+    )
+
+
+def _overrides(model_config: Any, optimizer_config: Any, model: list[Any]) -> dict[Any, Any]:
+    """Return what megatron-core's parameter groups have that differs from the optimizer's config.
+
+    Its own (no weight decay for biases and norms), and the model's learning rates.
+    """
+    from megatron.core.optimizer import get_standard_config_overrides
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+
+    overrides: dict[Any, Any] = get_standard_config_overrides(optimizer_config)
+    if not isinstance(model_config, ScalesLearningRates):
+        return overrides
+
+    def multiplier(wrapped_name: str) -> float:
+        name = wrapped_name
+        while name.startswith("module."):  # the wrappers of DDP and of 16 bits
+            name = name.removeprefix("module.")
+        return model_config.learning_rate_multiplier(name)
+
+    def has(factor: float) -> Any:
+        return ParamWithNamePredicate(
+            name=f"learning rate times {factor}", fn=lambda _, name: multiplier(name) == factor
+        )
+
+    names = {name for chunk in model for name, _ in chunk.named_parameters()}
+    for factor in sorted({multiplier(name) for name in names} - {1.0}):
+        overrides[ParamKey(with_name_predicate=has(factor))] = {
+            "max_lr": optimizer_config.lr * factor,
+            "min_lr": optimizer_config.min_lr * factor,
+        }
+    return overrides
 
 
 def build_scheduler(
