@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bridge.training import rerun
+from bridge.training import auxiliary_losses, rerun
 from bridge.training.callbacks import Callbacks
 from bridge.training.checkpointing import Checkpointer
 from bridge.training.config import ConfigContainer
@@ -241,6 +241,7 @@ def _start_megatron_globals(
         data_parallel_size=ranks.layout.data,
     )
     stack.callback(calculator.destroy_num_microbatches_calculator)
+    stack.enter_context(auxiliary_losses.own_trackers())
     rerun.start_rerun_machine(config)
     stack.callback(rerun.stop_rerun_machine)
 
