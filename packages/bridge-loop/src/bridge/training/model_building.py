@@ -9,12 +9,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 
 from bridge.training.config import ConfigContainer
 from bridge.training.distributed import Ranks
 from bridge.training.weights_init import initialize_weights
 
 if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -89,12 +91,38 @@ class GradientFinalizer:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Reduce the gradients over all ranks and divide them by the number of tokens."""
+    def __call__(
+        self,
+        model: list[Any],
+        num_tokens: torch.Tensor | None = None,
+        *,
+        pg_collection: "ProcessGroupCollection",
+        **options: Any,
+    ) -> None:
+        """Reduce the gradients over all ranks and divide them by the number of tokens.
+
+        Without a token they become 0. megatron-core would divide by 1 then, which leaves the
+        gradients of auxiliary losses as sums over all positions.
+
+        Args:
+            model: This rank's model chunks, DDP-wrapped.
+            num_tokens: Tokens of this rank's microbatches on the last pipeline stage; it holds
+                those of all ranks afterwards. None if nothing is divided.
+            pg_collection: The process groups.
+            options: megatron-core's own.
+        """
         from megatron.core.distributed import finalize_model_grads
 
         self.calls += 1
-        finalize_model_grads(*args, **kwargs)
+        finalize_model_grads(model, None, pg_collection=pg_collection, **options)
+        if num_tokens is None:
+            return
+        last_stage = dist.get_process_group_ranks(pg_collection.pp)[-1]
+        dist.broadcast(num_tokens, src=last_stage, group=pg_collection.pp)
+        dist.all_reduce(num_tokens, group=pg_collection.dp_cp)
+        scaling = (num_tokens > 0) / num_tokens.clamp(min=1)
+        for chunk in model:
+            chunk.scale_gradients(scaling)
 
 
 @contextlib.contextmanager
