@@ -6,6 +6,7 @@ ours, from `bridge.training.local_layers`, do not.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 from bridge.training.megatron_import import quiet_import
@@ -19,11 +20,14 @@ with quiet_import():
         get_gpt_layer_with_transformer_engine_spec,
         get_gpt_mtp_block_spec_for_backend,
     )
+    from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from bridge.gpt.model import PredictionLayer
+    from bridge.gpt.router import Router
     from bridge.training.local_layers import LayerNorm, LocalAttention, RMSNorm
 
 
@@ -68,12 +72,19 @@ def mtp_block_spec(
         normalization=config.normalization,
         qk_l2_norm=config.qk_l2_norm,
     )
-    return get_gpt_mtp_block_spec_for_backend(
+    block: Any = get_gpt_mtp_block_spec_for_backend(
         config=config,
         spec=_with_our_choices(layers[-1], config),
         backend=_backend(config),
         vp_stage=vp_stage,
         pp_rank=pp_rank,
+    )
+    if block is None:
+        return None
+    return MultiTokenPredictionBlockSubmodules(
+        layer_specs=[
+            dataclasses.replace(layer, module=PredictionLayer) for layer in block.layer_specs
+        ]
     )
 
 
@@ -108,7 +119,12 @@ class _LocalBackend(LocalSpecProvider):
         return LocalAttention
 
 
-def _with_our_choices(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
+def _with_our_choices(layer: Any, config: TransformerConfig) -> ModuleSpec:
+    mlp = layer.submodules.mlp
+    if isinstance(mlp, partial) and mlp.func is MoELayer:
+        experts = dataclasses.replace(mlp.keywords["submodules"], router=Router)
+        submodules = dataclasses.replace(layer.submodules, mlp=partial(mlp, submodules=experts))
+        layer = dataclasses.replace(layer, submodules=submodules)
     if not _uses_transformer_engine(config):
         return _local_layer(layer, config)
     if config.use_transformer_engine_op_fuser and config.num_moe_experts is None:
@@ -119,7 +135,8 @@ def _with_our_choices(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpe
             use_te_op_fuser=True,
             use_te_activation_func=config.use_te_activation_func,
         )
-    return layer
+    unchanged: ModuleSpec = layer
+    return unchanged
 
 
 def _local_layer(layer: Any, config: TransformerConfig) -> ModuleSpec:

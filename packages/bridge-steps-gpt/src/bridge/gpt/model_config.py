@@ -14,12 +14,12 @@ from torch.nn import functional
 from bridge.training.megatron_import import quiet_import
 
 with quiet_import():
-    from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from bridge.gpt.data.tokenizers import vocab_size
     from bridge.gpt.layer_specs import decoder_block_spec, has_transformer_engine, mtp_block_spec
+    from bridge.gpt.model import GPT
     from bridge.training.config import ConfigContainer
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class GPTModelConfig(TransformerConfig):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
-    ) -> GPTModel:
+    ) -> GPT:
         """Build one model chunk on the current device (see `contracts.ModelConfig.build`).
 
         Raises:
@@ -185,7 +185,7 @@ class GPTModelConfig(TransformerConfig):
         decoder: Any = decoder_block_spec(config, vp_stage=vp_stage, pp_rank=pp_rank)
         mtp: Any = mtp_block_spec(config, vp_stage=vp_stage, pp_rank=pp_rank)
         with _deprecation_held_back():
-            model = GPTModel(
+            model = GPT(
                 config=config,
                 transformer_layer_spec=decoder,
                 vocab_size=self.padded_vocab_size,
