@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bridge.training import rerun
+from bridge.training import auxiliary_losses, rerun
 from bridge.training.evaluate import run_schedule, sequence_length
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer, ReducedMetrics
@@ -107,6 +107,8 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     watch, buffers = forward_step.watch, _Buffers(model, keep="skip" in actions_of(train))
     for _ in rerun.attempts(state.cfg, data_iterator):
         watch.start(f"step {counters.step + 1}", spike_factor=train.spike_factor)
+        if reducer is not None:
+            auxiliary_losses.clear()
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -132,13 +134,17 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     counters.skipped_train_samples += 0 if succeeded else samples
     tokens = samples * sequence_length(state.cfg.model)
     counters.consumed_tokens += tokens
+    reduced = None
+    if reducer is not None:
+        auxiliary = auxiliary_losses.metrics(model, num_microbatches, pg_collection)
+        reduced = reducer.reduce(records, alarm=watch.alarm(), of_all_ranks=auxiliary)
     return StepResult(
         learning_rate=rate,
         grad_norm=grad_norm,
         skipped=not succeeded,
         samples=samples,
         tokens=tokens,
-        reduced=reducer.reduce(records, alarm=watch.alarm()) if reducer else None,
+        reduced=reduced,
     )
 
 
