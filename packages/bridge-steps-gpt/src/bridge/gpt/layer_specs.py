@@ -27,8 +27,8 @@ with quiet_import():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from bridge.gpt.model import PredictionLayer
-    from bridge.gpt.router import Router
     from bridge.training.local_layers import LayerNorm, LocalAttention, RMSNorm
+    from bridge.training.router import Router
 
 
 def has_transformer_engine() -> bool:
