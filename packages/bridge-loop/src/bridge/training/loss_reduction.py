@@ -416,7 +416,7 @@ class ReducedMetrics:
 
     @property
     def alarm(self) -> bool:
-        """Whether some rank's loss was NaN or Inf, equal on every rank; waits, as `to_dict`."""
+        """Whether some rank's loss was an anomaly, equal on every rank; waits, as `to_dict`."""
         return self._resolve().alarm
 
     @property

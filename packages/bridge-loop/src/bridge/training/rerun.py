@@ -3,7 +3,7 @@
 Off by default, since validating every loss waits for the device. When a validation fails, the step
 is run again on the same data; the machine then asks for a checkpoint and another start on other
 hardware, with an exit code that tells the launcher which (16: continue the run to find out, 17: the
-result is wrong).
+result is wrong). That is so for a loss that is not finite too, whatever train.nan_action says.
 """
 
 from collections.abc import Iterator
