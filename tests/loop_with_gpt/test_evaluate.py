@@ -1,13 +1,18 @@
 """An evaluation is the sum over the set by the sum over the set, and leaves no trace."""
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from bridge.training.config import TrainConfig, ValidationConfig
+from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.gpt_step import forward_step as gpt_forward_step
+from bridge.training.loss_reduction import MetricReducer
 from bridge.training.pretrain import pretrain
 from evaluation_runs import error_of, evaluated
 from gpt_models import tiny_gpt
@@ -16,6 +21,7 @@ from training_runs import (
     OwnData,
     OwnModel,
     TokenData,
+    TokenSamples,
     a_run,
     gpt_run,
     own_run,
@@ -23,6 +29,17 @@ from training_runs import (
     series,
     token_step,
 )
+
+
+@dataclass(kw_only=True)
+class TwoTokenSets:
+    """Two validation sets of random tokens."""
+
+    def build(self, request: DataRequest) -> DataSplits:
+        return DataSplits(
+            train=TokenSamples(64),
+            validation={"a": TokenSamples(4, 3000), "b": TokenSamples(8, 2000)},
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -126,29 +143,153 @@ def test_no_evaluation_takes_place_where_it_is_turned_off(tmp_path: Path) -> Non
     assert series(tmp_path / "run", "validation/error") == []
 
 
-def test_collected_data_comes_from_the_last_stage_one_item_a_microbatch(tmp_path: Path) -> None:
-    def collecting(data_iterator: Any, model: Any) -> Any:
-        output, _ = gpt_forward_step_of(data_iterator, model)
-        return output, lambda losses: {"worst": float(losses.max()), "shape": tuple(losses.shape)}
+LAYOUTS = {
+    "one rank": {},
+    "data": {},
+    "tensor": {"tensor_model_parallel_size": 2},
+    "context": {"context_parallel_size": 2},
+    "pipeline": {"pipeline_model_parallel_size": 2},
+    "interleaved": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+}
 
-    def gpt_forward_step_of(data_iterator: Any, model: Any) -> Any:
-        return gpt_forward_step(state[0], data_iterator, model)
 
-    state: list[Any] = []
+def ranks_of(layout: str) -> int:
+    return 1 if layout == "one rank" else 2
+
+
+def token_losses_step(state: Any, data_iterator: Any, model: Any) -> Any:
+    """Collects the losses of the tokens that count."""
+    output, loss_function = gpt_forward_step(state, data_iterator, model)
+    mask = loss_function.args[0]
+    return output, lambda losses: None if mask is None else losses[mask > 0].tolist()
+
+
+@pytest.fixture(scope="module")
+def loss_of_one_rank(tmp_path_factory: pytest.TempPathFactory) -> float:
+    def body() -> Any:
+        config = gpt_run(tmp_path_factory.mktemp("one") / "run", tiny_gpt())
+        config.dataset = TokenData(validation=10)
+        with a_run(config, gpt_forward_step) as run:
+            return evaluated(run, samples=10).metrics["lm loss"]
+
+    loss: float = run_ranks(1, body, timeout=120)[0]
+    return loss
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_under_every_layout_it_is_the_sum_of_all_token_losses_by_their_number(
+    tmp_path: Path, layout: str, loss_of_one_rank: float
+) -> None:
+    """Two whole global batches of uneven masks and half of one."""
 
     def body() -> Any:
-        config = gpt_run(tmp_path / "run", tiny_gpt(pipeline_model_parallel_size=2))
-        config.dataset = TokenData(validation=8)
-        with a_run(config, collecting) as run:
-            state.append(run.state)
-            result = evaluated(run, samples=6, collect_non_loss_data=True)
-            assert result.metrics == {}
-            return dist.get_rank(), result.non_loss_data
+        config = gpt_run(tmp_path / "run", tiny_gpt(**LAYOUTS[layout]))
+        config.dataset = TokenData(validation=10)
+        with a_run(config, gpt_forward_step) as run:
+            result = evaluated(run, samples=10)
+            items = run.context.collect_non_loss_data(token_losses_step, num_samples=10)
+            losses = [loss for item in items for loss in item]
+            return result.metrics["lm loss"], result.tokens, result.samples, losses
 
-    (_, first), (_, last) = run_ranks(2, body, timeout=120)
-    assert first == []
-    assert [item["shape"] for item in last] == [(1, 16)] * 6
-    assert len({item["worst"] for item in last}) == 6
+    found = run_ranks(ranks_of(layout), body, timeout=120)
+    samples = TokenSamples(10, 1000)
+    tokens = int(sum(samples[index]["loss_mask"].sum() for index in range(10)))
+    # Tensor-parallel ranks have the same tokens, all others have their own or none.
+    parts = found[:1] if layout == "tensor" else found
+    losses = [loss for *_, part in parts for loss in part]
+    assert len(losses) == tokens
+    for loss, counted, observed, _ in found:
+        assert loss == pytest.approx(math.fsum(losses) / tokens, rel=1e-6)
+        assert loss == pytest.approx(loss_of_one_rank, rel=2e-5)
+        assert (counted, observed) == (tokens, 10)
+
+
+def test_metrics_reduced_without_the_context_parallel_ranks_are_refused(tmp_path: Path) -> None:
+    def body() -> str:
+        config = gpt_run(tmp_path / "run", tiny_gpt(context_parallel_size=2))
+        config.dataset = TokenData(validation=8)
+        with a_run(config, gpt_forward_step) as run:
+            groups = run.ranks.pg_collection
+            without = MetricReducer(
+                normalization="token",
+                contributes=True,
+                device=torch.device("cpu"),
+                group=groups.dp,
+                context_parallel_size=2,
+                context_parallel_group=groups.cp,
+            )
+            with pytest.raises(RuntimeError, match="observed") as error:
+                evaluated(run, reducer=without)
+        return str(error.value)
+
+    for message in run_ranks(2, body, timeout=120):
+        assert "4 samples were observed and 8 planned" in message
+
+
+def predictions_step(data_iterator: Any, model: Any) -> Any:
+    """Collects tokens and predictions, from logits: no labels go to the model."""
+    batch = next(data_iterator)
+    output = model(batch["tokens"], batch["position_ids"], None)
+    # A stage that is not the last may collect nothing, so it need not be able to.
+    return output, lambda logits: (batch["tokens"][0].tolist(), logits[0].detach())
+
+
+@pytest.mark.parametrize("layout", ["pipeline", "interleaved"])
+def test_the_last_stage_collects_one_item_a_microbatch_in_the_order_of_the_data(
+    tmp_path: Path, layout: str
+) -> None:
+    """Of named sets, inside of a run, by the public function and by a callback."""
+
+    class Collector:
+        def on_step_end(self, context: Any, result: Any) -> None:
+            self.found = context.collect_non_loss_data(predictions_step, "validation/b", 6)
+
+    def body(name: str) -> Any:
+        config = gpt_run(tmp_path / name, tiny_gpt(**LAYOUTS[name]), dataset=TwoTokenSets())
+        config.train.train_iters = 1
+        collector = Collector()
+        pretrain(config, gpt_forward_step, [collector])
+        config = gpt_run(tmp_path / f"{name}-public", tiny_gpt(**LAYOUTS[name]))
+        config.dataset = TokenData(validation=8)
+        with a_run(config, predictions_step) as run:
+            public = evaluated(run, samples=8, collect_non_loss_data=True)
+            assert (public.metrics, public.tokens, public.samples) == ({}, None, 8)
+            assert run.state.train_state.consumed_validation_samples == 0
+        return [
+            [(tokens, logits.tolist()) for tokens, logits in items]
+            for items in (collector.found, public.non_loss_data)
+        ]
+
+    ((wanted_named, wanted_public),) = run_ranks(1, body, "one rank", timeout=120)
+    first, last = run_ranks(2, body, layout, timeout=120)
+    assert first == [[], []]
+    for items, wanted, first_sample, number in (
+        (last[0], wanted_named, 2000, 6),
+        (last[1], wanted_public, 1000, 8),
+    ):
+        samples = TokenSamples(number, first_sample)
+        data = [samples[index]["tokens"].tolist() for index in range(number)]
+        assert [tokens for tokens, _ in items] == [tokens for tokens, _ in wanted] == data
+        for (_, logits), (_, logits_of_one_rank) in zip(items, wanted, strict=True):
+            torch.testing.assert_close(
+                torch.tensor(logits), torch.tensor(logits_of_one_rank), rtol=1e-4, atol=1e-5
+            )
+
+
+def test_stages_of_a_pipeline_end_an_evaluation_together(tmp_path: Path) -> None:
+    def body() -> Any:
+        config = gpt_run(tmp_path / "run", tiny_gpt(pipeline_model_parallel_size=2))
+        config.dataset = TokenData(validation=12)
+        with a_run(config, gpt_forward_step) as run:
+            control = run.ranks.control_group
+            result = evaluated(run, stop=lambda: dist.get_rank() == 0, control_group=control)
+            again = evaluated(run)
+            return result.samples, result.complete, result.metrics, again.samples, again.complete
+
+    one, other = run_ranks(2, body, timeout=120)
+    assert one == other
+    assert one[:2] == (4, False)
+    assert one[3:] == (12, True)
 
 
 def test_an_interleaved_pipeline_evaluates_only_what_fills_it(tmp_path: Path) -> None:
