@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
-from bridge.gpt.layer_specs import has_transformer_engine
 from bridge.training.gpt_step import forward_step
+from bridge.training.layer_specs import has_transformer_engine
 from bridge.training.pretrain import pretrain
 from gpt_models import tiny_gpt
 from training_runs import a_run, gpt_run, one_step, parameters_of, series

@@ -19,13 +19,15 @@ _EXPECTED_WARNINGS = (
     r"(Transformer Engine and Apex are|Apex is) not installed",
     # The default of a field that nobody set.
     "full scope is deprecated",
-    "MimoModelConfig is experimental",
+    r"(MimoModelConfig|MimoModel|ModalitySubmodules) is experimental",
     # The optimizer looks whether a shard, a view of its parameter, has a gradient.
     r"The \.grad attribute of a Tensor that is not a leaf",
 )
 _EXPECTED_RECORDS = {
     "torch.utils.cpp_extension": "No CUDA runtime is found",
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    # Its advice, to migrate to HybridModel, is none that users of ours can take.
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.rerun_state_machine": "RerunStateMachine initialized in mode RerunMode.DISABLED",
 }
 _TRACKERS = ("wandb", "torch.utils.tensorboard")
