@@ -26,6 +26,13 @@ def packed(seed: int = 0, ends: list[int] = ENDS, **extra: Any) -> dict[str, Any
     }
 
 
+def padded(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return a microbatch whose last 6 tokens are padding."""
+    sample = microbatch(seed)
+    padding = torch.arange(SEQUENCE).unsqueeze(0) >= SEQUENCE - 6
+    return sample | {"padding_mask": padding, "loss_mask": sample["loss_mask"] * ~padding}
+
+
 def state_of(model: Any) -> GlobalState:
     return GlobalState(run_of(model))
 
@@ -237,6 +244,78 @@ class TestLossMask:
         assert run_ranks(1, body) == [True]
 
 
+class TestPaddingMask:
+    def test_mask_reaches_the_routers(self) -> None:
+        model = Recorder(overlap=False, experts=4)
+        run(model, padded())
+        assert torch.equal(model.calls[0]["padding_mask"], padded()["padding_mask"])
+
+    def test_plan_is_refused_since_its_routers_would_not_see_the_mask(self) -> None:
+        with pytest.raises(ValueError, match="padding_mask: .* under model.overlap_moe"):
+            run(Recorder(overlap=True, experts=4), padded(), return_schedule_plan=True)
+
+    def test_every_stage_of_a_model_with_experts_gets_it(self) -> None:
+        def body() -> list[int]:
+            model = tiny_gpt(num_layers=3, pipeline_model_parallel_size=3, num_moe_experts=2)
+            (chunk,) = build_chunks(model)
+            calls = recorded(chunk)
+            losses_of(partial(forward_step, state_of(model)), [chunk], [padded()])
+            mask: torch.Tensor = calls[0]["padding_mask"]
+            return mask[0].nonzero().flatten().tolist()
+
+        assert run_ranks(3, body) == [list(range(10, 16))] * 3
+
+    def test_context_parallel_rank_gets_its_two_chunks(self) -> None:
+        def body() -> list[bool]:
+            parallel_state.initialize_model_parallel(context_parallel_size=2)
+            group = parallel_state.get_context_parallel_group()
+            batch = get_batch(iter([padded()]), routers=True, cp_group=group)
+            assert batch.padding_mask is not None
+            return batch.padding_mask[0].tolist()
+
+        # Positions 0-3 with 12-15, and 4-7 with 8-11, of which the last 6 of 16 are padding.
+        assert run_ranks(2, body) == [[False] * 4 + [True] * 4, [False] * 6 + [True] * 2]
+
+    def test_behind_the_first_stage_a_sequence_parallel_rank_gets_its_own_positions(self) -> None:
+        def body() -> list[bool]:
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+            model = Recorder(overlap=False, experts=4)
+            model.pre_process, model.config.sequence_parallel = False, True
+            model.pg_collection.tp = parallel_state.get_tensor_model_parallel_group()
+            forward_step(state_of(tiny_gpt()), iter([padded()]), model)
+            mask: torch.Tensor = model.calls[0]["padding_mask"]
+            return mask[0].tolist()
+
+        assert run_ranks(2, body) == [[False] * 8, [False] * 2 + [True] * 6]
+
+    def test_model_without_experts_or_without_a_use_for_it_gets_none(self) -> None:
+        dense, deaf = Recorder(overlap=False), MasklessRecorder(overlap=False, experts=4)
+        for model in (dense, deaf):
+            run(model, padded())
+            assert model.calls[0].get("padding_mask") is None
+
+    @pytest.mark.parametrize(
+        ("mask", "message"),
+        [
+            (torch.zeros(1, SEQUENCE), "torch.float32; give .* torch.bool"),
+            (torch.zeros(SEQUENCE, dtype=torch.bool), "give .batch, sequence."),
+            (torch.zeros(1, 4, dtype=torch.bool), "of the same shape"),
+            (torch.arange(SEQUENCE).unsqueeze(0) < 10, "True at padding, where loss_mask"),
+        ],
+    )
+    def test_mask_that_cannot_be_meant_is_refused(self, mask: torch.Tensor, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            read(padded() | {"padding_mask": mask}, routers=True)
+
+
+class TestLaterTokens:
+    def test_packed_documents_are_refused(self) -> None:
+        model = Recorder(overlap=False)
+        model.config.mtp_num_layers = 1
+        with pytest.raises(ValueError, match="set model.mtp_num_layers=null"):
+            run(model, packed())
+
+
 class TestSchedulePlan:
     def test_plan_gives_the_losses_and_gradients_of_the_plain_pass(self) -> None:
         def body(overlap: bool) -> tuple[list[list[float]], torch.Tensor]:
@@ -244,7 +323,10 @@ class TestSchedulePlan:
                 num_layers=2,
                 num_moe_experts=4,
                 moe_token_dispatcher_type="alltoall",
-                moe_router_load_balancing_type="none",
+                moe_z_loss_coeff=0.5,
+                moe_router_load_balancing_type="seq_aux_loss",
+                moe_aux_loss_coeff=1.0,
+                mtp_num_layers=1,
                 expert_model_parallel_size=2,
             )
             (chunk,) = build_chunks(model)
@@ -253,7 +335,7 @@ class TestSchedulePlan:
             samples = [microbatch(i) for i in range(3)]
             step = partial(forward_step, state_of(model))
             losses = losses_of(step, [chunk], samples, forward_only=False)
-            return losses, torch.cat([p.grad.flatten() for p in chunk.decoder.parameters()])
+            return losses, torch.cat([p.grad.flatten() for p in chunk.parameters()])
 
         plain, planned = (run_ranks(2, body, overlap) for overlap in (False, True))
         for (losses, gradients), (plan_losses, plan_gradients) in zip(plain, planned, strict=True):
@@ -288,10 +370,15 @@ class Recorder(torch.nn.Module):
     pre_process = post_process = True
     mtp_process = False
 
-    def __init__(self, overlap: bool) -> None:
+    def __init__(self, overlap: bool, experts: int | None = None) -> None:
         super().__init__()
-        self.config = SimpleNamespace(overlap_moe_expert_parallel_comm=overlap)
-        self.pg_collection = SimpleNamespace(cp=None)
+        self.config = SimpleNamespace(
+            overlap_moe_expert_parallel_comm=overlap,
+            num_moe_experts=experts,
+            mtp_num_layers=None,
+            sequence_parallel=False,
+        )
+        self.pg_collection = SimpleNamespace(cp=None, tp=None)
         self.calls: list[dict[str, Any]] = []
 
     def forward(self, loss_mask: torch.Tensor | None = None, **arguments: Any) -> None:
@@ -313,9 +400,9 @@ class MasklessRecorder(Recorder):
         self.calls.append({"labels": labels})
 
 
-def run(model: Recorder, **arguments: Any) -> None:
+def run(model: Recorder, sample: dict[str, Any] | None = None, **arguments: Any) -> None:
     def body() -> list[dict[str, Any]]:
-        forward_step(state_of(tiny_gpt()), iter([microbatch()]), model, **arguments)
+        forward_step(state_of(tiny_gpt()), iter([sample or microbatch()]), model, **arguments)
         return model.calls
 
     model.calls = in_rank(body)

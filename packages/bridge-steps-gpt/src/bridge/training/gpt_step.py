@@ -2,8 +2,13 @@
 
 A microbatch is a dict of host tensors: ``tokens``, ``labels`` and ``position_ids``, each
 [batch, sequence], and ``loss_mask`` of that shape (not zero where the prediction counts);
-optionally ``attention_mask`` and, for documents packed into one sequence, ``cu_seqlens`` (with
-``cu_seqlens_padded`` and ``max_seqlen`` if wanted).
+optionally ``padding_mask`` of that shape (True where the token is padding), ``attention_mask``
+and, for documents packed into one sequence, ``cu_seqlens`` (with ``cu_seqlens_padded`` and
+``max_seqlen`` if wanted).
+
+The loss mask weighs predictions: the next token's, and those of multi-token prediction. The padding
+mask is for the experts' routers, whose auxiliary losses are over real tokens, those of a prompt
+included; without it every position is taken for real.
 """
 
 import inspect
@@ -40,6 +45,8 @@ class Batch:
     """The tokens to predict, of the same shape."""
     loss_mask: torch.Tensor | None = None
     """Not zero where the prediction counts, of the same shape."""
+    padding_mask: torch.Tensor | None = None
+    """True where the token is padding, of the same shape; None if nothing is marked."""
     attention_mask: torch.Tensor | None = None
     """True where attention is forbidden; None for plain causal attention."""
     packed_seq_params: PackedSeqParams | None = None
@@ -66,8 +73,8 @@ def forward_step(
         its plan, and the loss function of that output.
 
     Raises:
-        ValueError: The microbatch lacks something, or a plan was asked for without
-            ``model.overlap_moe_expert_parallel_comm``.
+        ValueError: The microbatch lacks something, it is packed and the model predicts several
+            tokens, or a plan was asked for without ``model.overlap_moe_expert_parallel_comm``.
     """
     chunk = unwrap_model(model)
     timers = global_state.timers
@@ -76,9 +83,17 @@ def forward_step(
         data_iterator,
         inputs=chunk.pre_process or chunk.mtp_process,
         targets=chunk.post_process,
+        routers=chunk.config.num_moe_experts is not None,
         cp_group=chunk.pg_collection.cp,
     )
     timers("batch-generator").stop()
+    if batch.packed_seq_params is not None and chunk.config.mtp_num_layers:
+        # megatron-core's multi-token prediction reads every boundary from the device by itself,
+        # and takes cu_seqlens for the layout where cu_seqlens_padded is.
+        raise ValueError(
+            "cu_seqlens: the documents are packed, which multi-token prediction does not support; "
+            "give samples that are not packed, or set model.mtp_num_layers=null"
+        )
 
     arguments = {
         "input_ids": batch.tokens,
@@ -87,6 +102,7 @@ def forward_step(
         "labels": batch.labels,
         "packed_seq_params": batch.packed_seq_params,
     }
+    optional = {"loss_mask": batch.loss_mask, "padding_mask": _padding_of_stage(batch, chunk)}
     loss_function = partial(masked_token_loss, batch.loss_mask)
     if return_schedule_plan:
         if not chunk.config.overlap_moe_expert_parallel_comm:
@@ -94,9 +110,15 @@ def forward_step(
                 "return_schedule_plan: a schedule plan was asked for, and "
                 "model.overlap_moe_expert_parallel_comm is False; set it to True"
             )
-        return chunk.build_schedule_plan(**arguments, loss_mask=batch.loss_mask), loss_function
-    if _takes_loss_mask(type(chunk).forward):
-        arguments["loss_mask"] = batch.loss_mask
+        if batch.padding_mask is not None:
+            # It gets as far as the plan: megatron-core calls the routers without it.
+            raise ValueError(
+                "padding_mask: routers do not see it under model.overlap_moe_expert_parallel_comm; "
+                "set that to False, or give no padding_mask and let padding count as real tokens"
+            )
+        return chunk.build_schedule_plan(**arguments, **optional), loss_function
+    forward = type(chunk).forward
+    arguments |= {name: value for name, value in optional.items() if _takes(forward, name)}
     return model(**arguments), loss_function
 
 
@@ -105,6 +127,7 @@ def get_batch(
     *,
     inputs: bool = True,
     targets: bool = True,
+    routers: bool = False,
     cp_group: torch.distributed.ProcessGroup | None = None,
 ) -> Batch:
     """Read the next microbatch and move what this pipeline stage needs to the device.
@@ -117,10 +140,12 @@ def get_batch(
         inputs: Take ``tokens`` and ``position_ids`` (the first stage, and where multi-token
             prediction embeds the next tokens).
         targets: Take ``labels`` and ``loss_mask`` (the last stage).
+        routers: Take ``padding_mask``, if there is one (every stage of a model with experts).
         cp_group: Ranks that share each sequence; each takes its two chunks of the zigzag.
 
     Raises:
-        ValueError: There is no iterator, a key is missing, or the packing metadata is wrong.
+        ValueError: There is no iterator, a key is missing, the packing metadata is wrong, or the
+            padding mask contradicts the loss mask.
     """
     if data_iterator is None:
         raise ValueError(
@@ -140,12 +165,44 @@ def get_batch(
     tensors = {name: sample[name] for name in names}
     if sample.get("attention_mask") is not None:
         tensors["attention_mask"] = sample["attention_mask"]
+    if routers and sample.get("padding_mask") is not None:
+        tensors["padding_mask"] = _padding_mask(sample)
     if shards > 1:
         assert cp_group is not None
         tensors = _shard(tensors, packing, cp_group)
     device = torch.cuda.current_device()
     on_device = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
     return Batch(**on_device, packed_seq_params=packing.params(device) if packing else None)
+
+
+def _padding_mask(sample: Mapping[str, Any]) -> torch.Tensor:
+    """Read the padding mask of a microbatch; one that is the wrong way round is refused."""
+    mask: torch.Tensor = sample["padding_mask"]
+    counted: torch.Tensor | None = sample.get("loss_mask")
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise ValueError(
+            f"padding_mask has shape {tuple(mask.shape)} and {mask.dtype}; give [batch, sequence] "
+            "and torch.bool"
+        )
+    if counted is None or mask.is_cuda or counted.is_cuda:
+        return mask
+    if mask.shape != counted.shape or bool((mask & (counted != 0)).any()):
+        raise ValueError(
+            "padding_mask contradicts loss_mask: it is True at padding, where loss_mask must be 0, "
+            f"and of the same shape (they are {tuple(mask.shape)} and {tuple(counted.shape)})"
+        )
+    return mask
+
+
+def _padding_of_stage(batch: Batch, chunk: Any) -> torch.Tensor | None:
+    """Return the padding mask as the chunk's layers need it: for the positions of this rank."""
+    mask = batch.padding_mask
+    # Where the chunk embeds the tokens, megatron-core cuts their mask as well.
+    if mask is None or not chunk.config.sequence_parallel or chunk.pre_process:
+        return mask
+    group = chunk.pg_collection.tp
+    part: torch.Tensor = mask.chunk(group.size(), dim=1)[group.rank()]
+    return part.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +324,7 @@ def _shard(
 
 
 @cache
-def _takes_loss_mask(forward: Callable[..., Any]) -> bool:
-    """Whether a model's forward has a use for the loss mask (its auxiliary losses do)."""
+def _takes(forward: Callable[..., Any], name: str) -> bool:
+    """Whether a model's forward has a parameter of this name."""
     parameters = inspect.signature(forward).parameters.values()
-    return any(p.name == "loss_mask" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
