@@ -5,9 +5,11 @@ it keeps its exception, and with it the connections that the others wait on. Not
 ends those.
 """
 
+import io
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -268,7 +270,7 @@ def test_a_rank_that_has_failed_and_does_not_come_to_its_end_ends_too(
         run_ranks(2, body, timeout=40)
     lines = capfd.readouterr().err.splitlines()
     assert "rank 0, in step 2: ValueError: a shape does not fit" in lines
-    assert any(line.startswith("rank 0, in step 2: ends, since it does not come") for line in lines)
+    assert any(line.startswith("rank 0, in step 2: ends, since it has not left") for line in lines)
 
 
 @pytest.mark.parametrize("process_group", [True, False])
@@ -343,6 +345,27 @@ def test_a_caller_can_be_told_instead_of_the_terminal(
     assert "a shape does not fit" not in capfd.readouterr().err
 
 
+def test_the_live_line_ends_before_a_failure_is_told(tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def body() -> str:
+        os.environ.pop("TERM", None)
+        sys.stdout = terminal = Terminal()
+        failing = Trouble("step", fail, on_rank=0)
+
+        def tell(error: BaseException, line: str) -> None:
+            terminal.write(line)
+
+        survived(own_run(tmp_path / "run"), failing, on_failure=tell)
+        return terminal.getvalue()
+
+    (written,) = run_ranks(1, body, timeout=40)
+    assert "\rstep 1/5" in written
+    assert "\nrank 0, in step 2: ValueError" in written
+
+
 def test_one_rank_alone_raises_and_prints_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -378,7 +401,9 @@ def started_alone(tmp_path: Path) -> Iterator[Callable[..., list[int | None]]]:
         body()
 
     def start(body: Callable[[], Any]) -> list[int | None]:
-        port = 41000 + os.getpid() % 20000
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         processes.extend(fork.Process(target=be, args=(number, port, body)) for number in range(2))
         for process in processes:
             process.start()
@@ -393,13 +418,40 @@ def started_alone(tmp_path: Path) -> Iterator[Callable[..., list[int | None]]]:
         process.join()
 
 
+@pytest.mark.parametrize("failing", [0, 1])
 def test_no_rank_is_left_where_nobody_ends_them(
-    tmp_path: Path, started_alone: Callable[..., list[int | None]]
+    tmp_path: Path,
+    started_alone: Callable[..., list[int | None]],
+    capfd: pytest.CaptureFixture[str],
+    failing: int,
 ) -> None:
     def body() -> None:
-        pretrain(own_run(tmp_path / "run"), token_step, [Trouble("step", fail)])
+        callbacks = [
+            Trouble("step", fail, on_rank=failing),
+            Trouble("step", lambda: time.sleep(FOREVER), on_rank=1 - failing),
+        ]
+        pretrain(own_run(tmp_path / "run"), token_step, callbacks)
 
     assert started_alone(body) == [1, 1]
+    # Also where the store ends with the process that failed.
+    why = f"since rank {failing} failed in step 2: ValueError: a shape does not fit"
+    assert f"rank {1 - failing}, in step 2: ends, {why}" in capfd.readouterr().err
+
+
+def test_ranks_that_a_launcher_starts_again_hear_nothing_of_what_failed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+
+    def body(start: int) -> str:
+        os.environ |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_RESTART_COUNT": str(start)}
+        config = own_run(tmp_path / str(start))
+        failing = [Trouble("step", fail, on_rank=rank())]
+        return survived(config, *(failing if start == 0 else []))
+
+    assert run_ranks(2, body, 0, process_group=False, timeout=40) == ["ValueError"] * 2
+    assert run_ranks(2, body, 1, process_group=False, timeout=40) == ["finished"] * 2
 
 
 def test_the_process_that_keeps_the_store_is_missed(

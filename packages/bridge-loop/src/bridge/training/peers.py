@@ -13,7 +13,6 @@ import contextlib
 import datetime
 import os
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -137,12 +136,12 @@ class PeerWatch:
             return
         self._error = error
         phase = self.phase()
-        message = textwrap.shorten(str(error), LONGEST_MESSAGE, placeholder=" ...")
+        message = " ".join(str(error).split())[:LONGEST_MESSAGE]
         what = f"{type(error).__name__}: {message}" if message else type(error).__name__
         if self._heard is not None:
             error.add_note(f"after {self._heard}")
         error.add_note(f"rank {self._rank}, in {phase}")
-        # Who pressed Ctrl-C need not be told.
+        # Whoever pressed Ctrl-C need not be told.
         if not isinstance(error, KeyboardInterrupt):
             line = f"rank {self._rank}, in {phase}: {what}"
             if self._on_failure is not None:
@@ -182,12 +181,9 @@ class PeerWatch:
         with self._ending:
             if self._left.is_set() or (word == _STORE_IS_GONE and not self._needs_peers):
                 return
-            reason = f"since {word}"
             if self._error is not None:
-                reason = (
-                    f"since it does not come to its end, {SECONDS_TO_LEAVE:.0f} s after it failed"
-                )
-            _say(f"rank {self._rank}, in {self.phase()}: ends, {reason}")
+                word = f"it has not left the run {SECONDS_TO_LEAVE:.0f} s after it failed"
+            _say(f"rank {self._rank}, in {self.phase()}: ends, since {word}")
             with contextlib.suppress(OSError, ValueError):  # Closed, or nobody reads it any more.
                 sys.stdout.flush()
             os._exit(1)

@@ -61,11 +61,10 @@ def pretrain(
         ValueError: The data, the run directory or a checkpoint does not fit.
     """
     with PeerWatch(on_failure) as peers, contextlib.ExitStack() as stack:
-        with peers.told_at_once():
+        # The live line ends before a failure is told.
+        with peers.told_at_once(), Progress(enabled=is_logging_rank()) as progress:
             device = choose_device(config.dist.device)
             config = resolve(config, device=device, world_size=world_size())
-            progress = Progress(enabled=is_logging_rank())
-            stack.callback(progress.close)
             with progress.phase("process groups"):
                 peers.join()
                 ranks = stack.enter_context(ranks_of(config, device))
@@ -77,8 +76,13 @@ def pretrain(
 
 
 def _run(run: Run, peers: PeerWatch) -> TrainResult:
-    # The inner one tells before on_train_end, which may wait for other ranks.
-    with peers.told_at_once(), run.callbacks.training(run.context), peers.told_at_once():
+    with (
+        peers.told_at_once(),
+        run.callbacks.training(run.context),
+        # Before on_train_end, which may wait for other ranks.
+        peers.told_at_once(),
+        run.progress,
+    ):
         reason = train(run)
         if reason == "finished":
             run.phase = "final evaluation"
