@@ -355,6 +355,16 @@ def transformer(**values: Any) -> Any:
             "model.add_bias_linear=true on model.expert_tensor_parallel_size=2 would add each bias",
         ),
         (
+            transformer(num_moe_experts=2, moe_z_loss_coeff=0.0),
+            1,
+            "model.moe_z_loss_coeff=0 gives a z-loss whose value megatron-core divides by it",
+        ),
+        (
+            transformer(num_moe_experts=2, mlp_chunks_for_training=2),
+            1,
+            "model.mlp_chunks_for_training=2 would take each chunk",
+        ),
+        (
             transformer(tensor_model_parallel_size=4, ffn_hidden_size=10),
             4,
             "model.ffn_hidden_size=10 is not a multiple of model.tensor_model_parallel_size=4",

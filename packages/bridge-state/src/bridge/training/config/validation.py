@@ -494,6 +494,16 @@ def _experts(model: TransformerConfig, layout: Layout, path: str) -> Iterator[st
             f"{layout.expert_tensor} would add each bias of an expert {layout.expert_tensor} "
             "times: set the one to false or the other to 1"
         )
+    if model.moe_z_loss_coeff == 0:
+        yield (
+            f"{path}.moe_z_loss_coeff=0 gives a z-loss whose value megatron-core divides by it; "
+            "set it to null for none"
+        )
+    if model.mlp_chunks_for_training > 1:
+        yield (
+            f"{path}.mlp_chunks_for_training={model.mlp_chunks_for_training} would take each "
+            "chunk of the positions for a sequence of the experts' balance losses; set it to 1"
+        )
 
 
 def _own_checks(config: ConfigContainer, refused: set[str]) -> Iterator[str]:
