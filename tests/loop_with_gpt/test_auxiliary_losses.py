@@ -1,0 +1,187 @@
+"""z-loss, balance losses and multi-token prediction are one objective under every layout."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+from auxiliary_oracle import LAYOUTS, Found, Objective, step_by_definition, step_of_ours
+from bridge.training.auxiliary_losses import own_trackers
+from bridge.training.gpt_step import forward_step
+from bridge.training.pretrain import pretrain
+from gpt_models import tiny_gpt
+from ranks import run_ranks
+from training_runs import TokenData, Weights, a_run, gpt_run, one_step, rows
+
+ALL = Objective(z=0.5, sequence=1.0, ahead=2, padded=True, micro_batch_size=2)
+PRECISE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def wanted() -> Callable[[Objective], Found]:
+    """Return what the definitions say of an objective, computed when it is first asked for."""
+
+    @cache
+    def of(objective: Objective) -> Found:
+        return run_ranks(1, step_by_definition, objective)[0]
+
+    return of
+
+
+def check(found: list[Found], reference: Found) -> None:
+    for of_rank in found:
+        assert of_rank.metrics == found[0].metrics
+        assert of_rank.metrics == pytest.approx(reference.metrics, rel=PRECISE)
+        assert of_rank.grad_norm == pytest.approx(reference.grad_norm, rel=PRECISE)
+        assert of_rank.deviation(reference) < PRECISE
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "alone"])
+def test_every_layout_finds_what_the_definitions_say(
+    wanted: Callable[[Objective], Found], layout: str
+) -> None:
+    ranks, sizes = LAYOUTS[layout]
+    check(run_ranks(ranks, lambda: step_of_ours(ALL, **sizes)), wanted(ALL))
+
+
+@pytest.mark.parametrize("pattern", [1, 2])
+def test_the_number_of_microbatches_changes_nothing(
+    wanted: Callable[[Objective], Found], pattern: Any
+) -> None:
+    objective = replace(ALL, pattern=pattern)
+
+    def body() -> list[Found]:
+        return [step_of_ours(replace(objective, micro_batch_size=size)) for size in (1, 4)]
+
+    (found,) = run_ranks(1, body)
+    for of_size in found:
+        check([of_size], wanted(objective))
+
+
+@pytest.mark.parametrize("layout", ["tensor", "context"])
+def test_microbatch_normalization_averages_the_microbatches_means(
+    wanted: Callable[[Objective], Found], layout: str
+) -> None:
+    objective = replace(ALL, batch=0.7, normalization="microbatch")
+    ranks, sizes = LAYOUTS[layout]
+    check(run_ranks(ranks, lambda: step_of_ours(objective, **sizes)), wanted(objective))
+
+
+def test_the_batch_level_balance_loss_belongs_to_a_micro_batch_size(
+    wanted: Callable[[Objective], Found],
+) -> None:
+    objective = Objective(batch=1.0, micro_batch_size=2)
+    check(run_ranks(2, lambda: step_of_ours(objective, context_parallel_size=2)), wanted(objective))
+    other = wanted(replace(objective, micro_batch_size=1))
+    assert wanted(objective).deviation(other) > 100 * PRECISE
+
+
+def test_without_a_counted_token_the_gradients_are_zero() -> None:
+    objective = replace(ALL, counted="none")
+    (found,) = run_ranks(1, lambda: step_of_ours(objective))
+    assert found.metrics["lm loss"] is None
+    assert found.metrics["mtp_1 loss"] is None
+    assert (found.metrics["z_loss"] or 0.0) > 0
+    assert all(not gradient.any() for gradient in found.gradients.values())
+
+
+def test_microbatches_of_padding_alone_take_no_part() -> None:
+    class Filled(Objective):
+        """Every other microbatch is made of padding."""
+
+        def microbatch(self, number: int) -> dict[str, torch.Tensor]:
+            batch = super().microbatch(number // 2)
+            if number % 2:
+                batch["padding_mask"].fill_(True)
+                batch["loss_mask"].zero_()
+            return batch
+
+    def body() -> tuple[Found, Found]:
+        values: dict[str, Any] = {"z": 0.5, "sequence": 1.0, "batch": 0.7, "padded": True}
+        filled = step_of_ours(Filled(**values, global_batch_size=8))
+        return filled, step_of_ours(Objective(**values, global_batch_size=4))
+
+    ((filled, real),) = run_ranks(1, body)
+    check([filled], real)
+
+
+def test_a_logged_step_has_its_own_values_only(tmp_path: Path) -> None:
+    def run(folder: str, interval: int) -> None:
+        model = ALL.model()
+        config = gpt_run(tmp_path / folder, model, dataset=TokenData(validation=8))
+        config.train.train_iters, config.validation.eval_interval = 4, 1
+        config.logger.log_interval = interval
+        pretrain(config, forward_step)
+
+    def body() -> None:
+        run("each", 1)
+        run("some", 2)
+
+    run_ranks(1, body)
+    names = ["z_loss", "seq_load_balancing_loss", "mtp_1 loss", "mtp_2 loss"]
+    each, some = (
+        {
+            row["step"]: {name: row[name] for name in names}
+            for row in rows(tmp_path / folder)
+            if "lm loss" in row
+        }
+        for folder in ("each", "some")
+    )
+    assert some == {step: each[step] for step in (2, 4)}
+    assert len({values["z_loss"] for values in each.values()}) == 4
+
+
+def test_a_model_without_auxiliary_losses_logs_none(tmp_path: Path) -> None:
+    def body() -> set[str]:
+        with a_run(gpt_run(tmp_path / "run", tiny_gpt()), forward_step) as run:
+            return set(one_step(run, reducer=run.reducer).metrics)
+
+    assert run_ranks(1, body) == [{"lm loss"}]
+
+
+def test_trackers_of_the_host_program_are_as_they_were() -> None:
+    def body() -> None:
+        get_moe_metrics_tracker().record("z_loss", torch.tensor(3.0), 1, 2)
+        MTPLossLoggingHelper.tracker["loss_values"] = torch.ones(1)
+        before = get_moe_metrics_tracker(), MTPLossLoggingHelper.tracker
+        with contextlib.suppress(ZeroDivisionError), own_trackers():
+            assert not get_moe_metrics_tracker().metrics
+            assert not MTPLossLoggingHelper.tracker
+            raise ZeroDivisionError
+        assert (get_moe_metrics_tracker(), MTPLossLoggingHelper.tracker) == before
+        assert get_moe_metrics_tracker().metrics["z_loss"].values.tolist() == [3.0, 0.0]
+
+    run_ranks(1, body)
+
+
+def test_a_pipeline_with_tied_embeddings_and_later_tokens_is_saved_and_continued(
+    tmp_path: Path,
+) -> None:
+    def body(steps: int, stages: int) -> dict[str, torch.Tensor]:
+        model = tiny_gpt(
+            mtp_num_layers=1,
+            share_embeddings_and_output_weights=True,
+            pipeline_model_parallel_size=stages,
+        )
+        config = gpt_run(tmp_path / "run", model)
+        config.train.train_iters = steps
+        config.scheduler.lr_decay_style, config.scheduler.lr_warmup_fraction = "constant", 0.0
+        config.checkpoint.save_at_end, config.checkpoint.resume = True, steps > 2
+        weights = Weights()
+        pretrain(config, forward_step, [weights])
+        return weights.parameters
+
+    first, last = run_ranks(2, body, 2, 2)
+    assert not [name for name in last if name.startswith("output_layer")]
+    name = "embedding.word_embeddings.weight"
+    torch.testing.assert_close(first[name], last[name], rtol=0, atol=0)
+    run_ranks(1, body, 4, 1)
+    steps = [row["step"] for row in rows(tmp_path / "run") if "lm loss" in row]
+    assert steps == [1, 2, 3, 4]
