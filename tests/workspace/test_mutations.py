@@ -40,6 +40,10 @@ def test_a_traps_test_exists(mutation: Mutation) -> None:
         body = node.body
 
 
+def test_the_table_has_every_trap() -> None:
+    assert {mutation.trap for mutation in TABLE} == {f"T{number}" for number in range(1, 26)}
+
+
 SOURCE = "def double(x):\n    return 2 * x\n"
 TEST = """\
 import pytest
