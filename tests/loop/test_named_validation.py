@@ -162,3 +162,32 @@ def test_names_and_sets_are_kept_when_the_splits_are_a_sequence(tmp_path: Path) 
         return list(pretrain(config, token_step).validation)
 
     assert run_ranks(1, body, timeout=120) == [["wiki/error", "code/error"]]
+
+
+class Doubled:
+    """Adds a metric of its own to what an evaluation found."""
+
+    def on_evaluate_start(self, context: Any) -> None:
+        assert context.split in ("validation", "test")
+
+    def on_evaluate_end(self, context: Any, results: dict[str, Any]) -> None:
+        assert context.split in ("validation", "test")
+        if context.split == "validation":
+            results["doubled"] = 2 * results["wiki/error"]
+
+    def on_step_start(self, context: Any) -> None:
+        assert context.split is None
+
+
+def test_what_a_callback_adds_to_an_evaluation_is_written_and_returned(tmp_path: Path) -> None:
+    def body() -> Any:
+        result = pretrain(named_run(tmp_path / "run"), token_step, [Doubled()])
+        return dict(result.validation)
+
+    first, second = run_ranks(2, body, timeout=120)
+    assert first["doubled"] == 2 * first["wiki/error"]
+    assert second == first
+    written = series(tmp_path / "run", "validation/doubled")
+    assert written == [2 * value for value in series(tmp_path / "run", "validation/wiki/error")]
+    assert written[-1] == first["doubled"]
+    assert series(tmp_path / "run", "test/doubled") == []

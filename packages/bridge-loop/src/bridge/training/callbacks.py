@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -41,6 +41,8 @@ class CallbackContext:
     """megatron-core's process groups of this rank."""
     validation: Mapping[str, float | None] = field(default_factory=dict)
     """The newest evaluation's metrics; empty before the first."""
+    split: Literal["validation", "test"] | None = None
+    """What is evaluated, in on_evaluate_start and on_evaluate_end; None elsewhere."""
     exception: BaseException | None = None
     """What ended the run, in on_train_end; None if it ended as planned."""
     summary: list[str] = field(default_factory=list)
@@ -109,13 +111,12 @@ class Callback:
     def on_evaluate_start(self, context: CallbackContext) -> None:
         """Before an evaluation: of all validation sets, or of all test sets."""
 
-    def on_evaluate_end(
-        self, context: CallbackContext, results: Mapping[str, float | None]
-    ) -> None:
-        """After an evaluation that did not fail, with its metrics.
+    def on_evaluate_end(self, context: CallbackContext, results: dict[str, float | None]) -> None:
+        """After an evaluation that did not fail, with its metrics, before they are written.
 
         They are named METRIC, or NAME/METRIC where there are several sets. Empty if the run is to
-        stop and the evaluation was cut short for that.
+        stop and the evaluation was cut short for that. What is added to `results`, equal on every
+        rank, is written too, as ``validation/METRIC`` say, and is in the result of the run.
         """
 
     def on_log(self, context: CallbackContext, metrics: dict[str, float | None]) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -177,7 +177,9 @@ class Run:
                 self.save()
             raise
 
-    def _evaluate_once(self, split: str) -> dict[str, float | None] | None:
+    def _evaluate_once(
+        self, split: Literal["validation", "test"]
+    ) -> dict[str, float | None] | None:
         """Evaluate the sets of a split; return their metrics, None where there is nothing to tell.
 
         That is where the split has no set, this step's evaluation is done, or the run is to stop.
@@ -191,6 +193,7 @@ class Run:
         ):
             return None
         phase, self.phase = self.phase, f"{split} at step {step}"
+        self.context.split = split
         self.callbacks.fire("on_evaluate_start", self.context)
         with self.training_log.pause():
             results = self._evaluate(sets)
@@ -199,15 +202,17 @@ class Run:
         cause = self.stop.agreed(self.ranks.control_group)
         if is_cut:
             self._tell_of_cut(split, sets, results)
-        metrics: dict[str, float | None] = {}
-        if not is_cut or cause is None:
-            metrics = _merged(split, results)
-            samples = sum(result.samples for result in results.values())
-            self.training_log.write_evaluation(split, metrics, samples)
-            self._evaluated_at[split] = step
+        is_discarded = is_cut and cause is not None
+        metrics = {} if is_discarded else _merged(split, results)
         self.callbacks.fire("on_evaluate_end", self.context, metrics)
+        self.context.split = None
         self.phase = phase
-        return metrics if self._evaluated_at.get(split) == step else None
+        if is_discarded:
+            return None
+        samples = sum(result.samples for result in results.values())
+        self.training_log.write_evaluation(split, metrics, samples)
+        self._evaluated_at[split] = step
+        return metrics
 
     def _evaluate(self, sets: Mapping[str, SizedDataset]) -> dict[str, EvaluationResult]:
         """Evaluate one set after the other, each from its beginning, until it is time to stop."""
