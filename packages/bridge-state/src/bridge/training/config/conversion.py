@@ -133,15 +133,27 @@ def _convert_union(value: Any, annotation: Any, path: str) -> Any:
     for member in members:
         if isinstance(member, type) and type(value) is member:
             return convert(value, member, path)
-    errors = []
+    errors, of_mappings = [], []
     for member in members:
         try:
             return convert(value, member, path)
         except ConversionError as error:
             errors.append(error)
+            if isinstance(value, Mapping) and takes_mappings(member):
+                of_mappings.append(error)
+    if len(of_mappings) == 1:
+        raise of_mappings[0]  # It says which item is wrong.
     if len(errors) == 1 and not str(errors[0]).startswith("expected"):
         raise errors[0]
     raise ConversionError(f"expected {describe_annotation(annotation)}, got {_show(value)}")
+
+
+def takes_mappings(annotation: Any) -> bool:
+    """Tell whether the annotation, or a member of a union, is of mappings."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(takes_mappings(member) for member in get_args(annotation))
+    kind = get_origin(annotation) or annotation
+    return isinstance(kind, type) and issubclass(kind, Mapping)
 
 
 def _convert_literal(value: Any, annotation: Any) -> Any:

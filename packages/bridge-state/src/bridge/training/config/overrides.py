@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
-from bridge.training.config.conversion import convert
+from bridge.training.config.conversion import convert, takes_mappings
 from bridge.training.config.derived import (
     DERIVED,
     derived_values,
@@ -351,7 +351,7 @@ def _convert_text(text: str, annotation: Any, path: str) -> Any:
     try:
         return convert(value, annotation, path)
     except ConversionError as error:
-        if isinstance(value, str):
+        if isinstance(value, str) or (isinstance(value, Mapping) and takes_mappings(annotation)):
             raise
         try:
             # What YAML takes for a number or nothing may be a name here, such as `null`.
