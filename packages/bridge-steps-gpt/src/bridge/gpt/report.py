@@ -17,8 +17,8 @@ _PROMPT_TOKENS = 48
 class ByteReport(Callback):
     """Adds to the summary of a finished run what its model writes and how well it predicts.
 
-    The bigram entropy is measured on the validation samples that the loss was measured on. A run
-    without a validation result gets no such lines.
+    The bigram entropy is measured on the validation samples that the loss was measured on, of each
+    set for itself. A run without a validation result gets no such lines.
 
     Args:
         num_tokens: Length of the sampled text.
@@ -29,16 +29,24 @@ class ByteReport(Callback):
 
     def on_train_end(self, context: CallbackContext) -> None:
         """Append the lines, unless the run failed or was not evaluated."""
-        loss = context.validation.get("lm loss")
-        if context.exception is not None or loss is None or context.data is None:
+        if context.exception is not None or context.data is None:
             return
-        validation: Any = context.data.splits.validation
-        self._add_sample(context, validation)
-        if is_logging_rank():
+        losses = {
+            name: context.validation.get(f"{name}/lm loss".removeprefix("validation/"))
+            for name in context.data.sets("validation")
+        }
+        found = {name: loss for name, loss in losses.items() if loss is not None}
+        if not found:
+            return
+        self._add_sample(context, context.data.set_named(next(iter(found))))
+        if not is_logging_rank():
+            return
+        unit = "byte" if _tokenizer_type(context) == "bytes" else "token"
+        for name, loss in found.items():
+            validation: Any = context.data.set_named(name)
             samples = context.data.evaluation_samples(validation)
             bigram = bigram_entropy_of(Subset(validation, range(samples)))
-            unit = "byte" if _tokenizer_type(context) == "bytes" else "token"
-            context.summary.append(f"validation {loss:.3f} nats/{unit}, bigram {bigram:.3f}")
+            context.summary.append(f"{name} {loss:.3f} nats/{unit}, bigram {bigram:.3f}")
 
     def _add_sample(self, context: CallbackContext, validation: Any) -> None:
         """Continue the beginning of the validation data; every rank takes part."""

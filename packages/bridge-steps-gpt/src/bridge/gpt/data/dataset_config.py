@@ -1,7 +1,7 @@
 """The data of a GPT run: from a path, or none at all, to megatron-core's datasets."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from bridge.gpt.data.split_plan import (
     usual_split,
 )
 from bridge.gpt.data.tokenizers import Tokenizer, build_tokenizer, identity, vocab_size
-from bridge.training.contracts import DataRequest, DataSplits, SizedDataset
+from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, wrong_set_name
 from bridge.training.megatron_import import quiet_import
 
 with quiet_import():
@@ -63,9 +63,11 @@ class GPTDatasetConfig:
     """Shares of train, validation and test, such as 99,1,0; whole documents go to one of them, in
     order. If None two percent are for validation, and more of a small text: what fills a global
     batch, half at most."""
-    validation_path: str | list[str] | None = None
-    """As path, for validation alone; split is then not used, all of path is for training."""
-    test_path: str | list[str] | None = None
+    validation_path: str | list[str] | dict[str, str | list[str]] | None = None
+    """As path, for validation alone; split is then not used, all of path is for training. A
+    mapping makes several sets: {wiki: wiki.txt, code: [a.py, b.py]} is evaluated as wiki and as
+    code."""
+    test_path: str | list[str] | dict[str, str | list[str]] | None = None
     """As validation_path, for test."""
     json_key: str = "text"
     """Where a line of JSON Lines holds its text."""
@@ -83,8 +85,9 @@ class GPTDatasetConfig:
 
     def problems(self, config: "ConfigContainer") -> Iterable[str]:
         """Yield contradictions, and paths that are missing or empty; reads no contents."""
-        if self.mock and self.path is not None:
-            yield "dataset.mock=true and dataset.path: there is either; leave one out"
+        for field in ("path", "validation_path", "test_path"):
+            if self.mock and getattr(self, field) is not None:
+                yield f"dataset.mock=true and dataset.{field}: there is either; leave one out"
         if not (self.mock or self.path or self.standard_library):
             yield (
                 "dataset.path: nothing to train on; give a text file, a directory, a glob or the "
@@ -98,10 +101,10 @@ class GPTDatasetConfig:
             )
         if config.tokenizer is None and not self.mock:
             yield "tokenizer: real data needs one; set tokenizer.type (bytes needs no files)"
+        yield from self._path_problems()
         for check in (
             lambda: self.sequence_length(config),
             lambda: self.split is None or parse_split(self.split),
-            self._find_given,
         ):
             try:
                 check()
@@ -124,22 +127,22 @@ class GPTDatasetConfig:
         if request.config.tokenizer is None:
             raise ValueError("tokenizer: real data needs one; set tokenizer.type")
         plans, indices_key = index_files.on_first_rank(lambda: self._plan_with_key(request))
-        for plan in plans:
-            for prefix in () if plan is None else plan.prefixes:
+        for plan in plans.values():
+            for prefix in plan.prefixes:
                 check_files(prefix)
         tokenizer = build_tokenizer(request.config.tokenizer)
         directory = self._cache_dir() / "indices" / indices_key
         with index_files.published_by_first_rank(directory) as place:
-            datasets = [
-                None if plan is None else self._build_split(index, plan, request, tokenizer, place)
-                for index, plan in enumerate(plans)
-            ]
+            sets = {
+                name: self._build_set(name, plan, request, tokenizer, place)
+                for name, plan in plans.items()
+            }
         return DataSplits(
-            train=datasets[0],
-            validation=datasets[1],
-            test=datasets[2],
+            train=sets["train"],
+            validation=_split_of(sets, "validation"),
+            test=_split_of(sets, "test"),
             shuffle=request.train_samples is None,
-            fingerprint=self._fingerprint(request, plans[0]),
+            fingerprint=self._fingerprint(request, plans["train"]),
             notes=_notes(plans),
         )
 
@@ -177,32 +180,58 @@ class GPTDatasetConfig:
                 "are not wanted"
             )
 
-    def _find_given(self) -> dict[str, list[Source]]:
-        """Sources of the three paths that the user may give."""
-        given = {
-            "path": self.path,
-            "validation_path": self.validation_path,
-            "test_path": self.test_path,
-        }
-        return {
-            name: [find_source(entry, field=f"dataset.{name}") for entry in _entries(value)]
-            for name, value in given.items()
-        }
+    def _path_problems(self) -> Iterable[str]:
+        for field in ("validation_path", "test_path"):
+            value = getattr(self, field)
+            if isinstance(value, Mapping):
+                if not value:
+                    yield f"dataset.{field}={{}}: names no set; give one or leave it out"
+                for name, path in value.items():
+                    if problem := wrong_set_name(name):
+                        yield f"dataset.{field}: {problem}"
+                    if not _entries(path):
+                        yield f"dataset.{field}.{name}: there is no path; give one"
+        for field, entries in self._given().values():
+            for entry in entries:
+                try:
+                    find_source(entry, field=field)
+                except ValueError as error:
+                    yield str(error)
+
+    def _given(self) -> dict[str, tuple[str, list[str]]]:
+        """Field and entries of each path that the user gave, by the set that it is for.
+
+        The sets are "train", "validation" and "test", or "validation/NAME" and "test/NAME".
+        """
+        given: dict[str, tuple[str, list[str]]] = {}
+        fields = {"path": "train", "validation_path": "validation", "test_path": "test"}
+        for field, split in fields.items():
+            value = getattr(self, field)
+            if isinstance(value, Mapping):
+                for name, path in value.items():
+                    given[f"{split}/{name}"] = (f"dataset.{field}.{name}", _entries(path))
+            elif entries := _entries(value):
+                given[split] = (f"dataset.{field}", entries)
+        return given
 
     def _find_all(self) -> dict[str, list[Source]]:
-        found = self._find_given()
-        if not found["path"] and self.standard_library:
-            found["path"] = [python_standard_library()]
-        if not found["path"]:
-            raise ValueError("dataset.path: nothing to train on")
+        """Sources of each set; those of training come first."""
+        found = {
+            name: [find_source(entry, field=field) for entry in entries]
+            for name, (field, entries) in self._given().items()
+        }
+        if "train" not in found:
+            if not self.standard_library:
+                raise ValueError("dataset.path: nothing to train on")
+            found = {"train": [python_standard_library()], **found}
         return found
 
-    def _plan_with_key(self, request: DataRequest) -> tuple[list[SplitPlan | None], str]:
+    def _plan_with_key(self, request: DataRequest) -> tuple[dict[str, SplitPlan], str]:
         """Tokenize what is not cached, plan the splits and name their indices. Runs on rank 0."""
         plans = self._plan(request)
         return plans, self._indices_key(request, plans)
 
-    def _plan(self, request: DataRequest) -> list[SplitPlan | None]:
+    def _plan(self, request: DataRequest) -> dict[str, SplitPlan]:
         found = self._find_all()
         with ExitStack() as stack:
             corpora = {
@@ -214,35 +243,33 @@ class GPTDatasetConfig:
 
     def _plan_splits(
         self, corpora: dict[str, list[Corpus]], request: DataRequest
-    ) -> list[SplitPlan | None]:
+    ) -> dict[str, SplitPlan]:
+        """Plan each set that the run draws from, by its name."""
         seq_length = self.sequence_length(request.config)
         split = self.split or usual_split(
-            corpora["path"],
+            corpora["train"],
             seq_length=seq_length,
             validation_samples=request.config.train.global_batch_size,
         )
-        cuts: list[tuple[list[Corpus], Bounds | None]]
-        if corpora["validation_path"] or corpora["test_path"]:
-            names = ("path", "validation_path", "test_path")
-            cuts = [(corpora[name], WHOLE if corpora[name] else None) for name in names]
+        bounds: Mapping[str, Bounds | None]
+        if len(corpora) > 1:
+            bounds = dict.fromkeys(corpora, WHOLE)
         else:
-            cuts = [(corpora["path"], bounds) for bounds in parse_split(split)]
-        wanted = (request.train_samples, request.validation_samples, request.test_samples)
-        plans: list[SplitPlan | None] = []
-        for index, (of_split, bounds) in enumerate(cuts):
-            if bounds is None or (index > 0 and wanted[index] == 0):
-                plans.append(None)
+            bounds = dict(zip(SPLIT_NAMES, parse_split(split), strict=True))
+        evaluated = {"validation": request.validation_samples, "test": request.test_samples}
+        plans: dict[str, SplitPlan] = {}
+        for name, cut in bounds.items():
+            training = name == "train"
+            if cut is None or (not training and evaluated[_split_name(name)] == 0):
                 continue
-            plans.append(
-                plan_split(
-                    index,
-                    of_split,
-                    bounds=bounds,
-                    seq_length=seq_length,
-                    split=split,
-                    weights=self.weights if index == 0 else None,
-                    size=wanted[index] if index == 0 else None,
-                )
+            plans[name] = plan_split(
+                name,
+                corpora.get(name, corpora["train"]),
+                bounds=cut,
+                seq_length=seq_length,
+                split=split,
+                weights=self.weights if training else None,
+                size=request.train_samples if training else None,
             )
         return plans
 
@@ -251,7 +278,7 @@ class GPTDatasetConfig:
     ) -> list[Corpus]:
         """One corpus for each weight; without weights one for all text and one for each pair."""
         assert config.tokenizer is not None
-        if name != "path" or self.weights is None:
+        if name != "train" or self.weights is None:
             prefixes = [prefix for source in sources for prefix in source.prefixes]
             groups = [tuple(file for source in sources for file in source.files)]
             order: list[Any] = [*prefixes, *(group for group in groups if group)]
@@ -285,9 +312,9 @@ class GPTDatasetConfig:
             corpora.append(read_corpus(cached.readable_prefix, name=cached.prefix))
         return corpora
 
-    def _build_split(
+    def _build_set(
         self,
-        index: int,
+        name: str,
         plan: SplitPlan,
         request: DataRequest,
         tokenizer: Tokenizer,
@@ -308,7 +335,8 @@ class GPTDatasetConfig:
             eod_mask_loss=self.eod_mask_loss,
             create_attention_mask=False,
         )
-        # Sizes and weights differ by split, so each is built by itself.
+        # Sizes and weights differ by set, so each is built by itself.
+        index = SPLIT_NAMES.index(_split_name(name))
         matrix: list[Any] = [None] * len(SPLIT_NAMES)
         matrix[index] = plan.bounds
         config.split_matrix = matrix
@@ -319,19 +347,18 @@ class GPTDatasetConfig:
         built: SizedDataset = dataset
         return built
 
-    def _indices_key(self, request: DataRequest, plans: Sequence[SplitPlan | None]) -> str:
+    def _indices_key(self, request: DataRequest, plans: Mapping[str, SplitPlan]) -> str:
         """megatron-core knows its cached indices by the path of the data, not by what it holds."""
         assert request.config.tokenizer is not None
         return index_files.digest(
             {
-                "plans": [
-                    None if plan is None else [plan.prefixes, plan.bounds, plan.weights, plan.size]
-                    for plan in plans
-                ],
+                "plans": {
+                    name: [plan.prefixes, plan.bounds, plan.weights, plan.size]
+                    for name, plan in plans.items()
+                },
                 "data": [
                     [os.path.getsize(f"{prefix}.bin"), *_size_and_time(f"{prefix}.idx")]
-                    for plan in plans
-                    if plan is not None
+                    for plan in plans.values()
                     for prefix in plan.prefixes
                 ],
                 "tokenizer": identity(request.config.tokenizer),
@@ -340,9 +367,8 @@ class GPTDatasetConfig:
             }
         )
 
-    def _fingerprint(self, request: DataRequest, plan: SplitPlan | None) -> str:
+    def _fingerprint(self, request: DataRequest, plan: SplitPlan) -> str:
         """Names the order of the training samples, wherever their files are."""
-        assert plan is not None
         shuffled_by = "the loop" if request.train_samples is None else "megatron-core"
         described = {
             "corpora": plan.corpora_digest,
@@ -436,10 +462,26 @@ def _size_and_time(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _notes(plans: Sequence[SplitPlan | None]) -> dict[str, Any]:
+def _split_name(name: str) -> str:
+    """The split that a set belongs to: "validation" for "validation/wiki"."""
+    return name.partition("/")[0]
+
+
+def _split_of(
+    sets: Mapping[str, SizedDataset], split: str
+) -> SizedDataset | dict[str, SizedDataset] | None:
+    """What `DataSplits` has for a split: its one set, or those with names."""
+    named = {
+        name.partition("/")[2]: dataset
+        for name, dataset in sets.items()
+        if name.startswith(f"{split}/")
+    }
+    return named or sets.get(split)
+
+
+def _notes(plans: Mapping[str, SplitPlan]) -> dict[str, Any]:
     notes: dict[str, Any] = {}
-    for name, plan in zip(SPLIT_NAMES, plans, strict=True):
-        if plan is not None:
-            notes[f"{name} documents"] = plan.documents
-            notes[f"{name} tokens"] = plan.tokens
+    for name, plan in plans.items():
+        notes[f"{name} documents"] = plan.documents
+        notes[f"{name} tokens"] = plan.tokens
     return notes

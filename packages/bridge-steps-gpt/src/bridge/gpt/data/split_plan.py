@@ -160,7 +160,7 @@ def check_vocabulary(prefix: str, vocab_size: int) -> None:
 
 
 def plan_split(
-    split_index: int,
+    name: str,
     corpora: Sequence[Corpus],
     *,
     bounds: Bounds,
@@ -174,7 +174,7 @@ def plan_split(
     A corpus whose share is too small for one sample is left out, unless the user gave it a weight.
 
     Args:
-        split_index: 0 train, 1 validation, 2 test.
+        name: "train", "validation" or "test"; "validation/NAME" of several.
         corpora: What the split is cut from.
         bounds: First and last document, as fractions of each corpus.
         seq_length: Tokens of a sample; it reads one more, for the last label.
@@ -189,11 +189,11 @@ def plan_split(
     tokens = [int(share.sum(dtype=np.int64)) for share in shares]
     samples = [max(0, count - 1) // seq_length for count in tokens]
     if not any(samples):
-        raise ValueError(_too_little(split_index, corpora, bounds, seq_length, split))
+        raise ValueError(_too_little(name, corpora, bounds, seq_length, split))
     if weights is not None and not all(samples):
         prefix = corpora[samples.index(0)].prefix
         raise ValueError(
-            f"dataset.weights: the {SPLIT_NAMES[split_index]} split of {prefix} has no sample of "
+            f"dataset.weights: the {name} split of {prefix} has no sample of "
             f"model.seq_length={seq_length} tokens; leave that path out"
         )
     kept = [index for index, count in enumerate(samples) if count]
@@ -229,9 +229,8 @@ def _digest_of_lengths(corpora: Iterable[Corpus]) -> str:
 
 
 def _too_little(
-    split_index: int, corpora: Sequence[Corpus], bounds: Bounds, seq_length: int, split: str
+    name: str, corpora: Sequence[Corpus], bounds: Bounds, seq_length: int, split: str
 ) -> str:
-    name = SPLIT_NAMES[split_index]
     every = sum(int(corpus.lengths.sum(dtype=np.int64)) for corpus in corpora)
     if every <= seq_length:
         return (
@@ -245,7 +244,7 @@ def _too_little(
         f"documents, {sum(int(share.sum(dtype=np.int64)) for share in shares)} tokens, and one "
         f"sample of model.seq_length={seq_length} needs {seq_length + 1}; "
     )
-    if split_index != 1:
+    if name != "validation":
         return message + "give it a larger share, more text or a shorter sequence"
     off = "or turn evaluation off with validation.eval_iters=0"
     share = _sufficient_share(corpora, seq_length)
