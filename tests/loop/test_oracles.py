@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from bridge.training.config import ConfigContainer, SchedulerConfig, TrainConfig
 from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.evaluate import evaluate
+from bridge.training.loss_reduction import local, maximum, mean, total
 from bridge.training.losses import masked_token_loss
 from bridge.training.pretrain import TrainResult, pretrain
 from oracle_cells import (
@@ -396,6 +397,32 @@ def test_cells_without_tokens_take_their_share_of_nothing(
         assert seen.metrics[6] == {"lm loss": None, "sum": 0.0, "per slot": 0.0}
         assert seen.weights == [WEIGHT] * len(steps)
     assert [row["step"] for row in rows(tmp_path / "run")] == [*range(1, 9), 8]
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_a_run_logs_each_kind_of_metric_as_it_is_declared(tmp_path: Path, pipeline: int) -> None:
+    microbatches: list[Microbatch] = [[(12, 4)], [(8, 1)], [(30, 12)], [(6, 3)]]
+
+    def declaring(mask: torch.Tensor, output: torch.Tensor) -> Any:
+        loss_sum, num_tokens, _ = product_and_count(mask, output)
+        kinds = {"maximum": maximum, "total": total, "mean": mean, "local": local}
+        metrics = {key: kind(loss_sum.detach()) for key, kind in kinds.items()}
+        if num_tokens < 4:
+            metrics["of few"] = mean(loss_sum.detach())
+        return loss_sum, num_tokens, metrics
+
+    def body() -> dict[str, float | None]:
+        config = config_of(tmp_path / "run", microbatches, batch=4, pipeline=pipeline)
+        seen = Seen()
+        pretrain(config, partial(forward_step, declaring), [seen])
+        return seen.metrics[0]
+
+    want = {"maximum": 90.0, "total": 168.0, "mean": 42.0, "of few": 21.0}
+    # Two replicas have their own; an earlier stage, which has none, that of the last.
+    own = [63.0, 21.0] if pipeline == 1 else [42.0, 42.0]
+    assert run_ranks(2, body) == [{**want, "local": value} for value in own]
+    logged = rows(tmp_path / "run")[0]
+    assert {**want, "local": own[0]}.items() <= logged.items()
 
 
 @pytest.mark.parametrize("normalization", ["token", "microbatch"])
