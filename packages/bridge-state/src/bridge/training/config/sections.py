@@ -9,6 +9,7 @@ from typing import Literal
 
 type AnomalyAction = Literal["raise", "raise_at_once", "skip", "log"]
 
+
 @dataclass(kw_only=True)
 class TrainConfig:
     """How long to train, on what batches, for what objective."""
@@ -40,7 +41,8 @@ class TrainConfig:
     spike_action: AnomalyAction = "log"
     """What a spike leads to, as nan_action."""
     time_limit_minutes: float | None = None
-    """End the run, with a checkpoint, after the step in which it has gone on for so long."""
+    """End the run, with a checkpoint, after the step in which it has gone on for so long, set-up
+    included. An evaluation that it cuts short is not logged."""
     manual_gc_interval: int = 100
     """Steps between Python garbage collections, at the same step on every rank; 0 leaves it to
     Python, which then stalls ranks at different times."""
@@ -58,7 +60,7 @@ class ValidationConfig:
     """Evaluate before the first step too."""
     time_limit_minutes: float | None = None
     """End an evaluation after the global batch in which it has taken so long; its metrics are then
-    those of the samples that were seen."""
+    those of the samples that were seen. Several sets are one evaluation."""
 
 
 @dataclass(kw_only=True)
