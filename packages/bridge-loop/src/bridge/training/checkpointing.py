@@ -27,6 +27,7 @@ import torch.distributed as dist
 from bridge.training.config import ConfigContainer
 from bridge.training.distributed import Ranks, is_logging_rank, rank, world_size
 from bridge.training.loss_watch import LossWatch
+from bridge.training.model_building import parameters_in_sync
 from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
 
 _logger = logging.getLogger(__name__)
@@ -96,13 +97,13 @@ class Checkpointer:
                 shutil.rmtree(leftover)
             partial.mkdir()
         self._wait_for_all()
-        _use_a_queue_of_this_process()
-        dist_checkpointing.save(
-            self._sharded_state(is_loading=False, with_state_of_ranks=True),
-            str(partial),
-            async_sharded_save=False,
-            content_metadata=self._content(),
-        )
+        with parameters_in_sync(self._model), _queue_of_this_process():
+            dist_checkpointing.save(
+                self._sharded_state(is_loading=False, with_state_of_ranks=True),
+                str(partial),
+                async_sharded_save=False,
+                content_metadata=self._content(),
+            )
         self._wait_for_all()
         if is_logging_rank():
             (partial / "config.yaml").write_text(self._config.to_yaml())
@@ -247,7 +248,8 @@ class Checkpointer:
         dist.barrier(group=self._ranks.control_group)
 
 
-def _use_a_queue_of_this_process() -> None:
+@contextlib.contextmanager
+def _queue_of_this_process() -> Iterator[None]:
     """Spare megatron-core's writer the process that it starts in every rank for its results.
 
     A save that is waited for needs none. That process takes seconds to start, imports the user's
@@ -255,8 +257,12 @@ def _use_a_queue_of_this_process() -> None:
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
+    found = filesystem_async._results_queue
+    filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = found
 
 
 @contextlib.contextmanager
