@@ -13,6 +13,7 @@ FUNCTIONS = {
         "callbacks",
         "on_failure",
     ],
+    "bridge.training.setup.training_parts": ["config", "forward_step_func"],
     "bridge.training.train.train": ["run"],
     "bridge.training.train.train_step": [
         "forward_step",
@@ -95,6 +96,20 @@ FIELDS = {
         "collate",
         "fingerprint",
         "notes",
+    ],
+    "bridge.training.run.TrainingParts": [
+        "config",
+        "ranks",
+        "state",
+        "data",
+        "model",
+        "optimizer",
+        "scheduler",
+        "forward_step",
+        "reducer",
+        "directory",
+        "checkpointer",
+        "restored_from",
     ],
     "bridge.training.train.StepResult": [
         "learning_rate",

@@ -47,13 +47,13 @@ def own_trackers() -> Iterator[None]:
     from megatron.core.transformer.moe import moe_logging
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-    routers, heads = moe_logging.get_moe_metrics_tracker(), MTPLossLoggingHelper.tracker
+    routers, heads = moe_logging._MOE_METRICS_TRACKER, MTPLossLoggingHelper.tracker
     moe_logging.set_moe_metrics_tracker(moe_logging.MoEMetricsTracker())
     MTPLossLoggingHelper.tracker = {}
     try:
         yield
     finally:
-        moe_logging.set_moe_metrics_tracker(routers)
+        moe_logging._MOE_METRICS_TRACKER = routers
         MTPLossLoggingHelper.tracker = heads
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from bridge.training import cpu
 from bridge.training.config import ConfigContainer, Layout, layout_of
+from bridge.training.megatron_globals import globals_kept
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -87,6 +88,8 @@ class Ranks:
 def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
     """Bring up the process groups that a resolved configuration asks for, and take them down.
 
+    At the end megatron-core's globals and the current device are what they were.
+
     Args:
         config: A resolved configuration.
         device: What `choose_device` returned.
@@ -99,7 +102,10 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
         if device == "cpu":
             stack.enter_context(cpu.cpu_training())
         else:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            # Without a launcher the device is the one that the program has chosen.
+            local_rank = os.environ.get("LOCAL_RANK")
+            stack.enter_context(torch.cuda.device(None if local_rank is None else int(local_rank)))
+        stack.enter_context(globals_kept())
         if not dist.is_initialized():
             _initialize_default_group(device, config.dist.timeout_minutes)
             stack.callback(_destroy_default_group)

@@ -82,6 +82,27 @@ def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, time
         model_config.param_sync_func = param_sync if len(model) > 1 else param_sync[0]
 
 
+def detach_hooks(model: list[Any]) -> None:
+    """Take the loop's hooks and DDP's off again, so that a finished run's memory can be freed.
+
+    The optimizer's shards are views of parameters, whose autograd nodes hold DDP's hooks, which
+    hold DDP and its config. Were the optimizer still on the config, it would hold itself through
+    C++, where Python's collector does not see it, and with it the model and the process groups.
+    """
+    from megatron.core.utils import get_model_config
+
+    for chunk in model:
+        chunk.grad_accs.clear()
+        if chunk.remove_forward_pre_hook_handles:
+            chunk.disable_forward_pre_hook(param_sync=False)
+    model_config = get_model_config(model[0])
+    model_config.timers = None
+    model_config.grad_scale_func = None
+    model_config.finalize_model_grads_func = None
+    model_config.no_sync_func = None
+    model_config.param_sync_func = None
+
+
 class GradientFinalizer:
     """megatron-core's finalize_model_grads, and how often it was called.
 

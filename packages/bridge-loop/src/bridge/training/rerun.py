@@ -30,23 +30,17 @@ class RerunRequest(RuntimeError):
 
 
 def start_rerun_machine(config: ConfigContainer) -> None:
-    """Start megatron-core's machine in the configured mode; `stop_rerun_machine` ends it."""
+    """Start megatron-core's machine in the configured mode, in place of the program's own."""
     from megatron.core import rerun_state_machine
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+    rerun_state_machine.destroy_rerun_state_machine()
     rerun_state_machine.initialize_rerun_state_machine(
         # A repetition draws the same dropout: the machine itself knows only of torch's streams.
         state_save_func=lambda: get_cuda_rng_tracker().get_states(),
         state_restore_func=lambda states: get_cuda_rng_tracker().set_states(states),
         mode=rerun_state_machine.RerunMode(config.rerun.rerun_mode),
     )
-
-
-def stop_rerun_machine() -> None:
-    """Forget the machine, so that the next run of this process starts with its own."""
-    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
-
-    destroy_rerun_state_machine()
 
 
 def rewindable(config: ConfigContainer, iterators: list[Any]) -> list[Any]:

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,6 @@ from bridge.training.evaluate import EvaluationResult, evaluate
 from bridge.training.forward_step import prepare_forward_step_func
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer
-from bridge.training.model_building import parameters_in_sync
 from bridge.training.progress import Progress
 from bridge.training.run_directory import RunDirectory
 from bridge.training.state import GlobalState
@@ -30,21 +30,40 @@ from bridge.training.training_log import TrainingLog
 
 
 @dataclass(kw_only=True)
-class Run:
-    """Everything that a run consists of, once it is set up."""
+class TrainingParts:
+    """What `bridge.training.train.train_step` works with, built from a configuration."""
 
     config: ConfigContainer
+    """The resolved configuration."""
     ranks: Ranks
+    """The process groups."""
     state: GlobalState
-    directory: RunDirectory
+    """Counters, which every step advances."""
     data: RunData
+    """Gives this rank's iterators."""
     model: list[torch.nn.Module]
+    """This rank's model chunks, DDP-wrapped."""
     optimizer: Any
+    """megatron-core's optimizer."""
     scheduler: Any
+    """megatron-core's schedule of the learning rate."""
     forward_step: LossAdapter
+    """The user's forward step, adapted."""
     reducer: MetricReducer
-    callbacks: Callbacks
+    """Reduces the metrics of a step or an evaluation over all ranks."""
+    directory: RunDirectory
+    """Where checkpoints go: checkpoint.run_dir, or a new name under runs."""
     checkpointer: Checkpointer
+    """Saves, and has loaded what checkpoint.resume or checkpoint.pretrained_checkpoint names."""
+    restored_from: Path | None
+    """The checkpoint that the run continues from, None if it starts at step 0."""
+
+
+@dataclass(kw_only=True)
+class Run(TrainingParts):
+    """Everything that a run consists of, once it is set up."""
+
+    callbacks: Callbacks
     progress: Progress
     training_log: TrainingLog
     stop: StopRequest
@@ -160,7 +179,7 @@ class Run:
         """Save a checkpoint of this step, unless it has one; never after an unread loss."""
         self._check_losses(alarm=True)
         phase, self.phase = self.phase, f"checkpoint at step {self.state.train_state.step}"
-        with self.training_log.pause(), parameters_in_sync(self.model):
+        with self.training_log.pause():
             path = self.checkpointer.save()
         if path is not None:
             self.progress.note(f"saved {path}")

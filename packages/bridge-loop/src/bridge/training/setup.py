@@ -5,6 +5,7 @@ can show. The run's directory is made last, so a run that could not start leaves
 """
 
 import contextlib
+import gc
 import random
 import shutil
 import time
@@ -19,10 +20,16 @@ import torch.distributed as dist
 from bridge.training import auxiliary_losses, rerun
 from bridge.training.callbacks import Callbacks
 from bridge.training.checkpointing import Checkpointer
-from bridge.training.config import ConfigContainer
+from bridge.training.config import ConfigContainer, resolve
 from bridge.training.contracts import DataRequest
 from bridge.training.data_loading import RunData, as_splits
-from bridge.training.distributed import Ranks, is_logging_rank
+from bridge.training.distributed import (
+    Ranks,
+    choose_device,
+    is_logging_rank,
+    ranks_of,
+    world_size,
+)
 from bridge.training.evaluate import sequence_length
 from bridge.training.forward_step import prepare_forward_step_func
 from bridge.training.loss_adapter import LossAdapter
@@ -32,10 +39,12 @@ from bridge.training.model_building import (
     attach_hooks,
     build_model,
     count_parameters,
+    detach_hooks,
+    parameters_in_sync,
 )
 from bridge.training.optimization import build_optimizer, build_scheduler
 from bridge.training.progress import Progress
-from bridge.training.run import Run
+from bridge.training.run import Run, TrainingParts
 from bridge.training.run_directory import (
     RunDirectory,
     find_checkpoint,
@@ -46,6 +55,39 @@ from bridge.training.run_directory import (
 from bridge.training.state import GlobalState
 from bridge.training.stop_signals import stop_signals
 from bridge.training.training_log import TrainingLog
+
+
+@contextlib.contextmanager
+def training_parts(
+    config: ConfigContainer, forward_step_func: Callable[..., Any]
+) -> Iterator[TrainingParts]:
+    """Build what `bridge.training.train.train_step` needs, for a program with a loop of its own.
+
+    The program keeps everything else: signals, logging, callbacks, when to evaluate and to save.
+    Process groups that exist are used and left, others are made. Nothing is printed, and nothing
+    is written to disk without a call of ``checkpointer.save``. Within the block torch, numpy and
+    random draw from the run's streams. When it is left, the process is as it was before, and the
+    model remains usable: its parameters are whole on every rank.
+
+    Args:
+        config: The run; it is not changed. Its validation and logger sections are not used.
+        forward_step_func: The forward step, in any form that
+            `bridge.training.forward_step.prepare_forward_step_func` accepts.
+
+    Raises:
+        ConfigError: The configuration has problems; the message lists all of them.
+        ValueError: The data, the run directory or a checkpoint does not fit.
+    """
+    device = choose_device(config.dist.device)
+    config = resolve(config, device=device, world_size=world_size())
+    with (
+        ranks_of(config, device) as ranks,
+        _built(config, ranks, forward_step_func, Progress(enabled=False)) as parts,
+    ):
+        yield parts
+        # Only after a success: it is a collective.
+        with parameters_in_sync(parts.model):
+            pass
 
 
 @contextlib.contextmanager
@@ -68,6 +110,45 @@ def set_up(
     limit = config.train.time_limit_minutes
     ends_at = None if limit is None else time.monotonic() + 60 * limit
     listeners = Callbacks(callbacks)
+    with (
+        _built(config, ranks, forward_step_func, progress) as parts,
+        contextlib.ExitStack() as stack,
+    ):
+        with _nothing_left_on_failure(config, parts.directory):
+            _write_config(config, parts.directory, ranks)
+            run = Run(
+                **vars(parts),
+                callbacks=listeners,
+                progress=progress,
+                training_log=TrainingLog(
+                    config=config,
+                    state=parts.state,
+                    progress=progress,
+                    total_steps=parts.data.train_iters,
+                    device=ranks.device,
+                    world_size=ranks.layout.world_size,
+                    loss_scale=(
+                        (lambda: float(parts.optimizer.get_loss_scale()))
+                        if config.mixed_precision.precision == "fp16"
+                        else None
+                    ),
+                ),
+                stop=stack.enter_context(stop_signals(ends_at)),
+            )
+            if run.restored_from is not None:
+                run.recall_last_step()
+            _introduce(run)
+        yield run
+
+
+@contextlib.contextmanager
+def _built(
+    config: ConfigContainer,
+    ranks: Ranks,
+    forward_step_func: Callable[..., Any],
+    progress: Progress,
+) -> Iterator[TrainingParts]:
+    """Build what is trained, with a checkpoint loaded; writes nothing to disk."""
     directory = _choose_directory(config, ranks)
     checkpoint, pretrained = _find_checkpoints(config, directory)
     with contextlib.ExitStack() as stack:
@@ -82,6 +163,8 @@ def set_up(
             _seed(config.rng.seed)
             data = _build_data(config, ranks)
         with progress.phase("model"):
+            # An earlier model hangs in reference cycles; its memory is needed for this one.
+            gc.collect()
             _seed_stage(config.rng.seed, ranks)
             model = build_model(config, ranks)
         with progress.phase("optimizer"):
@@ -89,6 +172,7 @@ def set_up(
             optimizer = build_optimizer(config, model, timers=timers)
             scheduler = build_scheduler(config, optimizer, data.train_iters)
             attach_hooks(config, model, optimizer, timers)
+            stack.callback(detach_hooks, model)
         checkpointer = Checkpointer(
             directory=directory,
             config=config,
@@ -106,41 +190,20 @@ def set_up(
                     checkpointer.restore(checkpoint)
                 elif pretrained is not None:
                     checkpointer.load_weights(pretrained)
-        with _nothing_left_on_failure(config, directory):
-            _write_config(config, directory, ranks)
-            run = Run(
-                config=config,
-                ranks=ranks,
-                state=state,
-                directory=directory,
-                data=data,
-                model=model,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                forward_step=forward_step,
-                reducer=build_reducer(config, ranks),
-                callbacks=listeners,
-                checkpointer=checkpointer,
-                progress=progress,
-                training_log=TrainingLog(
-                    config=config,
-                    state=state,
-                    progress=progress,
-                    total_steps=data.train_iters,
-                    device=ranks.device,
-                    world_size=ranks.layout.world_size,
-                    loss_scale=(
-                        (lambda: float(optimizer.get_loss_scale()))
-                        if config.mixed_precision.precision == "fp16"
-                        else None
-                    ),
-                ),
-                stop=stack.enter_context(stop_signals(ends_at)),
-            )
-            if checkpoint is not None:
-                run.recall_last_step()
-            _introduce(run, checkpoint)
-        yield run
+        yield TrainingParts(
+            config=config,
+            ranks=ranks,
+            state=state,
+            data=data,
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            forward_step=forward_step,
+            reducer=build_reducer(config, ranks),
+            directory=directory,
+            checkpointer=checkpointer,
+            restored_from=checkpoint,
+        )
 
 
 def adapt_forward_step(
@@ -201,15 +264,10 @@ def _find_checkpoints(
 
 def _keep_the_hosts_random_streams(stack: contextlib.ExitStack) -> None:
     """Let a host program's own random streams go on, at the end, as if we had not been here."""
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
     stack.callback(random.setstate, random.getstate())
     stack.callback(np.random.set_state, np.random.get_state())
     stack.callback(torch.set_rng_state, torch.get_rng_state())
     stack.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state())
-    states = get_cuda_rng_tracker().get_states()
-    # Not this tracker's own method: the run has another tracker.
-    stack.callback(lambda: get_cuda_rng_tracker().set_states(states))
 
 
 def _seed(seed: int) -> None:
@@ -232,6 +290,7 @@ def _start_megatron_globals(
 ) -> None:
     from megatron.core import num_microbatches_calculator as calculator
 
+    # What the program had is put back with the process groups.
     calculator.unset_num_microbatches_calculator()
     calculator.init_num_microbatches_calculator(
         # Rank 0 would log its constant at every start.
@@ -240,10 +299,8 @@ def _start_megatron_globals(
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_size=ranks.layout.data,
     )
-    stack.callback(calculator.destroy_num_microbatches_calculator)
     stack.enter_context(auxiliary_losses.own_trackers())
     rerun.start_rerun_machine(config)
-    stack.callback(rerun.stop_rerun_machine)
 
 
 def _timers(config: ConfigContainer, state: GlobalState) -> Any:
@@ -285,7 +342,7 @@ def _write_config(config: ConfigContainer, directory: RunDirectory, ranks: Ranks
     dist.barrier(group=ranks.control_group)
 
 
-def _introduce(run: Run, checkpoint: Path | None) -> None:
+def _introduce(run: Run) -> None:
     layout, train = run.ranks.layout, run.config.train
     sizes = ", ".join(
         f"{name} {size}"
@@ -321,7 +378,8 @@ def _introduce(run: Run, checkpoint: Path | None) -> None:
             for name, dataset in sets.items()
         )
         progress.note(f"evaluates {drawn} samples")
-    if checkpoint is not None:
-        progress.note(f"continues after step {run.state.train_state.step}, from {checkpoint}")
+    if run.restored_from is not None:
+        step = run.state.train_state.step
+        progress.note(f"continues after step {step}, from {run.restored_from}")
     elif run.config.checkpoint.resume:
         progress.note("the run has no checkpoint yet: it starts again at step 0")
