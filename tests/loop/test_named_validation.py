@@ -191,3 +191,19 @@ def test_what_a_callback_adds_to_an_evaluation_is_written_and_returned(tmp_path:
     assert written == [2 * value for value in series(tmp_path / "run", "validation/wiki/error")]
     assert written[-1] == first["doubled"]
     assert series(tmp_path / "run", "test/doubled") == []
+
+
+def test_a_loss_that_is_not_finite_is_told_with_the_name_of_its_set(tmp_path: Path) -> None:
+    def step(data_iterator: Any, model: Any) -> Any:
+        batch = next(data_iterator)
+        if not model.training and bool((batch["y"] == Samples(1, FIRST["code"])[0]["y"]).any()):
+            batch["y"][:] = torch.nan
+        return token_step(iter([batch]), model)
+
+    def body() -> str:
+        with pytest.raises(FloatingPointError) as error:
+            pretrain(named_run(tmp_path / "run"), step)
+        return str(error.value)
+
+    for message in run_ranks(2, body, timeout=120):
+        assert "rank 0: nan at validation/code at step 0, microbatch 0" in message

@@ -38,6 +38,7 @@ FUNCTIONS = {
         "collect_non_loss_data",
         "stop",
         "control_group",
+        "name",
     ],
     "bridge.training.callbacks.CallbackContext.collect_non_loss_data": [
         "self",

@@ -54,6 +54,7 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
     collect_non_loss_data: bool = False,
     stop: Callable[[], bool] | None = None,
     control_group: dist.ProcessGroup | None = None,
+    name: str = "validation",
 ) -> EvaluationResult:
     """Run the model over `num_samples` samples without training; a collective over all ranks.
 
@@ -70,6 +71,7 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
         stop: Asked on every rank after each global batch but the last; the evaluation ends there
             if it is true on any of them.
         control_group: The ranks that agree on `stop`, over gloo; the default group if None.
+        name: What messages call the data.
 
     Raises:
         ValueError: The ranks would not end together.
@@ -90,7 +92,7 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
     counted = [_Counted(iterator, planned) for iterator in data_iterator]
     collected: list[Any] = []
     if not collect_non_loss_data:
-        forward_step.watch.start(f"validation at step {state.train_state.step}")
+        forward_step.watch.start(f"{name} at step {state.train_state.step}")
     with _evaluation_mode(model):
         while done < planned:
             number = min(per_batch, planned - done)

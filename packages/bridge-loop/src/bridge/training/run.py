@@ -257,6 +257,7 @@ class Run(TrainingParts):
                 reducer=self.reducer,
                 stop=stop,
                 control_group=self.ranks.control_group,
+                name=name,
             )
             if not results[name].complete:
                 break
