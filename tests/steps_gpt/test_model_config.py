@@ -197,6 +197,12 @@ class TestProblems:
             ({"transformer_impl": "local"}, "model.transformer_impl"),
             ({"fp8": "hybrid"}, "model.fp8"),
             ({"gradient_accumulation_fusion": True}, "model.gradient_accumulation_fusion"),
+            ({"num_moe_experts": 2, "add_bias_linear": True}, "model.add_bias_linear"),
+            ({"num_moe_experts": 2, "moe_latent_size": 8}, "model.moe_latent_size"),
+            (
+                {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+                "model.recompute_modules",
+            ),
         ],
     )
     def test_each_is_one_line_that_begins_with_its_field(

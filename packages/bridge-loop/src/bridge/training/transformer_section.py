@@ -161,7 +161,15 @@ class TransformerSection(TransformerConfig):
                 f"{path}.layer_spec: 'transformer_engine' was asked for and megatron-core found no "
                 "Transformer Engine; use auto or local, or see `bridge doctor`"
             )
+        if not has_transformer_engine():
+            yield from self._problems_without_engine(path)
         if self.layer_spec == "local":
+            if self.num_moe_experts is not None and self.add_bias_linear:
+                yield (
+                    f"{path}.add_bias_linear: True gives the experts biases, with which "
+                    f"megatron-core's local ones ({path}.layer_spec is local) fail in their first "
+                    "step; set False"
+                )
             for name in ("fp8", "fp4", "use_te_activation_func", "apply_rope_fusion"):
                 if getattr(self, name):
                     yield (
@@ -175,6 +183,19 @@ class TransformerSection(TransformerConfig):
                     "extension fused_weight_gradient_mlp_cuda, and neither serves this run; leave "
                     "it out"
                 )
+
+    def _problems_without_engine(self, path: str) -> Iterator[str]:
+        if self.moe_latent_size is not None:
+            yield (
+                f"{path}.moe_latent_size: {self.moe_latent_size} needs Transformer Engine, which "
+                "megatron-core did not find; leave it out"
+            )
+        recomputed = (self.recompute_modules or []) if self.recompute_granularity else []
+        if "layernorm" in recomputed:
+            yield (
+                f"{path}.recompute_modules: recomputing 'layernorm' needs Transformer Engine, "
+                "which megatron-core did not find; leave it out of the list"
+            )
 
     def _has_fused_activation(self) -> bool:
         # The combinations that megatron-core's MLP has a fused kernel for.
