@@ -1,6 +1,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.training.config import TokenizerConfig
-from bridge.training.contracts import ChecksItself, DatasetConfig, SizedDataset
+from bridge.training.contracts import ChecksItself, DatasetConfig, SizedDataset, named_sets
 from gpt_data import build_splits, container, tree, write_pair, write_story
 from ranks import run_ranks
 
@@ -29,8 +30,9 @@ def counted(*, documents: int = 40, length: int = 50, first: int = 0) -> list[li
     return [list(range(first + n * length, first + (n + 1) * length)) for n in range(documents)]
 
 
-def tokens_of(dataset: SizedDataset | None) -> list[list[int]]:
+def tokens_of(dataset: SizedDataset | Mapping[str, SizedDataset] | None) -> list[list[int]]:
     assert dataset is not None
+    assert not isinstance(dataset, Mapping)
     return [dataset[i]["tokens"].tolist() for i in range(len(dataset))]
 
 
@@ -319,10 +321,9 @@ def test_mock_samples_are_random_tokens_fixed_by_seed_and_index() -> None:
     assert tokens != mock(50, seed=2)
     assert np.mean(tokens) == pytest.approx(50_000, rel=0.05)
     splits = build_splits(GPTDatasetConfig(mock=True), validation=5, test=0, tokenizer=NUMBERS)
-    assert splits.validation is not None
     assert splits.test is None
-    assert len(splits.validation) == 5
-    sample = splits.validation[0]
+    assert len(tokens_of(splits.validation)) == 5
+    sample: Any = next(iter(named_sets("validation", splits.validation).values()))[0]
     assert sample["tokens"][1:].tolist() == sample["labels"][:-1].tolist()
 
 
