@@ -78,7 +78,7 @@ def on_one_process() -> Callable[[Case], RankTrace]:
         ("attention-dropout", SUMS, ["TP2+SP", "CP2"]),
         ("llama-bf16", SUMS, ["DP2"]),
     ],
-    ids=str,
+    ids=lambda value: " and ".join(value) if isinstance(value, list) else str(value),
 )
 def test_a_layout_trains_as_one_process_does(
     on_one_process: Callable[[Case], RankTrace],
