@@ -285,19 +285,19 @@ def _size(group: Any) -> int:
     return 1 if group is None else int(group.size())
 
 
-def _zigzag_positions(length: int, rank: int, ranks: int) -> Tensor:
-    """Positions of a rank's `length` tokens: of 2 * ranks chunks, the rank-th from either end."""
-    chunk = length // 2
-    first, last = rank * chunk, (2 * ranks - 1 - rank) * chunk
-    return torch.cat([torch.arange(first, first + chunk), torch.arange(last, last + chunk)])
-
-
 def _positions_of_ranks(
     length: int, group: dist.ProcessGroup, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Positions in the sequence of this rank's `length` tokens, and of all ranks' one by one."""
-    positions = [_zigzag_positions(length, rank, group.size()) for rank in range(group.size())]
-    return positions[group.rank()].to(device), torch.cat(positions).to(device)
+    """Positions in the sequence of this rank's `length` tokens, and of all ranks' one by one.
+
+    The sequence is cut in twice as many chunks as there are ranks; rank r has the r-th from either
+    end.
+    """
+    ranks = torch.arange(group.size(), device=device)
+    chunks = torch.stack([ranks, 2 * group.size() - 1 - ranks], dim=1)
+    within = torch.arange(length // 2, device=device)
+    positions = (chunks[:, :, None] * (length // 2) + within).flatten(1)
+    return positions[group.rank()], positions.flatten()
 
 
 def _gather_sequence(key: Tensor, value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
