@@ -1,6 +1,7 @@
 """z-loss, balance losses and multi-token prediction are one objective under every layout."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -12,11 +13,12 @@ import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-from auxiliary_oracle import LAYOUTS, Found, Objective, step_by_definition, step_of_ours
+from auxiliary_oracle import EXPERTS, LAYOUTS, Found, Objective, step_by_definition, step_of_ours
 from bridge.training.auxiliary_losses import own_trackers
 from bridge.training.gpt_step import forward_step
 from bridge.training.pretrain import pretrain
-from gpt_models import tiny_gpt
+from bridge.training.state import GlobalState
+from gpt_models import VOCABULARY, build_chunks, run_of, tiny_gpt
 from ranks import run_ranks
 from training_runs import TokenData, Weights, a_run, gpt_run, one_step, rows
 
@@ -112,6 +114,28 @@ def test_microbatches_of_padding_alone_take_no_part() -> None:
     check([filled], real)
 
 
+def test_the_bias_that_balances_experts_counts_real_tokens() -> None:
+    objective = Objective(padded=True, micro_batch_size=4)
+
+    def body() -> tuple[list[int], int]:
+        model = tiny_gpt(
+            num_moe_experts=EXPERTS,
+            moe_router_topk=2,
+            moe_router_score_function="sigmoid",
+            moe_router_enable_expert_bias=True,
+            moe_router_load_balancing_type="none",
+        )
+        (chunk,) = build_chunks(model)
+        batch = objective.microbatch(0)
+        forward_step(GlobalState(run_of(model)), iter([batch]), chunk)
+        routers = [layer.mlp.router for layer in chunk.decoder.layers]
+        counts = [int(router.local_tokens_per_expert.sum()) for router in routers]
+        return counts, int((~batch["padding_mask"]).sum())
+
+    ((counts, real),) = run_ranks(1, body)
+    assert counts == [2 * real] * 4
+
+
 def test_a_logged_step_has_its_own_values_only(tmp_path: Path) -> None:
     def run(folder: str, interval: int) -> None:
         model = ALL.model()
@@ -135,6 +159,9 @@ def test_a_logged_step_has_its_own_values_only(tmp_path: Path) -> None:
         for folder in ("each", "some")
     )
     assert some == {step: each[step] for step in (2, 4)}
+    for values in each.values():
+        assert values["seq_load_balancing_loss"] == pytest.approx(1.0, rel=0.3)
+        assert values["mtp_2 loss"] == pytest.approx(math.log(VOCABULARY), rel=0.3)
     assert len({values["z_loss"] for values in each.values()}) == 4
 
 

@@ -15,6 +15,10 @@ main loss. In pattern 1, ``(loss, metrics)``, N is the number of all token posit
 
 What is logged is the value without its coefficient: the mean over layers and, in ``token``
 normalisation, over real tokens, else over microbatches.
+
+All are the same under every layout and, but for the balance of a microbatch (aux_loss), under every
+micro batch size. megatron-core's global_aux_loss is not: its mean over earlier microbatches depends
+on how many there are, and its weight falls with the data-parallel size.
 """
 
 import contextlib

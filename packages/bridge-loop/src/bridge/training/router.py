@@ -75,7 +75,7 @@ class Router(TopKRouter):
         if self._padding is None or coefficient is None:
             attached: torch.Tensor = super().apply_z_loss(logits, padding_mask)
             return attached
-        squares = logits.logsumexp(dim=-1).square() * ~self._padding
+        squares = logits.float().logsumexp(dim=-1).square() * ~self._padding
         # This rank's share of the mean; the ranks' gradients are added.
         share = self._weight() * squares.sum() / self._real.sum().clamp(min=1)
         self._track("z_loss", share * self.tp_cp_group.size())
