@@ -10,7 +10,7 @@ Each metric declares how it is reduced. Over microbatches m and the contributing
     maximum       max_mr value
     local         mean over this rank's microbatches; a rank that reported none has that of the
                   first rank that did
-    ratio         sum_mr value / sum_mr count, in either normalisation
+    ratio         sum_mr value / sum_mr count, in either normalisation (the loop's own metrics)
 
 Everything is added in float64, so that counts are exact beyond 2**24.
 """
