@@ -121,6 +121,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("failure", ["is caught and stays", "is killed"])
 def test_a_script_under_torchrun_ends_on_all_ranks(tmp_path: Path, failure: str) -> None:

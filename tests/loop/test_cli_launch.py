@@ -47,7 +47,8 @@ def test_a_value_error_of_a_running_step_is_a_failure_with_a_traceback(tmp_path:
 
 
 def test_a_rank_that_is_killed_is_named_though_it_says_nothing(tmp_path: Path) -> None:
-    ended = run("pretrain", "killed", "--run-dir", "R", "--nproc", "2", folder=tmp_path)
+    arguments = ("pretrain", "killed", "--run-dir", "R", "--nproc", "2")
+    ended = run(*arguments, folder=tmp_path, timeout=30)
     assert ended.code == 128 + signal.SIGKILL
     assert ended.err.splitlines()[-1] == "bridge: rank 1 was killed by SIGKILL"
 
