@@ -1,12 +1,24 @@
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
 
+import own_recipe
 from bridge.training.callbacks import Callback, CallbackContext, Callbacks
+from bridge.training.config import ConfigContainer
+from bridge.training.model_building import parameters_in_sync
+from bridge.training.pretrain import pretrain
 from bridge.training.state import GlobalState
+from commands import run
+from ranks import run_ranks
+from training_runs import OwnData, OwnModule, Samples, own_run, series, token_step
 
 
 @pytest.fixture
@@ -156,6 +168,17 @@ def test_a_failing_end_neither_hides_the_cause_nor_stops_the_other_ends(
         pass
 
 
+def test_an_interrupt_in_one_end_does_not_stop_the_others(context: CallbackContext) -> None:
+    def interrupted(context: CallbackContext) -> None:
+        raise KeyboardInterrupt
+
+    heard: list[Any] = []
+    callbacks = Callbacks([SimpleNamespace(on_train_end=interrupted), Recorder("two", heard)])
+    with pytest.raises(KeyboardInterrupt), callbacks.training(context):
+        pass
+    assert heard[-1] == ("two", "on_train_end")
+
+
 def test_a_callback_reads_the_configuration_and_adds_to_the_summary(
     context: CallbackContext,
 ) -> None:
@@ -166,3 +189,209 @@ def test_a_callback_reads_the_configuration_and_adds_to_the_summary(
     with Callbacks([Closing()]).training(context):
         pass
     assert context.summary == ["recipe gpt-tiny"]
+
+
+class Everything:
+    """Hears every event of a run, and fails in one if it is told to."""
+
+    def __init__(self, name: str, heard: list[Any], fails_in: str = "") -> None:
+        self.name, self.heard, self.fails_in = name, heard, fails_in
+
+    def __getattr__(self, event: str) -> Any:
+        if event not in EVENTS:
+            raise AttributeError(event)
+
+        def hear(context: CallbackContext, *arguments: Any) -> None:
+            self.heard.append((self.name, event))
+            if event == "on_train_end":
+                self.heard.append((self.name, context.exception))
+            if event == self.fails_in:
+                raise ZeroDivisionError(event)
+
+        return hear
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *EVENTS]
+
+
+EVENTS = [name for name in vars(Callback) if name.startswith("on_")]
+
+
+def eventful_run(directory: Path) -> ConfigContainer:
+    """Return a run of two steps in which everything happens after each."""
+    config = own_run(directory, dataset=OwnData(validation=8))
+    config.train.train_iters = 2
+    config.validation.eval_interval = config.checkpoint.save_interval = 1
+    return config
+
+
+def test_a_run_fires_every_event_in_a_fixed_order_to_one_callback_after_the_other(
+    tmp_path: Path,
+) -> None:
+    def body() -> list[Any]:
+        heard: list[Any] = []
+        pretrain(
+            eventful_run(tmp_path / "run"),
+            token_step,
+            [Everything("first", heard), Everything("second", heard)],
+        )
+        return heard
+
+    step = ["on_step_start", "on_before_optimizer_step", "on_step_end", "on_log"]
+    evaluation = ["on_evaluate_start", "on_evaluate_end"]
+    events = ["on_train_start", *2 * [*step, *evaluation, "on_checkpoint_save"]]
+    assert set(events) == {*EVENTS} - {"on_train_end"}
+    expected: list[Any] = [(name, event) for event in events for name in ("first", "second")]
+    for name in ("first", "second"):
+        expected += [(name, "on_train_end"), (name, None)]
+    assert run_ranks(2, body, timeout=120) == [expected, expected]
+
+
+@pytest.mark.parametrize("event", [*EVENTS, "forward step", "validation", "checkpoint"])
+def test_every_callback_that_was_started_is_ended_wherever_the_run_fails(
+    tmp_path: Path, event: str
+) -> None:
+    def failing_step(data_iterator: Iterator[Any], model: Any) -> Any:
+        if event == ("forward step" if torch.is_grad_enabled() else "validation"):
+            raise ZeroDivisionError(event)
+        return token_step(data_iterator, model)
+
+    def block_the_checkpoint(context: CallbackContext) -> None:
+        if event == "checkpoint":
+            (tmp_path / "run" / "checkpoints").write_text("in its way")
+
+    def body() -> Any:
+        heard: list[Any] = []
+        callbacks = [
+            Everything("first", heard),
+            SimpleNamespace(on_train_start=block_the_checkpoint),
+            Everything("fails", heard, event),
+            Everything("last", heard),
+        ]
+        with pytest.raises((ZeroDivisionError, FileExistsError)) as failure:
+            pretrain(eventful_run(tmp_path / "run"), failing_step, callbacks)
+        error = failure.value
+        started = ["first", "fails", "last"]
+        if event == "on_train_start":
+            started = ["first"]
+        # A callback that fails in its end has ended as the others have, of a run that had not.
+        causes = [None if event == "on_train_end" else error] * len(started)
+        ends = [
+            [cause for name, cause in heard if name == listener and not isinstance(cause, str)]
+            for listener in started
+        ]
+        assert ends == [[cause] for cause in causes]
+        assert heard.count(("last", "on_train_end")) == started.count("last")
+        return type(error).__name__, error.__notes__
+
+    ((kind, notes),) = run_ranks(1, body, timeout=120)
+    assert kind == ("FileExistsError" if event == "checkpoint" else "ZeroDivisionError")
+    named = [note for note in notes if "callback" in note]
+    assert named == ([f"in callback Everything.{event}"] if event in EVENTS else [])
+
+
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_gradients_before_the_update_are_those_of_the_whole_step_on_every_rank(
+    tmp_path: Path, world_size: int, distributed_optimizer: bool
+) -> None:
+    """Of both ranks' microbatches, divided by their tokens once, not clipped, and not a shard."""
+
+    def body() -> Any:
+        config = own_run(tmp_path / "run")
+        config.ddp.use_distributed_optimizer = distributed_optimizer
+        config.ddp.overlap_param_gather = distributed_optimizer
+        config.optimizer.use_distributed_optimizer = distributed_optimizer
+        seen: list[Any] = []
+
+        class Look:
+            def on_before_optimizer_step(self, context: CallbackContext) -> None:
+                parameters: Any = context.model[0].named_parameters()
+                seen.append(
+                    {
+                        name.replace("module.", ""): (p.detach().clone(), p.main_grad.clone())
+                        for name, p in parameters
+                    }
+                )
+
+        pretrain(config, token_step, [Look()])
+        return seen
+
+    found = run_ranks(world_size, body, timeout=120)
+    norms = series(tmp_path / "run", "grad_norm")
+    assert len(found[0]) == len(norms) == 5
+    for step, norm in enumerate(norms):
+        drawn = [Samples(24)[_drawn(8 * step + index)] for index in range(8)]
+        x, y, mask = (torch.stack([sample[key] for sample in drawn]) for key in ("x", "y", "mask"))
+        module = OwnModule(6, 0.0)
+        module.load_state_dict({name: value for name, (value, _) in found[0][step].items()})
+        (((module(x) - y) ** 2 * mask).sum() / mask.sum()).backward()
+        wanted = {name: value.grad for name, value in module.named_parameters()}
+        for of_rank in found:
+            for name, (_, gradient) in of_rank[step].items():
+                torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-6)
+        squares = [gradient.square().sum() for gradient in wanted.values() if gradient is not None]
+        assert norm == pytest.approx(float(sum(squares)) ** 0.5, rel=1e-5)
+        assert norm > 0.5  # It is clipped there.
+
+
+def _drawn(position: int) -> int:
+    epoch, offset = divmod(position, 24)
+    generator = torch.Generator().manual_seed(7 + epoch)
+    return int(torch.randperm(24, generator=generator)[offset])
+
+
+def test_what_a_callback_changes_in_the_gradients_is_what_the_optimizer_takes(
+    tmp_path: Path,
+) -> None:
+    def body() -> Any:
+        class Freeze:
+            def on_before_optimizer_step(self, context: CallbackContext) -> None:
+                parameters: Any = context.model[0].named_parameters()
+                for name, parameter in parameters:
+                    if "inner" in name:
+                        parameter.main_grad.zero_()
+
+            def on_train_start(self, context: CallbackContext) -> None:
+                self.start = [p.detach().clone() for p in context.model[0].parameters()]
+
+            def on_step_end(self, context: CallbackContext, result: Any) -> None:
+                with parameters_in_sync(context.model):
+                    self.end = [p.detach().clone() for p in context.model[0].parameters()]
+
+        config = own_run(tmp_path / "run")
+        config.optimizer.weight_decay = 0.0
+        freeze = Freeze()
+        pretrain(config, token_step, [freeze])
+        return [torch.equal(*pair) for pair in zip(freeze.start, freeze.end, strict=True)]
+
+    assert run_ranks(2, body, timeout=120) == [[True, True, False, False]] * 2
+
+
+def test_a_metric_that_a_callback_adds_is_written_like_any_other(tmp_path: Path) -> None:
+    def body() -> Any:
+        class Add:
+            def on_log(self, context: CallbackContext, metrics: dict[str, float | None]) -> None:
+                metrics["steps left"] = 5.0 - context.state.train_state.step
+
+        config = own_run(tmp_path / "run")
+        config.logger.tensorboard = True
+        return pretrain(config, token_step, [Add()]).metrics["steps left"]
+
+    assert run_ranks(2, body, timeout=120) == [0.0, 0.0]
+    assert series(tmp_path / "run", "steps left") == [4.0, 3.0, 2.0, 1.0, 0.0]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    points = [(point.step, point.value) for point in events.Scalars("steps left")]
+    assert points == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0), (5, 0.0)]
+
+
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_the_command_says_in_which_callback_a_run_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nproc: str
+) -> None:
+    own_recipe.install(tmp_path, monkeypatch)
+    ended = run("pretrain", "heckled", "--run-dir", "R", "--nproc", nproc, folder=tmp_path / "run")
+    assert ended.code == 1
+    assert "in callback Heckler.on_step_end\nrank 0, in step 2" in ended.err
+    assert "RuntimeError: enough" in ended.err

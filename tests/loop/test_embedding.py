@@ -1,5 +1,6 @@
 """Training from inside a program that has its own loop, and what it leaves there: nothing."""
 
+import gc
 import itertools
 import os
 import random
@@ -249,6 +250,8 @@ def test_the_trained_model_is_whole_and_of_use_after_the_run() -> None:
 
 def test_the_next_model_finds_the_memory_of_the_last_one_free() -> None:
     def body() -> None:
+        gc.disable()  # It would come too late on a device, whose memory it knows nothing of.
+
         def one_model() -> Any:
             with training_parts(config_of(6), token_step) as parts:
                 list(steps(parts, 1))
@@ -278,11 +281,30 @@ def test_a_checkpoint_continues_a_loop_of_ones_own_bit_for_bit(tmp_path: Path) -
             dist.barrier()
             parts.checkpointer.save()
             losses += [result.metrics["error"] for result in steps(parts, 2)]
+            dist.barrier()
         config.checkpoint.resume = True
         with training_parts(config, token_step) as parts:
             assert parts.restored_from == tmp_path / "run" / "checkpoints" / "step-0000003"
             assert parts.state.train_state.step == 3
             assert [result.metrics["error"] for result in steps(parts, 2)] == losses[3:]
+
+    run_ranks(2, body, timeout=120)
+
+
+def test_weights_are_saved_whole_and_may_be_what_another_run_starts_from(tmp_path: Path) -> None:
+    def body() -> None:
+        config = config_of(6)
+        config.checkpoint.run_dir = str(tmp_path / "run")
+        with training_parts(config, token_step) as parts:
+            list(steps(parts, 3))
+            parts.checkpointer.save()
+        trained = parameters_of(parts.model)
+        config.checkpoint.run_dir = str(tmp_path / "other")
+        config.checkpoint.pretrained_checkpoint = str(tmp_path / "run")
+        with training_parts(config, token_step) as parts:
+            assert parts.state.train_state.step == 0
+            for name, value in parameters_of(parts.model).items():
+                assert torch.equal(value, trained[name]), name
 
     run_ranks(2, body, timeout=120)
 

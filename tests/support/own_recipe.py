@@ -106,11 +106,29 @@ mistaken = Recipe(
     forward_step=_failing(ValueError),
 )
 
+
+class Heckler:
+    """A callback that has heard enough after two steps."""
+
+    def on_step_end(self, context: Any, result: Any) -> None:
+        if context.state.train_state.step == 2:
+            raise RuntimeError("enough")
+
+
+heckled = Recipe(
+    name="heckled",
+    summary="has a callback that raises in step 2",
+    make_config=_make_config,
+    forward_step=forward_step,
+    callbacks=lambda: [Heckler()],
+)
+
 _ENTRY_POINTS = """[bridge.recipes]
 sine = own_recipe:sine
 failing = own_recipe:failing
 killed = own_recipe:killed
 mistaken = own_recipe:mistaken
+heckled = own_recipe:heckled
 """
 
 

@@ -106,7 +106,11 @@ class Callback:
         """After a step, with its StepResult (reading its metrics waits for the device)."""
 
     def on_before_optimizer_step(self, context: CallbackContext) -> None:
-        """When the reduced gradients are in ``main_grad``, before clipping and the update."""
+        """When the reduced gradients are in ``main_grad``, before clipping and the update.
+
+        They are those of the whole step, divided by its tokens, and whole on every rank; in fp16
+        they are multiplied by the loss scale.
+        """
 
     def on_evaluate_start(self, context: CallbackContext) -> None:
         """Before an evaluation: of all validation sets, or of all test sets."""
@@ -185,7 +189,7 @@ class Callbacks:
                 continue
             try:
                 _call(callback, "on_train_end", handlers["on_train_end"], context)
-            except Exception as error:
+            except BaseException as error:
                 if first is not None:  # What ended the run must stay the one that is raised.
                     log.exception("on_train_end failed too, after %r", first)
                 first = first or error

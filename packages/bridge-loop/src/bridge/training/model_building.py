@@ -163,6 +163,24 @@ def parameters_in_sync(model: list[Any]) -> Iterator[None]:
             chunk.enable_forward_pre_hook()
 
 
+def gather_gradients(model: list[Any]) -> None:
+    """Make ``main_grad`` the whole reduced gradient on every rank; a collective.
+
+    The distributed optimizer's reduction leaves each data-parallel rank the shard that it updates.
+    The rest of the buffer holds what this rank alone has computed.
+    """
+    from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+
+    for chunk in model:
+        if not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        for buckets in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            group = buckets.intra_distributed_optimizer_instance_group
+            for bucket in buckets.buckets:
+                shard = shard_buffer(bucket.grad_data, group.size())[group.rank()]
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
 def count_parameters(model: list[torch.nn.Module]) -> int:
     """Return the number of parameters on this rank."""
     return sum(parameter.numel() for chunk in model for parameter in chunk.parameters())

@@ -1,7 +1,8 @@
 """The training loop, and one step of it.
 
 `train_step` stands alone: a program with its own loop calls it step by step and keeps control of
-its process groups, its data and its end. `train` is our loop around it.
+its process groups, its data and its end (`bridge.training.setup.training_parts` builds what it
+needs). `train` is our loop around it.
 """
 
 import gc
@@ -16,7 +17,7 @@ from bridge.training.evaluate import run_schedule, sequence_length
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer, ReducedMetrics
 from bridge.training.loss_watch import actions_of
-from bridge.training.model_building import GradientFinalizer
+from bridge.training.model_building import GradientFinalizer, gather_gradients
 from bridge.training.optimization import learning_rate, step_optimizer
 from bridge.training.state import GlobalState
 from bridge.training.stop_signals import StopCause
@@ -92,8 +93,9 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         pg_collection: The process groups.
         num_microbatches: Microbatches of this rank; from the batch sizes if None.
         reducer: Reduces the metrics; None leaves them, which saves the collective.
-        before_optimizer_step: Called when the reduced gradients are in ``main_grad``, unless the
-            step is left out for its losses.
+        before_optimizer_step: Called when the reduced gradients are in ``main_grad``, whole on
+            every rank (which takes a collective of its own), unless the step is left out for its
+            losses.
 
     Raises:
         FloatingPointError: A loss is an anomaly whose action is raise_at_once; on every rank.
@@ -124,6 +126,7 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         buffers.put_back()
     else:
         if before_optimizer_step is not None:
+            gather_gradients(model)
             before_optimizer_step()
         succeeded, grad_norm = step_optimizer(optimizer)
     if succeeded:
