@@ -68,7 +68,13 @@ FUNCTIONS = {
         "model",
         "return_schedule_plan",
     ],
-    "bridge.training.gpt_step.get_batch": ["data_iterator", "inputs", "targets", "cp_group"],
+    "bridge.training.gpt_step.get_batch": [
+        "data_iterator",
+        "inputs",
+        "targets",
+        "routers",
+        "cp_group",
+    ],
     "bridge.training.config.resolve": ["config", "device", "world_size"],
 }
 
