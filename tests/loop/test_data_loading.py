@@ -166,6 +166,8 @@ def test_the_start_says_how_many_samples_are_evaluated_of_how_many(
     assert told in capfd.readouterr().out
     run_ranks(1, body, "off", named, 0, timeout=120)
     assert "evaluates" not in capfd.readouterr().out
+    assert series(tmp_path / "part", "validation/wiki/error") != []
+    assert series(tmp_path / "off", "validation/wiki/error") == []
 
 
 def test_the_smallest_size_of_a_set_counts_on_every_rank(
