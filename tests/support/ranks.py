@@ -10,6 +10,7 @@ import faulthandler
 import importlib
 import os
 import pickle
+import random
 import selectors
 import signal
 import socket
@@ -223,6 +224,9 @@ def _die_with_parent() -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    # Below the ports that systems give out by themselves: one of those may be taken again at once.
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

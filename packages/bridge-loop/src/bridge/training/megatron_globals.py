@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from bridge.training.megatron_import import quiet_import
+
 _VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 """A language model sets these for Transformer Engine, and is not built where they differ."""
 
@@ -16,8 +18,9 @@ _VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 @contextlib.contextmanager
 def globals_kept() -> Iterator[None]:
     """Put megatron-core's globals back at the end: groups, calculators, streams, caches."""
-    from megatron.core.models.common.embeddings import rotary_pos_embedding as rotary
-    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
+    with quiet_import():
+        from megatron.core.models.common.embeddings import rotary_pos_embedding as rotary
+        from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
 
     values = [(owner, name, getattr(owner, name)) for owner, name in _places()]
     variables = {name: os.environ.get(name) for name in _VARIABLES}
@@ -37,10 +40,11 @@ def globals_kept() -> Iterator[None]:
 
 
 def _places() -> Iterator[tuple[Any, str]]:
-    from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer import multi_token_prediction
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    with quiet_import():
+        from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
+        from megatron.core.tensor_parallel import random
+        from megatron.core.transformer import multi_token_prediction
+        from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # Its own function that takes the groups down forgets some, and schedules set the virtual stage.
     for name in vars(parallel_state):
