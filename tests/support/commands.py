@@ -26,6 +26,7 @@ _WARM_MODULES = (
     "bridge.cli",
     "bridge.training.pretrain",
     "bridge.gpt.recipes",
+    "bridge.mimo.recipes",
     "torch.distributed.launcher.api",
     "torch.utils.tensorboard",
 )

@@ -75,6 +75,14 @@ FUNCTIONS = {
         "routers",
         "cp_group",
     ],
+    "bridge.training.mimo_step.forward_step": [
+        "state",
+        "data_iterator",
+        "model",
+        "return_schedule_plan",
+    ],
+    "bridge.training.mimo_step.get_batch": ["data_iterator", "keys"],
+    "bridge.training.mimo_step.loss_func": ["loss_mask", "output_tensor"],
     "bridge.training.config.resolve": ["config", "device", "world_size"],
 }
 
@@ -146,7 +154,7 @@ FIELDS = {
 }
 
 STATE = ["cfg", "timers", "train_state", "tensorboard_logger", "wandb_logger", "close"]
-RECIPES = ["gpt_tiny", "gpt_125m", "llama3_1b", "llama3_8b"]
+RECIPES = ["gpt.gpt_tiny", "gpt.gpt_125m", "gpt.llama3_1b", "gpt.llama3_8b", "mimo.mimo_digits"]
 
 
 def found(path: str) -> object:
@@ -192,9 +200,10 @@ def test_the_state_has_what_forward_steps_use() -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_a_function_that_returns_a_fresh_configuration(name: str) -> None:
-    recipe = found(f"bridge.gpt.recipes.{name}")
+@pytest.mark.parametrize("path", RECIPES)
+def test_a_recipe_is_a_function_that_returns_a_fresh_configuration(path: str) -> None:
+    family, _, name = path.partition(".")
+    recipe = found(f"bridge.{family}.recipes.{name}")
     first, second = recipe(), recipe()  # type: ignore[operator]
     assert first.recipe == name.replace("_", "-")
     assert first is not second

@@ -1,0 +1,1 @@
+"""Multimodal models: placement of modules, model configuration, data, recipes."""

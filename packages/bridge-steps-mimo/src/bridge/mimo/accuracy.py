@@ -1,0 +1,79 @@
+"""How often a model's first choice is right: measured on logits, in every evaluation."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bridge.training.callbacks import Callback, CallbackContext
+from bridge.training.megatron_import import quiet_import
+from bridge.training.mimo_step import KEYS, get_batch
+
+with quiet_import():
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    from megatron.core.utils import unwrap_model
+
+
+class AnswerAccuracy(Callback):
+    """Adds ``accuracy`` to the metrics of every evaluation on the validation data.
+
+    It is the part of the tokens with a loss mask that the model gives the highest probability, of
+    all tokens of its vocabulary; one pass over the data more, without labels.
+    """
+
+    def on_evaluate_end(self, context: CallbackContext, results: dict[str, float | None]) -> None:
+        """Collect the counts of all ranks, and add their quotient."""
+        if context.split != "validation" or not results:
+            return
+        assert context.data is not None
+        for name in context.data.sets("validation"):
+            counts = context.collect_non_loss_data(count_step, name)
+            total = torch.zeros(2, dtype=torch.int64, device=torch.cuda.current_device())
+            for count in counts:
+                total += count
+            # Of every microbatch as many ranks have a count: the quotient is the same.
+            dist.all_reduce(total)
+            right, asked = total.tolist()
+            place = name.removeprefix("validation").lstrip("/")
+            key = f"{place}/accuracy" if place else "accuracy"
+            results[key] = right / asked if asked else None
+
+    def on_train_end(self, context: CallbackContext) -> None:
+        """Add the last accuracy to the summary of the run."""
+        accuracy = context.validation.get("accuracy")
+        if context.exception is None and accuracy is not None:
+            context.summary.append(f"accuracy    {accuracy:.2%} of the held-out answers")
+
+
+def count_step(
+    data_iterator: Iterator[Mapping[str, Any]] | None, model: torch.nn.Module
+) -> tuple[Any, Callable[..., Any]]:
+    """Run one microbatch without its labels; the loss function counts what is right.
+
+    Returns:
+        The logits, [batch, sequence, vocabulary of this rank], and their loss function, which
+        returns ``[right answers, answers]`` (int64).
+    """
+    batch: dict[str, Any] = dict.fromkeys(KEYS) | (get_batch(data_iterator) or {})
+    logits, _ = model(**(batch | {"labels": None}))
+    return logits, partial(
+        _count,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        group=unwrap_model(model).tp_group,
+    )
+
+
+def _count(
+    logits: torch.Tensor,
+    *,
+    labels: torch.Tensor,
+    loss_mask: torch.Tensor,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    whole = gather_from_tensor_model_parallel_region(logits, group=group)
+    asked = loss_mask != 0
+    right = (whole.argmax(dim=-1) == labels) & asked
+    return torch.stack([right.sum(), asked.sum()])

@@ -1,0 +1,1 @@
+"""Data for multimodal models: microbatches of samples with images or without."""

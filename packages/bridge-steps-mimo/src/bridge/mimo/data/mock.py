@@ -1,0 +1,98 @@
+"""Random images and tokens, to try and to measure a model without data."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bridge.mimo.data.samples import Collate, next_token_sample
+from bridge.mimo.model_config import MultimodalModelConfig
+from bridge.training.config import ConfigContainer
+from bridge.training.contracts import DataRequest, DataSplits
+
+
+@dataclass(kw_only=True)
+class MockDatasetConfig:
+    """Samples that are a function of their index: images first, then text to the end."""
+
+    size: int = 1_000_000
+    """Training samples."""
+    validation_size: int = 1024
+    """Validation samples."""
+    max_images: int = 1
+    """Images of a sample, of each encoder: a number from min_images to this, another for each."""
+    min_images: int = 1
+    """See max_images; 0 makes some samples text alone."""
+
+    def problems(self, config: ConfigContainer) -> Iterator[str]:
+        """Yield what does not fit the model."""
+        if self.size < 1 or self.validation_size < 0:
+            yield (
+                f"dataset.size: {self.size} and dataset.validation_size: {self.validation_size} "
+                "must be at least 1 and 0"
+            )
+        if not 0 <= self.min_images <= self.max_images:
+            yield (
+                f"dataset.min_images: {self.min_images} must be from 0 to "
+                f"dataset.max_images={self.max_images}"
+            )
+        model = config.model
+        if not isinstance(model, MultimodalModelConfig):
+            yield "dataset: this mock data is for a multimodal model; choose a recipe with one"
+            return
+        images = sum(encoder.tokens_per_image for encoder in model.encoders.values())
+        if self.max_images * images >= model.seq_length:
+            yield (
+                f"dataset.max_images: {self.max_images} images of each encoder are "
+                f"{self.max_images * images} tokens, which leave no room for text in "
+                f"model.language.seq_length={model.seq_length}; lower the one or raise the other"
+            )
+
+    def build(self, request: DataRequest) -> DataSplits:
+        """Build the splits."""
+        model = request.config.model
+        assert isinstance(model, MultimodalModelConfig)  # `problems` has looked
+        return DataSplits(
+            train=_MockSamples(self, model, first=0, size=self.size),
+            validation=_MockSamples(self, model, first=self.size, size=self.validation_size),
+            shuffle=False,
+            collate=Collate.of(model),
+        )
+
+
+class _MockSamples:
+    def __init__(
+        self, config: MockDatasetConfig, model: MultimodalModelConfig, *, first: int, size: int
+    ) -> None:
+        self._config, self._model = config, model
+        self._first, self._size = first, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(self._first + index)
+        model, config = self._model, self._config
+        tokens: list[int] = []
+        items = {}
+        for name, encoder in model.encoders.items():
+            low, high = config.min_images, config.max_images + 1
+            number = int(torch.randint(low, high, (), generator=generator))
+            tokens += [model.special_token_ids[name]] * (number * encoder.tokens_per_image)
+            shape = (number, encoder.num_channels, encoder.image_size, encoder.image_size)
+            items[name] = {"pixels": torch.rand(shape, generator=generator)}
+        images, length = len(tokens), model.seq_length + 1
+        special = set(model.special_token_ids.values())
+        text = torch.randint(
+            model.language.vocab_size, (length - images,), generator=generator
+        ).tolist()
+        plain = next(token for token in range(len(special) + 1) if token not in special)
+        tokens += [plain if token in special else token for token in text]
+        return next_token_sample(
+            tokens,
+            counted=range(max(1, images), length),
+            seq_length=model.seq_length,
+            padding=plain,
+            items=items,
+        )

@@ -1,0 +1,135 @@
+"""Samples of text with items of other modalities, and the microbatches that are made of them.
+
+A sample is a dict: ``input_ids``, ``labels``, ``loss_mask`` and ``position_ids``, each [sequence],
+and ``items``: ``{modality: {argument: [items, ...]}}``, what the modality's encoder is called with.
+A sample without images leaves the modality out, or has 0 items of it.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bridge.mimo.model import ENCODER
+
+if TYPE_CHECKING:
+    from bridge.mimo.model_config import MultimodalModelConfig
+
+_TOKENS = ("input_ids", "labels", "loss_mask", "position_ids")
+
+
+def next_token_sample(
+    tokens: Sequence[int],
+    *,
+    counted: Collection[int],
+    seq_length: int,
+    padding: int,
+    items: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+) -> dict[str, Any]:
+    """Make a sample in which some of the tokens are to be predicted from those before them.
+
+    Args:
+        tokens: The text, with the special tokens that stand for embeddings.
+        counted: Positions in `tokens`, from 1 on, whose predictions count.
+        seq_length: Length of the sample; one less than that of the longest text.
+        padding: Token that fills it up.
+        items: What the special tokens stand for, by modality.
+
+    Raises:
+        ValueError: The text is too long, or the first token is to be predicted.
+    """
+    if not 2 <= len(tokens) <= seq_length + 1:
+        raise ValueError(
+            f"a sample of {len(tokens)} tokens does not fit model.language.seq_length={seq_length}:"
+            f" it takes 2 to {seq_length + 1}"
+        )
+    if not all(1 <= position < len(tokens) for position in counted):
+        raise ValueError(
+            f"counted: {sorted(counted)} must be positions from 1 to {len(tokens) - 1}"
+        )
+    text = torch.tensor(tokens, dtype=torch.int64)
+    input_ids = torch.full((seq_length,), padding, dtype=torch.int64)
+    input_ids[: len(text) - 1] = text[:-1]
+    # A special token need not be in the vocabulary, so it is no label.
+    labels = torch.zeros(seq_length, dtype=torch.int64)
+    loss_mask = torch.zeros(seq_length)
+    targets = torch.tensor(sorted(counted), dtype=torch.int64)
+    labels[targets - 1] = text[targets]
+    loss_mask[targets - 1] = 1.0
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "loss_mask": loss_mask,
+        "position_ids": torch.arange(seq_length),
+        "items": dict(items or {}),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collate:
+    """Makes a microbatch of samples: the items of all of them stand one after the other.
+
+    The microbatch is what `bridge.training.mimo_step` reads, and ``item_counts``:
+    ``{modality: [batch]}``, how many of the items are each sample's. A modality of which it has no
+    item is not in its ``modality_inputs``.
+    """
+
+    special_token_ids: Mapping[str, int]
+    """The token that stands for an embedding of each modality."""
+    tokens_per_item: Mapping[str, int]
+    """How many of them stand for an item."""
+
+    @classmethod
+    def of(cls, model: "MultimodalModelConfig") -> "Collate":
+        """Return what makes microbatches for a model."""
+        return cls(
+            special_token_ids=dict(model.special_token_ids),
+            tokens_per_item={
+                name: encoder.tokens_per_image for name, encoder in model.encoders.items()
+            },
+        )
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Make a microbatch.
+
+        Raises:
+            ValueError: A sample has items of an unknown modality, or another number of special
+                tokens than its items are embeddings.
+        """
+        counts = {name: [self._count(sample, name) for sample in samples] for name in self._names()}
+        for index, sample in enumerate(samples):
+            self._check(sample, index)
+        microbatch: dict[str, Any] = {
+            key: torch.stack([sample[key] for sample in samples]) for key in _TOKENS
+        }
+        microbatch["modality_inputs"] = {
+            name: {ENCODER: self._together(samples, name)} for name in counts if any(counts[name])
+        }
+        microbatch["item_counts"] = {name: torch.tensor(of) for name, of in counts.items()}
+        return microbatch
+
+    def _names(self) -> list[str]:
+        return list(self.tokens_per_item)
+
+    def _count(self, sample: Mapping[str, Any], name: str) -> int:
+        return next((len(value) for value in sample["items"].get(name, {}).values()), 0)
+
+    def _check(self, sample: Mapping[str, Any], index: int) -> None:
+        if unknown := sorted(sample["items"].keys() - self.tokens_per_item.keys()):
+            raise ValueError(
+                f"sample {index} of a microbatch has items of {unknown[0]!r}, and the model has "
+                f"encoders of {', '.join(self._names())}; rename the one or add the other"
+            )
+        for name, each in self.tokens_per_item.items():
+            items, token = self._count(sample, name), self.special_token_ids[name]
+            places = int((sample["input_ids"] == token).sum())
+            if places != items * each:
+                raise ValueError(
+                    f"sample {index} of a microbatch has {items} items of {name!r}, and {places} "
+                    f"tokens {token} for them; give {each} for each item"
+                )
+
+    def _together(self, samples: Sequence[Mapping[str, Any]], name: str) -> dict[str, torch.Tensor]:
+        items = [sample["items"][name] for sample in samples if self._count(sample, name)]
+        return {key: torch.cat([of_sample[key] for of_sample in items]) for key in items[0]}

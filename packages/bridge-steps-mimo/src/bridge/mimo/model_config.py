@@ -1,0 +1,242 @@
+"""The multimodal model's section of a run's configuration, which also builds the model."""
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from bridge.mimo.model import LANGUAGE, MultimodalModel, build_mimo
+from bridge.mimo.sections import (
+    LanguageModelConfig,
+    ModuleParallelism,
+    ModuleSection,
+    ProjectionConfig,
+    VisionEncoderConfig,
+)
+from bridge.training.config import ConfigContainer, Layout
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(kw_only=True)
+class MultimodalModelConfig:
+    """A language model, and encoders by name whose outputs stand in its input.
+
+    The modules are "language" and the names of the encoders; "NAME.encoder" and "NAME.projection"
+    are the two parts of the latter.
+    """
+
+    language: LanguageModelConfig
+    """The language model."""
+    encoders: dict[str, VisionEncoderConfig]
+    """The encoders, by the name of their modality."""
+    projections: dict[str, ProjectionConfig] = field(default_factory=dict)
+    """From each encoder to the language model; linear where none is given."""
+    special_token_ids: dict[str, int] = field(default_factory=dict)
+    """The token that stands for an embedding of each modality; it need not be in the vocabulary."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """colocated: all modules on all ranks. separate: each on ranks of its own."""
+    parallelism: dict[str, ModuleParallelism] = field(default_factory=dict)
+    """How the ranks of each module share it."""
+    freeze: list[str] = field(default_factory=list)
+    """Modules or parts that are not trained, such as [vision.encoder, language]."""
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    """Factors on optimizer.lr and optimizer.min_lr for modules or parts; a part's own comes before
+    its module's."""
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a sample."""
+        return self.language.seq_length
+
+    def sections(self) -> dict[str, ModuleSection]:
+        """Return the section of each module by its path within this one."""
+        encoders = {f"encoders.{name}": encoder for name, encoder in self.encoders.items()}
+        return {"language": self.language, **encoders}
+
+    def build(
+        self,
+        pg_collection: "ProcessGroupCollection",
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> MultimodalModel:
+        """Build the model on the current device (see `contracts.ModelConfig.build`)."""
+        return build_mimo(self, dict.fromkeys([LANGUAGE, *self.encoders], pg_collection))
+
+    def prefixes(self) -> dict[str, str]:
+        """Return, for each module and part, how the names of its parameters begin in the model."""
+        found = {LANGUAGE: "language_model."}
+        for name in self.encoders:
+            found[name] = f"modality_submodules.{name}."
+            found[f"{name}.encoder"] = f"modality_submodules.{name}.encoders."
+            found[f"{name}.projection"] = f"modality_submodules.{name}.input_projections."
+        return found
+
+    def is_frozen(self, parameter: str) -> bool:
+        """Whether the parameter of this name in the model is not trained."""
+        return _most_specific(parameter, dict.fromkeys(self.freeze, True), self.prefixes()) or False
+
+    # --- what the loop asks of a model section (bridge.training.contracts)
+
+    def learning_rate_multiplier(self, parameter: str) -> float:
+        """Return the factor on the learning rate of the parameter of this name in the model."""
+        factor = _most_specific(parameter, self.lr_multipliers, self.prefixes())
+        return 1.0 if factor is None else factor
+
+    def open_fields(
+        self, config: ConfigContainer, *, device: Literal["cuda", "cpu"]
+    ) -> dict[str, Any]:
+        """Return the value of each open field of the modules where it was left at its default."""
+        rotary = self.language.position_embedding_type == "rope"
+        return {
+            f"{path}.{name}": value
+            for path, section in self.sections().items()
+            for name, value in section.device_defaults(
+                device, rotary=rotary and section is self.language
+            ).items()
+        }
+
+    def derived_fields(self, config: ConfigContainer) -> Mapping[str, tuple[Any, str]]:
+        """Return the parallel sizes of each module's section, which follow from `parallelism`."""
+        derived = {}
+        for path in self.sections():
+            module = path.rpartition(".")[2]
+            spread = self.parallelism.get(module, ModuleParallelism())
+            tensor = self.tensor_parallel_size(module)
+            for name, size in (
+                ("tensor_model_parallel_size", tensor),
+                ("pipeline_model_parallel_size", spread.pipeline_model_parallel_size),
+            ):
+                reason = f"model.parallelism.{module}.{name}={getattr(spread, name)}"
+                derived[f"{path}.{name}"] = (size, reason)
+        return derived
+
+    def tensor_parallel_size(self, module: str) -> int:
+        """Return how many ranks share each layer of a module."""
+        size = self.parallelism.get(module, ModuleParallelism()).tensor_model_parallel_size
+        if size is not None:
+            return size
+        if self.placement == "separate" or module == LANGUAGE:
+            return 1
+        return self.tensor_parallel_size(LANGUAGE)
+
+    def layout(self, world_size: int) -> Layout:
+        """Return the layout on `world_size` ranks: that of every module, as all are colocated."""
+        tensor = self.tensor_parallel_size(LANGUAGE)
+        return Layout(
+            tensor=tensor,
+            pipeline=1,
+            virtual_pipeline=None,
+            context=1,
+            expert=1,
+            expert_tensor=tensor,
+            data=world_size // tensor,
+            world_size=world_size,
+        )
+
+    def layout_problems(self, world_size: int) -> Iterator[str]:
+        """Yield why the modules do not fit on `world_size` ranks."""
+        if self.placement == "separate":
+            yield (
+                "model.placement: 'separate' is not supported yet: set model.placement=colocated"
+            )
+            return
+        tensor = self.tensor_parallel_size(LANGUAGE)
+        if tensor < 1 or world_size % tensor:
+            yield (
+                f"model.parallelism.language.tensor_model_parallel_size: {tensor} does not divide "
+                f"the {world_size} ranks; give a divisor"
+            )
+            return
+        for module in (LANGUAGE, *self.encoders):
+            yield from self._colocation_problems(module, tensor, world_size // tensor)
+
+    def _colocation_problems(self, module: str, tensor: int, data: int) -> Iterator[str]:
+        path = f"model.parallelism.{module}"
+        spread = self.parallelism.get(module, ModuleParallelism())
+        if self.tensor_parallel_size(module) != tensor:
+            yield (
+                f"{path}.tensor_model_parallel_size: {spread.tensor_model_parallel_size} differs "
+                f"from the language model's {tensor}, which colocated modules share; leave it out"
+            )
+        if spread.data_parallel_size not in (None, data):
+            yield (
+                f"{path}.data_parallel_size: {spread.data_parallel_size}; colocated modules have "
+                f"{data} copies on these ranks, give that or leave it out"
+            )
+        if spread.pipeline_model_parallel_size != 1:
+            yield (
+                f"{path}.pipeline_model_parallel_size: {spread.pipeline_model_parallel_size}; "
+                "colocated modules have no pipeline, set 1"
+            )
+        if spread.rank_offset != 0:
+            yield (
+                f"{path}.rank_offset: {spread.rank_offset}; colocated modules begin at rank 0, "
+                "set 0"
+            )
+
+    def problems(self, config: ConfigContainer) -> Iterator[str]:
+        """Yield contradictions within the section and within those of the modules."""
+        for name in self.encoders:
+            if name == LANGUAGE or not name.isidentifier():
+                yield (
+                    f"model.encoders.{name}: the name must be an identifier other than language; "
+                    "rename it"
+                )
+        yield from self._names_problems()
+        yield from self._token_problems()
+        for path, section in self.sections().items():
+            yield from section.problems(f"model.{path}")
+        for name, factor in self.lr_multipliers.items():
+            if not (factor > 0 and math.isfinite(factor)):
+                yield (
+                    f"model.lr_multipliers.{name}: {factor} must be above 0; model.freeze=[{name}] "
+                    "keeps weights as they are"
+                )
+        if all(self.is_frozen(prefix) for prefix in self._leaf_prefixes()):
+            yield "model.freeze: every module is frozen, so nothing would be trained; leave one out"
+
+    def _names_problems(self) -> Iterator[str]:
+        modules, parts = [LANGUAGE, *self.encoders], list(self.prefixes())
+        for field_name, names, allowed in (
+            ("projections", self.projections, list(self.encoders)),
+            ("special_token_ids", self.special_token_ids, list(self.encoders)),
+            ("parallelism", self.parallelism, modules),
+            ("freeze", self.freeze, parts),
+            ("lr_multipliers", self.lr_multipliers, parts),
+        ):
+            for name in names:
+                if name not in allowed:
+                    near = difflib.get_close_matches(name, allowed, n=1)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    yield (
+                        f"model.{field_name}: there is no {name!r}{hint} (there are "
+                        f"{', '.join(allowed)})"
+                    )
+
+    def _token_problems(self) -> Iterator[str]:
+        for name in self.encoders:
+            if name not in self.special_token_ids:
+                yield (
+                    f"model.special_token_ids: {name!r} has none; give the token that stands for "
+                    f"one of its embeddings, such as model.special_token_ids.{name}=-200"
+                )
+        tokens = list(self.special_token_ids.values())
+        if len(set(tokens)) < len(tokens):
+            yield f"model.special_token_ids: {self.special_token_ids}; give each its own token"
+
+    def _leaf_prefixes(self) -> list[str]:
+        parts = [f"{name}.{part}" for name in self.encoders for part in ("encoder", "projection")]
+        prefixes = self.prefixes()
+        return [prefixes[name] for name in (LANGUAGE, *parts)]
+
+
+def _most_specific[T](
+    parameter: str, values: Mapping[str, T], prefixes: Mapping[str, str]
+) -> T | None:
+    """Return the value of the smallest part that a parameter is in, None if it is in none."""
+    found = [name for name in values if parameter.startswith(prefixes.get(name, "\0"))]
+    return values[max(found, key=lambda name: len(prefixes[name]))] if found else None

@@ -1,0 +1,170 @@
+"""The modules of a multimodal model that megatron-core does not bring."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bridge.training.layer_specs import backend_of, encoder_block_spec
+from bridge.training.megatron_import import quiet_import
+from bridge.training.weights_init import draw_with
+
+with quiet_import():
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.transformer_block import TransformerBlock
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+class VisionTransformer(MegatronModule):
+    """An encoder of images: patches, learned positions, a transformer in which all see all.
+
+    It is that of arXiv:2010.11929 without the class token, with megatron-core's layers.
+
+    Args:
+        config: The finalized transformer.
+        image_size: Height and width of the images.
+        patch_size: Height and width of a patch; it divides the image's.
+        num_channels: Channels of the images.
+        pg_collection: The process groups of this module.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        image_size: int,
+        patch_size: int,
+        num_channels: int,
+        pg_collection: "ProcessGroupCollection",
+    ) -> None:
+        super().__init__(config)
+        # megatron-core's checkpoints look for them.
+        self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
+        self.image_shape = (num_channels, image_size, image_size)
+        self.patch_size = patch_size
+        patches = (image_size // patch_size) ** 2
+        self.patch_embedding = _linear(config, num_channels * patch_size**2)
+        self.position_embeddings = torch.nn.Parameter(torch.empty(patches, config.hidden_size))
+        draw_with(self.position_embeddings, _initializer(config))
+        self.transformer = TransformerBlock(
+            config, encoder_block_spec(config), pg_collection=pg_collection
+        )
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode images.
+
+        Args:
+            pixels: [images, channels, height, width]; any type that converts to the weights'.
+
+        Returns:
+            [images, patches, hidden size], the patches row by row.
+
+        Raises:
+            ValueError: The images have another shape.
+        """
+        if tuple(pixels.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"pixels have shape {tuple(pixels.shape)}, and the encoder takes images of "
+                f"{self.image_shape} (channels, height, width)"
+            )
+        patches = _patches(pixels, self.patch_size).to(self.position_embeddings.dtype)
+        embedded = self.patch_embedding(patches) + self.position_embeddings
+        encoded = self.transformer(embedded.transpose(0, 1).contiguous(), attention_mask=None)
+        output: torch.Tensor = encoded.transpose(0, 1).contiguous()
+        return output
+
+    def blank_inputs(self) -> dict[str, torch.Tensor]:
+        """Return the arguments of `forward` for one image without content."""
+        weight = self.position_embeddings
+        return {"pixels": weight.new_zeros(1, *self.image_shape)}
+
+
+class LinearProjection(MegatronModule):
+    """From the width of an encoder to that of the language model, by one matrix.
+
+    Args:
+        config: The finalized language model.
+        input_size: Width of the encoder.
+        pg_collection: The process groups of this module.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, input_size: int, pg_collection: "ProcessGroupCollection"
+    ) -> None:
+        super().__init__(config)
+        self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
+        self.linear = _linear(config, input_size)
+
+    def forward(self, encoded: torch.Tensor) -> torch.Tensor:
+        """Project [tokens, encoder's width] to [tokens, hidden size of the language model]."""
+        projected: torch.Tensor = self.linear(encoded)
+        return projected
+
+
+class MLPProjection(MegatronModule):
+    """As `LinearProjection`, by two linear layers with a GELU between them.
+
+    Its inner width is the language model's hidden size; tensor-parallel ranks share it.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, input_size: int, pg_collection: "ProcessGroupCollection"
+    ) -> None:
+        config = _config_of_mlp(config)
+        super().__init__(config)
+        self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
+        self.mlp = MLP(
+            config,
+            _mlp_submodules(config),
+            input_size=input_size,
+            ffn_hidden_size=config.hidden_size,
+            tp_group=pg_collection.tp,
+        )
+
+    def forward(self, encoded: torch.Tensor) -> torch.Tensor:
+        """Project [tokens, encoder's width] to [tokens, hidden size of the language model]."""
+        projected, bias = self.mlp(encoded)
+        output: torch.Tensor = projected + bias
+        return output
+
+
+def _patches(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut [images, channels, height, width] into [images, patches, channels * size * size]."""
+    number, channels, height, width = images.shape
+    grid = images.reshape(number, channels, height // size, size, width // size, size)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(number, -1, channels * size * size)
+
+
+def _linear(config: TransformerConfig, input_size: int) -> torch.nn.Linear:
+    """Return a layer to the config's width, whole on every rank, that starts without a bias."""
+    layer = torch.nn.Linear(input_size, config.hidden_size)
+    draw_with(layer.weight, _initializer(config))
+    torch.nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _initializer(config: TransformerConfig) -> Any:
+    assert config.init_method is not None  # a finalized config has one
+    return config.init_method
+
+
+def _config_of_mlp(language: TransformerConfig) -> TransformerConfig:
+    config = copy.copy(language)
+    config.gated_linear_unit = False
+    config.activation_func = torch.nn.functional.gelu
+    config.add_bias_linear = True
+    config.bias_activation_fusion = False
+    # It sees whole sequences.
+    config.sequence_parallel = False
+    return config
+
+
+def _mlp_submodules(config: TransformerConfig) -> MLPSubmodules:
+    backend: Any = backend_of(config)
+    return MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+    )

@@ -1,0 +1,215 @@
+"""The sections of the modules in a multimodal model's configuration."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from bridge.mimo.modules import LinearProjection, MLPProjection, VisionTransformer
+from bridge.training.layer_specs import decoder_block_spec
+from bridge.training.megatron_import import quiet_import
+from bridge.training.transformer_section import TransformerSection
+
+with quiet_import():
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(kw_only=True)
+class ModuleParallelism:
+    """On which ranks a module is, and how they share it."""
+
+    tensor_model_parallel_size: int | None = None
+    """Ranks that share each layer. None: as many as share the language model's where the modules
+    are colocated, else 1."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers, some each."""
+    data_parallel_size: int | None = None
+    """Copies of the module. None: as many as there are ranks for."""
+    rank_offset: int = 0
+    """The first of the module's ranks, for modules on separate ranks."""
+
+
+@dataclass(kw_only=True)
+class ModuleSection(TransformerSection):
+    """What the transformers of a multimodal model have in common.
+
+    Its parallel sizes are filled in from ``model.parallelism``.
+    """
+
+    def problems(self, path: str) -> Iterator[str]:
+        """Yield what contradicts, or is not supported in a multimodal model.
+
+        Args:
+            path: Where the section stands.
+        """
+        yield from self.feature_problems(path)
+        for name in ("num_moe_experts", "mtp_num_layers", "virtual_pipeline_model_parallel_size"):
+            if getattr(self, name) is not None:
+                yield (
+                    f"{path}.{name}: {getattr(self, name)} is not supported by multimodal models; "
+                    "set null"
+                )
+        if self.context_parallel_size != 1:
+            yield (
+                f"{path}.context_parallel_size: {self.context_parallel_size}; context parallelism "
+                "is not supported by multimodal models, set 1"
+            )
+
+
+@dataclass(kw_only=True)
+class LanguageModelConfig(ModuleSection):
+    """The language model: megatron-core's GPT."""
+
+    vocab_size: int
+    """Number of tokens."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this, the same under every parallel layout
+    (unless its tensor-parallel size does not divide it)."""
+    seq_length: int = 1024
+    """Tokens of a sample, those that stand for images included; also the number of learned
+    positions."""
+    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
+    """How the model knows positions. Learned ones are for text: images have those of their
+    encoder."""
+    rotary_base: int = 10000
+    """Base period of the rotary embedding."""
+    rotary_percent: float = 1.0
+    """Part of each head's channels that is rotated."""
+    share_embeddings_and_output_weights: bool = False
+    """Use the token embedding as the output layer's weight."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size and the padding."""
+        multiple = math.lcm(self.make_vocab_size_divisible_by, self.tensor_model_parallel_size)
+        return math.ceil(self.vocab_size / multiple) * multiple
+
+    def spec(self, pg_collection: "ProcessGroupCollection") -> ModuleSpec:
+        """Specify the stage of the model that belongs to a rank.
+
+        Args:
+            pg_collection: The process groups of the language model.
+        """
+        self.refuse_open_layer_spec("model.language")
+        config = self.finalized()
+        stage, stages = pg_collection.pp.rank(), pg_collection.pp.size()
+        return ModuleSpec(
+            module=GPTModel,
+            params={
+                "config": config,
+                "transformer_layer_spec": decoder_block_spec(config, pp_rank=stage),
+                "vocab_size": self.padded_vocab_size,
+                "max_sequence_length": self.seq_length,
+                "pre_process": stage == 0,
+                "post_process": stage == stages - 1,
+                "parallel_output": True,
+                "share_embeddings_and_output_weights": self.share_embeddings_and_output_weights,
+                "position_embedding_type": self.position_embedding_type,
+                "rotary_percent": self.rotary_percent,
+                "rotary_base": self.rotary_base,
+                # The sequence is cut when the images are in it.
+                "scatter_embedding_sequence_parallel": False,
+                "pg_collection": pg_collection,
+            },
+        )
+
+    def problems(self, path: str) -> Iterator[str]:
+        """Yield as `ModuleSection.problems`, and what is wrong with vocabulary and sequence."""
+        yield from super().problems(path)
+        for name in ("vocab_size", "make_vocab_size_divisible_by", "seq_length"):
+            if getattr(self, name) < 1:
+                yield f"{path}.{name}: {getattr(self, name)}; give a number of at least 1"
+        if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:
+            yield (
+                f"{path}.seq_length: {self.seq_length} is not a multiple of the tensor-parallel "
+                f"size {self.tensor_model_parallel_size}, which {path}.sequence_parallel needs"
+            )
+
+
+@dataclass(kw_only=True)
+class VisionEncoderConfig(ModuleSection):
+    """An encoder of images: a vision transformer."""
+
+    image_size: int = 224
+    """Height and width of the images, in pixels."""
+    patch_size: int = 16
+    """Height and width of a patch, in pixels: an image is (image_size / patch_size)**2 tokens."""
+    num_channels: int = 3
+    """Channels of the images."""
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Embeddings that an image becomes, and tokens that stand for it."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def spec(self, path: str, pg_collection: "ProcessGroupCollection") -> ModuleSpec:
+        """Specify the encoder.
+
+        Args:
+            path: Where the section stands.
+            pg_collection: The process groups of its modality.
+        """
+        self.refuse_open_layer_spec(path)
+        return ModuleSpec(
+            module=VisionTransformer,
+            params={
+                "config": self.finalized(),
+                "image_size": self.image_size,
+                "patch_size": self.patch_size,
+                "num_channels": self.num_channels,
+                "pg_collection": pg_collection,
+            },
+        )
+
+    def problems(self, path: str) -> Iterator[str]:
+        """Yield as `ModuleSection.problems`, and what is wrong with the images' sizes."""
+        yield from super().problems(path)
+        sizes = ("image_size", "patch_size", "num_channels")
+        wrong = [name for name in sizes if getattr(self, name) < 1]
+        for name in wrong:
+            yield f"{path}.{name}: {getattr(self, name)}; give a number of at least 1"
+        if not wrong and self.image_size % self.patch_size:
+            yield (
+                f"{path}.image_size: {self.image_size} is not a multiple of "
+                f"{path}.patch_size={self.patch_size}"
+            )
+        if self.sequence_parallel:
+            yield (
+                f"{path}.sequence_parallel: true is not supported by encoders; set false "
+                "(model.language.sequence_parallel may be true)"
+            )
+
+
+@dataclass(kw_only=True)
+class ProjectionConfig:
+    """From an encoder's width to that of the language model."""
+
+    kind: Literal["linear", "mlp"] = "linear"
+    """linear: one matrix. mlp: two with a GELU between them, as wide as the language model."""
+
+    def spec(
+        self,
+        language: TransformerConfig,
+        *,
+        input_size: int,
+        pg_collection: "ProcessGroupCollection",
+    ) -> ModuleSpec:
+        """Specify the projection.
+
+        Args:
+            language: The finalized language model.
+            input_size: Width of the encoder.
+            pg_collection: The process groups of its modality.
+        """
+        params: dict[str, Any] = {
+            "config": language,
+            "input_size": input_size,
+            "pg_collection": pg_collection,
+        }
+        module = LinearProjection if self.kind == "linear" else MLPProjection
+        return ModuleSpec(module=module, params=params)
