@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bridge.mimo.data.mock import MockDatasetConfig
@@ -78,6 +79,7 @@ def mimo_run(
     values: dict[str, Any] = {
         "model": model,
         "dataset": MockDatasetConfig(size=64, validation_size=0, min_images=0, max_images=2),
+        "optimizer": OptimizerConfig(lr=3e-3, min_lr=3e-4, weight_decay=0.1, clip_grad=0.5),
         "train": TrainConfig(train_iters=5, global_batch_size=8, micro_batch_size=2),
     }
     return own_run(directory, **(values | sections))

@@ -59,10 +59,20 @@ def _differences(saved: "ConfigContainer", wanted: "ConfigContainer") -> list[tu
         old, new = before.get(section.name), after.get(section.name)
         if not isinstance(old, dict) or not isinstance(new, dict):
             continue
+        old, new = _flat(old), _flat(new)
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name) and _is_fixed(section.name, name):
                 found.append((f"{section.name}.{name}", old.get(name), new.get(name)))
     return found
+
+
+def _flat(fields: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """Return the values within by their paths: a model of several modules has sections inside."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = _flat(value, f"{place}{name}.") if isinstance(value, dict) else {}
+        flat |= inner or {f"{place}{name}": value}
+    return flat
 
 
 def _is_fixed(section: str, name: str) -> bool:

@@ -1,0 +1,266 @@
+"""Whole runs: under every colocated layout, with modules frozen, without images, resumed."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import OptimizerConfig
+
+from bridge.mimo.data.mock import MockDatasetConfig
+from bridge.mimo.model_config import MultimodalModelConfig
+from bridge.training.config import ConfigContainer, MixedPrecisionConfig, TrainConfig
+from bridge.training.contracts import DataRequest, DataSplits
+from bridge.training.mimo_step import forward_step
+from bridge.training.pretrain import pretrain
+from mimo_models import microbatch, mimo_run, sample, tiny_mimo
+from ranks import run_ranks
+from training_runs import a_run, one_step, parameters_of, series, trained
+
+
+class Chosen:
+    """A dataset of given samples, in their order."""
+
+    def __init__(self, samples: Callable[[], list[dict[str, Any]]]) -> None:
+        self.samples = samples
+
+    def build(self, request: DataRequest) -> DataSplits:
+        return DataSplits(
+            train=self.samples(), shuffle=False, collate=lambda batch: microbatch(*batch)
+        )
+
+
+def trajectory(directory: Path, world_size: int, model: MultimodalModelConfig) -> Any:
+    """Train 5 steps; return the losses and the gradient norms."""
+    run_ranks(world_size, lambda: pretrain(mimo_run(directory, model), forward_step), timeout=120)
+    return series(directory, "lm loss"), series(directory, "grad_norm")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "model"),
+    [
+        (2, tiny_mimo()),
+        (2, tiny_mimo(tensor=2)),
+        (2, tiny_mimo(tensor=2, projection="mlp")),
+        (2, tiny_mimo(tensor=2, language={"sequence_parallel": True})),
+        (4, tiny_mimo(tensor=2, language={"position_embedding_type": "learned_absolute"})),
+    ],
+    ids=["data", "tensor", "tensor, mlp", "sequence", "data and tensor"],
+)
+def test_a_layout_trains_the_model_of_one_process(
+    world_size: int, model: MultimodalModelConfig, tmp_path: Path
+) -> None:
+    alone = tiny_mimo(projection=model.projections["vision"].kind)
+    alone.language.position_embedding_type = model.language.position_embedding_type
+    losses, norms = trajectory(tmp_path / "one", 1, alone)
+    spread_losses, spread_norms = trajectory(tmp_path / "spread", world_size, model)
+    assert len(losses) == 5
+    assert spread_losses == pytest.approx(losses, rel=1e-5)
+    assert spread_norms == pytest.approx(norms, rel=5e-5)
+
+
+def test_the_loss_of_samples_that_come_again_falls(tmp_path: Path) -> None:
+    def body() -> None:
+        config = mimo_run(tmp_path / "run", tiny_mimo())
+        config.dataset = Chosen(lambda: [sample(index % 3, 4, seed=index) for index in range(8)])
+        config.train.train_iters = 40
+        pretrain(config, forward_step)
+
+    run_ranks(1, body, timeout=120)
+    losses = series(tmp_path / "run", "lm loss")
+    assert losses[0] == pytest.approx(math.log(24), rel=0.1)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_micro_batches_of_another_size_train_the_same_model(tmp_path: Path) -> None:
+    def body(name: str, size: int) -> None:
+        config = mimo_run(tmp_path / name, tiny_mimo())
+        config.train = TrainConfig(train_iters=3, global_batch_size=8, micro_batch_size=size)
+        pretrain(config, forward_step)
+
+    for size in (1, 4):
+        run_ranks(1, body, str(size), size, timeout=120)
+    losses = [series(tmp_path / name, "lm loss") for name in ("1", "4")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def of_text() -> list[dict[str, Any]]:
+    return [sample(0, 8 + index % 4, seed=index) for index in range(16)]
+
+
+def of_text_on_every_second_rank() -> list[dict[str, Any]]:
+    """Microbatches of two samples: with images, without, and both kinds."""
+    images = [1, 2, 0, 0, 0, 0, 1, 0, 2, 2, 0, 0, 0, 0, 1, 1]
+    return [sample(count, 4, seed=index) for index, count in enumerate(images)]
+
+
+def without_images(directory: Path, samples: Callable[[], Any]) -> ConfigContainer:
+    config = mimo_run(directory, tiny_mimo())
+    config.dataset = Chosen(samples)
+    config.train = TrainConfig(train_iters=3, global_batch_size=8, micro_batch_size=2)
+    # Where gradients are reduced, and parameters gathered, as soon as they are needed.
+    config.ddp.bucket_size = 1000
+    assert config.ddp.overlap_grad_reduce
+    assert config.ddp.overlap_param_gather
+    return config
+
+
+def test_an_encoder_that_nothing_uses_has_gradients_of_zero(tmp_path: Path) -> None:
+    def body() -> Any:
+        with a_run(without_images(tmp_path / "run", of_text), forward_step) as run:
+            gradients: dict[str, torch.Tensor] = {}
+
+            def remember() -> None:
+                for name, parameter in run.model[0].named_parameters():
+                    gradients[name] = parameter.main_grad.clone()  # type: ignore[attr-defined]
+
+            result = one_step(run, before_optimizer_step=remember)
+            return (
+                result.skipped,
+                {n for n, g in gradients.items() if "modality" in n and g.any()},
+                {n for n, g in gradients.items() if "modality" not in n and not g.any()},
+                all(g.isfinite().all() for g in gradients.values()),
+            )
+
+    skipped, used, unused, finite = run_ranks(1, body, timeout=120)[0]
+    assert not skipped
+    assert used == set()
+    assert unused == set()
+    assert finite
+
+
+@pytest.mark.parametrize("samples", [of_text, of_text_on_every_second_rank])
+def test_ranks_without_images_stay_in_step_with_the_others(
+    samples: Callable[[], Any], tmp_path: Path
+) -> None:
+    """Two ranks whose microbatches use different modules; a wrong order would hang or differ."""
+
+    def body(name: str) -> Any:
+        return trained(without_images(tmp_path / name, samples), forward_step)[1]
+
+    (alone,) = run_ranks(1, body, "one", timeout=120)
+    first, second = run_ranks(2, body, "two", timeout=120)
+    assert series(tmp_path / "two", "lm loss") == pytest.approx(
+        series(tmp_path / "one", "lm loss"), rel=1e-5
+    )
+    for name, weight in first.items():
+        assert torch.equal(second[name], weight), name
+        # Adam divides by the gradient's size: where that is nothing but rounding, it shows.
+        torch.testing.assert_close(weight, alone[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "prefixes"),
+    [
+        (["vision.encoder"], ["modality_submodules.vision.encoders."]),
+        (["vision"], ["modality_submodules."]),
+        (["language", "vision.encoder"], ["language_model.", "modality_submodules.vision.enc"]),
+    ],
+    ids=["encoder", "modality", "all but the projection"],
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_frozen_stays_as_it_was_bit_for_bit(
+    frozen: list[str], prefixes: list[str], world_size: int, tmp_path: Path
+) -> None:
+    def body() -> Any:
+        config = mimo_run(tmp_path / "run", tiny_mimo(freeze=frozen))
+        config.train.train_iters = 2
+        with a_run(config, forward_step) as run:
+            before = parameters_of(run.model)
+            for _ in range(2):
+                one_step(run)
+            from bridge.training.model_building import parameters_in_sync
+
+            with parameters_in_sync(run.model):
+                after = parameters_of(run.model)
+            return {name for name in before if torch.equal(before[name], after[name])}, set(before)
+
+    for unchanged, names in run_ranks(world_size, body, timeout=120):
+        expected = {name for name in names if name.startswith(tuple(prefixes))}
+        assert expected
+        assert unchanged == expected
+
+
+def test_each_module_learns_at_its_own_rate(tmp_path: Path) -> None:
+    """Adam's first step is the rate, whatever the gradient."""
+
+    def body() -> Any:
+        model = tiny_mimo(lr_multipliers={"vision": 0.5, "vision.projection": 2.0})
+        config = mimo_run(tmp_path / "run", model)
+        config.optimizer = OptimizerConfig(
+            lr=0.01, min_lr=0.01, weight_decay=0.0, adam_eps=1e-30, clip_grad=0.0
+        )
+        config.scheduler.lr_warmup_fraction = None
+        with a_run(config, forward_step) as run:
+            before = parameters_of(run.model)
+            one_step(run)
+            return {
+                name: float((after - before[name]).abs().max())
+                for name, after in parameters_of(run.model).items()
+            }
+
+    moved = run_ranks(1, body, timeout=120)[0]
+    rates = {"language_model.": 0.01, "vision.encoders.": 0.005, "vision.input_projections.": 0.02}
+    for part, rate in rates.items():
+        found = [value for name, value in moved.items() if part in name]
+        assert found == pytest.approx([rate] * len(found), rel=1e-3), part
+
+
+def test_a_resumed_run_goes_on_bit_for_bit_under_tensor_parallelism_too(tmp_path: Path) -> None:
+    def config(name: str, tensor: int | None) -> ConfigContainer:
+        made = mimo_run(tmp_path / name, tiny_mimo(tensor=tensor))
+        made.train.train_iters = 4
+        made.optimizer.use_distributed_optimizer = True
+        made.checkpoint.save_interval = 2
+        made.checkpoint.keep_last = 0
+        return made
+
+    def whole(tensor: int | None) -> Any:
+        return trained(config(f"whole {tensor}", tensor), forward_step)[1]
+
+    def in_two(tensor: int | None) -> Any:
+        first = config(f"in two {tensor}", tensor)
+        first.train.train_iters, first.scheduler.lr_decay_iters = 2, 4
+        pretrain(first, forward_step)
+        second = config(f"in two {tensor}", tensor)
+        second.scheduler.lr_decay_iters = 4
+        second.checkpoint.resume = True
+        return trained(second, forward_step)[1]
+
+    for world_size, tensor in ((1, None), (2, 2), (2, None)):
+        through = run_ranks(world_size, whole, tensor, timeout=120)
+        continued = run_ranks(world_size, in_two, tensor, timeout=120)
+        for expected, found in zip(through, continued, strict=True):
+            assert expected.keys() == found.keys()
+            for name, weight in expected.items():
+                assert torch.equal(found[name], weight), name
+
+
+def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
+    def body(precision: Any) -> None:
+        config = mimo_run(tmp_path / precision, tiny_mimo())
+        config.mixed_precision = MixedPrecisionConfig(precision=precision)
+        pretrain(config, forward_step)
+
+    for precision in ("fp32", "bf16"):
+        run_ranks(1, body, precision, timeout=120)
+    exact, rounded = (series(tmp_path / name, "lm loss") for name in ("fp32", "bf16"))
+    assert rounded == pytest.approx(exact, rel=2e-2)
+    assert rounded != exact
+
+
+def test_validation_counts_tokens_over_ranks_with_and_without_images(tmp_path: Path) -> None:
+    def body(name: str) -> Any:
+        config = mimo_run(tmp_path / name, tiny_mimo())
+        config.dataset = MockDatasetConfig(size=16, validation_size=16, min_images=0, max_images=2)
+        config.train.train_iters = 1
+        result = pretrain(config, forward_step)
+        return result.validation["lm loss"], dist.is_initialized()
+
+    (alone,) = run_ranks(1, body, "one", timeout=120)
+    first, second = run_ranks(2, body, "two", timeout=120)
+    assert first == second
+    assert first[0] == pytest.approx(alone[0], rel=1e-5)
