@@ -15,7 +15,7 @@ from bridge.training.config.errors import ConfigError
 from bridge.training.config.layout import Layout, layout_of
 from bridge.training.config.overrides import apply_overrides, configure
 from bridge.training.config.reference import Key, describe, reference_text
-from bridge.training.config.resolve import resolve
+from bridge.training.config.resolution import resolve
 from bridge.training.config.sections import (
     CheckpointConfig,
     DistConfig,

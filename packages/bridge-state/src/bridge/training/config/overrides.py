@@ -30,7 +30,7 @@ from bridge.training.config.parts import (
     names_in,
     step_into,
 )
-from bridge.training.config.resolve import resolve_collecting
+from bridge.training.config.resolution import resolve_collecting
 from bridge.training.config.suggestions import likely_meant, unknown_key
 from bridge.training.config.types_check import assign
 from bridge.training.config.yaml_text import load_yaml
