@@ -46,10 +46,11 @@ def test_adds_low_precision_losses_in_float32() -> None:
 
 def test_counts_exactly_beyond_the_integers_of_float32() -> None:
     size = 2**24 + 3
-    _, num_tokens, _ = masked_token_loss(
+    _, num_tokens, report = masked_token_loss(
         torch.ones(1, dtype=torch.bool).expand(size), torch.zeros(1).expand(size)
     )
     assert num_tokens.item() == size
+    assert report["lm loss"].tolist() == [0.0, size]
 
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])

@@ -1,18 +1,24 @@
 """A run is built whole, or not at all."""
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits
+from bridge.training.gpt_step import forward_step
 from bridge.training.pretrain import pretrain
 from gpt_models import tiny_gpt
 from ranks import run_ranks
-from training_runs import OwnData, OwnModel, gpt_run, own_run, rows, series, token_step
+from training_runs import OwnData, OwnModel, TokenData, gpt_run, own_run, rows, series, token_step
 
 
 class NoData(OwnData):
@@ -119,7 +125,6 @@ def test_a_run_without_a_checkpoint_is_resumed_from_its_start(tmp_path: Path) ->
 
 
 def test_the_resolved_configuration_is_saved_and_makes_the_same_run(tmp_path: Path) -> None:
-    from bridge.training.gpt_step import forward_step
 
     def body() -> None:
         from bridge.gpt.data.dataset_config import GPTDatasetConfig
@@ -148,7 +153,6 @@ def test_every_stage_builds_the_same_data_where_building_draws_random_numbers(
     def body() -> float:
         config = gpt_run(tmp_path / "run", tiny_gpt(pipeline_model_parallel_size=2))
         config.dataset = Drawing()
-        from bridge.training.gpt_step import forward_step
 
         with pytest.raises(ZeroDivisionError):
             pretrain(config, forward_step)
@@ -186,3 +190,50 @@ def test_default_names_of_new_runs_are_one_on_all_ranks(
     (name,) = set(run_ranks(2, body, timeout=120))
     assert name.startswith("runs/mine-")
     assert json.loads((tmp_path / name / "metrics.jsonl").read_text())["step"] == 1
+
+
+@dataclass(kw_only=True)
+class MegatronsGPT(TransformerConfig):
+    """A section of one's own that hands itself to megatron-core's model as its config."""
+
+    seq_length: int = 16
+    vocab_size: int = 64
+
+    def build(
+        self, pg_collection: Any, pre_process: bool, post_process: bool, vp_stage: int | None
+    ) -> GPTModel:
+        return GPTModel(
+            config=self,
+            transformer_layer_spec=get_gpt_layer_local_spec(),
+            vocab_size=self.vocab_size,
+            max_sequence_length=self.seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        )
+
+
+def test_a_section_may_be_its_models_own_config(tmp_path: Path) -> None:
+    """The loop's hooks are in it while it trains, and in no file."""
+
+    def config() -> ConfigContainer:
+        model = MegatronsGPT(num_layers=2, hidden_size=16, num_attention_heads=2)
+        made = own_run(tmp_path / "run", model=model, dataset=TokenData())
+        made.checkpoint.save_interval = 2
+        return made
+
+    def body(resume: bool) -> None:
+        made = config()
+        made.train.train_iters = 4 if resume else 2
+        made.scheduler.lr_decay_iters = 4
+        made.checkpoint.resume = resume
+        pretrain(made, forward_step)
+
+    for resume in (False, True):
+        run_ranks(2, body, resume, timeout=120)
+    losses = series(tmp_path / "run", "lm loss")
+    assert len(losses) == 4
+    assert losses[0] == pytest.approx(math.log(64), rel=0.1)
+    saved = ConfigContainer.from_yaml((tmp_path / "run" / "config.yaml").read_text())
+    assert type(saved.model).__name__ == "MegatronsGPT"

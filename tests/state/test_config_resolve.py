@@ -287,6 +287,16 @@ def transformer(**values: Any) -> Any:
             "ddp.overlap_param_gather=true needs ddp.use_distributed_optimizer=true",
         ),
         (changed(tiny_config(), ddp__overlap_grad_reduce=False), 1, "overlap_grad_reduce=true"),
+        (
+            tiny_config(optimizer=OptimizerConfig(optimizer="sgd", lr=1.0)),
+            1,
+            "optimizer.optimizer=sgd cannot be distributed",
+        ),
+        (
+            changed(tiny_config(), ddp__check_for_nan_in_grad=True, train__nan_action="skip"),
+            1,
+            "which train.nan_action=skip lets pass",
+        ),
         (changed(tiny_config(), ddp__average_in_collective=True), 1, "average_in_collective"),
         (
             tiny_config(

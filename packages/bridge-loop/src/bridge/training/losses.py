@@ -28,7 +28,8 @@ def masked_token_loss(
             loop looks for NaN and Inf on its own, at the steps that it logs.
 
     Returns:
-        The sum (float32 scalar), the count (int32 scalar) and ``{"lm loss": [sum, count]}``.
+        The sum (float32 scalar), the count (int32 scalar) and ``{"lm loss": [sum, count]}``, the
+        two in float64, which counts beyond 2**24.
 
     Raises:
         ValueError: The shapes do not match, or there is no mask.
@@ -64,7 +65,7 @@ def masked_token_loss(
         raise FloatingPointError(f"The sum of the token losses is {loss_sum.item()}.")
 
     # A tensor of its own: neither the loss nor the count may change it later.
-    report = torch.stack((loss_sum.detach(), num_tokens.float()))
+    report = torch.stack((loss_sum.detach().double(), num_tokens.double()))
     return loss_sum, num_tokens, {"lm loss": report}
 
 

@@ -61,7 +61,8 @@ def _dataclass_to_plain(value: Any, annotation: Any, path: str, brief: bool) -> 
     annotations = annotations_of(type(value))
     for name, field in fields_of(value).items():
         item = getattr(value, name)
-        if item is None and is_runtime_hook(field):
+        # A section that is its model's own config has the loop's hooks in it while it trains.
+        if is_runtime_hook(field) and (item is None or callable(item)):
             continue
         if brief and _is_megatrons(type(value), name) and is_default(item, field):
             continue

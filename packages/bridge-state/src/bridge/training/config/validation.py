@@ -188,6 +188,17 @@ def _ddp(config: ConfigContainer) -> Iterator[str]:
             "ddp.overlap_param_gather=true needs ddp.use_distributed_optimizer=true: only the "
             "distributed optimizer gathers parameters"
         )
+    if config.optimizer.optimizer == "sgd" and ddp.use_distributed_optimizer:
+        yield (
+            "optimizer.optimizer=sgd cannot be distributed, as megatron-core saves no such state: "
+            "set ddp.use_distributed_optimizer=false and ddp.overlap_param_gather=false"
+        )
+    if ddp.check_for_nan_in_grad and config.train.nan_action in ("skip", "log"):
+        yield (
+            "ddp.check_for_nan_in_grad=true raises at gradients that are NaN, which "
+            f"train.nan_action={config.train.nan_action} lets pass: set it to false, or "
+            "train.nan_action=raise_at_once"
+        )
     if ddp.overlap_param_gather and not ddp.overlap_grad_reduce:
         yield "ddp.overlap_param_gather=true needs ddp.overlap_grad_reduce=true"
     if ddp.average_in_collective and config.train.loss_normalization == "token":
