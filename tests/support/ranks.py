@@ -7,6 +7,7 @@ starts as a fork that already has it. The ranks talk over gloo.
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import os
 import pickle
@@ -35,6 +36,9 @@ _WARM_MODULES = (
     "megatron.core.distributed",
     "megatron.core.pipeline_parallel",
     "megatron.core.dist_checkpointing",
+    # get_megatron_optimizer asks whether it has one of these.
+    "megatron.core.models.mimo.optimizer",
+    "numpy.random",
 )
 
 
@@ -120,6 +124,8 @@ class _Family:
     ) -> NoReturn:
         status = 1
         try:
+            # A collection would copy every page that megatron-core's objects are on, in each rank.
+            gc.freeze()
             _die_with_parent()
             with open(self.directory / f"stack-{rank}", "w") as stack:
                 faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
