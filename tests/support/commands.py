@@ -6,6 +6,7 @@ with its own standard streams and its own process group, so signals do what they
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import signal
@@ -166,6 +167,8 @@ def _be_command(
     arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str], output: int | None
 ) -> NoReturn:
     code: Any = 70
+    # A process that had not been forked would have nothing to copy when it collects its garbage.
+    gc.freeze()
     try:
         os.setpgid(0, 0)
         _die_with_parent()

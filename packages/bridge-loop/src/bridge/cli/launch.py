@@ -7,6 +7,7 @@ passes on the signals that it gets. When it dies without a chance to do so, they
 """
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -201,6 +202,8 @@ def _end_with(launcher: Launcher) -> None:
 def _forked_rank(launcher: Launcher, recipe: "Recipe", config: "ConfigContainer") -> None:
     import torch
 
+    # A collection would copy every page that the imported modules' objects are on, in each rank.
+    gc.freeze()
     try:
         # A process of its own, as on GPUs, is the leader of a session of its own already.
         os.setpgid(0, 0)
