@@ -23,24 +23,6 @@ KEYS = {
 }
 
 
-def process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m bridge.cli`` as it is started by hand."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PYTEST", "PYTHONWARNINGS"))
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "bridge.cli", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-
-
 def test_a_run_leaves_its_files_and_is_not_overwritten(tmp_path: Path) -> None:
     settings = (
         *SMALL,
@@ -48,10 +30,10 @@ def test_a_run_leaves_its_files_and_is_not_overwritten(tmp_path: Path) -> None:
         "logger.tensorboard=true",
         "validation.eval_iters=1",
     )
-    ended = process(tmp_path, "pretrain", "gpt-tiny", *settings, "--run-dir", "R")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert "finished at step 20/20" in ended.stdout
-    assert "nats/byte, bigram" in ended.stdout.splitlines()[-1]
+    ended = run("pretrain", "gpt-tiny", *settings, "--run-dir", "R", folder=tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    assert "finished at step 20/20" in ended.out
+    assert "nats/byte, bigram" in ended.out.splitlines()[-1]
     files = contents(tmp_path / "R")
     for name in ("config.yaml", "metrics.jsonl", "checkpoints/latest"):
         assert name in files
@@ -73,10 +55,23 @@ def test_a_run_leaves_its_files_and_is_not_overwritten(tmp_path: Path) -> None:
     assert contents(tmp_path / "R") == files
 
 
-def test_two_ranks_say_nothing_of_their_machinery(tmp_path: Path) -> None:
+def test_two_ranks_that_are_started_by_hand_say_nothing_of_their_machinery(tmp_path: Path) -> None:
     layout = ("--nproc", "2", "model.tensor_model_parallel_size=2")
-    settings = (*SMALL, "train.train_iters=2", "checkpoint.save_interval=1")
-    ended = process(tmp_path, "pretrain", "gpt-tiny", *settings, *layout, "--run-dir", "R")
+    settings = (*SMALL, "train.train_iters=2", "checkpoint.save_interval=1", "--run-dir", "R")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST", "PYTHONWARNINGS"))
+    }
+    ended = subprocess.run(
+        [sys.executable, "-m", "bridge.cli", "pretrain", "gpt-tiny", *settings, *layout],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "2 ranks (tensor 2)" in ended.stdout
 

@@ -13,19 +13,19 @@ MOE = (
     "model.moe_aux_loss_coeff=0.0",
     "model.moe_grouped_gemm=false",
 )
-STEPS = 20
-FEW_STEPS = 6
+# tools/layouts.py takes 20, in every layout that there is.
+STEPS = 8
 
 
-def train(folder: Path, *overrides: str, ranks: int = 1, steps: int = STEPS) -> list[float]:
-    arguments = (*SMALL, f"train.train_iters={steps}", "checkpoint.save_at_end=false", *overrides)
+def train(folder: Path, *overrides: str, ranks: int = 1) -> list[float]:
+    arguments = (*SMALL, f"train.train_iters={STEPS}", "checkpoint.save_at_end=false", *overrides)
     ended = run(
         "pretrain", "gpt-tiny", *arguments, "--run-dir", "R", "--nproc", str(ranks), folder=folder
     )
     assert ended.code == 0, ended.err
     assert ended.err == ""
     found = losses(folder / "R")
-    assert len(found) == steps
+    assert len(found) == STEPS
     return found
 
 
@@ -33,7 +33,7 @@ def train(folder: Path, *overrides: str, ranks: int = 1, steps: int = STEPS) -> 
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Losses of one process; they fall."""
     found = train(tmp_path_factory.mktemp("alone"))
-    assert found[-1] < found[0] - 0.5
+    assert found[-1] < found[0] - 0.2
     return found
 
 
@@ -41,11 +41,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     "layout",
     [
         pytest.param([], id="data"),
-        pytest.param(["model.tensor_model_parallel_size=2"], id="tensor"),
         pytest.param(
             ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"], id="sequence"
         ),
-        pytest.param(["model.pipeline_model_parallel_size=2"], id="pipeline"),
         pytest.param(
             [
                 "model.pipeline_model_parallel_size=2",
@@ -62,47 +60,27 @@ def test_two_processes_train_as_one_does(
     assert_close(train(tmp_path, *layout, ranks=2), alone)
 
 
-@pytest.fixture(scope="module")
-def briefly_alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    return train(tmp_path_factory.mktemp("briefly"), steps=FEW_STEPS)
-
-
-def test_four_processes_train_as_one_does(tmp_path: Path, briefly_alone: list[float]) -> None:
+def test_four_processes_train_as_one_does(tmp_path: Path, alone: list[float]) -> None:
     layout = ("model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2")
-    assert_close(train(tmp_path, *layout, ranks=4, steps=FEW_STEPS), briefly_alone)
+    assert_close(train(tmp_path, *layout, ranks=4), alone)
 
 
-@pytest.fixture(scope="module")
-def experts_alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    return train(tmp_path_factory.mktemp("experts"), *MOE)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(["model.expert_model_parallel_size=2"], id="expert"),
-        pytest.param(
-            [
-                "model.tensor_model_parallel_size=2",
-                "model.sequence_parallel=true",
-                "model.expert_model_parallel_size=2",
-                "model.expert_tensor_parallel_size=1",
-            ],
-            id="expert-and-tensor",
-        ),
-    ],
-)
-def test_experts_on_two_processes_train_as_on_one(
-    tmp_path: Path, experts_alone: list[float], layout: list[str]
-) -> None:
-    assert_close(train(tmp_path, *MOE, *layout, ranks=2), experts_alone)
+def test_experts_on_two_processes_train_as_on_one(tmp_path: Path) -> None:
+    layout = (
+        "model.tensor_model_parallel_size=2",
+        "model.sequence_parallel=true",
+        "model.expert_model_parallel_size=2",
+        "model.expert_tensor_parallel_size=1",
+    )
+    one = train(tmp_path / "one", *MOE)
+    assert_close(train(tmp_path / "two", *MOE, *layout, ranks=2), one)
 
 
 def test_dropout_is_the_same_on_two_tensor_parallel_processes(
-    tmp_path: Path, briefly_alone: list[float]
+    tmp_path: Path, alone: list[float]
 ) -> None:
     dropout = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
     layout = "model.tensor_model_parallel_size=2"
-    one = train(tmp_path / "one", *dropout, steps=FEW_STEPS)
-    assert one != pytest.approx(briefly_alone, rel=1e-3)
-    assert_close(train(tmp_path / "two", *dropout, layout, ranks=2, steps=FEW_STEPS), one)
+    one = train(tmp_path / "one", *dropout)
+    assert one != pytest.approx(alone, rel=1e-3)
+    assert_close(train(tmp_path / "two", *dropout, layout, ranks=2), one)
