@@ -97,7 +97,7 @@ class Checkpointer:
                 shutil.rmtree(leftover)
             partial.mkdir()
         self._wait_for_all()
-        with parameters_in_sync(self._model), _queue_of_this_process():
+        with parameters_in_sync(self._model), writing_in_this_process():
             dist_checkpointing.save(
                 self._sharded_state(is_loading=False, with_state_of_ranks=True),
                 str(partial),
@@ -149,20 +149,23 @@ class Checkpointer:
 
         The optimizer's float32 copies follow, else its first step would bring the old ones back.
         """
-        self._load_model(self._load(checkpoint, self._model_state()))
+        wanted = self._model_state()
+        for chunk in wanted.values():
+            _keep_extra_states(chunk, checkpoint)
+        self._load_model(self._load(checkpoint, wanted))
         self._optimizer.reload_model_params()
 
     def _read_common(self, checkpoint: Path) -> tuple[str, int]:
         from megatron.core import dist_checkpointing
 
-        with _reading(checkpoint, "it is no checkpoint of a run, or it is damaged"):
+        with reading(checkpoint, "it is no checkpoint of a run, or it is damaged"):
             common = dist_checkpointing.load_common_state_dict(str(checkpoint))
             return common["data_fingerprint"], common["world_size"]
 
     def _load(self, checkpoint: Path, wanted: dict[str, Any]) -> Any:
         from megatron.core import dist_checkpointing
 
-        with _reading(checkpoint, "it does not fit the model that is configured, or it is damaged"):
+        with reading(checkpoint, "it does not fit the model that is configured, or it is damaged"):
             return dist_checkpointing.load(wanted, str(checkpoint))
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
@@ -249,7 +252,7 @@ class Checkpointer:
 
 
 @contextlib.contextmanager
-def _queue_of_this_process() -> Iterator[None]:
+def writing_in_this_process() -> Iterator[None]:
     """Spare megatron-core's writer the process that it starts in every rank for its results.
 
     A save that is waited for needs none. That process takes seconds to start, imports the user's
@@ -266,7 +269,7 @@ def _queue_of_this_process() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reading(checkpoint: Path, meaning: str) -> Iterator[None]:
+def reading(checkpoint: Path, meaning: str) -> Iterator[None]:
     """Say of which checkpoint an error is and what it means; hold back torch's own warnings.
 
     Raises:
@@ -286,6 +289,22 @@ def _reading(checkpoint: Path, meaning: str) -> Iterator[None]:
             f"{checkpoint}: {meaning} ({type(error).__name__}: {error}); compare "
             f"{checkpoint / 'config.yaml'} with `bridge show`"
         ) from error
+
+
+def _keep_extra_states(wanted: dict[str, Any], checkpoint: Path) -> None:
+    """Let Transformer Engine's modules keep their extra states where the checkpoint has none.
+
+    The local layers have no such states, and without FP8 there is nothing in them.
+    """
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+    with reading(checkpoint, "it is no checkpoint, or it is damaged"):
+        saved = {entry.key for entry in load_sharded_metadata(str(checkpoint)).values()}
+    for name, entry in wanted.items():
+        is_extra = isinstance(entry, ShardedObject) and entry.key.endswith("_extra_state")
+        if is_extra and entry.key not in saved:
+            wanted[name] = LocalNonpersistentObject(entry.data)
 
 
 def _rng_key() -> str:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from bridge.training import cpu
 from bridge.training.config import ConfigContainer, Layout, layout_of
 from bridge.training.megatron_globals import globals_kept
+from bridge.training.megatron_import import expected_messages_held_back
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -132,6 +133,25 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             control_group=control_group,
         )
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Let this process use megatron-core's checkpoints by itself, with a GPU or without one.
+
+    Raises:
+        ValueError: It is one of several ranks.
+    """
+    if world_size() > 1:
+        raise ValueError("this is done by one process; start it without a launcher")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(expected_messages_held_back())
+        if not torch.cuda.is_available():
+            stack.enter_context(cpu.cpu_training())
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            stack.callback(_destroy_default_group)
+        yield
 
 
 def _initialize_default_group(device: Device, timeout_minutes: float) -> None:

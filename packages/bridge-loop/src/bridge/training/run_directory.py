@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,12 +143,45 @@ def find_checkpoint(path: str | Path, field: str) -> Path:
     if (place / ".metadata").exists():
         return place
     latest = RunDirectory(place).latest()
+    if latest is None and any(place.glob("*.safetensors")):
+        raise ValueError(
+            f"{field}: {str(path)!r} holds weights in Hugging Face's format; make a checkpoint of "
+            f"them with `bridge import-hf {path} --output CHECKPOINT` and give that"
+        )
     if latest is None:
         raise ValueError(
             f"{field}: {str(path)!r} holds no checkpoint; give a run's directory (with "
             "checkpoints/latest in it) or one of its checkpoints"
         )
     return latest
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, field: str) -> Iterator[Path]:
+    """Fill a folder that is there, under its name, only when it is complete and durable.
+
+    Yields the folder under another name. If the block fails, nothing is left.
+
+    Args:
+        path: What the folder is to be called; folders above it are made.
+        field: What the user calls it, for the message.
+
+    Raises:
+        ValueError: There is something already.
+    """
+    if path.exists():
+        raise ValueError(f"{field}: {str(path)!r} exists and is not overwritten; give a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        sync_tree(partial)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_directory(path.parent)
 
 
 def replace_durably(path: Path, text: str) -> None:

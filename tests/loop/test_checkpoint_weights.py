@@ -1,0 +1,129 @@
+"""Weights of a checkpoint outside of a run, and a run that starts from weights alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bridge.training.checkpoint_weights import SavedWeights, saved_config, write_weights
+from bridge.training.config import CheckpointConfig
+from bridge.training.distributed import one_process
+from bridge.training.pretrain import pretrain
+from bridge.training.run_directory import find_checkpoint, new_folder
+from bridge.training.setup import training_parts
+from ranks import run_ranks
+from training_runs import OwnModel, OwnModule, own_run, parameters_of, token_step
+
+
+def weights_of_layers() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"output.weight": (3, 2), "block.layers.0.a": (4, 2), "block.layers.1.a": (4, 2)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_weights_are_read_as_they_were_written(tmp_path: Path) -> None:
+    weights = weights_of_layers()
+    weights["output.weight"] = weights["output.weight"].bfloat16()
+    config = own_run(tmp_path / "run")
+
+    def body() -> None:
+        with new_folder(tmp_path / "made" / "checkpoint", "--output") as folder, one_process():
+            write_weights(folder, weights, config)
+        with one_process():
+            saved = SavedWeights(tmp_path / "made" / "checkpoint")
+            for name, weight in weights.items():
+                assert saved.shape(name) == tuple(weight.shape)
+                assert saved.dtype(name) == weight.dtype
+                assert torch.equal(saved.read(name), weight)
+            for absent in ("other", "block.layers.2.a", "block.layers.0.b"):
+                assert saved.shape(absent) is None
+        assert not torch.distributed.is_initialized()
+
+    run_ranks(1, body, process_group=False)
+    assert find_checkpoint(tmp_path / "made" / "checkpoint", "--from").name == "checkpoint"
+    assert saved_config(tmp_path / "made" / "checkpoint").model == config.model
+
+
+def test_one_process_is_not_one_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process; start it without a launcher"):
+        with one_process():
+            pass
+
+
+def test_a_folder_that_holds_no_checkpoint_is_an_error_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}: it is no checkpoint"):
+        SavedWeights(tmp_path)
+    with pytest.raises(ValueError, match="config.yaml: cannot be read, so what model"):
+        saved_config(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="--from: .* Hugging Face's .* `bridge import-hf"):
+        find_checkpoint(tmp_path, "--from")
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "folder", "--output") as folder:
+            (folder / "half").touch()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "folder", "--output") as folder:
+        (folder / "file").touch()
+        assert not (tmp_path / "folder").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    with pytest.raises(ValueError, match=r"--output: .*folder' exists and is not overwritten"):
+        with new_folder(tmp_path / "folder", "--output"):
+            pass
+
+
+class ModuleWithExtraState(OwnModule):
+    """Has something beside its tensors, as Transformer Engine's modules have."""
+
+    extra: Any = "own"
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor(list(self.extra.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.extra = bytes(state.tolist()).decode()
+
+
+@dataclass(kw_only=True)
+class ModelWithExtraState(OwnModel):
+    extra: str = "own"
+
+    def build(self, *arguments: Any, **keywords: Any) -> torch.nn.Module:
+        module = ModuleWithExtraState(self.width, self.dropout)
+        module.extra = self.extra
+        return module
+
+
+def extra_of(chunk: Any) -> str:
+    [module] = [part for part in chunk.modules() if isinstance(part, ModuleWithExtraState)]
+    return str(module.extra)
+
+
+def test_modules_keep_their_extra_states_where_a_checkpoint_has_none(tmp_path: Path) -> None:
+    def body() -> list[str]:
+        for name, model in (("without", OwnModel()), ("with", ModelWithExtraState(extra="saved"))):
+            config = own_run(tmp_path / name, model=model)
+            config.checkpoint.save_at_end = True
+            config.train.train_iters = 1
+            pretrain(config, token_step)
+        found = []
+        for name in ("without", "with"):
+            config = own_run(tmp_path / "started", model=ModelWithExtraState())
+            config.checkpoint = CheckpointConfig(pretrained_checkpoint=str(tmp_path / name))
+            with training_parts(config, token_step) as parts, one_process():
+                saved = SavedWeights(find_checkpoint(tmp_path / name, "--from"))
+                parameters = parameters_of(parts.model)
+                assert torch.equal(parameters["inner.weight"], saved.read("module.inner.weight"))
+                found.append(extra_of(parts.model[0]))
+        return found
+
+    assert run_ranks(1, body, process_group=False) == [["own", "saved"]]

@@ -1,0 +1,30 @@
+import pytest
+
+from bridge.cli.export import find_exporter, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("20KB", 20_000)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "5", "GB", "-1GB", "0GB", "5TB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="--max-shard-size: .*such as 5GB"):
+        parse_size(text)
+
+
+def test_a_target_that_nobody_brings_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match=r"--to: there is no 'gguf' \(there are: [\w, -]+\)$"):
+        find_exporter("gguf")
+
+
+def test_a_target_of_a_package_that_is_missing_is_refused_with_its_installation() -> None:
+    from importlib.metadata import entry_points
+
+    if entry_points(group="bridge.exporters", name="hf-peft"):
+        pytest.skip("bridge-peft is installed")
+    with pytest.raises(ValueError, match="bridge-peft brings it: pip install"):
+        find_exporter("hf-peft")
