@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,10 +11,13 @@ from bridge.training.megatron_import import expected_messages_held_back, quiet_i
 with quiet_import():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from bridge.gpt.conversion.families import family_of
+    from bridge.gpt.conversion.weight_names import weights_in_hugging_face
     from bridge.gpt.data.tokenizers import vocab_size
     from bridge.gpt.layer_specs import mtp_block_spec
     from bridge.gpt.model import GPT
     from bridge.training.config import ConfigContainer
+    from bridge.training.contracts import ExportedWeight
     from bridge.training.layer_specs import decoder_block_spec
     from bridge.training.transformer_section import TransformerSection
 
@@ -135,6 +138,15 @@ class GPTModelConfig(TransformerSection):
         logits = self.hidden_size * self.padded_vocab_size
         one_more_token = 2 * self.hidden_size**2 + layers[-1] + logits
         return 6.0 * (sum(layers) + logits + (self.mtp_num_layers or 0) * one_more_token)
+
+    def exported_weights(self) -> Mapping[str, ExportedWeight]:
+        """Return how the weights stand in Hugging Face's format (see `contracts.NamesWeights`).
+
+        Raises:
+            ValueError: The model is of no family that converts; the message names the fields.
+        """
+        family_of(self)
+        return weights_in_hugging_face(self)
 
     def problems(self, config: ConfigContainer) -> Iterable[str]:
         """Yield what megatron-core would refuse only while it builds, or would not notice."""

@@ -1,0 +1,45 @@
+"""`bridge import-hf`: a checkpoint of a model in Hugging Face's format."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def register(subparsers: "Subparsers") -> None:
+    """Add ``import-hf`` to the `bridge` command; an entry point of ``bridge.commands``."""
+    parser = subparsers.add_parser(
+        "import-hf",
+        help="make a checkpoint of a Hugging Face model",
+        description="Make a checkpoint of a Llama or Qwen3 model in Hugging Face's format, which "
+        "runs under any parallel layout start from.",
+    )
+    parser.add_argument("directory", metavar="DIR", help="with config.json and *.safetensors")
+    parser.add_argument(
+        "--output", required=True, metavar="CHECKPOINT", help="a new folder; never overwritten"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        help="type of the weights (default: that of the files)",
+    )
+    parser.set_defaults(run=run_import)
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    """Run ``bridge import-hf``; returns the exit code.
+
+    Raises:
+        ValueError: The model is not supported or not whole, or the output exists.
+    """
+    # These bring torch and megatron-core, which other commands should not wait for.
+    from bridge.gpt.conversion.hf_import import import_hf
+    from bridge.training.config.names import dtype_from_name
+
+    dtype = None if arguments.dtype is None else dtype_from_name(arguments.dtype)
+    line = import_hf(Path(arguments.directory), Path(arguments.output), dtype=dtype)
+    sys.stdout.write(f"{line}\n")
+    return 0

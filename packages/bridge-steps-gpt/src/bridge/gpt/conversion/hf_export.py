@@ -1,0 +1,78 @@
+"""From a checkpoint to Hugging Face's format; the exporter ``hf``."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from bridge.gpt.conversion.hf_config import config_json, read_json
+from bridge.gpt.conversion.safetensors_files import write_json, write_tensors
+from bridge.gpt.conversion.tokenizer_files import copy_tokenizer, folder_of
+from bridge.gpt.model_config import GPTModelConfig
+from bridge.training.checkpoint_weights import SavedWeights
+from bridge.training.contracts import ExportedWeight, ExportRequest
+from bridge.training.distributed import one_process
+
+
+def export_hf(request: ExportRequest) -> str:
+    """Write a folder that transformers and others load: config.json, safetensors, tokenizer.
+
+    The weights are read one by one; those of one file are held at a time. What our model section
+    does not know, as the ids of special tokens, comes from the folder of the tokenizer, if that is
+    a model's.
+
+    Args:
+        request: What to export, and how.
+
+    Raises:
+        ValueError: The model has no place in the format, or the checkpoint does not hold it.
+    """
+    model = request.config.model
+    if not isinstance(model, GPTModelConfig):
+        raise ValueError(
+            f"--to hf: {request.checkpoint} holds a {type(model).__name__}; only GPT models "
+            "(GPTModelConfig) are exported"
+        )
+    weights = model.exported_weights()
+    source = folder_of(request.config.tokenizer)
+    beside = source / "config.json" if source else None
+    known = read_json(beside) if beside and beside.exists() else {}
+    with one_process():
+        saved = SavedWeights(request.checkpoint)
+        for name, weight in weights.items():
+            _check(saved, name, weight, request)
+        first = saved.dtype(next(iter(weights)))
+        size, files = write_tensors(
+            request.output,
+            _tensors(saved, weights, request.dtype),
+            max_shard_size=request.max_shard_size,
+        )
+    dtype = request.dtype or first
+    write_json(request.output / "config.json", config_json(model, dtype, known))
+    copied = copy_tokenizer(source, request.output) if source else []
+    return (
+        f"{size / 1e9:.3g} GB in {files} file{'s' if files > 1 else ''}, "
+        f"{str(dtype).removeprefix('torch.')}"
+        + (f", with {', '.join(copied)}" if copied else ", without a tokenizer")
+    )
+
+
+def _check(saved: SavedWeights, name: str, weight: ExportedWeight, request: ExportRequest) -> None:
+    shape = saved.shape(name)
+    if shape is None:
+        raise ValueError(
+            f"{request.checkpoint}: has no {name}, which the model of its config.yaml has"
+        )
+    # The vocabulary may be padded.
+    if shape[1:] != weight.shape[1:] or shape[0] < weight.shape[0]:
+        raise ValueError(
+            f"{request.checkpoint}: {name} has the shape {list(shape)}; by its config.yaml it is "
+            f"{list(weight.shape)}"
+        )
+
+
+def _tensors(
+    saved: SavedWeights, weights: Mapping[str, ExportedWeight], dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, weight in weights.items():
+        for part, tensor in weight.split(saved.read(name)).items():
+            yield part, tensor.to(dtype)

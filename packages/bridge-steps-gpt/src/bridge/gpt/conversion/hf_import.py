@@ -1,0 +1,116 @@
+"""From Hugging Face's format to a checkpoint that runs start from."""
+
+from pathlib import Path
+
+import torch
+
+from bridge.gpt.conversion.hf_config import read_model_config
+from bridge.gpt.conversion.safetensors_files import TensorFolder
+from bridge.gpt.conversion.tokenizer_files import has_tokenizer
+from bridge.gpt.data.dataset_config import GPTDatasetConfig
+from bridge.gpt.model_config import GPTModelConfig
+from bridge.training.checkpoint_weights import write_weights
+from bridge.training.config import ConfigContainer, TokenizerConfig
+from bridge.training.distributed import one_process
+from bridge.training.run_directory import new_folder
+
+_NAMES_IN_A_MESSAGE = 5
+
+
+def import_hf(directory: Path, checkpoint: Path, *, dtype: torch.dtype | None = None) -> str:
+    """Make a checkpoint of a model in Hugging Face's format, for any parallel layout to load.
+
+    Its config.yaml has the model section, and a tokenizer section if the folder has a tokenizer.
+    The model is held in memory once.
+
+    Args:
+        directory: The folder with config.json and the safetensors files.
+        checkpoint: Must not exist; it is there only once it is complete.
+        dtype: Type of the weights; None keeps theirs.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        ValueError: The architecture is not supported, the files do not hold that model, or
+            `checkpoint` exists.
+    """
+    model = read_model_config(directory)
+    tokenizer = None
+    if has_tokenizer(directory):
+        tokenizer = TokenizerConfig(type="huggingface", model=str(directory.resolve()))
+    config = ConfigContainer(model=model, dataset=GPTDatasetConfig(), tokenizer=tokenizer)
+    with new_folder(checkpoint, "--output") as folder, one_process():
+        weights = read_weights(directory, model, dtype)
+        write_weights(folder, weights, config)
+    parameters = sum(weight.numel() for weight in weights.values())
+    kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
+    return f"wrote {checkpoint}: {parameters:,} parameters in {' and '.join(kinds)}"
+
+
+def read_weights(
+    directory: Path, model: GPTModelConfig, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """Return every weight of a model by our names, whole.
+
+    Args:
+        directory: The folder with the safetensors files.
+        model: What `read_model_config` returned for it.
+        dtype: Type of the weights; None keeps theirs.
+
+    Raises:
+        ValueError: A tensor is missing, or there is one too many, or one has another shape.
+    """
+    expected = model.exported_weights()
+    with TensorFolder(directory) as tensors:
+        _check(tensors, model, directory)
+        return {
+            name: weight.join({part: tensors.read(part).to(dtype) for part in weight.parts})
+            for name, weight in expected.items()
+        }
+
+
+def _check(tensors: TensorFolder, model: GPTModelConfig, directory: Path) -> None:
+    expected = {
+        name: weight.shape_of(name)
+        for weight in model.exported_weights().values()
+        for name in weight.parts
+    }
+    found = tensors.names()
+    if missing := sorted(expected.keys() - found):
+        raise ValueError(
+            f"{directory}: the files have no {_listed(missing)}, which config.json asks for"
+        )
+    surplus = {name for name in found - expected.keys() if not _is_derived(name)}
+    if model.share_embeddings_and_output_weights and "lm_head.weight" in surplus:
+        _check_tied(tensors, directory)
+        surplus.remove("lm_head.weight")
+    if surplus:
+        raise ValueError(
+            f"{directory}: the files have {_listed(sorted(surplus))}, for which the model of "
+            "config.json has no place"
+        )
+    for name, shape in expected.items():
+        if tensors.shape(name) != shape:
+            raise ValueError(
+                f"{directory}: {name} has the shape {list(tensors.shape(name))}; by config.json it "
+                f"is {list(shape)}"
+            )
+
+
+def _check_tied(tensors: TensorFolder, directory: Path) -> None:
+    if not torch.equal(tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")):
+        raise ValueError(
+            f"{directory}: lm_head.weight differs from model.embed_tokens.weight, and "
+            "tie_word_embeddings is true; correct config.json"
+        )
+
+
+def _is_derived(name: str) -> bool:
+    """Whether a tensor follows from config.json: older files hold the rotary frequencies."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMES_IN_A_MESSAGE
+    return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" and {more} more" if more > 0 else "")

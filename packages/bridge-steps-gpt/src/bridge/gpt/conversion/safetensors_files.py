@@ -1,0 +1,149 @@
+"""A model's tensors in safetensors files, one or many: read one by one, written as they come."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from bridge.gpt.conversion.hf_config import read_json
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+class TensorFolder:
+    """Reads the tensors of a folder: those of its index, or of its only file.
+
+    A context manager: files stay open within the block. Nothing is loaded before it is asked for.
+
+    Raises:
+        ValueError: The folder has no such files, one of them is not there, or it is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = contextlib.ExitStack()
+        self._files: dict[str, Any] = {}
+        self._file_of = self._find()
+
+    def __enter__(self) -> "TensorFolder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def names(self) -> set[str]:
+        """Return the names of all tensors."""
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        with self._reading(name) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor in the type that it has in the file."""
+        with self._reading(name) as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+    def _find(self) -> dict[str, str]:
+        if (self._folder / _INDEX).exists():
+            index = read_json(self._folder / _INDEX).get("weight_map")
+            if not isinstance(index, dict):
+                raise ValueError(f"{self._folder / _INDEX}: has no weight_map; fetch it again")
+            return index
+        if not (self._folder / _SINGLE).exists():
+            raise ValueError(
+                f"{self._folder}: has neither {_SINGLE} nor {_INDEX}; only weights in safetensors "
+                "files can be read"
+            )
+        with self._opened(_SINGLE) as file:
+            return dict.fromkeys(file.keys(), _SINGLE)
+
+    def _reading(self, name: str) -> "contextlib.AbstractContextManager[Any]":
+        return self._opened(self._file_of[name])
+
+    @contextlib.contextmanager
+    def _opened(self, file_name: str) -> Iterator[Any]:
+        path = self._folder / file_name
+        try:
+            if file_name not in self._files:
+                file: Any = safe_open(path, framework="pt")
+                self._files[file_name] = self._stack.enter_context(file)
+            yield self._files[file_name]
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: is not there, and {_INDEX} names it; fetch it") from error
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: is damaged ({error}); fetch it again") from error
+
+
+@dataclass
+class _Shard:
+    """A file that is being filled."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    size: int = 0
+
+
+def write_tensors(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, max_shard_size: int
+) -> tuple[int, int]:
+    """Write tensors into one file, or into several and an index; return bytes and files.
+
+    No more than one file's tensors are held at a time.
+
+    Args:
+        folder: An existing folder.
+        tensors: Names and tensors, in the order in which they fill the files.
+        max_shard_size: Bytes of a file; a tensor that is larger has one for itself.
+    """
+    written: list[list[str]] = []
+    total, shard = 0, _Shard()
+
+    def finish() -> None:
+        if shard.tensors:
+            save_file(shard.tensors, _numbered(folder, len(written)), metadata={"format": "pt"})
+            written.append(list(shard.tensors))
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if shard.size + size > max_shard_size:
+            finish()
+            shard = _Shard()
+        shard.tensors[name] = tensor.contiguous()
+        shard.size += size
+        total += size
+    finish()
+    _name_files(folder, written, total)
+    return total, len(written)
+
+
+def _numbered(folder: Path, number: int) -> Path:
+    return folder / f"part-{number}.safetensors"
+
+
+def _name_files(folder: Path, written: list[list[str]], total: int) -> None:
+    """Give the files their names, which have the number of all files in them."""
+    count = len(written)
+    if count == 1:
+        _numbered(folder, 0).rename(folder / _SINGLE)
+        return
+    index: dict[str, str] = {}
+    for number, names in enumerate(written):
+        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        _numbered(folder, number).rename(folder / file)
+        index |= dict.fromkeys(names, file)
+    write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write an object as a JSON file."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

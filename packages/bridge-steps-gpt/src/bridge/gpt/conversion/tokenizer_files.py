@@ -1,0 +1,40 @@
+"""The files of a tokenizer, in a folder of Hugging Face's."""
+
+import shutil
+from pathlib import Path
+
+from bridge.training.config import TokenizerConfig
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer can be loaded from a folder."""
+    return any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def folder_of(tokenizer: TokenizerConfig | None) -> Path | None:
+    """Return the folder of a Hugging Face tokenizer, None if there is none (any more)."""
+    if tokenizer is None or tokenizer.type != "huggingface" or tokenizer.model is None:
+        return None
+    folder = Path(tokenizer.model)
+    return folder if folder.is_dir() else None
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy what a tokenizer and text generation need; return the names of the files."""
+    copied = [name for name in _FILES if (source / name).exists()]
+    for name in copied:
+        shutil.copyfile(source / name, target / name)
+    return copied

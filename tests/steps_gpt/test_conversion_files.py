@@ -1,0 +1,252 @@
+"""What is wrong with a folder in Hugging Face's format is said by name; no transformers needed."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bridge.cli import main
+from bridge.gpt.conversion.hf_config import config_json, read_model_config
+from bridge.gpt.conversion.hf_import import import_hf, read_weights
+from bridge.gpt.conversion.safetensors_files import TensorFolder, write_tensors
+from bridge.gpt.conversion.tokenizer_files import copy_tokenizer
+from bridge.training.checkpoint_weights import saved_config
+from bridge.training.contracts import NamesWeights
+from bridge.training.run_directory import find_checkpoint
+from gpt_models import tiny_gpt
+from hf_models import LLAMA3_ROPE, VOCABULARY, config_of, tensors_of, write_folder
+
+
+def read_config(folder: Path, **changes: Any) -> Any:
+    (folder / "config.json").write_text(json.dumps(config_of(**changes)))
+    return read_model_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "MistralForCausalLM"}, "MistralForCausalLM is not supported; supported"),
+        ({"architecture": "Qwen2ForCausalLM"}, "Qwen2ForCausalLM is not .*Qwen3ForCausalLM"),
+        ({"architecture": "Qwen3MoeForCausalLM"}, "Qwen3MoeForCausalLM is not supported"),
+        ({"architectures": None}, r"no architecture \(model_type 'llama'\) is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: fp8; convert the"),
+        ({"use_sliding_window": True}, "use_sliding_window: true"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types: sliding_attention",
+        ),
+        ({"attention_bias": True}, "attention_bias: True with mlp_bias False"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type: 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type: 'yarn'"),
+        (
+            {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 2.0}},
+            r"low_freq_factor of the rope: 2\.0; only Llama 3\.1's 1\.0",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
+        ({"hidden_size": "32"}, "hidden_size is '32'; it must be a whole number"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None"),
+    ],
+)
+def test_what_is_not_supported_is_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        read_config(tmp_path, **changes)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_all_of_it_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"(?s)hidden_act.*mlp_bias.*rope_type"):
+        read_config(tmp_path, hidden_act="relu", mlp_bias=True, rope_scaling={"rope_type": "x"})
+
+
+def test_a_missing_or_broken_config_is_an_error_with_its_path(tmp_path: Path) -> None:
+    for text, message in ((None, "cannot be read"), ("{", "is no JSON"), ("[]", "no object")):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+            read_model_config(tmp_path)
+
+
+def test_both_ways_of_writing_the_rope_mean_the_same(tmp_path: Path) -> None:
+    older = read_config(tmp_path, rope_theta=500000.0, rope_scaling=LLAMA3_ROPE)
+    newer = read_config(tmp_path, rope_parameters={"rope_theta": 500000.0, **LLAMA3_ROPE})
+    assert older == newer
+    assert (older.rotary_base, older.rope_scaling, older.rope_scaling_factor) == (500000, True, 8.0)
+
+
+def test_the_vocabulary_is_padded_only_for_the_ranks(tmp_path: Path) -> None:
+    model = read_config(tmp_path, vocab_size=65, max_position_embeddings=131072)
+    assert (model.padded_vocab_size, model.seq_length) == (65, 4096)
+    model.tensor_model_parallel_size = 2
+    assert model.padded_vocab_size == 66
+    assert read_config(tmp_path, vocab_size=128256).make_vocab_size_divisible_by == 128
+
+
+def test_head_dim_that_is_absent_is_the_family_s_own(tmp_path: Path) -> None:
+    assert read_config(tmp_path, head_dim=None).kv_channels == 8
+    assert read_config(tmp_path, architecture="Qwen3ForCausalLM", head_dim=None).kv_channels == 128
+
+
+def test_a_model_outside_the_families_names_its_fields() -> None:
+    model = tiny_gpt(normalization="LayerNorm", num_moe_experts=2, qk_layernorm=True)
+    assert isinstance(model, NamesWeights)
+    with pytest.raises(ValueError, match=r"(?s)normalization: 'LayerNorm'.*num_moe_experts: 2"):
+        model.exported_weights()
+    with pytest.raises(ValueError, match="add_bias_linear: True; Qwen3ForCausalLM"):
+        tiny_gpt(qk_layernorm=True, add_bias_linear=True).exported_weights()
+
+
+def test_fused_weights_come_apart_by_query_group_and_whatever_has_their_rows() -> None:
+    model = tiny_gpt(num_layers=1)  # 4 heads of 8 in 2 groups
+    weights = model.exported_weights()
+    qkv = weights["decoder.layers.0.self_attention.linear_qkv.weight"]
+    assert qkv.shape == (64, 32)
+    parts = qkv.split(torch.arange(64))  # a vector has the rows, as an adapter's side has
+    q, k, v = (parts[f"model.layers.0.self_attn.{letter}_proj.weight"] for letter in "qkv")
+    # Of each group two heads' queries, a key and a value.
+    assert q.tolist() == [*range(16), *range(32, 48)]
+    assert k.tolist() == [*range(16, 24), *range(48, 56)]
+    assert v.tolist() == [*range(24, 32), *range(56, 64)]
+    assert torch.equal(qkv.join(parts), torch.arange(64))
+    gated = weights["decoder.layers.0.mlp.linear_fc1.weight"].split(torch.arange(96))
+    assert [part[0].item() for part in gated.values()] == [0, 48]
+    padded = weights["embedding.word_embeddings.weight"].split(torch.ones(72, 32))
+    assert padded["model.embed_tokens.weight"].shape == (64, 32)
+
+
+def change(**changed: Any) -> Callable[[Path], None]:
+    """Return what replaces tensors of a folder's file; None takes one out."""
+
+    def apply(folder: Path) -> None:
+        tensors = tensors_of(folder) | changed
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(kept, folder / "model.safetensors")
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def index_of_absent_files(folder: Path) -> None:
+    index = {"weight_map": dict.fromkeys(tensors_of(folder), "model-00001-of-00002.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change(**{NORM: None}), f"the files have no {NORM}, which config.json asks for"),
+        (change(**{"model.layers.2.x": torch.ones(1)}), "have model.layers.2.x, for which"),
+        (change(**{NORM: torch.ones(31)}), rf"{NORM} has the shape \[31\]; .*is \[32\]"),
+        (truncate, "model.safetensors: is damaged"),
+        (index_of_absent_files, "model-00001-of-00002.safetensors: is not there"),
+        (only_pickles, "has neither model.safetensors nor .*; only weights in safetensors"),
+    ],
+    ids=["missing", "surplus", "shape", "truncated", "absent", "pickles"],
+)
+def test_files_that_do_not_hold_the_model_are_refused_and_leave_nothing(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    folder = write_folder(tmp_path / "model")
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        import_hf(folder, tmp_path / "checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_tied_weights_that_differ_are_refused_and_equal_ones_are_one(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", tie_word_embeddings=True)
+    model = read_model_config(folder)
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from .*embed_tokens"):
+        read_weights(folder, model)
+    tensors = tensors_of(folder)
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    change(**{"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, **buffers)(folder)
+    weights = read_weights(folder, model)
+    assert "output_layer.weight" not in weights
+    assert weights.keys() == model.exported_weights().keys()
+
+
+def test_tensors_are_spread_over_files_that_hold_no_more_than_they_may(tmp_path: Path) -> None:
+    tensors = {f"t{number}": torch.full((number,), 1.0) for number in (4, 2, 9, 1, 1)}
+    size, files = write_tensors(tmp_path, tensors.items(), max_shard_size=24)
+    assert (size, files) == (4 * 16, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)),
+        "model.safetensors.index.json",
+    ]
+    with TensorFolder(tmp_path) as folder:
+        assert folder.names() == set(tensors)
+        assert all(torch.equal(folder.read(name), tensor) for name, tensor in tensors.items())
+
+
+def bridge(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_the_commands_convert_there_and_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "model", eos_token_id=[7, 8], max_position_embeddings=99999)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_text("{}")
+    checkpoint, back = tmp_path / "a" / "checkpoint", tmp_path / "back"
+    assert bridge("import-hf", folder, "--output", checkpoint) == 0
+    assert re.search(r"checkpoint: [\d,]+ parameters in float32", capsys.readouterr().out)
+    assert find_checkpoint(checkpoint, "--from") == checkpoint
+    config = saved_config(checkpoint)
+    assert config.model == read_model_config(folder)
+    assert config.tokenizer is not None
+    assert config.tokenizer.model == str(folder)
+
+    to_hf = ("export", checkpoint, "--to", "hf", "--output")
+    assert bridge(*to_hf, back) == 0
+    assert "in 1 file, float32, with tokenizer.json, " in capsys.readouterr().out
+    assert (back / "tokenizer_config.json").read_text() == "{}"
+    written = json.loads((back / "config.json").read_text())
+    assert (written["eos_token_id"], written["max_position_embeddings"]) == ([7, 8], 99999)
+    one, other = tensors_of(folder), tensors_of(back)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+    assert bridge(*to_hf, tmp_path / "small", "--dtype", "bf16", "--max-shard-size", "12KB") == 0
+    assert tensors_of(tmp_path / "small")["lm_head.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+    capsys.readouterr()
+    for arguments, message in (
+        (("import-hf", folder, "--output", checkpoint), "is not overwritten"),
+        ((*to_hf, back), "is not overwritten"),
+        (("export", folder, "--to", "hf", "--output", tmp_path / "x"), "bridge import-hf"),
+        ((*to_hf, tmp_path / "x", "--max-shard-size", "5"), "is no size"),
+    ):
+        assert bridge(*arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_config_of_another_model_beside_the_tokenizer_says_nothing(tmp_path: Path) -> None:
+    model = read_config(tmp_path)
+    known = config_of(eos_token_id=5)
+    assert config_json(model, torch.float32, known)["eos_token_id"] == 5
+    another = known | {"hidden_size": 64}
+    assert config_json(model, torch.float32, another)["eos_token_id"] is None
+    assert copy_tokenizer(tmp_path, tmp_path) == []
+    assert model.vocab_size == VOCABULARY

@@ -1,0 +1,135 @@
+"""Tiny models in Hugging Face's format: made by transformers, or by hand without it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from bridge.gpt.data.dataset_config import GPTDatasetConfig
+from bridge.training.checkpoint_weights import saved_config
+from bridge.training.config import (
+    CheckpointConfig,
+    ConfigContainer,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+VOCABULARY = 65
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def config_of(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
+    """Return what config.json holds of a tiny model, in the words of older files."""
+    model_type = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}.get(architecture, "x")
+    values = {"architectures": [architecture], "model_type": model_type, "head_dim": 8}
+    return values | SIZES | {"rms_norm_eps": 1e-6, "hidden_act": "silu"} | changes
+
+
+def write_folder(folder: Path, **changes: Any) -> Path:
+    """Write a tiny untied Llama with random weights, as one file; needs no transformers."""
+    folder.mkdir()
+    config = config_of(**changes)
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(1)
+    shapes = {
+        "model.embed_tokens.weight": (VOCABULARY, 32),
+        "model.norm.weight": (32,),
+        "lm_head.weight": (VOCABULARY, 32),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in (
+            ("input_layernorm", (32,)),
+            ("self_attn.q_proj", (32, 32)),
+            ("self_attn.k_proj", (16, 32)),
+            ("self_attn.v_proj", (16, 32)),
+            ("self_attn.o_proj", (32, 32)),
+            ("post_attention_layernorm", (32,)),
+            ("mlp.gate_proj", (48, 32)),
+            ("mlp.up_proj", (48, 32)),
+            ("mlp.down_proj", (32, 48)),
+        ):
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def write_with_transformers(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Save a random model and return it in float32; norms and biases are random as well."""
+    import transformers
+
+    values = {name: value for name, value in config.items() if name != "architectures"}
+    kind = getattr(transformers, config["architectures"][0])
+    model = kind(kind.config_class(**values, attn_implementation="eager"))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name else 0.0
+            parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
+            # Not model.to: that would round the rotary frequencies as well.
+            parameter.data = parameter.data.to(dtype)
+        model.save_pretrained(folder)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+    return model.eval()
+
+
+def run_from(checkpoint: Path, run_dir: Path, **layout: Any) -> ConfigContainer:
+    """Return a run that starts from a checkpoint, with its model, and learns at no rate."""
+    model: Any = saved_config(checkpoint).model
+    for name, value in layout.items():
+        setattr(model, name, value)
+    return ConfigContainer(
+        model=model,
+        dataset=GPTDatasetConfig(mock=True),
+        train=TrainConfig(train_iters=1, micro_batch_size=1, global_batch_size=2),
+        optimizer=OptimizerConfig(lr=0.0, min_lr=0.0, weight_decay=0.0),
+        checkpoint=CheckpointConfig(pretrained_checkpoint=str(checkpoint), run_dir=str(run_dir)),
+    )
+
+
+def logits_of(chunks: list[Any], tokens: torch.Tensor) -> torch.Tensor | None:
+    """Return the logits ``[batch, sequence, vocabulary]``; None before the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(data: Iterator[torch.Tensor], model: Any) -> tuple[Any, Any]:
+        ids = next(data)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        output = model(ids, positions, attention_mask=None, runtime_gather_output=True)
+        return output, lambda logits, non_loss_data: logits
+
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter([tokens]),
+        model=chunks[0],
+        num_microbatches=1,
+        seq_length=tokens.shape[1],
+        micro_batch_size=tokens.shape[0],
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return outputs[0][..., :VOCABULARY].detach().clone() if outputs else None
