@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from bridge.gpt.conversion.hf_import import import_hf
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.training.gpt_step import forward_step
 from bridge.training.layer_specs import has_transformer_engine
 from bridge.training.pretrain import pretrain
 from gpt_models import tiny_gpt
+from hf_models import run_from, write_folder
 from training_runs import a_run, gpt_run, one_step, parameters_of, series
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +46,19 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
     yield
     torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_engine
+def test_weights_of_hugging_face_are_the_same_model_in_either_kind_of_layers(
+    tmp_path: Path,
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    import_hf(write_folder(tmp_path / "model", **sizes), tmp_path / "checkpoint")
+    losses = []
+    for layer_spec in ("local", "transformer_engine"):
+        config = run_from(tmp_path / "checkpoint", tmp_path / layer_spec, layer_spec=layer_spec)
+        losses.append(pretrain(config, forward_step).metrics["lm loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 @pytest.mark.parametrize(

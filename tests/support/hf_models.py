@@ -49,25 +49,29 @@ def write_folder(folder: Path, **changes: Any) -> Path:
     config = config_of(**changes)
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(1)
+    hidden, mlp, width = (config[name] for name in ("hidden_size", "intermediate_size", "head_dim"))
+    queries, keys = width * config["num_attention_heads"], width * config["num_key_value_heads"]
     shapes = {
-        "model.embed_tokens.weight": (VOCABULARY, 32),
-        "model.norm.weight": (32,),
-        "lm_head.weight": (VOCABULARY, 32),
+        "model.embed_tokens.weight": (VOCABULARY, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (VOCABULARY, hidden),
     }
     for layer in range(config["num_hidden_layers"]):
         for name, shape in (
-            ("input_layernorm", (32,)),
-            ("self_attn.q_proj", (32, 32)),
-            ("self_attn.k_proj", (16, 32)),
-            ("self_attn.v_proj", (16, 32)),
-            ("self_attn.o_proj", (32, 32)),
-            ("post_attention_layernorm", (32,)),
-            ("mlp.gate_proj", (48, 32)),
-            ("mlp.up_proj", (48, 32)),
-            ("mlp.down_proj", (32, 48)),
+            ("input_layernorm", (hidden,)),
+            ("self_attn.q_proj", (queries, hidden)),
+            ("self_attn.k_proj", (keys, hidden)),
+            ("self_attn.v_proj", (keys, hidden)),
+            ("self_attn.o_proj", (hidden, queries)),
+            ("post_attention_layernorm", (hidden,)),
+            ("mlp.gate_proj", (mlp, hidden)),
+            ("mlp.up_proj", (mlp, hidden)),
+            ("mlp.down_proj", (hidden, mlp)),
         ):
             shapes[f"model.layers.{layer}.{name}.weight"] = shape
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors = {
+        name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()
+    }
     save_file(tensors, folder / "model.safetensors")
     return folder
 

@@ -83,6 +83,11 @@ FUNCTIONS = {
     ],
     "bridge.training.mimo_step.get_batch": ["data_iterator", "keys"],
     "bridge.training.mimo_step.loss_func": ["loss_mask", "output_tensor"],
+    "bridge.training.checkpoint_weights.saved_config": ["checkpoint"],
+    "bridge.training.checkpoint_weights.write_weights": ["checkpoint", "weights", "config"],
+    "bridge.gpt.conversion.hf_config.read_model_config": ["directory"],
+    "bridge.gpt.conversion.hf_import.import_hf": ["directory", "checkpoint", "dtype"],
+    "bridge.gpt.model_config.GPTModelConfig.exported_weights": ["self"],
     "bridge.training.config.resolve": ["config", "device", "world_size"],
 }
 
@@ -111,6 +116,14 @@ FIELDS = {
         "collate",
         "fingerprint",
         "notes",
+    ],
+    "bridge.training.contracts.ExportedWeight": ["shape", "parts"],
+    "bridge.training.contracts.ExportRequest": [
+        "checkpoint",
+        "config",
+        "output",
+        "dtype",
+        "max_shard_size",
     ],
     "bridge.training.run.TrainingParts": [
         "config",
