@@ -1,5 +1,6 @@
 """Models of transformers' own, in and out: the logits are transformers', the weights unchanged."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from hf_models import (
 )
 from ranks import run_ranks
 
-pytest.importorskip("transformers")
+# Asked without importing it: every worker collects this, and one runs it.
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="needs transformers"
+)
 
 LLAMA, QWEN3 = "LlamaForCausalLM", "Qwen3ForCausalLM"
 MODELS = {

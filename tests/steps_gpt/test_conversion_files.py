@@ -230,7 +230,11 @@ def test_the_commands_convert_there_and_back(
     assert tensors_of(tmp_path / "small")["lm_head.weight"].dtype == torch.bfloat16
     assert json.loads((tmp_path / "small" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
+    folder.rename(tmp_path / "moved")
     capsys.readouterr()
+    assert bridge(*to_hf, tmp_path / "bare") == 0
+    assert f"without a tokenizer ({folder} is not there any more)" in capsys.readouterr().out
+    (tmp_path / "moved").rename(folder)
     for arguments, message in (
         (("import-hf", folder, "--output", checkpoint), "is not overwritten"),
         ((*to_hf, back), "is not overwritten"),

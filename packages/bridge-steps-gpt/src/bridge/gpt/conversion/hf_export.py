@@ -49,10 +49,12 @@ def export_hf(request: ExportRequest) -> str:
     dtype = request.dtype or first
     write_json(request.output / "config.json", config_json(model, dtype, known))
     copied = copy_tokenizer(source, request.output) if source else []
+    tokenizer = f"with {', '.join(copied)}" if copied else "without a tokenizer"
+    if source and not source.is_dir():
+        tokenizer += f" ({source} is not there any more)"
     return (
         f"{size / 1e9:.3g} GB in {files} file{'s' if files > 1 else ''}, "
-        f"{str(dtype).removeprefix('torch.')}"
-        + (f", with {', '.join(copied)}" if copied else ", without a tokenizer")
+        f"{str(dtype).removeprefix('torch.')}, {tokenizer}"
     )
 
 

@@ -1,5 +1,6 @@
 """From Hugging Face's format to a checkpoint that runs start from."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.checkpoint_weights import write_weights
 from bridge.training.config import ConfigContainer, TokenizerConfig
+from bridge.training.contracts import ExportedWeight
 from bridge.training.distributed import one_process
 from bridge.training.run_directory import new_folder
 
@@ -63,26 +65,22 @@ def read_weights(
     """
     expected = model.exported_weights()
     with TensorFolder(directory) as tensors:
-        _check(tensors, model, directory)
+        _check(tensors, expected, directory)
         return {
             name: weight.join({part: tensors.read(part).to(dtype) for part in weight.parts})
             for name, weight in expected.items()
         }
 
 
-def _check(tensors: TensorFolder, model: GPTModelConfig, directory: Path) -> None:
-    expected = {
-        name: weight.shape_of(name)
-        for weight in model.exported_weights().values()
-        for name in weight.parts
-    }
+def _check(tensors: TensorFolder, weights: Mapping[str, ExportedWeight], directory: Path) -> None:
+    expected = {name: weight.shape_of(name) for weight in weights.values() for name in weight.parts}
     found = tensors.names()
     if missing := sorted(expected.keys() - found):
         raise ValueError(
             f"{directory}: the files have no {_listed(missing)}, which config.json asks for"
         )
     surplus = {name for name in found - expected.keys() if not _is_derived(name)}
-    if model.share_embeddings_and_output_weights and "lm_head.weight" in surplus:
+    if "lm_head.weight" in surplus:
         _check_tied(tensors, directory)
         surplus.remove("lm_head.weight")
     if surplus:

@@ -25,11 +25,11 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def folder_of(tokenizer: TokenizerConfig | None) -> Path | None:
-    """Return the folder of a Hugging Face tokenizer, None if there is none (any more)."""
+    """Return the folder of a Hugging Face tokenizer, None for other tokenizers."""
     if tokenizer is None or tokenizer.type != "huggingface" or tokenizer.model is None:
         return None
-    folder = Path(tokenizer.model)
-    return folder if folder.is_dir() else None
+    path = Path(tokenizer.model)
+    return path.parent if path.is_file() else path
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
