@@ -12,14 +12,19 @@ from safetensors.torch import save_file
 
 from bridge.cli import main
 from bridge.gpt.conversion.hf_config import config_json, read_model_config
+from bridge.gpt.conversion.hf_export import export_hf
 from bridge.gpt.conversion.hf_import import import_hf, read_weights
 from bridge.gpt.conversion.safetensors_files import TensorFolder, write_tensors
 from bridge.gpt.conversion.tokenizer_files import copy_tokenizer
-from bridge.training.checkpoint_weights import saved_config
-from bridge.training.contracts import NamesWeights
-from bridge.training.run_directory import find_checkpoint
+from bridge.gpt.data.dataset_config import GPTDatasetConfig
+from bridge.training.checkpoint_weights import saved_config, write_weights
+from bridge.training.config import ConfigContainer
+from bridge.training.contracts import ExportRequest, NamesWeights
+from bridge.training.distributed import one_process
+from bridge.training.run_directory import find_checkpoint, new_folder
 from gpt_models import tiny_gpt
 from hf_models import LLAMA3_ROPE, VOCABULARY, config_of, tensors_of, write_folder
+from training_runs import OwnModel
 
 
 def read_config(folder: Path, **changes: Any) -> Any:
@@ -235,6 +240,8 @@ def test_the_commands_convert_there_and_back(
     assert bridge(*to_hf, tmp_path / "bare") == 0
     assert f"without a tokenizer ({folder} is not there any more)" in capsys.readouterr().out
     (tmp_path / "moved").rename(folder)
+    assert bridge("import-hf", folder, "--output", tmp_path / "bf16", "--dtype", "bf16") == 0
+    assert "parameters in bfloat16" in capsys.readouterr().out
     for arguments, message in (
         (("import-hf", folder, "--output", checkpoint), "is not overwritten"),
         ((*to_hf, back), "is not overwritten"),
@@ -244,6 +251,33 @@ def test_the_commands_convert_there_and_back(
         assert bridge(*arguments) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_checkpoint_that_is_not_of_the_model_is_not_exported(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model")
+    config = ConfigContainer(model=read_model_config(folder), dataset=GPTDatasetConfig())
+    weights = read_weights(folder, read_model_config(folder), torch.bfloat16)
+    norm = "decoder.final_layernorm.weight"
+    for changes, message in (
+        ({norm: None}, f"has no {norm}, which the model of its config.yaml has"),
+        ({norm: torch.ones(31)}, rf"{norm} has the shape \[31\]; by its config.yaml it is \[32\]"),
+    ):
+        kept = {name: weight for name, weight in (weights | changes).items() if weight is not None}
+        checkpoint = tmp_path / f"checkpoint {len(kept)}"
+        with new_folder(checkpoint, "--output") as place, one_process():
+            write_weights(place, kept, config)
+        with pytest.raises(ValueError, match=message):
+            export_hf(request(checkpoint, config, tmp_path))
+    another = ConfigContainer(model=OwnModel(), dataset=GPTDatasetConfig())
+    with pytest.raises(ValueError, match="--to hf: .* holds a OwnModel; only GPT models"):
+        export_hf(request(tmp_path, another, tmp_path))
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def request(checkpoint: Path, config: ConfigContainer, output: Path) -> ExportRequest:
+    return ExportRequest(
+        checkpoint=checkpoint, config=config, output=output, dtype=None, max_shard_size=10**9
+    )
 
 
 def test_a_config_of_another_model_beside_the_tokenizer_says_nothing(tmp_path: Path) -> None:
