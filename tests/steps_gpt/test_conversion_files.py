@@ -18,11 +18,11 @@ from bridge.gpt.conversion.safetensors_files import TensorFolder, write_tensors
 from bridge.gpt.conversion.tokenizer_files import copy_tokenizer
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.training.checkpoint_weights import saved_config, write_weights
-from bridge.training.config import ConfigContainer
+from bridge.training.config import ConfigContainer, TokenizerConfig, resolve
 from bridge.training.contracts import ExportRequest, NamesWeights
 from bridge.training.distributed import one_process
 from bridge.training.run_directory import find_checkpoint, new_folder
-from gpt_models import tiny_gpt
+from gpt_models import run_of, tiny_gpt
 from hf_models import LLAMA3_ROPE, VOCABULARY, config_of, tensors_of, write_folder
 from training_runs import OwnModel
 
@@ -272,6 +272,29 @@ def test_a_checkpoint_that_is_not_of_the_model_is_not_exported(tmp_path: Path) -
     with pytest.raises(ValueError, match="--to hf: .* holds a OwnModel; only GPT models"):
         export_hf(request(tmp_path, another, tmp_path))
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_run_whose_tokenizer_gave_the_vocabulary_is_exported_without_its_padding(
+    tmp_path: Path,
+) -> None:
+    config = run_of(tiny_gpt(vocab_size=None), tokenizer=TokenizerConfig(type="bytes"))
+    config = resolve(config, device="cpu", world_size=1)
+    model: Any = config.model
+    assert (model.vocab_size, model.padded_vocab_size) == (257, 264)
+    shapes = {name: weight.shape for name, weight in model.exported_weights().items()}
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        shapes[name] = (264, 32)
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    with new_folder(tmp_path / "checkpoint", "--output") as place, one_process():
+        write_weights(place, weights, config)
+    saved = saved_config(tmp_path / "checkpoint")
+    (tmp_path / "hf").mkdir()
+    assert "without a tokenizer" in export_hf(
+        request(tmp_path / "checkpoint", saved, tmp_path / "hf")
+    )
+    assert read_model_config(tmp_path / "hf").vocab_size == 257
+    head = tensors_of(tmp_path / "hf")["lm_head.weight"]
+    assert torch.equal(head, weights["output_layer.weight"][:257])
 
 
 def request(checkpoint: Path, config: ConfigContainer, output: Path) -> ExportRequest:

@@ -15,7 +15,6 @@ import torch
 
 from bridge.training.checkpointing import reading, writing_in_this_process
 from bridge.training.config import ConfigContainer
-from bridge.training.config.derived import forget_derived_values
 
 _OF_A_LAYER = re.compile(r"(?P<block>.*\blayers)\.(?P<layer>\d+)\.(?P<rest>.+)")
 
@@ -136,21 +135,19 @@ def write_weights(
 def saved_config(checkpoint: Path) -> ConfigContainer:
     """Return the configuration that a checkpoint was saved with.
 
-    What resolution had filled in is open again, as the next run may be on another device. The
-    model's parallel layout is the one that saved it; any other can load it.
+    That of a run is resolved: what depends on the device, and the parallel layout, are those that
+    it was saved under. Of weights that were written alone it is as it was given.
 
     Raises:
         ValueError: There is none, or it cannot be read.
     """
     path = checkpoint / "config.yaml"
     try:
-        config = ConfigContainer.from_yaml(path.read_text())
+        return ConfigContainer.from_yaml(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path}: cannot be read, so what model the checkpoint holds is not known ({error})"
         ) from error
-    forget_derived_values(config)
-    return config
 
 
 def _key_of(match: re.Match[str]) -> str:
