@@ -13,6 +13,12 @@ FUNCTIONS = {
         "callbacks",
         "on_failure",
     ],
+    "bridge.training.finetune.finetune": [
+        "config",
+        "forward_step_func",
+        "callbacks",
+        "on_failure",
+    ],
     "bridge.training.setup.training_parts": ["config", "forward_step_func"],
     "bridge.training.train.train": ["run"],
     "bridge.training.train.train_step": [
@@ -116,6 +122,7 @@ FIELDS = {
         "collate",
         "fingerprint",
         "notes",
+        "warnings",
     ],
     "bridge.training.contracts.ExportedWeight": ["shape", "parts"],
     "bridge.training.contracts.ExportRequest": [
@@ -167,7 +174,13 @@ FIELDS = {
 }
 
 STATE = ["cfg", "timers", "train_state", "tensorboard_logger", "wandb_logger", "close"]
-RECIPES = ["gpt.gpt_tiny", "gpt.gpt_125m", "gpt.llama3_1b", "gpt.llama3_8b", "mimo.mimo_digits"]
+RECIPES = [
+    "gpt.gpt_tiny",
+    "gpt.gpt_125m",
+    "gpt.llama3_1b",
+    "gpt.llama3_8b",
+    "mimo.mimo_digits",
+]
 
 
 def found(path: str) -> object:

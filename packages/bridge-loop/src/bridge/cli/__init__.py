@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
-from bridge.cli import doctor, export, launch, pretrain, recipes
+from bridge.cli import doctor, export, finetune, launch, pretrain, recipes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"bridge: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return 0  # Whoever read along has read enough.
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
@@ -32,7 +34,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="bridge", description="Train Megatron-core models, on GPUs or rehearsed on a CPU."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (pretrain, recipes, export, doctor):
+    for command in (pretrain, finetune, recipes, export, doctor):
         command.register(commands)
     for entry_point in sorted(entry_points(group="bridge.commands"), key=lambda entry: entry.name):
         entry_point.load()(commands)

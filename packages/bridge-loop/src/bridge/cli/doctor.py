@@ -41,6 +41,7 @@ _PARTS = (
     _Part("tensorboard", "curves", "pip install tensorboard"),
     _Part("wandb", "tracking", "pip install wandb"),
     _Part("transformers", "Hugging Face tokenizers", "pip install transformers"),
+    _Part("datasets", "Hugging Face datasets on disk", "pip install datasets"),
     _Part("sentencepiece", "SentencePiece tokenizers", "pip install sentencepiece"),
     _Part("tiktoken", "tiktoken tokenizers", "pip install tiktoken"),
 )

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
+    from bridge.cli.training import Command
     from bridge.training.config import ConfigContainer
     from bridge.training.contracts import Recipe
 
@@ -64,7 +65,9 @@ def flush_output() -> None:
     sys.stderr.flush()
 
 
-def on_local_ranks(ranks: int, recipe: "Recipe", config: "ConfigContainer") -> int:
+def on_local_ranks(
+    ranks: int, command: "Command", recipe: "Recipe", config: "ConfigContainer"
+) -> int:
     """Train on `ranks` processes of this machine; return the exit code."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
@@ -94,11 +97,15 @@ def on_local_ranks(ranks: int, recipe: "Recipe", config: "ConfigContainer") -> i
             signals_to_handle="SIGHUP,SIGQUIT",
         )
         with _signals_passed_on(launcher):
-            return _launch(settings, launcher, recipe, config)
+            return _launch(settings, launcher, command, recipe, config)
 
 
 def _launch(
-    settings: "LaunchConfig", launcher: "Launcher", recipe: "Recipe", config: "ConfigContainer"
+    settings: "LaunchConfig",
+    launcher: "Launcher",
+    command: "Command",
+    recipe: "Recipe",
+    config: "ConfigContainer",
 ) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -108,12 +115,12 @@ def _launch(
 
     try:
         if choose_device(config.dist.device) == "cpu":
-            elastic_launch(settings, _forked_rank)(launcher, recipe, config)
+            elastic_launch(settings, _forked_rank)(launcher, command, recipe, config)
         else:
             path = launcher.folder / "config.yaml"
             path.write_text(config.to_yaml())
             elastic_launch(settings, sys.executable)(
-                "-m", "bridge.cli.rank", str(launcher.pid), recipe.name, str(path)
+                "-m", "bridge.cli.rank", str(launcher.pid), command, recipe.name, str(path)
             )
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -151,13 +158,15 @@ class Launcher:
         return sorted(found, key=lambda report: report["time"])
 
 
-def train_as_rank(launcher: Launcher, recipe: "Recipe", config: "ConfigContainer") -> int:
+def train_as_rank(
+    launcher: Launcher, command: "Command", recipe: "Recipe", config: "ConfigContainer"
+) -> int:
     """Train as one of the local ranks of `launcher`; return the exit code."""
-    from bridge.cli.pretrain import RankFailed, train_here
+    from bridge.cli.training import RankFailed, train_here
 
     _end_with(launcher)
     try:
-        return train_here(recipe, config)
+        return train_here(command, recipe, config)
     except ValueError as error:
         launcher.report(2, str(error))
         return 2
@@ -199,7 +208,9 @@ def _end_with(launcher: Launcher) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _forked_rank(launcher: Launcher, recipe: "Recipe", config: "ConfigContainer") -> None:
+def _forked_rank(
+    launcher: Launcher, command: "Command", recipe: "Recipe", config: "ConfigContainer"
+) -> None:
     import torch
 
     # A collection would copy every page that the imported modules' objects are on, in each rank.
@@ -214,7 +225,7 @@ def _forked_rank(launcher: Launcher, recipe: "Recipe", config: "ConfigContainer"
         for missed in launcher.signals:
             signal.raise_signal(missed)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        code = train_as_rank(launcher, recipe, config)
+        code = train_as_rank(launcher, command, recipe, config)
     except KeyboardInterrupt:
         # The launcher would take a rank that leaves it this way for one that still works.
         code = int(128 + signal.SIGINT)

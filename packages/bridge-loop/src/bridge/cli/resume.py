@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 _FIXED_SECTIONS = ("dataset", "tokenizer")
 _FIXED_FIELDS = {"rng": ("seed", "layout_invariant_init")}
 # Fields of a model that decide how it is computed and spread, not what it is.
-_FREE_MODEL_FIELDS = (
+FREE_MODEL_FIELDS = (
     "parallel",
     "pipeline",
     "recompute",
@@ -59,23 +59,23 @@ def _differences(saved: "ConfigContainer", wanted: "ConfigContainer") -> list[tu
         old, new = before.get(section.name), after.get(section.name)
         if not isinstance(old, dict) or not isinstance(new, dict):
             continue
-        old, new = _flat(old), _flat(new)
+        old, new = flat(old), flat(new)
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name) and _is_fixed(section.name, name):
                 found.append((f"{section.name}.{name}", old.get(name), new.get(name)))
     return found
 
 
-def _flat(fields: dict[str, Any], place: str = "") -> dict[str, Any]:
+def flat(fields: dict[str, Any], place: str = "") -> dict[str, Any]:
     """Return the values within by their paths: a model of several modules has sections inside."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in fields.items():
-        inner = _flat(value, f"{place}{name}.") if isinstance(value, dict) else {}
-        flat |= inner or {f"{place}{name}": value}
-    return flat
+        inner = flat(value, f"{place}{name}.") if isinstance(value, dict) else {}
+        found |= inner or {f"{place}{name}": value}
+    return found
 
 
 def _is_fixed(section: str, name: str) -> bool:
     if section == "model":
-        return not any(part in name for part in _FREE_MODEL_FIELDS)
+        return not any(part in name for part in FREE_MODEL_FIELDS)
     return section in _FIXED_SECTIONS or name in _FIXED_FIELDS.get(section, ())

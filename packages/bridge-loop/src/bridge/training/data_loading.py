@@ -16,8 +16,23 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler, Subset
 
 from bridge.training.config import ConfigContainer, TrainConfig
-from bridge.training.contracts import DataSplits, SizedDataset, named_sets
+from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, named_sets
 from bridge.training.distributed import Ranks
+
+
+def data_request(config: ConfigContainer) -> DataRequest:
+    """Return how much data a run draws, from its resolved configuration."""
+    train, eval_iters = config.train, config.validation.eval_iters
+    train_samples = train.train_samples
+    if train.train_iters is not None:
+        train_samples = train.train_iters * train.global_batch_size
+    evaluated = None if eval_iters is None else eval_iters * train.global_batch_size
+    return DataRequest(
+        config=config,
+        train_samples=train_samples,
+        validation_samples=evaluated,
+        test_samples=evaluated,
+    )
 
 
 def as_splits(built: DataSplits | Sequence[SizedDataset | None]) -> DataSplits:
@@ -206,7 +221,8 @@ class RunData:
     """
 
     def __init__(self, splits: DataSplits, config: ConfigContainer, ranks: Ranks) -> None:
-        splits, self.warnings = cut_to_the_smallest(splits, ranks.control_group)
+        splits, cuts = cut_to_the_smallest(splits, ranks.control_group)
+        self.warnings = [*splits.warnings, *cuts]
         self.splits = splits
         self._config = config
         self._ranks = ranks

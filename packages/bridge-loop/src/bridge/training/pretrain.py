@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bridge.training.config import ConfigContainer, resolve
 from bridge.training.distributed import choose_device, is_logging_rank, ranks_of, world_size
@@ -60,6 +60,25 @@ def pretrain(
         ConfigError: The configuration has problems; the message lists all of them.
         ValueError: The data, the run directory or a checkpoint does not fit.
     """
+    return carry_out("pretrain", config, forward_step_func, callbacks, on_failure)
+
+
+def carry_out(
+    command: Literal["pretrain", "finetune"],
+    config: ConfigContainer,
+    forward_step_func: Callable[..., Any],
+    callbacks: Sequence[object] | None,
+    on_failure: Callable[[BaseException, str], None] | None,
+) -> TrainResult:
+    """Do what `pretrain` and `bridge.training.finetune.finetune` do, which differ in their start.
+
+    Args:
+        command: Which of them; the command that resumes the run has this name.
+        config: As for `pretrain`.
+        forward_step_func: As for `pretrain`.
+        callbacks: As for `pretrain`.
+        on_failure: As for `pretrain`.
+    """
     with PeerWatch(on_failure) as peers, contextlib.ExitStack() as stack:
         # The live line ends before a failure is told.
         with peers.told_at_once(), Progress(enabled=is_logging_rank()) as progress:
@@ -72,10 +91,10 @@ def pretrain(
                 set_up(config, ranks, forward_step_func, callbacks or (), progress)
             )
         peers.phase = lambda: run.phase
-        return _run(run, peers)
+        return _run(run, peers, command)
 
 
-def _run(run: Run, peers: PeerWatch) -> TrainResult:
+def _run(run: Run, peers: PeerWatch, command: str) -> TrainResult:
     with (
         peers.told_at_once(),
         run.callbacks.training(run.context),
@@ -91,7 +110,7 @@ def _run(run: Run, peers: PeerWatch) -> TrainResult:
             reason = run.stop.cause or reason
         run.forget_old_validation()
         peers.needs_no_peers()
-    run.progress.summary(_summary(run, reason))
+    run.progress.summary(_summary(run, reason, command))
     counters = run.state.train_state
     return TrainResult(
         reason=reason,
@@ -103,7 +122,7 @@ def _run(run: Run, peers: PeerWatch) -> TrainResult:
     )
 
 
-def _summary(run: Run, reason: StopReason) -> list[str]:
+def _summary(run: Run, reason: StopReason, command: str) -> list[str]:
     place, step, last = run.directory.path, run.state.train_state.step, run.data.train_iters
     lines = [
         f"{'finished' if reason == 'finished' else 'stopped by ' + reason} at step {step}/{last}"
@@ -114,8 +133,8 @@ def _summary(run: Run, reason: StopReason) -> list[str]:
     if latest is not None:
         lines.append(f"checkpoint  {latest}")
     if run.config.recipe is not None:
-        command = f"bridge pretrain {run.config.recipe} --run-dir {place} --resume"
-        lines.append(f"resume      {command}")
+        resume = f"bridge {command} {run.config.recipe} --run-dir {place} --resume"
+        lines.append(f"resume      {resume}")
     if run.config.logger.tensorboard:
         lines.append(f"curves      tensorboard --logdir {run.directory.tensorboard}")
     return lines + run.context.summary

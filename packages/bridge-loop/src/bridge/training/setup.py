@@ -21,8 +21,7 @@ from bridge.training import auxiliary_losses, rerun
 from bridge.training.callbacks import Callbacks
 from bridge.training.checkpointing import Checkpointer
 from bridge.training.config import ConfigContainer, resolve
-from bridge.training.contracts import DataRequest
-from bridge.training.data_loading import RunData, as_splits
+from bridge.training.data_loading import RunData, as_splits, data_request
 from bridge.training.distributed import (
     Ranks,
     choose_device,
@@ -309,18 +308,7 @@ def _timers(config: ConfigContainer, state: GlobalState) -> Any:
 
 
 def _build_data(config: ConfigContainer, ranks: Ranks) -> RunData:
-    train, eval_iters = config.train, config.validation.eval_iters
-    train_samples = train.train_samples
-    if train.train_iters is not None:
-        train_samples = train.train_iters * train.global_batch_size
-    evaluated = None if eval_iters is None else eval_iters * train.global_batch_size
-    request = DataRequest(
-        config=config,
-        train_samples=train_samples,
-        validation_samples=evaluated,
-        test_samples=evaluated,
-    )
-    return RunData(as_splits(config.dataset.build(request)), config, ranks)
+    return RunData(as_splits(config.dataset.build(data_request(config))), config, ranks)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,8 @@ class DataSplits:
     run must draw the same. None derives it from the length, `shuffle` and the seed."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Facts for the start-up lines, such as ``{"train tokens": 12_000_000}``."""
+    warnings: list[str] = field(default_factory=list)
+    """Lines that the user should read when the run starts."""
 
 
 def named_sets(

@@ -1,0 +1,31 @@
+"""``bridge finetune``: train a recipe from the weights of a run or a checkpoint."""
+
+import argparse
+
+from bridge.cli import training
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = training.add_parser(commands, "finetune", "train a recipe from a checkpoint")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="RUN_OR_CHECKPOINT",
+        help="the run or checkpoint whose model is fine-tuned; its tokenizer comes with it",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.resume and options.source is not None:
+        raise ValueError(
+            "--from: a run that is resumed goes on from its own checkpoint; leave --from away, or "
+            "start a new run without --resume"
+        )
+    if not options.resume and options.source is None:
+        raise ValueError(
+            "--from: fine-tuning needs weights to start from; give a run's directory or one of its "
+            "checkpoints"
+        )
+    return training.run(options, "finetune", source=options.source)

@@ -1,0 +1,201 @@
+"""What ``bridge pretrain`` and ``bridge finetune`` share: a run, on one rank or on several."""
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bridge.cli import launch
+from bridge.cli.base import find_base
+from bridge.cli.recipes import print_keys
+from bridge.cli.resume import refuse_another_run
+from bridge.training.recipes import (
+    add_configuration_arguments,
+    checked_ranks,
+    configure,
+    find_recipe,
+    read_documents,
+)
+
+if TYPE_CHECKING:
+    from bridge.training.config import ConfigContainer
+    from bridge.training.contracts import Recipe
+
+type Command = Literal["pretrain", "finetune"]
+"""The entry point that a command calls."""
+
+
+def add_parser(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: "Command", summary: str
+) -> argparse.ArgumentParser:
+    """Add a command that trains, with the arguments that all of them have."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary.capitalize()}. Keys: `bridge {name} RECIPE --help`.",
+        add_help=False,
+    )
+    add_configuration_arguments(parser)
+    parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
+    parser.add_argument("--run-dir", metavar="DIR", help="the run's directory")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, build nothing, train nothing"
+    )
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="list the keys and leave")
+    return parser
+
+
+class _Help(argparse.Action):
+    """Lists the keys of the recipe that was named, with their values."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, "recipe", None):
+            print_keys(parser, find_recipe(namespace.recipe))
+        else:
+            parser.print_help()
+        parser.exit()
+
+
+def run(options: argparse.Namespace, command: "Command", *, source: str | None = None) -> int:
+    """Carry out a command that trains; return its exit code.
+
+    Args:
+        options: Its arguments.
+        command: Its name.
+        source: The run or checkpoint whose model a new run starts from, None for random weights.
+    """
+    overrides = list(options.overrides)
+    if options.run_dir is not None:
+        overrides.append(f"checkpoint.run_dir={options.run_dir}")
+    overrides.append(f"checkpoint.resume={'true' if options.resume else 'false'}")
+    documents = read_documents(options.config)
+    # megatron-core's overlap of transfers with computing relies on it; CUDA reads it once.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    is_a_rank = "RANK" in os.environ
+    if is_a_rank and options.nproc is not None:
+        raise ValueError(
+            "--nproc: a launcher has started this rank already; leave --nproc away under torchrun"
+        )
+    ranks = int(os.environ["WORLD_SIZE"]) if is_a_rank else checked_ranks(options.nproc)
+    saved = _saved_configuration(options)
+    launch.hide_gpus_for_rehearsal([*saved, *documents], overrides)
+    recipe = find_recipe(options.recipe)
+    base = None if source is None else find_base(source, recipe)
+    if base is not None:
+        documents.insert(0, base.document)
+        overrides.append(f"checkpoint.pretrained_checkpoint={base.checkpoint}")
+    # The user's mistakes are found before ranks are started, for the layout of all of them.
+    config = configure(recipe, [*saved, *documents], overrides, world_size=ranks)
+    if saved:
+        refuse_another_run(configure(recipe, saved, [], world_size=ranks), config)
+    if base is not None:
+        base.refuse_another_model(config)
+    _check_directory(config)
+    if options.dry_run:
+        print(f"dry run: {recipe.name} is ready for {ranks} rank{'s' if ranks > 1 else ''}")
+        return 0
+    if is_a_rank or ranks == 1:
+        try:
+            return train_here(command, recipe, config)
+        except RankFailed as failure:
+            return failure.code
+    return launch.on_local_ranks(ranks, command, recipe, config)
+
+
+def train_here(command: "Command", recipe: "Recipe", config: "ConfigContainer") -> int:
+    """Train as one rank of a run; return the exit code.
+
+    Args:
+        command: Which entry point trains.
+        recipe: Brings the forward step and its callbacks.
+        config: The resolved configuration.
+
+    Raises:
+        ValueError: What the user can mend.
+        RankFailed: Anything else that ended the run, once it has been printed.
+    """
+    from bridge.training.finetune import finetune
+    from bridge.training.pretrain import pretrain
+
+    train = {"pretrain": pretrain, "finetune": finetune}[command]
+    started, failure = _Started(), ""
+
+    def is_the_users_to_mend(error: BaseException) -> bool:
+        return isinstance(error, ValueError) and not started.training
+
+    def tell(error: BaseException, line: str) -> None:
+        nonlocal failure
+        if not is_the_users_to_mend(error):
+            failure = line
+            sys.stderr.write(f"bridge: {line}\n")
+
+    try:
+        callbacks = [started, *recipe.callbacks()]
+        result = train(config, recipe.forward_step, callbacks, on_failure=tell)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if is_the_users_to_mend(error):
+            # `main` prints it in one line.
+            raise
+        if not failure:
+            tell(error, f"rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}")
+        # In one piece: other ranks may have something to say at the same time.
+        sys.stderr.write(traceback.format_exc())
+        raise RankFailed(failure, int(getattr(error, "exit_code", 1))) from error
+    # Whoever sets a time limit plans the end that it makes.
+    planned = result.reason in ("finished", "time limit")
+    return 0 if planned else 128 + signal.Signals[result.reason]
+
+
+class RankFailed(Exception):
+    """Says what made this rank fail, and where; it has been printed with its traceback."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Started:
+    """Knows whether training has begun: a ValueError is the user's to mend only before that."""
+
+    training = False
+
+    def on_train_start(self, context: Any) -> None:
+        """Training begins."""
+        self.training = True
+
+
+def _saved_configuration(options: argparse.Namespace) -> list[str]:
+    """Return the configuration that a resumed run starts from; none for a new run."""
+    if not options.resume:
+        return []
+    if options.run_dir is None:
+        raise ValueError("--resume: say which run to continue with --run-dir DIR")
+    path = Path(options.run_dir) / "config.yaml"
+    if not path.exists():
+        raise ValueError(
+            f"--resume: {options.run_dir!r} holds no run ({path.name} is missing); check the path, "
+            "or start a new run without --resume"
+        )
+    return [path.read_text()]
+
+
+def _check_directory(config: "ConfigContainer") -> None:
+    from bridge.training.run_directory import RunDirectory, refuse_wrong_directory
+
+    if config.checkpoint.run_dir is not None:
+        directory = RunDirectory(Path(config.checkpoint.run_dir))
+        refuse_wrong_directory(
+            directory, resume=config.checkpoint.resume, holds_a_run=directory.holds_a_run()
+        )

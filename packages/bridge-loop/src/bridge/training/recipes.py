@@ -1,0 +1,97 @@
+"""How a command finds a recipe and configures it; packages with commands of their own use it too.
+
+Nothing heavy is imported before it is needed: the command starts with this.
+"""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bridge.training.config import ConfigContainer
+    from bridge.training.contracts import Recipe
+
+
+def add_configuration_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which configuration is meant: recipe, files, overrides."""
+    parser.add_argument("recipe", metavar="RECIPE", help="one of `bridge recipes`")
+    parser.add_argument(
+        "overrides", metavar="section.field=value", nargs="*", help="values that replace others"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        action="append",
+        default=[],
+        help="values that replace the recipe's, section by section; may be given again",
+    )
+
+
+def find_recipe(name: str) -> "Recipe":
+    """Return the recipe that an installed package offers under `name`.
+
+    Raises:
+        ValueError: There is none; the message says what there is, or what to install.
+    """
+    found = {entry.name: entry for entry in entry_points(group="bridge.recipes")}
+    if name in found:
+        recipe: Recipe = found[name].load()
+        return recipe
+    if not found:
+        raise ValueError(
+            f"recipe: {name!r} is not there, as no package with recipes is installed; "
+            "install one beside this package, such as bridge-steps-gpt "
+            "(pip install --find-links DIST bridge-steps-gpt, from the folder of wheels)"
+        )
+    near = difflib.get_close_matches(name, found, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"recipe: there is no {name!r}{hint} (there are {', '.join(sorted(found))})")
+
+
+def read_documents(paths: Sequence[str]) -> list[str]:
+    """Return the text of configuration files.
+
+    Raises:
+        ValueError: A file cannot be read.
+    """
+    texts = []
+    for path in paths:
+        try:
+            texts.append(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config: cannot read {path!r} ({error}); check the path") from error
+    return texts
+
+
+def configure(
+    recipe: "Recipe", documents: Sequence[str], overrides: Sequence[str], *, world_size: int
+) -> "ConfigContainer":
+    """Return the recipe's configuration with files and then overrides put on it, resolved.
+
+    Raises:
+        ConfigError: With every problem of files, overrides and the result.
+    """
+    from bridge.training.config import configure as merge_and_resolve
+    from bridge.training.distributed import choose_device
+
+    return merge_and_resolve(
+        recipe(),
+        overrides,
+        yaml_documents=documents,
+        device=lambda config: choose_device(config.dist.device),
+        world_size=world_size,
+    )
+
+
+def checked_ranks(nproc: int | None, default: int = 1) -> int:
+    """Return the number of ranks that ``--nproc`` asks for.
+
+    Raises:
+        ValueError: It is less than 1.
+    """
+    if nproc is not None and nproc < 1:
+        raise ValueError(f"--nproc: {nproc} ranks cannot train; give 1 or more")
+    return default if nproc is None else nproc

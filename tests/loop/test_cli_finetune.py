@@ -1,0 +1,121 @@
+"""``bridge finetune``: the model is that of the checkpoint, and nobody changes it by mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import own_recipe
+from bridge.cli import main
+from bridge.cli.base import find_base
+from bridge.training.recipes import find_recipe
+from commands import run
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a package of recipes installed and no launcher around."""
+    for name in ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    place = tmp_path / "site"
+    place.mkdir()
+    own_recipe.install(place, monkeypatch)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def checkpoint(folder: Path, text: str | None) -> None:
+    """Write what looks like a run with a checkpoint of this configuration."""
+    place = folder / "B" / "checkpoints" / "step-0000002"
+    place.mkdir(parents=True)
+    (place / ".metadata").write_text("")
+    (place.parent / "latest").write_text("step-0000002\n")
+    if text is not None:
+        (place / "config.yaml").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("finetune sine", "--from: fine-tuning needs weights to start from"),
+        ("finetune sine --from nowhere", "--from: 'nowhere' does not exist"),
+        ("finetune sine --from .", "--from: '.' holds no checkpoint"),
+        ("finetune sine --from . --run-dir R --resume", "leave --from away"),
+        ("finetune sine --resume --run-dir nowhere", "'nowhere' holds no run"),
+        ("pretrain sine --from .", "unrecognized arguments: --from"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_what_is_wrong(
+    arguments: str, complaint: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(arguments.split())
+    except SystemExit as end:
+        code = int(end.code or 0)
+    assert code == 2
+    assert complaint in capsys.readouterr().err
+    assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (None, "does not tell what its model is (FileNotFoundError"),
+        ("- no\n- run\n", "does not tell what its model is"),
+        ("model: {_target_: a.Model}\n", "is a a.Model, and the recipe sine trains a own_recipe."),
+    ],
+)
+def test_a_checkpoint_of_no_or_another_kind_of_model_is_refused(
+    text: str | None, complaint: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(work, text)
+    assert main(["finetune", "sine", "--from", "B", "--dry-run"]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_the_checkpoint_decides_what_the_model_is_and_the_recipe_how_it_is_trained(
+    work: Path,
+) -> None:
+    model = {
+        "_target_": "own_recipe.Perceptron",
+        "width": 5,
+        "hidden_dropout": 0.5,
+        "init_method_std": 0.1,
+        "tensor_model_parallel_size": 4,
+        "parts": {"eye": {"num_layers": 2, "attention_dropout": 0.1}},
+    }
+    saved = {"model": model, "tokenizer": {"type": "bytes"}, "train": {"train_iters": 7}}
+    checkpoint(work, yaml.safe_dump(saved))
+    base = find_base("B", find_recipe("sine"))
+    assert base.checkpoint == work / "B" / "checkpoints" / "step-0000002"
+    assert yaml.safe_load(base.document) == {
+        "model": {
+            "_target_": "own_recipe.Perceptron",
+            "width": 5,
+            "parts": {"eye": {"num_layers": 2}},
+        },
+        "tokenizer": {"type": "bytes"},
+    }
+
+
+def test_a_run_of_two_ranks_is_fine_tuned_resumed_and_keeps_its_overrides(work: Path) -> None:
+    assert run("pretrain", "sine", "model.width=5", "--run-dir", "B", folder=work).code == 0
+    wrong = run("finetune", "sine", "--from", "B", "model.width=6", "--dry-run", folder=work)
+    assert wrong.code == 2
+    assert "model.width: the checkpoint" in wrong.err
+    assert "is of a model with 5, and 6 would be another" in wrong.err
+    tuned = run("finetune", "sine", "--from", "B", "--run-dir", "T", "--nproc", "2", folder=work)
+    assert tuned.code == 0, tuned.err
+    assert "resume      bridge finetune sine --run-dir T --resume" in tuned.out
+    saved = yaml.safe_load((work / "T" / "config.yaml").read_text())
+    assert saved["model"]["width"] == 5
+    source = saved["checkpoint"]["pretrained_checkpoint"]
+    assert source == str(work / "B" / "checkpoints" / "step-0000006")
+    again = run(
+        "finetune", "sine", "--run-dir", "T", "--resume", "train.train_iters=8", folder=work
+    )
+    assert again.code == 0, again.err
+    assert "continues after step 6" in again.out
