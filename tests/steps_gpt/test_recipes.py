@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from bridge.gpt.recipes import gpt_125m, gpt_tiny, llama3_1b, llama3_8b
+from bridge.gpt.recipes import gpt_125m, gpt_tiny, gpt_tiny_sft, llama3_1b, llama3_8b
 from bridge.training.config import ConfigContainer, ConfigError, resolve
 from bridge.training.contracts import Recipe
 from gpt_models import open_fields_filled
 
-ALL = [gpt_tiny, gpt_125m, llama3_1b, llama3_8b]
-LARGE = ALL[1:]
+LARGE = [gpt_125m, llama3_1b, llama3_8b]
+ALL = [gpt_tiny, gpt_tiny_sft, *LARGE]
 
 
 def weights(config: ConfigContainer) -> int:

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.training.config import ConfigContainer, TokenizerConfig
-from bridge.training.contracts import DataRequest, DataSplits
+from bridge.training.contracts import DataRequest, DatasetConfig, DataSplits
 from bridge.training.megatron_import import quiet_import
 
 with quiet_import():
@@ -27,7 +26,7 @@ class ModelOfALength:
 
 
 def container(
-    dataset: GPTDatasetConfig,
+    dataset: DatasetConfig,
     *,
     seq_length: int | None = 32,
     tokenizer: TokenizerConfig | None = None,
@@ -46,7 +45,7 @@ def container(
 
 
 def build_splits(
-    dataset: GPTDatasetConfig,
+    dataset: DatasetConfig,
     *,
     train: int | None = None,
     validation: int | None = None,
@@ -60,7 +59,9 @@ def build_splits(
         validation_samples=validation,
         test_samples=test,
     )
-    return dataset.build(request)
+    found = dataset.build(request)
+    assert isinstance(found, DataSplits)
+    return found
 
 
 def write_story(path: Path, paragraphs: int = 200) -> Path:

@@ -176,6 +176,7 @@ FIELDS = {
 STATE = ["cfg", "timers", "train_state", "tensorboard_logger", "wandb_logger", "close"]
 RECIPES = [
     "gpt.gpt_tiny",
+    "gpt.gpt_tiny_sft",
     "gpt.gpt_125m",
     "gpt.llama3_1b",
     "gpt.llama3_8b",

@@ -55,6 +55,13 @@ def default_cache_dir() -> Path:
     return Path(base) / "bridge" / "data"
 
 
+def cache_directory(given: str | None) -> Path:
+    """Where tokens and indices are kept: the user's ``dataset.cache_dir``, or the default."""
+    if given is None:
+        return default_cache_dir()
+    return Path(os.path.abspath(os.path.expanduser(given)))
+
+
 def write_tokens(
     documents: Iterable[bytes],
     tokenizer: Tokenizer,

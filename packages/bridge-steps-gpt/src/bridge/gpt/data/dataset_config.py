@@ -131,7 +131,7 @@ class GPTDatasetConfig:
             for prefix in plan.prefixes:
                 check_files(prefix)
         tokenizer = build_tokenizer(request.config.tokenizer)
-        directory = self._cache_dir() / "indices" / indices_key
+        directory = index_files.cache_directory(self.cache_dir) / "indices" / indices_key
         with index_files.published_by_first_rank(directory) as place:
             sets = {
                 name: self._build_set(name, plan, request, tokenizer, place)
@@ -306,7 +306,10 @@ class GPTDatasetConfig:
                 )
             cached = stack.enter_context(
                 index_files.cached_tokens(
-                    part, config.tokenizer, self._cache_dir(), json_key=self.json_key
+                    part,
+                    config.tokenizer,
+                    index_files.cache_directory(self.cache_dir),
+                    json_key=self.json_key,
                 )
             )
             corpora.append(read_corpus(cached.readable_prefix, name=cached.prefix))
@@ -381,11 +384,6 @@ class GPTDatasetConfig:
             f"{plan.samples} samples of {self.sequence_length(request.config)} tokens, shuffled "
             f"by {shuffled_by}: {index_files.digest(described)}"
         )
-
-    def _cache_dir(self) -> Path:
-        if self.cache_dir is None:
-            return index_files.default_cache_dir()
-        return Path(os.path.abspath(os.path.expanduser(self.cache_dir)))
 
     def _build_mock(self, request: DataRequest) -> DataSplits:
         config = request.config

@@ -135,6 +135,14 @@ def read_documents(files: Sequence[TextFile], *, json_key: str = "text") -> Iter
         logger.warning("%d binary files were skipped, the first is %s", len(skipped), skipped[0])
 
 
+def count_documents(files: Sequence[TextFile]) -> list[int]:
+    """Return how many documents `read_documents` makes of each of several files of text."""
+    target = target_bytes(sum(file.size for file in files))
+    return [
+        0 if file.size == 0 else sum(1 for _ in _read_text(file.path, target)) for file in files
+    ]
+
+
 def target_bytes(corpus_bytes: int) -> int:
     """Size in bytes that the documents of a corpus of this size are cut to."""
     return max(SMALLEST_TARGET_BYTES, min(LARGEST_TARGET_BYTES, corpus_bytes // DOCUMENTS_WANTED))

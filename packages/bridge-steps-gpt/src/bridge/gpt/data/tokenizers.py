@@ -167,6 +167,32 @@ def identity(config: TokenizerConfig) -> dict[str, Any]:
     return described
 
 
+def hugging_face_tokenizer(tokenizer: Tokenizer) -> Any | None:
+    """Return the transformers tokenizer within megatron-core's, None if it is of another kind."""
+    if getattr(tokenizer, "library", None) != "huggingface":
+        return None
+    return tokenizer._tokenizer.tokenizer  # type: ignore[attr-defined]
+
+
+def first_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Return what the tokenizer itself puts before a text: a beginning-of-sequence token, say."""
+    inner = hugging_face_tokenizer(tokenizer)
+    if inner is None:
+        return []
+    text = "a"
+    ids: list[int] = inner(text).input_ids
+    return ids[: ids.index(piece_ids(tokenizer, text)[0])]
+
+
+def piece_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Turn a piece of a longer text into ids, without what would stand at its ends."""
+    inner = hugging_face_tokenizer(tokenizer)
+    if inner is None:
+        return list(tokenizer.tokenize(text))
+    ids: list[int] = inner(text, add_special_tokens=False).input_ids
+    return ids
+
+
 class Encoder:
     """Turns documents into arrays of token ids, each ended by the end-of-document token."""
 

@@ -1,0 +1,116 @@
+"""Samples as `bridge.training.gpt_step` takes them: alone, or several packed into a sequence.
+
+Position i of a sample holds token i and predicts token i + 1. What is padded is padded at the end,
+with labels that do not count: attention is causal, so nothing real sees it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bridge.gpt.data.sft.corpus import Corpus
+
+type Sample = dict[str, torch.Tensor]
+
+
+def rounded_up(length: int, multiple: int) -> int:
+    """Return the smallest multiple that is not below `length`."""
+    return -(-length // multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleSamples:
+    """A sample of the corpus each, of its own length; `PaddedBatch` makes microbatches of them."""
+
+    corpus: Corpus
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        return _sample(*self.corpus[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSamples:
+    """Several samples of the corpus each, one after the other, as documents that stand alone.
+
+    Every document begins at position 0, is padded to a multiple and has its boundaries in
+    ``cu_seqlens``; what is left of the sequence is a last document of padding.
+    """
+
+    corpus: Corpus
+    plan: Sequence[Sequence[int]]
+    """The samples of each sequence."""
+    length: int
+    """Places of a sequence."""
+    multiple: int
+    """What the length of every document is a multiple of."""
+    padding: int
+    """A token to stand where none is."""
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        documents, ends = [], [0]
+        for number in self.plan[index]:
+            sample = _sample(*self.corpus[number])
+            places = rounded_up(len(sample["tokens"]), self.multiple)
+            documents.append(_padded(sample, places, self.padding))
+            ends.append(ends[-1] + places)
+        if ends[-1] < self.length:
+            empty = {name: tensor[:0] for name, tensor in documents[0].items()}
+            documents.append(_padded(empty, self.length - ends[-1], self.padding))
+            ends.append(self.length)
+        packed = {name: torch.cat([d[name] for d in documents]) for name in documents[0]}
+        return packed | {"cu_seqlens": torch.tensor(ends, dtype=torch.int32)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddedBatch:
+    """Makes a microbatch of samples of different lengths."""
+
+    multiple: int
+    """What the length is a multiple of."""
+    padding: int
+    """A token to stand where none is."""
+    length: int | None = None
+    """The length of every microbatch; None takes that of the longest sample, rounded up."""
+
+    def __call__(self, samples: Sequence[Sample]) -> Sample:
+        """Pad and stack samples: [batch, sequence]."""
+        longest = max(len(sample["tokens"]) for sample in samples)
+        places = self.length or rounded_up(longest, self.multiple)
+        padded = [_padded(sample, places, self.padding) for sample in samples]
+        return {name: torch.stack([p[name] for p in padded]) for name in padded[0]}
+
+
+def _sample(ids: NDArray[np.int32], counts: NDArray[np.bool_]) -> Sample:
+    text = torch.from_numpy(ids.astype(np.int64))
+    return {
+        "tokens": text[:-1],
+        "labels": text[1:],
+        "loss_mask": torch.from_numpy(counts[1:].astype(np.float32)),
+        "position_ids": torch.arange(len(text) - 1),
+        "padding_mask": torch.zeros(len(text) - 1, dtype=torch.bool),
+    }
+
+
+def _padded(sample: Sample, places: int, padding: int) -> Sample:
+    missing = places - len(sample["tokens"])
+    fills: dict[str, Any] = {
+        "tokens": padding,
+        "labels": padding,
+        "loss_mask": 0.0,
+        "padding_mask": True,
+    }
+    padded = {
+        name: torch.nn.functional.pad(sample[name], (0, missing), value=fill)
+        for name, fill in fills.items()
+    }
+    return padded | {"position_ids": torch.arange(places)}

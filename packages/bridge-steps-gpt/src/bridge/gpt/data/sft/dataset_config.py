@@ -1,0 +1,276 @@
+"""The data of a fine-tuning run: rows of instructions, with a loss on the answers."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import lcm
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from bridge.gpt.data import build as index_files
+from bridge.gpt.data.sft.batches import PackedSamples, PaddedBatch, SingleSamples, rounded_up
+from bridge.gpt.data.sft.corpus import (
+    FORMAT,
+    Corpus,
+    CorpusCounts,
+    CorpusWriter,
+    Truncation,
+    is_corpus,
+    read_corpus,
+)
+from bridge.gpt.data.sft.docstrings import DocstringRows
+from bridge.gpt.data.sft.packing import packing_plan
+from bridge.gpt.data.sft.placement import (
+    multiple_of_layout,
+    needs_equal_lengths,
+    packing_problems,
+    sequence_length,
+)
+from bridge.gpt.data.sft.rendering import LossOn, Renderer
+from bridge.gpt.data.sft.rows import (
+    RowKeys,
+    RowSource,
+    StoredRows,
+    find_rows,
+    refuse_missing_library,
+)
+from bridge.gpt.data.sft.told import notes_of, warnings_of
+from bridge.gpt.data.tokenizers import build_tokenizer, identity
+from bridge.training.config import TokenizerConfig
+from bridge.training.contracts import DataRequest, DataSplits, SizedDataset
+
+if TYPE_CHECKING:
+    from bridge.training.config import ConfigContainer
+
+
+@dataclass(kw_only=True)
+class SFTDatasetConfig:
+    """Samples of prompts and answers, or of chats; the loss is on what the assistant says."""
+
+    path: str | None = None
+    """A JSON Lines file; a directory with training.jsonl, validation.jsonl and test.jsonl, of which
+    the first is needed; or a Hugging Face dataset as save_to_disk wrote it. Goes before
+    standard_library."""
+    validation_path: str | None = None
+    """Rows for validation, in place of those in path; a file or what has a training split."""
+    test_path: str | None = None
+    """As validation_path, for test."""
+    standard_library: bool = False
+    """Without a path: signatures and summaries of this Python's standard library."""
+    prompt_key: str = "prompt"
+    """Where a row has its prompt."""
+    completion_key: str = "completion"
+    """Where a row has the answer to its prompt."""
+    messages_key: str = "messages"
+    """Where a row has its chat: a list of objects with role and content. "conversations", with from
+    and value, is known too."""
+    chat_template: Literal["plain", "tokenizer"] = "plain"
+    """plain: prompt and completion as they stand, a chat with a line <|role|> before each turn, and
+    the end-of-document token after each answer. tokenizer: a Hugging Face tokenizer's own."""
+    loss_on: LossOn = "assistant"
+    """What counts in the loss: all that the assistant says and the token that ends it; its last
+    answer alone; or all tokens, those of prompts too."""
+    truncation: Truncation = "right"
+    """What happens to a row that is longer than model.seq_length: right cuts its end off, left its
+    beginning, drop leaves it out."""
+    packing: bool = False
+    """Put several samples into one sequence of model.seq_length tokens, as documents that do not
+    see each other; needs train.micro_batch_size=1."""
+    pad_to_multiple_of: int = 1
+    """Pad microbatches, and each document of a packed sequence, to a multiple of so many tokens;
+    more where the parallel layout needs it."""
+    cache_dir: str | None = None
+    """Where tokens are kept; bridge/data in the user's cache directory if None. On several nodes a
+    directory that all share."""
+
+    def problems(self, config: "ConfigContainer") -> Iterable[str]:
+        """Yield contradictions, and paths where no rows are; reads no rows."""
+        if not (self.path or self.standard_library):
+            yield (
+                "dataset.path: nothing to train on; give a JSON Lines file, a directory with "
+                "training.jsonl, or a Hugging Face dataset on disk"
+            )
+        if config.tokenizer is None or config.tokenizer.type == "null":
+            yield "tokenizer: rows of text need one; set tokenizer.type (bytes needs no files)"
+        elif self.chat_template == "tokenizer" and config.tokenizer.type != "huggingface":
+            yield (
+                f"dataset.chat_template=tokenizer: tokenizer.type={config.tokenizer.type} has no "
+                "chat template; set dataset.chat_template=plain or tokenizer.type=huggingface"
+            )
+        try:
+            self._sources()
+        except ValueError as error:
+            yield str(error)
+        yield from self._length_problems(config)
+        if self.packing:
+            yield from packing_problems(config)
+
+    def build(self, request: DataRequest) -> DataSplits:
+        """Build the splits; every rank calls it, and rank 0 does the tokenizing.
+
+        A sample is a row, cut to model.seq_length tokens; with packing it is a sequence of rows.
+        The loop shuffles them anew each epoch.
+
+        Raises:
+            ValueError: A row is malformed, or no row of a split is left.
+        """
+        config = request.config
+        wanted = {"validation": request.validation_samples, "test": request.test_samples}
+        corpora = {
+            name: self._corpus(source, config)
+            for name, source in self._sources().items()
+            if wanted.get(name) != 0
+        }
+        multiple = lcm(self.pad_to_multiple_of, multiple_of_layout(config, packed=self.packing))
+        padding = build_tokenizer(_tokenizer_of(config)).eod
+        length = sequence_length(config)
+        sets: dict[str, SizedDataset] = {}
+        for name, corpus in corpora.items():
+            sets[name] = SingleSamples(corpus=corpus)
+            if self.packing:
+                sets[name] = PackedSamples(
+                    corpus=corpus,
+                    plan=packing_plan(
+                        [rounded_up(places, multiple) for places in corpus.predictions().tolist()],
+                        length,
+                        seed=config.rng.seed if name == "train" else None,
+                    ),
+                    length=length,
+                    multiple=multiple,
+                    padding=padding,
+                )
+        fixed = length if needs_equal_lengths(config) else None
+        return DataSplits(
+            train=sets["train"],
+            validation=sets.get("validation"),
+            test=sets.get("test"),
+            # Packed sequences are all of one length.
+            collate=(
+                None
+                if self.packing
+                else PaddedBatch(multiple=multiple, padding=padding, length=fixed)
+            ),
+            fingerprint=self._fingerprint(config, corpora["train"], len(sets["train"]), multiple),
+            notes=notes_of(
+                corpora, {name: len(s) for name, s in sets.items()} if self.packing else {}
+            ),
+            warnings=warnings_of(corpora),
+        )
+
+    def _sources(self) -> dict[str, RowSource]:
+        """Find the rows of each split; those of training are there.
+
+        Raises:
+            ValueError: They are not, or only a package that is missing can read them.
+        """
+        if self.path is None:
+            found: dict[str, RowSource] = {
+                "train": DocstringRows(split="train"),
+                "validation": DocstringRows(split="validation"),
+            }
+        else:
+            found = dict(self._stored(self.path, "dataset.path"))
+        for split, path in (("validation", self.validation_path), ("test", self.test_path)):
+            if path is not None:
+                field = f"dataset.{split}_path"
+                stored = self._stored(path, field)
+                source = stored.get(split) or stored.get("train")
+                if source is None:
+                    raise ValueError(f"{field}={path!r}: holds neither {split} nor training rows")
+                found[split] = source
+        if "train" not in found:
+            raise ValueError(
+                f"dataset.path={self.path!r}: holds rows for {' and '.join(found)} and none for "
+                "training; add training.jsonl"
+            )
+        return found
+
+    def _stored(self, path: str, field: str) -> dict[str, StoredRows]:
+        keys = RowKeys(
+            prompt=self.prompt_key, completion=self.completion_key, messages=self.messages_key
+        )
+        found = find_rows(path, field, keys)
+        for source in found.values():
+            refuse_missing_library(source, field)
+        return found
+
+    def _corpus(self, source: RowSource, config: "ConfigContainer") -> Corpus:
+        """Return the samples of a split, from the cache if the same were made before.
+
+        Raises:
+            ValueError: A row is malformed, none is left, or this rank does not see the cache.
+        """
+        key = index_files.on_first_rank(lambda: self._key(source, config))
+        directory = index_files.cache_directory(self.cache_dir) / "sft" / key
+        with index_files.published_by_first_rank(directory) as place:
+            index_files.on_first_rank(lambda: self._write(source, config, place))
+            return read_corpus(place)
+
+    def _key(self, source: RowSource, config: "ConfigContainer") -> str:
+        """Name what is in a corpus: its rows and how they are rendered and cut."""
+        files = [(file, file.stat()) for file in source.files()]
+        return index_files.digest(
+            {
+                "format": FORMAT,
+                "rows": repr(source),
+                "files": [[str(f), status.st_size, status.st_mtime_ns] for f, status in files],
+                "tokenizer": identity(_tokenizer_of(config)),
+                "rendered": [self.chat_template, self.loss_on],
+                "cut": [self.truncation, sequence_length(config)],
+            }
+        )
+
+    def _write(self, source: RowSource, config: "ConfigContainer", directory: Path) -> None:
+        """Fill the directory of a corpus, unless it is there already."""
+        if is_corpus(directory):
+            return
+        render = Renderer(
+            build_tokenizer(_tokenizer_of(config)),
+            template=self.chat_template,
+            loss_on=self.loss_on,
+        )
+        writer = CorpusWriter(sequence_length(config), self.truncation)
+        for conversation in source.conversations():
+            writer.add(render(conversation))
+        if writer.report.samples == 0:
+            raise ValueError(_nothing_left(source, writer.report, sequence_length(config)))
+        writer.write(directory)
+
+    def _fingerprint(
+        self, config: "ConfigContainer", corpus: Corpus, samples: int, multiple: int
+    ) -> str:
+        """Name the order of the training samples, wherever their files are."""
+        described = {
+            "corpus": corpus.digest,
+            "packed": [sequence_length(config), multiple] if self.packing else None,
+            "seed": config.rng.seed,
+        }
+        kind = "packed sequences" if self.packing else "samples"
+        return f"{samples} {kind}, shuffled by the loop: {index_files.digest(described)}"
+
+    def _length_problems(self, config: "ConfigContainer") -> Iterator[str]:
+        try:
+            length = sequence_length(config)
+        except ValueError as error:
+            yield str(error)
+            return
+        multiple = self.pad_to_multiple_of
+        if multiple < 1 or length % multiple:
+            yield (
+                f"dataset.pad_to_multiple_of={multiple} must be at least 1 and divide "
+                f"model.seq_length={length}"
+            )
+
+
+def _tokenizer_of(config: "ConfigContainer") -> TokenizerConfig:
+    if config.tokenizer is None:
+        raise ValueError("tokenizer: rows of text need one; set tokenizer.type")
+    return config.tokenizer
+
+
+def _nothing_left(source: RowSource, report: CorpusCounts, length: int) -> str:
+    return (
+        f"dataset: no row of {source.files()[0]} is left: {report.dropped_too_long} are longer "
+        f"than model.seq_length={length} (dataset.truncation=drop), and in "
+        f"{report.dropped_without_answer} nothing within it counts in the loss; raise "
+        "model.seq_length, or keep the answers with dataset.truncation=left"
+    )

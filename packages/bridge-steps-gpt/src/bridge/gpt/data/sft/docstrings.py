@@ -1,0 +1,95 @@
+"""Instructions on any machine: the docstrings of the running Python's standard library.
+
+The prompt is a function's signature, the answer the summary of what it does: the first paragraph of
+its docstring, in one line. The rows for validation are those of whole modules: the ones that
+gpt-tiny, which learns the same sources, keeps for its own validation. So neither has seen them.
+What both rows say in the same words is left out of validation too.
+"""
+
+import ast
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from bridge.gpt.data.documents import TextFile, count_documents, python_standard_library
+from bridge.gpt.data.sft.rows import ASSISTANT, Conversation, Turn
+
+_TRAINED_ON = 0.98
+"""gpt-tiny's share of the documents: `bridge.gpt.data.split_plan.usual_split` leaves two percent of
+a text of this size to validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocstringRows:
+    """The rows of one split (see `bridge.gpt.data.sft.rows.RowSource`)."""
+
+    split: Literal["train", "validation"]
+
+    def files(self) -> list[Path]:
+        """Return the sources of the whole library."""
+        return [file.path for file in _library()]
+
+    def conversations(self) -> Iterator[Conversation]:
+        """Yield a prompt and its answer for each function that has a docstring, once each."""
+        yield from _rows_of_library()[self.split]
+
+
+def held_out_modules(files: Sequence[TextFile]) -> list[TextFile]:
+    """Return the files, of the library's in order, of which gpt-tiny trains on no part."""
+    documents = count_documents(files)
+    first = round(_TRAINED_ON * sum(documents))
+    begins = 0
+    for number, count in enumerate(documents):
+        if begins >= first:
+            return list(files[number:])
+        begins += count
+    return []
+
+
+def instructions(source: bytes) -> Iterator[tuple[int, str, str]]:
+    """Yield line, prompt and answer for each function of a module that has a docstring."""
+    with warnings.catch_warnings():
+        # Of old escapes in the module's strings.
+        warnings.simplefilter("ignore")
+        module = ast.parse(source)
+    for node in _functions(module):
+        docstring = ast.get_docstring(node)
+        summary = " ".join((docstring or "").strip().partition("\n\n")[0].split())
+        if summary:
+            signature = f"def {node.name}({ast.unparse(node.args)})"
+            yield node.lineno, f"{signature}\nSummary: ", summary
+
+
+@cache
+def _library() -> tuple[TextFile, ...]:
+    return python_standard_library().files
+
+
+@cache
+def _rows_of_library() -> dict[str, list[Conversation]]:
+    files = _library()
+    held_out = held_out_modules(files)
+    parts = {"train": files[: len(files) - len(held_out)], "validation": held_out}
+    seen: set[tuple[str, str]] = set()
+    rows: dict[str, list[Conversation]] = {"train": [], "validation": []}
+    for split, modules in parts.items():
+        for file in modules:
+            for line, prompt, answer in instructions(file.path.read_bytes()):
+                if (prompt, answer) not in seen:
+                    seen.add((prompt, answer))
+                    place = f"{file.path}, line {line}"
+                    turns = (Turn(role="user", text=prompt), Turn(role=ASSISTANT, text=answer))
+                    rows[split].append(Conversation(place=place, turns=turns, is_chat=False))
+    return rows
+
+
+def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yield the functions within a node, looking into statements only."""
+    for block in ("body", "orelse", "handlers", "finalbody"):
+        for statement in getattr(node, block, []):
+            if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield statement
+            yield from _functions(statement)

@@ -1,0 +1,81 @@
+"""What the parallel layout asks of the lengths of samples."""
+
+from collections.abc import Iterator
+from math import lcm
+from typing import TYPE_CHECKING
+
+from bridge.training.megatron_import import quiet_import
+
+with quiet_import():
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from bridge.training.transformer_section import TransformerSection
+
+if TYPE_CHECKING:
+    from bridge.training.config import ConfigContainer
+
+
+def sequence_length(config: "ConfigContainer") -> int:
+    """Return the tokens of the longest sample.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    length = getattr(config.model, "seq_length", None)
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"model.seq_length={length}: samples are cut to it; give a number above 0")
+    return length
+
+
+def multiple_of_layout(config: "ConfigContainer", *, packed: bool) -> int:
+    """Return what the length of a microbatch, or of a packed document, must be a multiple of.
+
+    Each context-parallel rank takes two chunks of a sequence, of a packed one two of each document;
+    with sequence parallelism each tensor-parallel rank takes an equal part of that.
+    """
+    model = config.model
+    if not isinstance(model, ModelParallelConfig):
+        return 1
+    context = model.context_parallel_size
+    chunks = 2 * context if context > 1 else 1
+    if packed or not model.sequence_parallel:
+        return chunks
+    return lcm(chunks, context * model.tensor_model_parallel_size)
+
+
+def needs_equal_lengths(config: "ConfigContainer") -> bool:
+    """Tell whether every microbatch of a step must have the same length.
+
+    That is so where ranks that hold different ones exchange activations: pipeline stages, which
+    know what to receive, and experts. With ``model.variable_seq_lengths`` they tell each other.
+    """
+    model = config.model
+    if not isinstance(model, ModelParallelConfig) or model.variable_seq_lengths:
+        return False
+    return model.pipeline_model_parallel_size > 1 or model.expert_model_parallel_size > 1
+
+
+def packing_problems(config: "ConfigContainer") -> Iterator[str]:
+    """Yield a line for each setting that packed sequences do not go with."""
+    model, micro = config.model, config.train.micro_batch_size
+    if micro != 1:
+        yield (
+            f"dataset.packing=true needs train.micro_batch_size=1, it is {micro}: a packed "
+            "sequence is full by itself; raise model.seq_length for more"
+        )
+    if isinstance(model, TransformerConfig) and model.mtp_num_layers:
+        yield (
+            f"dataset.packing=true and model.mtp_num_layers={model.mtp_num_layers}: multi-token "
+            "prediction does not support packed documents; leave one out"
+        )
+    if (
+        isinstance(model, TransformerSection)
+        and model.layer_spec == "local"
+        and model.context_parallel_size > 1
+    ):
+        yield (
+            f"dataset.packing=true and model.context_parallel_size={model.context_parallel_size}: "
+            "the local attention does not support packed sequences there; set the one to false or "
+            "the other to 1, or use Transformer Engine"
+        )

@@ -1,0 +1,166 @@
+"""A conversation to token ids, and which of them count in the loss.
+
+The text is cut where what counts begins and ends, and each piece is tokenized by itself: the mask
+is exact, and an answer's tokens are those that the model produces after the tokens of its prompt.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bridge.gpt.data.sft.rows import ASSISTANT, Conversation
+from bridge.gpt.data.tokenizers import Tokenizer, first_tokens, hugging_face_tokenizer, piece_ids
+
+type LossOn = Literal["assistant", "answer", "all"]
+
+# Chat templates mark what the assistant says with {% generation %} (transformers, "Chat
+# templates").
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """The tokens of a conversation."""
+
+    ids: list[int]
+    counts: list[bool]
+    """Whether the token counts in the loss, as the one to be predicted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """A part of a conversation all of which counts, or nothing of it."""
+
+    text: str = ""
+    counts: bool = False
+    ends: bool = False
+    """Whether the end-of-document token follows the text."""
+
+
+class Renderer:
+    """Turns conversations into tokens.
+
+    Args:
+        tokenizer: What the model is trained with.
+        template: "plain" for a prompt and its completion as they stand and for chats with a line
+            ``<|role|>`` before each turn; "tokenizer" for the chat template of a Hugging Face
+            tokenizer, to which a prompt is what the user says.
+        loss_on: What counts: every turn of the assistant, its last one, or all.
+
+    Raises:
+        ValueError: The tokenizer has no chat template.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, template: Literal["plain", "tokenizer"], loss_on: LossOn
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._loss_on = loss_on
+        self._template: Any = None
+        if template == "tokenizer":
+            self._template = hugging_face_tokenizer(tokenizer)
+            if self._template is None or not self._template.chat_template:
+                raise ValueError(
+                    "dataset.chat_template=tokenizer: the tokenizer has no chat template; set "
+                    "dataset.chat_template=plain, or take a tokenizer whose files have one"
+                )
+
+    def __call__(self, conversation: Conversation) -> Rendered:
+        """Render a conversation.
+
+        Raises:
+            ValueError: Nothing in it would count, or the chat template does not serve.
+        """
+        answers = [n for n, turn in enumerate(conversation.turns) if turn.role == ASSISTANT]
+        if not answers and self._loss_on != "all":
+            raise ValueError(
+                f"{conversation.place}: no turn is the assistant's, so nothing counts with "
+                f"dataset.loss_on={self._loss_on}; remove the row, or set dataset.loss_on=all"
+            )
+        counted = set(answers if self._loss_on == "assistant" else answers[-1:])
+        if self._template is None:
+            rendered = self._joined(self._plain(conversation, counted), start=True)
+        else:
+            rendered = self._of_template(conversation, counted)
+        if self._loss_on == "all":
+            return Rendered(ids=rendered.ids, counts=[True] * len(rendered.ids))
+        return rendered
+
+    def _plain(self, conversation: Conversation, counted: set[int]) -> Iterator[_Piece]:
+        for number, turn in enumerate(conversation.turns):
+            answers = turn.role == ASSISTANT
+            if conversation.is_chat:
+                yield _Piece(text=f"<|{turn.role}|>\n")
+            text = turn.text if answers or not conversation.is_chat else f"{turn.text}\n"
+            yield _Piece(text=text, counts=number in counted, ends=answers)
+
+    def _of_template(self, conversation: Conversation, counted: set[int]) -> Rendered:
+        messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
+        try:
+            if self._loss_on == "all":
+                return self._joined([_Piece(text=self._text(messages))])
+            if _GENERATION.search(self._template.chat_template):
+                return self._by_marks(messages)
+            return self._joined(self._between_prefixes(messages, sorted(counted)))
+        except ValueError as error:
+            raise ValueError(f"{conversation.place}: {error}") from error
+        except Exception as error:
+            # Whatever a template raises: jinja's errors, those of missing keys, its own.
+            raise ValueError(
+                f"{conversation.place}: the tokenizer's chat template refuses it ({error}); mend "
+                "the row, or set dataset.chat_template=plain"
+            ) from error
+
+    def _text(self, messages: list[dict[str, str]], *, asks: bool = False) -> str:
+        text: str = self._template.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=asks
+        )
+        return text
+
+    def _by_marks(self, messages: list[dict[str, str]]) -> Rendered:
+        """Count what the template marks as the assistant's."""
+        encoded = self._template.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids: list[int] = list(encoded["input_ids"])
+        counts = [bool(mark) for mark in encoded["assistant_masks"]]
+        if self._loss_on == "answer":
+            last = len(counts)
+            while last and not counts[last - 1]:
+                last -= 1
+            first = last
+            while first and counts[first - 1]:
+                first -= 1
+            counts = [first <= n < last for n in range(len(counts))]
+        return Rendered(ids=ids, counts=counts)
+
+    def _between_prefixes(
+        self, messages: list[dict[str, str]], counted: list[int]
+    ) -> Iterator[_Piece]:
+        """Count what a turn adds to the conversation before it with the assistant's opening."""
+        whole, done = self._text(messages), 0
+        for number in counted:
+            before = self._text(messages[:number], asks=True)
+            after = self._text(messages[: number + 1])
+            if not (whole.startswith(after) and after.startswith(before) and done <= len(before)):
+                raise ValueError(
+                    f"the tokenizer's chat template writes the conversation up to turn {number} "
+                    "otherwise than as the beginning of the whole, so its tokens cannot be told "
+                    "apart; set dataset.loss_on=answer or all, or dataset.chat_template=plain, or "
+                    "mark the assistant's text with {% generation %} in the template"
+                )
+            yield _Piece(text=whole[done : len(before)])
+            yield _Piece(text=whole[len(before) : len(after)], counts=True)
+            done = len(after)
+        yield _Piece(text=whole[done:])
+
+    def _joined(self, pieces: Iterator[_Piece] | list[_Piece], *, start: bool = False) -> Rendered:
+        ids = first_tokens(self._tokenizer) if start else []
+        counts = [False] * len(ids)
+        for piece in pieces:
+            added = piece_ids(self._tokenizer, piece.text) if piece.text else []
+            added += [self._tokenizer.eod] * piece.ends
+            ids += added
+            counts += [piece.counts] * len(added)
+        return Rendered(ids=ids, counts=counts)

@@ -1,0 +1,269 @@
+"""Where the rows of instruction data are, and what is in one.
+
+A row is a JSON object, or a row of a Hugging Face dataset, in one of three forms:
+
+    {"prompt": "...", "completion": "..."}
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+"""
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from bridge.training.config.names import nearest
+
+JSON_LINES = {"train": "training.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
+"""The files of a directory, by split."""
+
+ASSISTANT = "assistant"
+ROLES = ("system", "developer", "user", ASSISTANT, "tool")
+"""Who may speak in a chat."""
+
+_SPLITS_OF_HUGGING_FACE = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+_SHAREGPT_KEY = "conversations"
+_SHAREGPT_ROLES = {"human": "user", "gpt": ASSISTANT}
+# What a turn says beside its text would be lost without a word.
+_NOT_SUPPORTED = ("tool_calls", "function_call")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What one side says."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """What a row holds."""
+
+    place: str
+    """Where the row stands, for messages."""
+    turns: tuple[Turn, ...]
+    is_chat: bool
+    """False for a prompt and its completion, which are its two turns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowKeys:
+    """Under which keys a row has what."""
+
+    prompt: str
+    completion: str
+    messages: str
+
+
+class RowSource(Protocol):
+    """The rows of one split."""
+
+    def files(self) -> Sequence[Path]:
+        """Return the files that the rows come from, in a fixed order."""
+        ...
+
+    def conversations(self) -> Iterator[Conversation]:
+        """Read all rows, in their order.
+
+        Raises:
+            ValueError: A row is malformed; the message says where it stands and why.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRows:
+    """Rows of a JSON Lines file, or of a Hugging Face dataset on disk."""
+
+    kind: Literal["json lines", "hugging face"]
+    path: Path
+    keys: RowKeys
+    split: str | None = None
+    """The name of the split in a Hugging Face dataset of several."""
+
+    def files(self) -> list[Path]:
+        """Return the files that the rows are in, sorted."""
+        if self.kind == "json lines":
+            return [self.path]
+        return sorted(path for path in self.path.rglob("*") if path.is_file())
+
+    def conversations(self) -> Iterator[Conversation]:
+        """Read all rows (see `RowSource`)."""
+        is_text = self.kind == "json lines"
+        records = _json_lines(self.path) if is_text else _hugging_face(self.path, self.split)
+        for place, record in records:
+            yield conversation_of(record, place, self.keys)
+
+
+def find_rows(path: str, field: str, keys: RowKeys) -> dict[str, StoredRows]:
+    """Find the rows that a user's path means, by the split that they are for.
+
+    A file is for training. A directory has files by the names of `JSON_LINES`, or is a Hugging
+    Face dataset as its ``save_to_disk`` writes it, of several splits or of one, for training.
+
+    Args:
+        path: A JSON Lines file or a directory.
+        field: What the user calls the path, for messages.
+        keys: What the rows have where.
+
+    Raises:
+        ValueError: No rows are there; the message says what is.
+    """
+    place = Path(path).expanduser().absolute()
+    if place.is_file():
+        if place.stat().st_size == 0:
+            raise ValueError(f"{field}={path!r}: the file is empty; give one with a row a line")
+        return {"train": StoredRows(kind="json lines", path=place, keys=keys)}
+    if not place.is_dir():
+        raise ValueError(
+            f"{field}={path!r}: there is no such file or directory (looked for {place}); give a "
+            f"JSON Lines file, or a directory with {JSON_LINES['train']}"
+        )
+    if (place / "dataset_dict.json").is_file():
+        return _splits_of_hugging_face(place, path, field, keys)
+    if (place / "dataset_info.json").is_file() and (place / "state.json").is_file():
+        return {"train": StoredRows(kind="hugging face", path=place, keys=keys)}
+    found = {
+        split: StoredRows(kind="json lines", path=place / name, keys=keys)
+        for split, name in JSON_LINES.items()
+        if (place / name).is_file()
+    }
+    if not found:
+        present = sorted(entry.name for entry in place.iterdir())
+        raise ValueError(
+            f"{field}={path!r}: neither {', '.join(JSON_LINES.values())} nor a Hugging Face "
+            f"dataset is in this directory (there is {', '.join(present[:8]) or 'nothing'}); give "
+            "the files those names, or the path of one file"
+        )
+    return found
+
+
+def _splits_of_hugging_face(
+    place: Path, path: str, field: str, keys: RowKeys
+) -> dict[str, StoredRows]:
+    names: list[str] = json.loads((place / "dataset_dict.json").read_text())["splits"]
+    found = {
+        split: StoredRows(kind="hugging face", path=place, split=name, keys=keys)
+        for split, known in _SPLITS_OF_HUGGING_FACE.items()
+        for name in known
+        if name in names
+    }
+    if not found:
+        raise ValueError(
+            f"{field}={path!r}: the Hugging Face dataset has the splits {', '.join(names)}; it "
+            f"needs {', '.join(_SPLITS_OF_HUGGING_FACE)}"
+        )
+    return found
+
+
+def refuse_missing_library(source: StoredRows, field: str) -> None:
+    """Refuse rows that only the package datasets can read, where it is not installed.
+
+    Raises:
+        ValueError: With the line that installs it.
+    """
+    if source.kind == "hugging face" and importlib.util.find_spec("datasets") is None:
+        raise ValueError(
+            f"{field}: {source.path} is a Hugging Face dataset, which needs the package datasets, "
+            "and it is not installed; install it with: pip install datasets (with uv: uv run "
+            "--with datasets bridge ...), or write the rows to JSON Lines"
+        )
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{place}: not JSON ({error})") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{place}: expected an object with keys, got {_shown(record)}")
+            yield place, record
+
+
+def _hugging_face(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    from datasets import load_from_disk  # type: ignore[import-untyped]
+
+    rows: Any = load_from_disk(str(path))
+    place = str(path)
+    if split is not None:
+        rows, place = rows[split], f"{place}, split {split}"
+    for number, record in enumerate(rows):
+        yield f"{place}, row {number}", record
+
+
+def conversation_of(record: Mapping[str, Any], place: str, keys: RowKeys) -> Conversation:
+    """Read a row.
+
+    Raises:
+        ValueError: It is malformed; the message says where it stands and why.
+    """
+    if record.get(keys.messages) is not None:
+        turns = _turns(record[keys.messages], f"{place}: {keys.messages}", "role", "content")
+        return Conversation(place=place, turns=turns, is_chat=True)
+    if record.get(_SHAREGPT_KEY) is not None:
+        turns = _turns(record[_SHAREGPT_KEY], f"{place}: {_SHAREGPT_KEY}", "from", "value")
+        return Conversation(place=place, turns=turns, is_chat=True)
+    missing = [key for key in (keys.prompt, keys.completion) if record.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"{place}: no {' and no '.join(map(repr, missing))} (there is "
+            f"{', '.join(map(repr, record)) or 'nothing'}); a row has {keys.prompt!r} and "
+            f"{keys.completion!r}, or {keys.messages!r}; name other keys with "
+            "dataset.prompt_key, dataset.completion_key and dataset.messages_key"
+        )
+    texts = [_text(record[key], f"{place}: {key}") for key in (keys.prompt, keys.completion)]
+    turns = (Turn(role="user", text=texts[0]), Turn(role=ASSISTANT, text=texts[1]))
+    return Conversation(place=place, turns=turns, is_chat=False)
+
+
+def _turns(messages: Any, place: str, role_key: str, text_key: str) -> tuple[Turn, ...]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(f"{place}: expected a list of messages, got {_shown(messages)}")
+    return tuple(
+        _turn(message, f"{place}[{number}]", role_key, text_key)
+        for number, message in enumerate(messages)
+    )
+
+
+def _turn(message: Any, place: str, role_key: str, text_key: str) -> Turn:
+    if not isinstance(message, Mapping) or message.get(role_key) is None:
+        raise ValueError(
+            f"{place}: expected an object with {role_key!r} and {text_key!r}, got {_shown(message)}"
+        )
+    for key in _NOT_SUPPORTED:
+        if message.get(key):
+            raise ValueError(
+                f"{place}: has {key!r}, which is not supported; write it into {text_key!r}"
+            )
+    role = _SHAREGPT_ROLES.get(message[role_key], message[role_key])
+    if role not in ROLES:
+        hint = nearest(str(role), list(ROLES))
+        raise ValueError(
+            f"{place}: the role {role!r} is none of {', '.join((*ROLES, *_SHAREGPT_ROLES))}"
+            + (f"; did you mean {hint!r}?" if hint else "")
+        )
+    return Turn(role=role, text=_text(message.get(text_key), f"{place}: {text_key}"))
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: expected text, got {_shown(value)}")
+    # JSON can hold lone surrogates, which UTF-8 cannot.
+    return value.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,48 @@
+"""What a run says of its data when it starts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bridge.gpt.data.sft.corpus import Corpus
+
+
+def notes_of(corpora: Mapping[str, Corpus], sequences: Mapping[str, int]) -> dict[str, Any]:
+    """Return the facts of the start-up lines: samples, what was cut or dropped, what counts.
+
+    Args:
+        corpora: The samples of each split.
+        sequences: How many packed sequences they make; empty if they are not packed.
+    """
+    notes: dict[str, Any] = {}
+    for name, corpus in corpora.items():
+        report = corpus.report
+        notes[f"{name} rows"] = report.samples
+        if name in sequences:
+            notes[f"packed {name} sequences"] = sequences[name]
+        fates = {
+            f"{name} rows cut to model.seq_length": report.cut,
+            f"{name} rows dropped as too long": report.dropped_too_long,
+            f"{name} rows dropped as no answer was left": report.dropped_without_answer,
+        }
+        notes |= {fate: rows for fate, rows in fates.items() if rows}
+        notes[f"% of {name} tokens count in the loss"] = percentage(corpus)
+    return notes
+
+
+def warnings_of(corpora: Mapping[str, Corpus]) -> list[str]:
+    """Return a line for each split of which nothing or everything counts in the loss."""
+    lines = []
+    for name, corpus in corpora.items():
+        share = percentage(corpus)
+        if share in (0, 100):
+            what = "hardly any token" if share == 0 else "every token, also those of prompts,"
+            lines.append(
+                f"warning: {what} of the {name} data counts in the loss ({share:g} %); compare "
+                "dataset.loss_on with what `bridge show-batch` shows"
+            )
+    return lines
+
+
+def percentage(corpus: Corpus) -> float:
+    """Return how much of the predicted tokens counts in the loss, in percent with one decimal."""
+    return round(100 * corpus.report.counted / corpus.report.tokens, 1)

@@ -1,0 +1,126 @@
+"""What is in a row, and where rows are."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.gpt.data.sft.rows import (
+    RowKeys,
+    StoredRows,
+    conversation_of,
+    find_rows,
+    refuse_missing_library,
+)
+from sft_data import chat, write_rows
+
+KEYS = RowKeys(prompt="prompt", completion="completion", messages="messages")
+
+
+def turns(record: dict[str, Any], keys: RowKeys = KEYS) -> list[tuple[str, str]]:
+    return [(turn.role, turn.text) for turn in conversation_of(record, "here", keys).turns]
+
+
+def test_the_three_forms_of_a_row() -> None:
+    assert turns({"prompt": "p", "completion": "c"}) == [("user", "p"), ("assistant", "c")]
+    assert turns(chat("system: s", "user: u", "assistant: a")) == [
+        ("system", "s"),
+        ("user", "u"),
+        ("assistant", "a"),
+    ]
+    sharegpt = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
+    assert turns({"conversations": sharegpt}) == [("user", "u"), ("assistant", "a")]
+    keys = RowKeys(prompt="question", completion="answer", messages="talk")
+    assert turns({"question": "p", "answer": "c"}, keys) == [("user", "p"), ("assistant", "c")]
+    assert turns({"talk": chat("user: u")["messages"]}, keys) == [("user", "u")]
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"prompt": "p"}, "here: no 'completion' .there is 'prompt'.*dataset.completion_key"),
+        ({}, "no 'prompt' and no 'completion' .there is nothing"),
+        ({"prompt": ["p"], "completion": "c"}, r"here: prompt: expected text, got \['p'\]"),
+        ({"messages": []}, r"here: messages: expected a list of messages, got \[\]"),
+        ({"messages": "hello"}, "expected a list of messages, got 'hello'"),
+        ({"messages": ["hi"]}, r"messages\[0\]: expected an object with 'role' and 'content'"),
+        (chat("user: u", "assitant: a"), r"messages\[1\]: the role 'assitant'.*'assistant'\?"),
+        ({"messages": [{"role": "user", "content": None}]}, r"\[0\]: content: expected text"),
+        ({"conversations": [{"from": "bing", "value": "x"}]}, "'bing' is none of"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]},
+            "'tool_calls', which is not supported",
+        ),
+    ],
+)
+def test_a_malformed_row_is_refused_with_its_place(record: Any, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        conversation_of(record, "here", KEYS)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [("{oops", "line 3: not JSON"), ("[1]", r"line 3: expected an object with keys, got \[1\]")],
+)
+def test_a_line_that_is_no_row_is_refused_with_file_and_line(
+    tmp_path: Path, line: str, complaint: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "completion": "c"}\n\n' + line + "\n")
+    source = find_rows(str(path), "dataset.path", KEYS)["train"]
+    with pytest.raises(ValueError, match=f"rows.jsonl, {complaint}"):
+        list(source.conversations())
+
+
+def test_a_directory_has_a_file_a_split(tmp_path: Path) -> None:
+    for name in ("training", "validation"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": "c"}])
+    found = find_rows(str(tmp_path), "dataset.path", KEYS)
+    assert list(found) == ["train", "validation"]
+    [row] = found["validation"].conversations()
+    assert row.turns[0].text == "validation"
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda place: place / "absent", "there is no such file or directory"),
+        (lambda place: place, r"neither training.jsonl.*\(there is nothing\)"),
+        (lambda place: write_rows(place / "train.jsonl", [{}]).parent, "there is train.jsonl"),
+        (lambda place: write_rows(place / "rows.jsonl", []), "the file is empty"),
+    ],
+)
+def test_a_path_without_rows_is_refused_with_what_is_there(
+    tmp_path: Path, make: Any, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=f"dataset.path=.*{complaint}"):
+        find_rows(str(make(tmp_path)), "dataset.path", KEYS)
+
+
+def test_a_hugging_face_dataset_on_disk_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{**chat("user: u", f"assistant: a{n}"), "prompt": None} for n in range(3)]
+    whole = datasets.Dataset.from_list(rows)
+    whole.save_to_disk(str(tmp_path / "one"))
+    splits = datasets.DatasetDict({"train": whole, "dev": whole.select([2]), "odd": whole})
+    splits.save_to_disk(str(tmp_path / "several"))
+    [source] = find_rows(str(tmp_path / "one"), "dataset.path", KEYS).values()
+    assert [row.turns[1].text for row in source.conversations()] == ["a0", "a1", "a2"]
+    found = find_rows(str(tmp_path / "several"), "dataset.path", KEYS)
+    assert list(found) == ["train", "validation"]
+    [row] = found["validation"].conversations()
+    assert row.turns[1].text == "a2"
+    assert row.place.endswith("several, split dev, row 0")
+
+
+def test_without_the_package_a_hugging_face_dataset_is_refused_with_the_install_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
+    [source] = find_rows(str(tmp_path), "dataset.path", KEYS).values()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        refuse_missing_library(source, "dataset.path")
+    refuse_missing_library(StoredRows(kind="json lines", path=tmp_path, keys=KEYS), "dataset.path")

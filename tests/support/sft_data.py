@@ -1,0 +1,68 @@
+"""Rows of instructions for tests, and a Hugging Face tokenizer whose tokens are words."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge.training.config import TokenizerConfig
+
+WORDS = ("<eos>", "<unk>", "<s>", "user", "assistant", "system", "hi", "ho", "yes", "no", ".")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write a JSON Lines file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def uneven_rows(count: int) -> list[dict[str, str]]:
+    """Return prompts and completions of many different lengths."""
+    return [
+        {"prompt": "p" * (1 + 7 * n % 9), "completion": "abc"[n % 3] * (1 + 5 * n % 11)}
+        for n in range(count)
+    ]
+
+
+def chat(*turns: str) -> dict[str, Any]:
+    """Return a row of a chat from ``role: text``."""
+    pairs = [turn.partition(": ") for turn in turns]
+    return {"messages": [{"role": role, "content": text} for role, _, text in pairs]}
+
+
+def word_tokenizer(directory: Path, template: str | None, *, begins: bool = False) -> Any:
+    """Write a tokenizer of `WORDS` with a chat template; return its section.
+
+    With `begins` it puts ``<s>`` before a text by itself.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    tokenizer: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": vocabulary[word], "content": word, "special": True, **special}
+            for word in ("<eos>", "<unk>", "<s>")
+        ],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }
+    if begins:
+        first = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        tokenizer["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [first, text],
+            "pair": [first, text],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [vocabulary["<s>"]], "tokens": ["<s>"]}},
+        }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "eos_token": "<eos>",
+        "chat_template": template,
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return TokenizerConfig(type="huggingface", model=str(directory))
