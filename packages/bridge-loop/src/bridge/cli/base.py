@@ -16,8 +16,17 @@ if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
     from bridge.training.contracts import Recipe
 
-# Parts of the names of fields that decide how a model is trained, not what it is.
-_TRAINING_FIELDS = ("dropout", "init_method", "loss_coeff", "loss_scaling_factor", "grouped_gemm")
+# Parts of the names of fields that the recipe decides, beside those that a resumed run may change:
+# how a model is trained, and how megatron-core computes it. All others are the checkpoint's.
+_RECIPE_FIELDS = (
+    *("dropout", "init_method", "initialization", "loss_coeff", "loss_scaling_factor"),
+    *("freeze", "lr_multipliers", "placement"),
+    *("load_balancing", "bias_update_rate", "jitter", "capacity", "token_drop", "force_"),
+    *("grouped_gemm", "dispatcher", "deepep", "hybridep", "ncclep", "num_sms", "paged_stash"),
+    *("p2p", "vp_stage", "variable_seq_lengths", "max_seqlen", "mlp_chunks", "wgrad"),
+    *("activation_checkpoints", "saved_activations", "deterministic", "rng_tracker", "autocast"),
+    *("logging", "inference", "prefill", "flash", "kernel_backend", "fused", "_layer_norm", "fp4"),
+)
 # Taken from the checkpoint, unless the user wants longer samples.
 _EXTENSIBLE = ("seq_length", "rotary_base", "rope_scaling", "rope_scaling_factor")
 
@@ -106,6 +115,6 @@ def _decided_by_checkpoint(section: dict[str, Any], place: str = "") -> dict[str
         path = f"{place}{name}"
         if isinstance(value, dict):
             kept[name] = _decided_by_checkpoint(value, f"{path}.")
-        elif not any(part in path for part in (*FREE_MODEL_FIELDS, *_TRAINING_FIELDS)):
+        elif not any(part in path for part in (*FREE_MODEL_FIELDS, *_RECIPE_FIELDS)):
             kept[name] = value
     return kept
