@@ -15,16 +15,7 @@ from commands import run
 @pytest.fixture(autouse=True)
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, with a package of recipes installed and no launcher around."""
-    for name in ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    place = tmp_path / "site"
-    place.mkdir()
-    own_recipe.install(place, monkeypatch)
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+    return own_recipe.work_folder(tmp_path, monkeypatch)
 
 
 def checkpoint(folder: Path, text: str | None) -> None:

@@ -12,7 +12,15 @@ from bridge.training.config import ConfigContainer
 from bridge.training.finetune import finetune
 from bridge.training.pretrain import pretrain
 from ranks import run_ranks
-from training_runs import OwnModel, own_run, parameters_of, series, token_step
+from training_runs import (
+    Killed,
+    Killer,
+    OwnModel,
+    own_run,
+    parameters_of,
+    series,
+    token_step,
+)
 
 
 class Start:
@@ -20,19 +28,6 @@ class Start:
 
     def on_train_start(self, context: Any) -> None:
         self.parameters = parameters_of(context.model)
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-class Killer:
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, context: Any, result: Any) -> None:
-        if context.state.train_state.step == self.step:
-            raise Killed
 
 
 def base(place: Path) -> ConfigContainer:

@@ -23,6 +23,8 @@ from bridge.training.run_directory import RunDirectory
 from gpt_models import tiny_gpt
 from ranks import run_ranks
 from training_runs import (
+    Killed,
+    Killer,
     OwnData,
     OwnModel,
     gpt_run,
@@ -35,19 +37,6 @@ from training_runs import (
 
 STEPS = 6
 TIMES = {"step_time_s", "tokens_per_s", "samples_per_s"}
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-class Killer:
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, context: Any, result: Any) -> None:
-        if context.state.train_state.step == self.step:
-            raise Killed
 
 
 class Everything:

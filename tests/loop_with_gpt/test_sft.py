@@ -1,6 +1,5 @@
 """Fine-tuning a GPT: samples packed into sequences train as samples alone, under every layout."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,11 @@ from bridge.training.pretrain import pretrain
 from gpt_models import tiny_gpt
 from ranks import run_ranks
 from sft_data import uneven_rows, write_rows
-from training_runs import gpt_run, series
+from training_runs import Killed, Killer, gpt_run, series
 
 LENGTH = 32
 # Places from 11 to 16: any two share a sequence, and no third has room.
 ROWS = [{"prompt": "p" * (6 + n % 3), "completion": "xyz"[n % 3] * (5 + n % 4)} for n in range(8)]
-
-
-@dataclass
-class Killer:
-    step: int
-
-    def on_step_end(self, context: Any, result: Any) -> None:
-        if context.state.train_state.step == self.step:
-            raise KeyboardInterrupt
 
 
 def sft_run(place: Path, *, packing: bool = False, **model: Any) -> ConfigContainer:
@@ -114,7 +104,7 @@ def test_a_packed_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path: Path) -> No
         base.train.train_iters, base.checkpoint.save_at_end = 1, True
         pretrain(base, forward_step)
         finetune(config("whole"), forward_step)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             finetune(config("cut"), forward_step, [Killer(3)])
         again = config("cut")
         again.checkpoint.resume = True

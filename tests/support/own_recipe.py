@@ -139,3 +139,17 @@ def install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: own-recipe\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(_ENTRY_POINTS)
     monkeypatch.syspath_prepend(place)
+
+
+def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Go to a folder to work in, with this package installed and no launcher around."""
+    for name in ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    place = tmp_path / "site"
+    place.mkdir()
+    install(place, monkeypatch)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder

@@ -191,6 +191,21 @@ def series(directory: Path | str, name: str) -> list[Any]:
     return [row[name] for row in rows(directory) if name in row]
 
 
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@dataclass(frozen=True)
+class Killer:
+    """A callback that ends a run after a step, as if the process had died."""
+
+    step: int
+
+    def on_step_end(self, context: Any, result: Any) -> None:
+        if context.state.train_state.step == self.step:
+            raise Killed
+
+
 @dataclass
 class Weights:
     """A callback that keeps the parameters as the run left them."""
