@@ -8,6 +8,7 @@ def test_every_key_is_listed_with_its_type_value_and_meaning() -> None:
     assert iters.value == "8"
     assert iters.accepts == "an integer or null"
     assert iters.meaning == "Optimizer steps."
+    assert keys["train.nan_action"].accepts == "one of raise, raise_at_once, skip, log"
     assert keys["model.num_layers"].value == "4"
     assert keys["model.activation_func"].value == "gelu"
     assert keys["model.hidden_dropout"].meaning.startswith("Dropout probability")

@@ -124,6 +124,8 @@ _WORDS: dict[Any, str] = {
 
 def describe_annotation(annotation: Any) -> str:
     """Say in a few words what a field accepts."""
+    if isinstance(annotation, typing.TypeAliasType):
+        return describe_annotation(annotation.__value__)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(describe_annotation(member) for member in arguments))
