@@ -157,6 +157,7 @@ FIELDS = {
     "bridge.training.config.ConfigContainer": [
         "recipe",
         "model",
+        "peft",
         "train",
         "validation",
         "optimizer",

@@ -190,6 +190,49 @@ class ChecksItself(Protocol):
         ...
 
 
+class AdaptedLayer(Protocol):
+    """A layer beside which a method of parameter-efficient fine-tuning has put what it trains."""
+
+    name: str
+    """In the whole model, the same under every parallel layout."""
+
+
+@runtime_checkable
+class PEFTMethod(Protocol):
+    """Trains few parameters beside a frozen model: the section ``peft`` of a run.
+
+    The loop loads the model's weights, lets the method attach, wraps the result in DDP, and loads
+    the state of what was attached. It trains and saves what requires gradients then. A new
+    parameter may name in ``initializer`` a function that fills a tensor of its full shape: with
+    rng.layout_invariant_init it is drawn so, as the model's own weights are. The modules that were
+    attached tell their place in the whole model by ``sharded_state_dict``, as megatron-core's do.
+
+    Installed packages offer their methods, dataclasses with their fields, by the entry points of
+    the group ``bridge.peft``; `method` is the name there.
+    """
+
+    method: str
+
+    def attach(
+        self, model_chunks: Sequence[torch.nn.Module], group: Any = None
+    ) -> "Sequence[AdaptedLayer]":
+        """Freeze the model and put the parameters that train beside its layers.
+
+        Args:
+            model_chunks: This rank's part of the model with its weights, wrapped for 16 bits or
+                not.
+            group: The process group of all ranks, for what they must agree on.
+
+        Raises:
+            ValueError: The fields do not fit the model.
+        """
+        ...
+
+    def merge(self, model_chunks: Sequence[torch.nn.Module]) -> None:
+        """Fold what was trained into the model's own weights, and leave a plain model."""
+        ...
+
+
 @dataclass(kw_only=True, frozen=True)
 class ExportedWeight:
     """How one weight of a model stands in another format: whole, or its rows in several tensors."""

@@ -31,7 +31,7 @@ from bridge.training.config.sections import (
     ValidationConfig,
 )
 from bridge.training.config.yaml_text import dump_yaml, load_yaml
-from bridge.training.contracts import DatasetConfig, ModelConfig
+from bridge.training.contracts import DatasetConfig, ModelConfig, PEFTMethod
 
 
 def _default_optimizer() -> OptimizerConfig:
@@ -59,6 +59,9 @@ class ConfigContainer:
     """The recipe that the configuration started from."""
     model: ModelConfig
     """What is trained, and its parallel layout."""
+    peft: PEFTMethod | None = None
+    """What is trained in place of the model's own weights, found by ``peft.method``; None trains
+    the model."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How long to train, on what batches."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -27,12 +27,14 @@ from bridge.training.config.fields import (
     fields_of,
     join,
 )
+from bridge.training.config.methods import class_of_section
 from bridge.training.config.names import (
     dtype_from_name,
     function_from_name,
     import_by_name,
     nearest,
 )
+from bridge.training.contracts import PEFTMethod
 
 
 def convert(value: Any, annotation: Any, path: str) -> Any:
@@ -189,7 +191,9 @@ def _convert_to_class(value: Any, annotation: Any, kind: type, path: str) -> Any
         return found
     if issubclass(kind, enum.Enum):
         return _convert_enum(value, kind)
-    if isinstance(value, Mapping) and (dataclasses.is_dataclass(kind) or TARGET in value):
+    if isinstance(value, Mapping) and (
+        dataclasses.is_dataclass(kind) or TARGET in value or kind is PEFTMethod
+    ):
         value = build_dataclass(kind, value, path)
     if _is_protocol(kind):
         return _convert_to_protocol(value, kind)
@@ -289,6 +293,8 @@ def build_dataclass(kind: type, mapping: Mapping[Any, Any], path: str) -> Any:
 def _target_class(kind: type, mapping: Mapping[Any, Any]) -> type:
     name = mapping.get(TARGET)
     if name is None:
+        if found := class_of_section(kind, mapping):
+            return found
         if not dataclasses.is_dataclass(kind):
             raise ConversionError(f"needs {TARGET}: the class to build, as package.module.Class")
         return kind

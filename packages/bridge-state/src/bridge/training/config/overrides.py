@@ -23,6 +23,12 @@ from bridge.training.config.fields import (
     is_runtime_hook,
     join,
 )
+from bridge.training.config.methods import (
+    METHOD,
+    changed_method,
+    method_class,
+    method_names,
+)
 from bridge.training.config.parts import (
     exists,
     is_dataclass_instance,
@@ -34,6 +40,8 @@ from bridge.training.config.resolution import resolve_collecting
 from bridge.training.config.suggestions import likely_meant, unknown_key
 from bridge.training.config.types_check import assign
 from bridge.training.config.yaml_text import load_yaml
+
+_METHOD_PATH = f"peft.{METHOD}"
 
 type YamlDocument = str | Path | Mapping[str, Any]
 """YAML text, a file that holds it, or what it parses to."""
@@ -110,7 +118,8 @@ class _Merge:
             source = str(document) if isinstance(document, Path) else f"YAML document {number}"
             self._document(document)
             self.problems[before:] = [f"{p} ({source})" for p in self.problems[before:]]
-        for override in overrides:
+        # The fields that there are depend on the method, wherever it is named.
+        for override in sorted(overrides, key=lambda text: not _chooses_method(text)):
             self._override(override)
 
     # --- YAML documents
@@ -148,6 +157,10 @@ class _Merge:
             )
 
     def _section(self, section: str, content: Mapping[Any, Any] | None) -> None:
+        if section == "peft" and content is not None and METHOD in content:
+            self._choose_method(content[METHOD])
+            if _METHOD_PATH in self.refused:
+                return
         present = getattr(self.config, section)
         if content is not None and dataclasses.is_dataclass(present):
             self._fields(present, section, content)
@@ -224,6 +237,14 @@ class _Merge:
             self.problems.append(f"{path}: has no value; write null for none, '' for empty text")
         elif not keys:
             self._section(section, None)
+        elif path == _METHOD_PATH:
+            self._choose_method(text.strip())
+        elif section == "peft" and self.config.peft is None:
+            if _METHOD_PATH not in self.refused:
+                self.problems.append(
+                    f"{path}: the run trains the whole model; choose {_METHOD_PATH} "
+                    f"(of {', '.join(method_names())}) beside it"
+                )
         else:
             self._override_field(section, keys, text.strip())
 
@@ -276,6 +297,16 @@ class _Merge:
 
     # --- both
 
+    def _choose_method(self, name: Any) -> None:
+        if name in (None, "null"):
+            self.config.peft = None
+            return
+        try:
+            self.config.peft = changed_method(self.config.peft, method_class(name))
+        except ConversionError as error:
+            self.problems.append(f"{_METHOD_PATH}: {error}")
+            self.refused.add(_METHOD_PATH)
+
     def _set(
         self,
         holder: Any,
@@ -323,6 +354,10 @@ class _Merge:
             f"{path}: is a section, it cannot be {value!r}"
             + (f"; set its fields, such as {path}.{example}" if example else "")
         )
+
+
+def _chooses_method(override: str) -> bool:
+    return override.partition("=")[0].strip() == _METHOD_PATH
 
 
 def _has_parts(value: Any, annotation: Any) -> bool:

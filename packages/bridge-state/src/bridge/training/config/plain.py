@@ -21,6 +21,7 @@ from bridge.training.config.fields import (
     is_runtime_hook,
     join,
 )
+from bridge.training.config.methods import is_found_by_name
 from bridge.training.config.names import dtype_name, name_of
 from bridge.training.config.parts import item_annotation
 
@@ -56,7 +57,8 @@ def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> 
 def _dataclass_to_plain(value: Any, annotation: Any, path: str, brief: bool) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     lines = []
-    if type(value) not in (annotation, *get_args(annotation)):
+    is_declared = type(value) in (annotation, *get_args(annotation))
+    if not is_declared and not is_found_by_name(value, annotation):
         plain[TARGET] = class_name(type(value))
     annotations = annotations_of(type(value))
     for name, field in fields_of(value).items():

@@ -19,6 +19,7 @@ from bridge.training.config.fields import (
     is_runtime_hook,
     join,
 )
+from bridge.training.config.methods import METHOD, method_names
 from bridge.training.config.parts import is_dataclass_instance
 from bridge.training.config.plain import to_plain
 from bridge.training.config.suggestions import declared_class
@@ -52,6 +53,8 @@ def describe(config: ConfigContainer) -> list[Key]:
             holder = cls()
         if dataclasses.is_dataclass(holder):
             keys.extend(_keys(holder, section))
+        elif section == "peft" and holder is None:
+            keys.append(_choice_of_method())
     return keys
 
 
@@ -65,6 +68,15 @@ def reference_text(config: ConfigContainer, *, width: int = 100) -> str:
             textwrap.wrap(key.meaning, width - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)
         )
     return "\n".join("\n".join([f"{name}:", *lines]) for name, lines in sections.items())
+
+
+def _choice_of_method() -> Key:
+    return Key(
+        path=f"peft.{METHOD}",
+        accepts=" or ".join([*method_names(), "null"]),
+        value="null",
+        meaning="What is trained beside a frozen model; the method brings keys of its own.",
+    )
 
 
 def _keys(holder: Any, path: str) -> Iterator[Key]:
