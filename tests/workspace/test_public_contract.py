@@ -94,10 +94,17 @@ FUNCTIONS = {
     "bridge.gpt.conversion.hf_config.read_model_config": ["directory"],
     "bridge.gpt.conversion.hf_import.import_hf": ["directory", "checkpoint", "dtype"],
     "bridge.gpt.model_config.GPTModelConfig.exported_weights": ["self"],
+    "bridge.peft.LoRA.attach": ["self", "model_chunks", "group"],
+    "bridge.peft.LoRA.merge": ["self", "model_chunks"],
     "bridge.training.config.resolve": ["config", "device", "world_size"],
 }
 
+LOW_RANK = ["target_modules", "exclude_modules", "dim", "alpha", "dropout", "dtype", "method"]
+
 FIELDS = {
+    "bridge.peft.LoRA": LOW_RANK,
+    "bridge.peft.DoRA": LOW_RANK,
+    "bridge.peft.CanonicalLoRA": LOW_RANK,
     "bridge.training.pretrain.TrainResult": [
         "reason",
         "step",

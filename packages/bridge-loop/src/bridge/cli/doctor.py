@@ -28,6 +28,11 @@ _PARTS = (
         "pip install --find-links DIST bridge-steps-gpt",
     ),
     _Part(
+        "bridge-peft",
+        "LoRA, DoRA, canonical LoRA",
+        "pip install --find-links DIST bridge-peft",
+    ),
+    _Part(
         "transformer-engine",
         "fused layers on GPUs",
         'pip install "transformer-engine[core-cu13,pytorch]" on a machine with a GPU and its '

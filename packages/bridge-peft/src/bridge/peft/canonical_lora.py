@@ -1,0 +1,167 @@
+"""Canonical LoRA: updates of their own for what megatron-core's fused layers hold.
+
+``linear_qkv`` holds the projections to queries, keys and values, ``linear_fc1`` of a gated MLP the
+gate and the values it is multiplied with. LoRA gives such a layer one A for all of them; here each
+has an A and a B, as when they are layers of their own, and any of them may be left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+
+from bridge.peft.adapted import is_gated
+from bridge.peft.adapters import LowRankAdapter, gathered_like
+from bridge.peft.lora import LoRAAdapter
+from bridge.peft.method import Layer, LowRankMethod
+
+_QKV = ("linear_q", "linear_k", "linear_v")
+_GATED = ("linear_fc1_gate", "linear_fc1_up")
+
+
+@dataclass(kw_only=True)
+class CanonicalLoRA(LowRankMethod):
+    """LoRA with updates of their own for queries, keys, values, gate and up projection."""
+
+    target_modules: list[str] = field(
+        default_factory=lambda: [*_QKV, "linear_proj", *_GATED, "linear_fc2"]
+    )
+    """Layers to adapt: the end of their dotted names, or a pattern with * for whole names. Fused
+    layers go by the names of their parts: linear_q, linear_k, linear_v; linear_fc1_gate and
+    linear_fc1_up of a gated MLP."""
+    method: Literal["canonical_lora"] = "canonical_lora"
+    """The method's name."""
+
+    def names_of(self, layer: Layer) -> list[str]:
+        """Return the names of a fused layer's parts, or the layer's."""
+        return list(_parts_of(layer)) or [layer.name]
+
+    def adapter_for(self, layer: Layer, meant: Sequence[str]) -> torch.nn.Module:
+        """Make the adapter of a layer.
+
+        Raises:
+            ValueError: Tensor-parallel ranks share a group of queries.
+        """
+        weight = layer.module.weight
+        assert isinstance(weight, torch.Tensor)
+        parts = _parts_of(layer)
+        if not parts:
+            return self._of_whole(weight, layer)
+        rows = _rows_of_parts(layer, weight.shape[0])
+        return PartedAdapter(
+            {
+                name.rpartition(".")[2]: (
+                    LowRankAdapter(
+                        weight,
+                        layer.linear,
+                        dim=self.dim,
+                        alpha=self.alpha,
+                        dropout=self.dropout,
+                        dtype=self.dtype,
+                        rows=rows.groups * width,
+                    )
+                    if name in meant
+                    else None
+                )
+                for name, width in zip(parts, rows.widths, strict=True)
+            },
+            rows,
+        )
+
+    def _of_whole(self, weight: torch.Tensor, layer: Layer) -> torch.nn.Module:
+        return LoRAAdapter(
+            weight,
+            layer.linear,
+            dim=self.dim,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            dtype=self.dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """How a fused layer's output is made of its parts: group after group, part after part."""
+
+    groups: int
+    widths: tuple[int, ...]
+    """Rows of each part within a group."""
+
+
+class PartedAdapter(torch.nn.Module):
+    """Adapters of the parts of a fused layer, of which some may be absent.
+
+    Args:
+        parts: By name, in the order in which the layer holds them; None for one left alone.
+        rows: How they share the layer's rows on this rank.
+    """
+
+    def __init__(self, parts: Mapping[str, LowRankAdapter | None], rows: Rows) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleDict({k: v for k, v in parts.items() if v is not None})
+        self._order = list(parts)
+        self._rows = rows
+
+    def forward(
+        self, x: torch.Tensor, output: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the output of the adapted layer (see `bridge.peft.adapted.Adapter`)."""
+        parts = self._adapters()
+        linear = next(iter(parts.values())).linear
+        deltas = {name: part.update(x) for name, part in parts.items()}
+        return output + gathered_like(self._together(deltas), output, linear)
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight with the updates of its parts added, in float32."""
+        deltas = {name: part.delta_weight().t() for name, part in self._adapters().items()}
+        return weight.float() + self._together(deltas).t()
+
+    def _adapters(self) -> dict[str, LowRankAdapter]:
+        return cast("dict[str, LowRankAdapter]", dict(self.parts.items()))
+
+    def _together(self, deltas: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Bring [..., rows of a part] of the parts into the layer's order; 0 for an absent one."""
+        some = next(iter(deltas.values()))
+        shape, groups = some.shape[:-1], self._rows.groups
+        blocks = [
+            deltas[name].unflatten(-1, (groups, width))
+            if name in deltas
+            else some.new_zeros((*shape, groups, width))
+            for name, width in zip(self._order, self._rows.widths, strict=True)
+        ]
+        return torch.cat(blocks, dim=-1).flatten(-2)
+
+
+def _parts_of(layer: Layer) -> list[str]:
+    """Return the full names of what a fused layer holds, none if it is not fused."""
+    parent, _, own = layer.name.rpartition(".")
+    if isinstance(layer.parent, SelfAttention) and own == "linear_qkv":
+        names: tuple[str, ...] = _QKV
+    elif is_gated(layer.parent, own):
+        names = _GATED
+    else:
+        return []
+    return [f"{parent}.{name}".lstrip(".") for name in names]
+
+
+def _rows_of_parts(layer: Layer, rows: int) -> Rows:
+    if not isinstance(layer.parent, SelfAttention):
+        return Rows(groups=1, widths=(rows // 2, rows // 2))
+    config = layer.parent.config
+    groups = config.num_query_groups or config.num_attention_heads
+    if groups % layer.linear.ranks:
+        raise ValueError(
+            f"peft.method=canonical_lora: model.num_query_groups={groups} is not a multiple of "
+            f"model.tensor_model_parallel_size={layer.linear.ranks}, so ranks share keys; choose "
+            "another layout or peft.method=lora"
+        )
+    if getattr(config, "attention_output_gate", False):
+        raise ValueError(
+            f"{layer.name}: model.attention_output_gate=true puts a gate among queries, keys and "
+            "values, which canonical LoRA does not know; choose peft.method=lora"
+        )
+    width = config.kv_channels or config.hidden_size // config.num_attention_heads
+    queries = config.num_attention_heads // groups * width
+    return Rows(groups=groups // layer.linear.ranks, widths=(queries, width, width))

@@ -1,0 +1,93 @@
+"""DoRA: the update changes a weight's direction, a vector its length (arXiv:2402.09353).
+
+With V = W + s B A and m one number for each output feature, y = m / |V| * V x, where |V| is the
+length of each row of V. Gradients do not pass through |V| (section 4.3 there). The length needs no
+V of its own:
+
+    |V_i|^2 = |W_i|^2 + 2 s B_i . (A W_i) + s^2 B_i (A A^T) B_i
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from bridge.peft.adapted import is_gated
+from bridge.peft.adapters import LowRankAdapter, gathered_like, mark, whole_gradient
+from bridge.peft.linears import Linear
+from bridge.peft.method import Layer, LowRankMethod
+
+
+@dataclass(kw_only=True)
+class DoRA(LowRankMethod):
+    """y = m / |V| * (W + (alpha / dim) B A) x, with W frozen and m = |W| at first."""
+
+    method: Literal["dora"] = "dora"
+    """The method's name."""
+
+    def adapter_for(self, layer: Layer, meant: Sequence[str]) -> torch.nn.Module:
+        """Make the adapter of a layer."""
+        weight = layer.module.weight
+        assert isinstance(weight, torch.Tensor)
+        return DoRAAdapter(
+            weight,
+            layer.linear,
+            dim=self.dim,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            is_gated=is_gated(layer.parent, layer.own_name),
+        )
+
+
+class DoRAAdapter(LowRankAdapter):
+    """Turns and scales what a layer gives.
+
+    Args:
+        weight: The base layer's weight on this rank, [out features, in features].
+        linear: The base layer.
+        options: Those of `LowRankAdapter`.
+    """
+
+    def __init__(self, weight: torch.Tensor, linear: Linear, **options: Any) -> None:
+        super().__init__(weight, linear, **options)
+        # Not a submodule: it belongs to the base layer.
+        self._weight = [weight]
+        self.magnitude = torch.nn.Parameter(
+            self._lengths().to(self.linear_out.weight.dtype), requires_grad=True
+        )
+        mark(self.magnitude, weight, linear, split_axis=0 if linear.split == "rows" else None)
+        self.magnitude.is_gated = self.linear_out.weight.is_gated  # type: ignore[attr-defined]
+
+    def forward(
+        self, x: torch.Tensor, output: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the output of the adapted layer (see `bridge.peft.adapted.Adapter`)."""
+        # First, as the factors may have to be fetched from other ranks when they are called.
+        delta = gathered_like(self.update(x), output, self.linear)
+        scale = whole_gradient(self.magnitude, self.linear) / self._lengths()
+        scale = gathered_like(scale, output, self.linear)
+        product = output + delta if bias is None else output - bias + delta
+        scaled: torch.Tensor = scale * product
+        return scaled if bias is None else scaled + bias
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return m / |V| * V in float32."""
+        scale = self.magnitude.float() / self._lengths()
+        merged: torch.Tensor = scale[:, None] * (weight.float() + self.delta_weight())
+        return merged
+
+    @torch.no_grad()
+    def _lengths(self) -> torch.Tensor:
+        """Return the length of each row of V, [out features on this rank], in float32."""
+        [weight] = self._weight
+        a, b = self.linear_in.weight.float(), self.linear_out.weight.float()
+        w = weight.float()
+        squares = (w * w).sum(dim=1)
+        squares += 2 * self.scale * (b * (w @ a.t())).sum(dim=1)
+        squares += self.scale**2 * (b * (b @ (a @ a.t()))).sum(dim=1)
+        if self.linear.split == "columns" and self.linear.ranks > 1:
+            dist.all_reduce(squares, group=self.linear.group)
+        return squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()

@@ -1,0 +1,28 @@
+"""What the adapters' tests share: megatron-core with one process, on the CPU."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let megatron-core warn; whatever else warns fails the test."""
+    config.addinivalue_line("filterwarnings", r"ignore:::megatron\.")
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """Megatron-core's process groups, of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
