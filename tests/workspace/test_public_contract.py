@@ -152,6 +152,7 @@ FIELDS = {
         "directory",
         "checkpointer",
         "restored_from",
+        "size",
     ],
     "bridge.training.train.StepResult": [
         "learning_rate",

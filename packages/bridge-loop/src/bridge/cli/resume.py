@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
 
-_FIXED_SECTIONS = ("dataset", "tokenizer")
+_FIXED_SECTIONS = ("peft", "dataset", "tokenizer")
 _FIXED_FIELDS = {"rng": ("seed", "layout_invariant_init")}
 # Fields of a model that decide how it is computed and spread, not what it is.
 FREE_MODEL_FIELDS = (
@@ -44,12 +44,17 @@ def refuse_another_run(saved: "ConfigContainer", wanted: "ConfigContainer") -> N
 
     problems = [
         f"{path}: the run was started with {old!r}, and {new!r} would make "
-        f"{'another model' if path.startswith('model.') else 'another order of the data'} of it; "
+        f"{_what_it_would_be(path)} of it; "
         "leave it, or start a new run (checkpoint.pretrained_checkpoint takes the weights along)"
         for path, old, new in _differences(saved, wanted)
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def _what_it_would_be(path: str) -> str:
+    of_the_model = path.startswith(("model.", "peft."))
+    return "another model" if of_the_model else "another order of the data"
 
 
 def _differences(saved: "ConfigContainer", wanted: "ConfigContainer") -> list[tuple[str, Any, Any]]:

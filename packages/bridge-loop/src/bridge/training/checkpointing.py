@@ -7,7 +7,8 @@ go only after the newer one is named.
 What is saved: model, optimizer, schedule, every rank's random-number states and mean of recent
 losses, the counters of TrainState (the data's position is one of them) and the resolved
 configuration. The optimizer is
-saved fully reshardable, so that another layout can read it.
+saved fully reshardable, so that another layout can read it. Of a run that trains adapters the model
+is the adapters alone, and which weights they stand beside.
 """
 
 import contextlib
@@ -24,11 +25,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bridge.training.base_checkpoint import Base
 from bridge.training.config import ConfigContainer
 from bridge.training.distributed import Ranks, is_logging_rank, rank, world_size
 from bridge.training.loss_watch import LossWatch
 from bridge.training.model_building import parameters_in_sync
 from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
+from bridge.training.trainable import only_trained
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ class Checkpointer:
         train_state: The run's counters.
         data_fingerprint: Names the order of the training samples.
         loss_watch: Holds the mean that spikes of the loss are measured by.
+        base: The frozen weights that the run trains adapters beside; None if it trains the model.
     """
 
     def __init__(  # noqa: PLR0913  # all that a checkpoint holds
@@ -67,6 +71,7 @@ class Checkpointer:
         train_state: Any,
         data_fingerprint: str,
         loss_watch: LossWatch,
+        base: Base | None = None,
     ) -> None:
         self._directory = directory
         self._config = config
@@ -77,6 +82,7 @@ class Checkpointer:
         self._train_state = train_state
         self._data_fingerprint = data_fingerprint
         self._loss_watch = loss_watch
+        self._base = base
         self._last_saved: int | None = None
 
     def save(self) -> Path | None:
@@ -123,13 +129,16 @@ class Checkpointer:
         """Continue from a checkpoint of this run: everything that `save` wrote comes back.
 
         Raises:
-            ValueError: The checkpoint belongs to another model or another order of the data.
+            ValueError: The checkpoint belongs to another model, another base or another order of
+                the data.
         """
-        saved_data, saved_ranks = self._read_common(checkpoint)
-        self._check_same_data(checkpoint, saved_data)
+        common = _read_common(checkpoint)
+        saved_ranks = common["world_size"]
+        self._check_same_data(checkpoint, common["data_fingerprint"])
+        self._check_same_base(checkpoint, common.get("base"))
         # Other ranks have other random streams and losses; each starts its own anew.
         same_ranks = saved_ranks == world_size()
-        state = self._load(
+        state = _load(
             checkpoint, self._sharded_state(is_loading=True, with_state_of_ranks=same_ranks)
         )
         self._load_model(state)
@@ -149,28 +158,14 @@ class Checkpointer:
 
         The optimizer's float32 copies follow, else its first step would bring the old ones back.
         """
-        wanted = self._model_state()
-        for chunk in wanted.values():
-            _keep_extra_states(chunk, checkpoint)
-        self._load_model(self._load(checkpoint, wanted))
+        load_model_weights([chunk.module for chunk in self._model], checkpoint, self._ranks)
         self._optimizer.reload_model_params()
-
-    def _read_common(self, checkpoint: Path) -> tuple[str, int]:
-        from megatron.core import dist_checkpointing
-
-        with reading(checkpoint, "it is no checkpoint of a run, or it is damaged"):
-            common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-            return common["data_fingerprint"], common["world_size"]
-
-    def _load(self, checkpoint: Path, wanted: dict[str, Any]) -> Any:
-        from megatron.core import dist_checkpointing
-
-        with reading(checkpoint, "it does not fit the model that is configured, or it is damaged"):
-            return dist_checkpointing.load(wanted, str(checkpoint))
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
         for index, chunk in enumerate(self._model):
-            chunk.module.load_state_dict(state[self._chunk_name(index)])
+            name = self._chunk_name(index)
+            # What an adapter stands beside is in the model already.
+            chunk.module.load_state_dict(state[name], strict=self._base is None)
 
     def _load_optimizer(self, state: Any, schedule: Mapping[str, Any]) -> None:
         """Load the optimizer's state, and keep the settings that this start was configured with.
@@ -191,13 +186,14 @@ class Checkpointer:
             )
 
     def _chunk_name(self, index: int) -> str:
-        return "model" if len(self._model) == 1 else f"model{index}"
+        return _chunk_name(index, len(self._model))
 
     def _content(self) -> dict[str, Any]:
         return {
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
-            "singleton_local_shards": False,
+            # A tensor of all layers or experts together would have holes where none is adapted.
+            "singleton_local_shards": self._base is not None,
             "chained_optim_avoid_prefix": True,
         }
 
@@ -205,10 +201,13 @@ class Checkpointer:
         return {**self._content(), "dp_cp_group": self._ranks.pg_collection.dp_cp}
 
     def _model_state(self) -> dict[str, Any]:
-        return {
+        states = {
             self._chunk_name(index): chunk.module.sharded_state_dict(metadata=self._metadata())
             for index, chunk in enumerate(self._model)
         }
+        if self._base is not None:
+            return {name: only_trained(state) for name, state in states.items()}
+        return states
 
     def _sharded_state(self, *, is_loading: bool, with_state_of_ranks: bool) -> dict[str, Any]:
         from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -224,6 +223,8 @@ class Checkpointer:
         state["train_state"] = self._train_state.state_dict()
         state["data_fingerprint"] = self._data_fingerprint
         state["world_size"] = world_size()
+        if self._base is not None:
+            state["base"] = self._base.record()
         if with_state_of_ranks:
             of_rank = {**_random_state(), "loss_watch": self._loss_watch.state_dict()}
             state[_rng_key()] = ShardedObject(
@@ -240,6 +241,16 @@ class Checkpointer:
                 "checkpoint.pretrained_checkpoint"
             )
 
+    def _check_same_base(self, checkpoint: Path, saved: Mapping[str, str] | None) -> None:
+        if (saved is None) != (self._base is None):
+            was, wanted = ("the model", "adapters") if saved is None else ("adapters", "the model")
+            raise ValueError(
+                f"{checkpoint}: the run trained {was}, and the present configuration trains "
+                f"{wanted}; undo the overrides of peft.*, or start a new run"
+            )
+        if saved is not None and self._base is not None:
+            self._base.refuse_another(saved, checkpoint)
+
     def _remove_old(self) -> None:
         keep, step = self._config.checkpoint.keep_last, self._train_state.step
         # Later steps are those of a run that went on from here before; they do not count.
@@ -249,6 +260,55 @@ class Checkpointer:
 
     def _wait_for_all(self) -> None:
         dist.barrier(group=self._ranks.control_group)
+
+
+def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> None:
+    """Take a model's weights from a checkpoint of a run or of weights alone.
+
+    Args:
+        chunks: This rank's model chunks, not in DDP.
+        checkpoint: The checkpoint's folder.
+        ranks: The process groups.
+
+    Raises:
+        ValueError: The checkpoint does not fit the model, or holds adapters alone.
+    """
+    if "base" in _read_common(checkpoint):
+        raise ValueError(
+            f"{checkpoint}: holds adapters and not the model that they stand beside; make one of "
+            f"both first: bridge merge {checkpoint} --output DIR"
+        )
+    metadata = {"singleton_local_shards": False, "dp_cp_group": ranks.pg_collection.dp_cp}
+    names = [_chunk_name(index, len(chunks)) for index in range(len(chunks))]
+    wanted = {
+        name: chunk.sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(names, chunks, strict=True)
+    }
+    for entries in wanted.values():
+        _keep_extra_states(entries, checkpoint)
+    state = _load(checkpoint, wanted)
+    for name, chunk in zip(names, chunks, strict=True):
+        chunk.load_state_dict(state[name])
+
+
+def _chunk_name(index: int, chunks: int) -> str:
+    return "model" if chunks == 1 else f"model{index}"
+
+
+def _read_common(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds beside tensors."""
+    from megatron.core import dist_checkpointing
+
+    with reading(checkpoint, "it is no checkpoint of a run, or it is damaged"):
+        common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(checkpoint))
+        return common
+
+
+def _load(checkpoint: Path, wanted: dict[str, Any]) -> Any:
+    from megatron.core import dist_checkpointing
+
+    with reading(checkpoint, "it does not fit the model that is configured, or it is damaged"):
+        return dist_checkpointing.load(wanted, str(checkpoint))
 
 
 @contextlib.contextmanager

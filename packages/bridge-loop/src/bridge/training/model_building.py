@@ -1,10 +1,11 @@
 """From a model configuration to the chunks that are trained on this rank.
 
-build -> initial weights -> 16-bit wrapper -> megatron-core's DDP -> the hooks of its schedules.
+build -> initial weights -> 16-bit wrapper -> adapters, if any -> megatron-core's DDP -> the hooks
+of its schedules.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from bridge.training.config import ConfigContainer
 from bridge.training.distributed import Ranks
+from bridge.training.trainable import GradientWatch
 from bridge.training.weights_init import initialize_weights
 
 if TYPE_CHECKING:
@@ -20,8 +22,26 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def build_model(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module]:
+def build_model(
+    config: ConfigContainer,
+    ranks: Ranks,
+    adapt: Callable[[list[Any]], None] | None = None,
+) -> list[torch.nn.Module]:
     """Build this rank's model chunks, DDP-wrapped: one, or one a virtual pipeline stage.
+
+    Args:
+        config: A resolved configuration.
+        ranks: The process groups.
+        adapt: Changes the chunks before DDP takes hold of what trains in them.
+    """
+    chunks = build_chunks(config, ranks)
+    if adapt is not None:
+        adapt(chunks)
+    return _wrap_in_ddp(config, ranks, chunks)
+
+
+def build_chunks(config: ConfigContainer, ranks: Ranks) -> list[Any]:
+    """Build this rank's model chunks with initial weights, wrapped for 16 bits where that is due.
 
     Args:
         config: A resolved configuration.
@@ -29,7 +49,7 @@ def build_model(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module]:
     """
     from megatron.core.transformer.module import Float16Module
 
-    chunks: list[Any] = [_on_device(chunk, ranks.device) for chunk in _build_chunks(config, ranks)]
+    chunks: list[Any] = [_on_device(chunk, ranks.device) for chunk in _bare_chunks(config, ranks)]
     # Here and never again: later on, what a callback has put to sleep stays asleep.
     for chunk in chunks:
         chunk.train()
@@ -38,7 +58,7 @@ def build_model(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module]:
     model_config = chunks[0].config
     if model_config.bf16 or model_config.fp16:
         chunks = [Float16Module(model_config, chunk) for chunk in chunks]
-    return _wrap_in_ddp(config, ranks, chunks)
+    return chunks
 
 
 def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, timers: Any) -> None:
@@ -73,7 +93,9 @@ def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, time
         )
     model_config.timers = timers
     model_config.grad_scale_func = optimizer.scale_loss
-    model_config.finalize_model_grads_func = GradientFinalizer()
+    # Only where a part is frozen: a model of one's own may use a weight at some steps alone.
+    watch = GradientWatch(model) if config.peft is not None else None
+    model_config.finalize_model_grads_func = GradientFinalizer(watch)
     if config.ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in model]
         model_config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
@@ -107,10 +129,14 @@ class GradientFinalizer:
     """megatron-core's finalize_model_grads, and how often it was called.
 
     A schedule that does not call it leaves gradients unreduced and undivided, and trains on.
+
+    Args:
+        watch: Has seen which parameters got a gradient; None where nobody looks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: GradientWatch | None = None) -> None:
         self.calls = 0
+        self._watch = watch
 
     def __call__(
         self,
@@ -131,10 +157,16 @@ class GradientFinalizer:
                 those of all ranks afterwards. None if nothing is divided.
             pg_collection: The process groups.
             options: megatron-core's own.
+
+        Raises:
+            RuntimeError: In the first step a parameter that is watched got no gradient.
         """
         from megatron.core.distributed import finalize_model_grads
 
         self.calls += 1
+        if self._watch is not None:
+            self._watch.check()
+            self._watch = None
         finalize_model_grads(model, None, pg_collection=pg_collection, **options)
         if num_tokens is None:
             return
@@ -186,7 +218,7 @@ def count_parameters(model: list[torch.nn.Module]) -> int:
     return sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
 
 
-def _build_chunks(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module]:
+def _bare_chunks(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module]:
     from megatron.core import parallel_state
 
     stages = range(ranks.layout.virtual_pipeline) if ranks.layout.virtual_pipeline else (None,)

@@ -26,6 +26,7 @@ from bridge.training.run_directory import RunDirectory
 from bridge.training.state import GlobalState
 from bridge.training.stop_signals import StopRequest
 from bridge.training.train import StepResult
+from bridge.training.trainable import ModelSize
 from bridge.training.training_log import TrainingLog
 
 
@@ -57,6 +58,8 @@ class TrainingParts:
     """Saves, and has loaded what checkpoint.resume or checkpoint.pretrained_checkpoint names."""
     restored_from: Path | None
     """The checkpoint that the run continues from, None if it starts at step 0."""
+    size: ModelSize | None = None
+    """Parameters of the model on all ranks, of a run that trains adapters."""
 
 
 @dataclass(kw_only=True)

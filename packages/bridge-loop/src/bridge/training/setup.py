@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 
 from bridge.training import auxiliary_losses, rerun
+from bridge.training.adapters import attach_adapters, find_base, notes
 from bridge.training.callbacks import Callbacks
 from bridge.training.checkpointing import Checkpointer
 from bridge.training.config import ConfigContainer, resolve
+from bridge.training.contracts import AdaptedLayer
 from bridge.training.data_loading import RunData, as_splits, data_request
 from bridge.training.distributed import (
     Ranks,
@@ -53,6 +55,7 @@ from bridge.training.run_directory import (
 )
 from bridge.training.state import GlobalState
 from bridge.training.stop_signals import stop_signals
+from bridge.training.trainable import gradients_reach_recomputed_layers, size_of_whole_model
 from bridge.training.training_log import TrainingLog
 
 
@@ -131,6 +134,7 @@ def set_up(
                         if config.mixed_precision.precision == "fp16"
                         else None
                     ),
+                    trained_beside=None if parts.size is None else parts.size.trained_per_token,
                 ),
                 stop=stack.enter_context(stop_signals(ends_at)),
             )
@@ -165,7 +169,20 @@ def _built(
             # An earlier model hangs in reference cycles; its memory is needed for this one.
             gc.collect()
             _seed_stage(config.rng.seed, ranks)
-            model = build_model(config, ranks)
+            base = None if config.peft is None else find_base(config, ranks, pretrained)
+            layers: list[AdaptedLayer] = []
+
+            def adapt(chunks: list[Any]) -> None:
+                if config.peft is not None:
+                    layers.extend(attach_adapters(config.peft, config, ranks, chunks, pretrained))
+
+            model = build_model(config, ranks, adapt)
+            stack.enter_context(gradients_reach_recomputed_layers(model))
+        size = None
+        if config.peft is not None and base is not None:
+            size = size_of_whole_model(model, ranks.pg_collection)
+            for line in notes(config.peft, layers, size, base, ranks):
+                progress.note(line)
         with progress.phase("optimizer"):
             timers = _timers(config, state)
             optimizer = build_optimizer(config, model, timers=timers)
@@ -182,8 +199,9 @@ def _built(
             train_state=state.train_state,
             data_fingerprint=data.fingerprint,
             loss_watch=forward_step.watch,
+            base=base,
         )
-        if checkpoint is not None or pretrained is not None:
+        if checkpoint is not None or (pretrained is not None and base is None):
             with progress.phase("checkpoint"):
                 if checkpoint is not None:
                     checkpointer.restore(checkpoint)
@@ -202,6 +220,7 @@ def _built(
             directory=directory,
             checkpointer=checkpointer,
             restored_from=checkpoint,
+            size=size,
         )
 
 
@@ -255,10 +274,11 @@ def _find_checkpoints(
 ) -> tuple[Path | None, Path | None]:
     resumed = directory.latest() if config.checkpoint.resume else None
     path = config.checkpoint.pretrained_checkpoint
-    # What a run once started from need not be there any more when it is continued.
-    if path is None or resumed is not None:
+    # What a run once started from need not be there any more when it is continued, unless it
+    # trains adapters beside it.
+    if path is None or (resumed is not None and config.peft is None):
         return resumed, None
-    return None, find_checkpoint(path, "checkpoint.pretrained_checkpoint")
+    return resumed, find_checkpoint(path, "checkpoint.pretrained_checkpoint")
 
 
 def _keep_the_hosts_random_streams(stack: contextlib.ExitStack) -> None:

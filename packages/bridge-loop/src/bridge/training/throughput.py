@@ -33,9 +33,33 @@ class CountsFlops(Protocol):
         ...
 
 
-def model_flops_per_token(model: object) -> float | None:
-    """Return what the model configuration counts for a token; None if it does not count."""
-    return model.training_flops_per_token() if isinstance(model, CountsFlops) else None
+@runtime_checkable
+class CountsWeightGradients(CountsFlops, Protocol):
+    """A model configuration that can be frozen, and knows what is not computed then."""
+
+    def weight_gradient_flops_per_token(self) -> float:
+        """Return the part of `training_flops_per_token` that goes into the weights' gradients.
+
+        That is 2 W: a third of what a token costs at each weight that it is multiplied with.
+        """
+        ...
+
+
+def model_flops_per_token(model: object, *, trained_beside: float | None = None) -> float | None:
+    """Return the FLOPs of a token's forward and backward pass; None if nobody counts them.
+
+    Args:
+        model: The model's configuration.
+        trained_beside: Weights of adapters that a token is multiplied with, where they train and
+            the model is frozen; None where the model trains. Gradients still pass through all of
+            its layers, while those of its weights are not computed.
+    """
+    if trained_beside is None:
+        return model.training_flops_per_token() if isinstance(model, CountsFlops) else None
+    if not isinstance(model, CountsWeightGradients):
+        return None
+    frozen = model.training_flops_per_token() - model.weight_gradient_flops_per_token()
+    return frozen + 6.0 * trained_beside
 
 
 def peak_bf16_flops(device_name: str) -> float | None:

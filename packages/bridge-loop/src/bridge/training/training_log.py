@@ -70,6 +70,7 @@ class TrainingLog:
         device: Literal["cuda", "cpu"],
         world_size: int,
         loss_scale: Callable[[], float] | None = None,
+        trained_beside: float | None = None,
     ) -> None:
         """Open the loggers, and start the clock of the first step.
 
@@ -81,6 +82,7 @@ class TrainingLog:
             device: Where the run computes.
             world_size: Number of ranks.
             loss_scale: Reads the optimizer's loss scale, where it has one (fp16).
+            trained_beside: As `bridge.training.throughput.model_flops_per_token` takes it.
         """
         self._config = config
         self._state = state
@@ -89,7 +91,7 @@ class TrainingLog:
         self._on_gpu = device == "cuda"
         self._loss_scale = loss_scale
         self._throughput = Throughput(
-            flops_per_token=model_flops_per_token(config.model),
+            flops_per_token=model_flops_per_token(config.model, trained_beside=trained_beside),
             peak_flops=peak_bf16_flops(torch.cuda.get_device_name()) if self._on_gpu else None,
             world_size=world_size,
         )

@@ -98,6 +98,33 @@ def initialize_weights(
 
 
 @torch.no_grad()
+def initialize_added_weights(
+    model_chunks: Iterable[torch.nn.Module],
+    added: Iterable[torch.nn.Parameter],
+    seed: int,
+    pg_collection: ProcessGroupCollection,
+) -> None:
+    """Draw weights that were added to a model, and leave all others as they are.
+
+    Only those are drawn that name their initialiser, as `draw_with` makes them do.
+
+    Args:
+        model_chunks: This rank's part of the model, wrapped for 16 bits or not.
+        added: The new parameters.
+        seed: The run's seed.
+        pg_collection: This rank's process groups; its ``dp_cp`` is read.
+    """
+    wanted = {id(parameter) for parameter in added}
+    for chunk in model_chunks:
+        for parameter, shards in shards_of_parameters(unwrap_model(chunk), pg_collection):
+            initializer = getattr(parameter, "initializer", None)
+            if id(parameter) in wanted and initializer is not None:
+                for shard in shards:
+                    if shard.data is not None:
+                        shard.data.copy_(_part(shard, initializer, seed))
+
+
+@torch.no_grad()
 def _initialize_chunk(
     module: MegatronModule, seed: int, pg_collection: ProcessGroupCollection
 ) -> None:

@@ -129,15 +129,25 @@ class GPTModelConfig(TransformerSection):
         embedding), and 6 s d a layer for the causal half of the attention matrices, with s
         positions and d the heads times their width (PaLM, arXiv:2204.02311, appendix B).
         """
+        matrices = self.seq_length * self.num_attention_heads * self._head_width()
+        layers = self.num_layers + (self.mtp_num_layers or 0)
+        return 6.0 * (self._weights_per_token() + layers * matrices)
+
+    def weight_gradient_flops_per_token(self) -> float:
+        """Return the part of `training_flops_per_token` that a frozen model does without."""
+        return 2.0 * self._weights_per_token()
+
+    def _weights_per_token(self) -> int:
+        """Return the weights that a token is multiplied with."""
         heads, groups = self.num_attention_heads, self.num_query_groups or self.num_attention_heads
-        width = self.kv_channels or self.hidden_size // heads
-        attention = (
-            self.hidden_size * width * 2 * (heads + groups) + self.seq_length * heads * width
-        )
+        attention = self.hidden_size * self._head_width() * 2 * (heads + groups)
         layers = [attention + self._mlp_weights(is_moe) for is_moe in self._moe_pattern()]
         logits = self.hidden_size * self.padded_vocab_size
         one_more_token = 2 * self.hidden_size**2 + layers[-1] + logits
-        return 6.0 * (sum(layers) + logits + (self.mtp_num_layers or 0) * one_more_token)
+        return sum(layers) + logits + (self.mtp_num_layers or 0) * one_more_token
+
+    def _head_width(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     def exported_weights(self) -> Mapping[str, ExportedWeight]:
         """Return how the weights stand in Hugging Face's format (see `contracts.NamesWeights`).
