@@ -1,5 +1,6 @@
 """A linear layer with an adapter beside it: what stands in a model in place of the layer."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -31,6 +32,24 @@ class Adapter(Protocol):
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight, in float32, of a plain layer that does what the adapted one does."""
         ...
+
+    def updates(self) -> list["Update"]:
+        """Return what it does to the weight, in parts."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """Some rows of a weight W become W + scale * B A, then as long as `magnitude` says, if at all.
+
+    `rows` are their indices in the order of B's rows; None for all of them in theirs.
+    """
+
+    rows: torch.Tensor | None = None
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
 
 
 class AdaptedLinear(torch.nn.Module):
@@ -84,6 +103,10 @@ class AdaptedLinear(torch.nn.Module):
         bias = getattr(self.base, "bias", None)
         returned = rest and rest[0] is not None
         return None if bias is None or returned or not bias.numel() else bias
+
+    def low_rank_updates(self) -> list[Update]:
+        """Return what the layer's weight is changed by, as far as this rank holds it."""
+        return cast(Adapter, self.adapter).updates()
 
     @torch.no_grad()
     def merge(self) -> torch.nn.Module:

@@ -12,7 +12,7 @@ from typing import Literal, cast
 import torch
 from megatron.core.transformer.attention import SelfAttention
 
-from bridge.peft.adapted import is_gated
+from bridge.peft.adapted import Update, is_gated
 from bridge.peft.adapters import LowRankAdapter, gathered_like
 from bridge.peft.lora import LoRAAdapter
 from bridge.peft.method import Layer, LowRankMethod
@@ -117,6 +117,25 @@ class PartedAdapter(torch.nn.Module):
         """Return the weight with the updates of its parts added, in float32."""
         deltas = {name: part.delta_weight().t() for name, part in self._adapters().items()}
         return weight.float() + self._together(deltas).t()
+
+    def updates(self) -> list[Update]:
+        """Return an update for each part that has an adapter."""
+        rows = self._rows_of_each()
+        return [
+            Update(
+                rows=rows[name],
+                a=part.linear_in.weight,
+                b=part.linear_out.weight,
+                scale=part.scale,
+            )
+            for name, part in self._adapters().items()
+        ]
+
+    def _rows_of_each(self) -> dict[str, torch.Tensor]:
+        """Return the layer's rows that each part has, in the part's order."""
+        groups, widths = self._rows.groups, self._rows.widths
+        numbers = torch.arange(groups * sum(widths)).view(groups, -1).split(widths, dim=1)
+        return {name: part.flatten() for name, part in zip(self._order, numbers, strict=True)}
 
     def _adapters(self) -> dict[str, LowRankAdapter]:
         return cast("dict[str, LowRankAdapter]", dict(self.parts.items()))

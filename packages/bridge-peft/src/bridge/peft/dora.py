@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from bridge.peft.adapted import is_gated
+from bridge.peft.adapted import Update, is_gated
 from bridge.peft.adapters import LowRankAdapter, gathered_like, mark, whole_gradient
 from bridge.peft.linears import Linear
 from bridge.peft.method import Layer, LowRankMethod
@@ -78,6 +78,17 @@ class DoRAAdapter(LowRankAdapter):
         scale = self.magnitude.float() / self._lengths()
         merged: torch.Tensor = scale[:, None] * (weight.float() + self.delta_weight())
         return merged
+
+    def updates(self) -> list[Update]:
+        """Return the one update of all rows."""
+        return [
+            Update(
+                a=self.linear_in.weight,
+                b=self.linear_out.weight,
+                scale=self.scale,
+                magnitude=self.magnitude,
+            )
+        ]
 
     @torch.no_grad()
     def _lengths(self) -> torch.Tensor:

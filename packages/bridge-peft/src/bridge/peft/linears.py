@@ -63,12 +63,13 @@ def describe(module: torch.nn.Module) -> Linear | str | None:
 
 
 def _megatrons(module: Any) -> Linear:
+    communicates = not module.explicit_expert_comm
     return Linear(
         split="rows" if isinstance(module, ColumnParallelLinear) else "columns",
         group=module.tp_group,
         is_expert=module.is_expert,
-        sequence_parallel=module.sequence_parallel and module.tp_group.size() > 1,
-        communicates=not module.explicit_expert_comm,
+        sequence_parallel=module.sequence_parallel and module.tp_group.size() > 1 and communicates,
+        communicates=communicates,
     )
 
 

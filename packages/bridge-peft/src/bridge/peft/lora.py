@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from bridge.peft.adapted import is_gated
+from bridge.peft.adapted import Update, is_gated
 from bridge.peft.adapters import LowRankAdapter, gathered_like
 from bridge.peft.method import Layer, LowRankMethod
 
@@ -45,3 +45,7 @@ class LoRAAdapter(LowRankAdapter):
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W + s B A in float32."""
         return weight.float() + self.delta_weight()
+
+    def updates(self) -> list[Update]:
+        """Return the one update of all rows."""
+        return [Update(a=self.linear_in.weight, b=self.linear_out.weight, scale=self.scale)]

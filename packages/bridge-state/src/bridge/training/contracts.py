@@ -190,11 +190,44 @@ class ChecksItself(Protocol):
         ...
 
 
+class LowRankUpdate(Protocol):
+    """What a method of parameter-efficient fine-tuning does to some rows of a weight W.
+
+    The rows become W + scale * B A; with `magnitude`, each of those is then brought to the length
+    that it says.
+    """
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """The indices of the rows, in the order of B's; None for all rows in theirs."""
+
+    @property
+    def a(self) -> torch.Tensor:
+        """[rank, columns of W]."""
+
+    @property
+    def b(self) -> torch.Tensor:
+        """[rows, rank]."""
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied with."""
+
+    @property
+    def magnitude(self) -> torch.Tensor | None:
+        """[rows]."""
+
+
 class AdaptedLayer(Protocol):
     """A layer beside which a method of parameter-efficient fine-tuning has put what it trains."""
 
-    name: str
-    """In the whole model, the same under every parallel layout."""
+    @property
+    def name(self) -> str:
+        """In the whole model, the same under every parallel layout."""
+
+    def low_rank_updates(self) -> Sequence[LowRankUpdate]:
+        """Return what the layer's weight is changed by, as far as this rank holds it."""
+        ...
 
 
 @runtime_checkable
@@ -211,7 +244,9 @@ class PEFTMethod(Protocol):
     the group ``bridge.peft``; `method` is the name there.
     """
 
-    method: str
+    @property
+    def method(self) -> str:
+        """The method's name, a field of the dataclass."""
 
     def attach(
         self, model_chunks: Sequence[torch.nn.Module], group: Any = None
