@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
-from bridge.cli import doctor, export, finetune, launch, pretrain, recipes
+from bridge.cli import doctor, export, finetune, launch, merge, pretrain, recipes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="bridge", description="Train Megatron-core models, on GPUs or rehearsed on a CPU."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (pretrain, finetune, recipes, export, doctor):
+    for command in (pretrain, finetune, recipes, merge, export, doctor):
         command.register(commands)
     for entry_point in sorted(entry_points(group="bridge.commands"), key=lambda entry: entry.name):
         entry_point.load()(commands)

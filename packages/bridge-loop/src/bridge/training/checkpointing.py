@@ -31,7 +31,7 @@ from bridge.training.distributed import Ranks, is_logging_rank, rank, world_size
 from bridge.training.loss_watch import LossWatch
 from bridge.training.model_building import parameters_in_sync
 from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
-from bridge.training.trainable import only_trained
+from bridge.training.trainable import load_trained, only_trained
 
 _logger = logging.getLogger(__name__)
 
@@ -164,8 +164,10 @@ class Checkpointer:
     def _load_model(self, state: Mapping[str, Any]) -> None:
         for index, chunk in enumerate(self._model):
             name = self._chunk_name(index)
-            # What an adapter stands beside is in the model already.
-            chunk.module.load_state_dict(state[name], strict=self._base is None)
+            if self._base is None:
+                chunk.module.load_state_dict(state[name])
+            else:
+                load_trained(chunk.module, state.get(name, {}))
 
     def _load_optimizer(self, state: Any, schedule: Mapping[str, Any]) -> None:
         """Load the optimizer's state, and keep the settings that this start was configured with.
@@ -289,6 +291,64 @@ def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> Non
     state = _load(checkpoint, wanted)
     for name, chunk in zip(names, chunks, strict=True):
         chunk.load_state_dict(state[name])
+
+
+def load_adapters(chunks: list[Any], checkpoint: Path, base: Base, ranks: Ranks) -> None:
+    """Take the state of adapters from a checkpoint of a run that trained them.
+
+    Args:
+        chunks: This rank's model chunks with adapters attached, not in DDP.
+        checkpoint: The checkpoint's folder.
+        base: The weights that they stand beside.
+        ranks: The process groups.
+
+    Raises:
+        ValueError: The checkpoint does not fit, or belongs to another base.
+    """
+    saved = _read_common(checkpoint).get("base")
+    if saved is None:
+        raise ValueError(f"{checkpoint}: holds a whole model and no adapters")
+    base.refuse_another(saved, checkpoint)
+    metadata = {"singleton_local_shards": True, "dp_cp_group": ranks.pg_collection.dp_cp}
+    names = [_chunk_name(index, len(chunks)) for index in range(len(chunks))]
+    state = _load(
+        checkpoint,
+        {
+            name: only_trained(chunk.sharded_state_dict(metadata=metadata))
+            for name, chunk in zip(names, chunks, strict=True)
+        },
+    )
+    for name, chunk in zip(names, chunks, strict=True):
+        load_trained(chunk, state.get(name, {}))
+
+
+def save_model_weights(
+    chunks: list[Any], checkpoint: Path, config: ConfigContainer, ranks: Ranks
+) -> None:
+    """Write a checkpoint that has the model's weights and nothing else, for runs to start from.
+
+    Args:
+        chunks: This rank's model chunks, not in DDP.
+        checkpoint: An empty folder.
+        config: Saved beside the weights.
+        ranks: The process groups.
+    """
+    from megatron.core import dist_checkpointing
+
+    content = {"singleton_local_shards": False}
+    metadata = {**content, "dp_cp_group": ranks.pg_collection.dp_cp}
+    with writing_in_this_process():
+        dist_checkpointing.save(
+            {
+                _chunk_name(index, len(chunks)): chunk.sharded_state_dict(metadata=metadata)
+                for index, chunk in enumerate(chunks)
+            },
+            str(checkpoint),
+            async_sharded_save=False,
+            content_metadata=content,
+        )
+    if is_logging_rank():
+        (checkpoint / "config.yaml").write_text(config.to_yaml())
 
 
 def _chunk_name(index: int, chunks: int) -> str:

@@ -168,7 +168,7 @@ def _built(
         with progress.phase("model"):
             # An earlier model hangs in reference cycles; its memory is needed for this one.
             gc.collect()
-            _seed_stage(config.rng.seed, ranks)
+            seed_stage(config.rng.seed, ranks)
             base = None if config.peft is None else find_base(config, ranks, pretrained)
             layers: list[AdaptedLayer] = []
 
@@ -295,7 +295,7 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _seed_stage(seed: int, ranks: Ranks) -> None:
+def seed_stage(seed: int, ranks: Ranks) -> None:
     """Seed the weights and the dropout: other ones on each stage, as it has other layers."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

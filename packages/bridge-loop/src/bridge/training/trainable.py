@@ -38,6 +38,23 @@ def only_trained(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def load_trained(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    """Load what `only_trained` has picked, and leave the rest of a module as it is.
+
+    Args:
+        module: The module.
+        state: Its parameters that train; none where nothing does.
+
+    Raises:
+        ValueError: The state lacks a parameter that trains, or has one that is not there.
+    """
+    # The 16-bit wrapper does not say what was missing.
+    found = unwrap_model(module).load_state_dict(state, strict=False)
+    trained = dict(trained_parameters(module))
+    if lacking := [*sorted(trained.keys() & set(found.missing_keys)), *found.unexpected_keys]:
+        raise ValueError(f"the adapters differ from those that were saved: {', '.join(lacking)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
     """Parameters of the model on all ranks together; what several ranks hold counts once."""

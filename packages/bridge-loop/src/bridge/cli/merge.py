@@ -1,0 +1,46 @@
+"""``bridge merge``: a whole model of adapters and the weights that they were trained beside."""
+
+import argparse
+import os
+from pathlib import Path
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "merge",
+        help="fold trained adapters into the model's weights",
+        description="Write a checkpoint of the whole model from a run that trained adapters.",
+    )
+    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="that has the adapters")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="a new folder; never overwritten"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="RUN_OR_CHECKPOINT",
+        help="the model they were trained beside, if it was moved",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the command; return its exit code.
+
+    Raises:
+        ValueError: There are no adapters, the base is not there or another one, or the output
+            exists.
+    """
+    # It is done on the CPU; before torch looks for GPUs.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from bridge.training.checkpoint_weights import saved_config
+    from bridge.training.merging import merge
+    from bridge.training.run_directory import find_checkpoint, new_folder
+
+    checkpoint = find_checkpoint(options.checkpoint, "RUN_OR_CHECKPOINT")
+    config = saved_config(checkpoint)
+    output = Path(options.output)
+    with new_folder(output, "--output") as folder:
+        parameters = merge(checkpoint, config, folder, options.base)
+    print(f"wrote {output}: a checkpoint of {parameters:,} parameters")
+    return 0
