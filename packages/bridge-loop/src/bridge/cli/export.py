@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bridge.training.contracts import Exporter
 
-_PACKAGES = {"hf": "bridge-steps-gpt", "hf-peft": "bridge-peft"}
+_PACKAGES = {"hf": "bridge-steps-gpt", "hf-peft": "bridge-steps-gpt"}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 

@@ -32,6 +32,12 @@ def export_hf(request: ExportRequest) -> str:
             f"--to hf: {request.checkpoint} holds a {type(model).__name__}; only GPT models "
             "(GPTModelConfig) are exported"
         )
+    if request.config.peft is not None:
+        raise ValueError(
+            f"--to hf: {request.checkpoint} holds adapters and not the model; export them with "
+            f"--to hf-peft, or the whole model after `bridge merge {request.checkpoint} --output "
+            "DIR`"
+        )
     weights = model.exported_weights()
     source = folder_of(request.config.tokenizer)
     beside = source / "config.json" if source else None

@@ -1,0 +1,111 @@
+"""From trained adapters to the format of Hugging Face's peft; the exporter ``hf-peft``."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from bridge.gpt.conversion.safetensors_files import write_json
+from bridge.gpt.model_config import GPTModelConfig
+from bridge.training.contracts import AdaptedLayer, ExportedWeight, ExportRequest, LowRankUpdate
+from bridge.training.merging import adapted_model
+
+_PREFIX = "base_model.model."
+
+
+def export_hf_peft(request: ExportRequest) -> str:
+    """Write a folder that ``peft.PeftModel.from_pretrained`` loads beside the exported base.
+
+    Where one update changes rows that are several layers there, such as queries, keys and values,
+    each of them gets its rows of B and the same A.
+
+    Args:
+        request: What to export, and how; the tensors are written to one file.
+
+    Raises:
+        ValueError: The checkpoint has no adapters, or the model has no place in the format.
+    """
+    model = request.config.model
+    if not isinstance(model, GPTModelConfig):
+        raise ValueError(
+            f"--to hf-peft: {request.checkpoint} holds a {type(model).__name__}; only GPT models "
+            "(GPTModelConfig) are exported"
+        )
+    with adapted_model(request.checkpoint, request.config) as adapted:
+        resolved: Any = adapted.config.model
+        weights = resolved.exported_weights()
+        found = [
+            (module, update, part)
+            for layer in adapted.layers
+            for update in layer.low_rank_updates()
+            for module, part in _in_modules(layer, update, weights)
+        ]
+        tensors = dict(_tensors(found, request.dtype))
+        save_file(tensors, request.output / "adapter_model.safetensors", metadata={"format": "pt"})
+        modules = [module for module, _, _ in found]
+        _, first, _ = found[0]
+        write_json(
+            request.output / "adapter_config.json",
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": adapted.base.place,
+                "r": first.a.shape[0],
+                "lora_alpha": first.scale * first.a.shape[0],
+                "lora_dropout": getattr(adapted.method, "dropout", 0.0),
+                "use_dora": first.magnitude is not None,
+                "target_modules": _targets(modules, weights),
+                "bias": "none",
+                "inference_mode": True,
+            },
+        )
+    return f"adapters of {len(modules)} layers, rank {first.a.shape[0]}"
+
+
+def _in_modules(
+    layer: AdaptedLayer, update: LowRankUpdate, weights: Mapping[str, ExportedWeight]
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield the modules there that an update changes, each with its rows of B (None: all).
+
+    Raises:
+        ValueError: The layer has no counterpart there.
+    """
+    weight = weights.get(f"{layer.name}.weight")
+    if weight is None:
+        raise ValueError(
+            f"--to hf-peft: {layer.name} has no counterpart in Hugging Face's format; leave it out "
+            "with peft.exclude_modules, or merge the adapters (bridge merge)"
+        )
+    for name, rows in weight.parts.items():
+        module = name.removesuffix(".weight")
+        if update.rows is None:
+            yield module, rows
+        elif rows is not None and torch.equal(rows, update.rows):
+            yield module, None
+
+
+def _tensors(
+    found: list[tuple[str, LowRankUpdate, torch.Tensor | None]], dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for module, update, rows in found:
+        parts = {"lora_A.weight": update.a, "lora_B.weight": _rows(update.b, rows)}
+        if update.magnitude is not None:
+            parts["lora_magnitude_vector"] = _rows(update.magnitude, rows)
+        for name, tensor in parts.items():
+            # Copies: an A that several layers share would be one memory under several names.
+            copied = tensor.detach().to(dtype or tensor.dtype, copy=True)
+            yield f"{_PREFIX}{module}.{name}", copied.contiguous()
+
+
+def _rows(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return tensor if rows is None else tensor[rows]
+
+
+def _targets(modules: list[str], weights: Mapping[str, ExportedWeight]) -> list[str]:
+    """Return the last parts of the modules' names, or whole names where some are left out."""
+    names = [name for weight in weights.values() for name in weight.parts]
+    everywhere = {name.removesuffix(".weight") for name in names}
+    short = {module.rpartition(".")[2] for module in modules}
+    meant = {module for module in everywhere if module.rpartition(".")[2] in short}
+    return sorted(short if meant == set(modules) else modules)
