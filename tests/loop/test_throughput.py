@@ -42,6 +42,20 @@ def test_there_is_no_mfu_where_the_peak_or_the_arithmetic_is_unknown(
     }
 
 
+def test_frozen_weights_get_no_gradients_and_adapters_are_counted_in_full() -> None:
+    class Counting:
+        def training_flops_per_token(self) -> float:
+            return 600.0
+
+    class Freezable(Counting):
+        def weight_gradient_flops_per_token(self) -> float:
+            return 180.0
+
+    assert model_flops_per_token(Freezable(), trained_beside=5.0) == 600 - 180 + 6 * 5
+    # Who does not know what a frozen model costs says nothing.
+    assert model_flops_per_token(Counting(), trained_beside=5.0) is None
+
+
 def test_the_model_counts_its_own_arithmetic() -> None:
     class Counting:
         def training_flops_per_token(self) -> float:

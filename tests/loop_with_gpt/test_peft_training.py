@@ -8,7 +8,9 @@ import torch
 
 from bridge.peft import CanonicalLoRA, DoRA, LoRA
 from bridge.training.gpt_step import forward_step
+from bridge.training.throughput import model_flops_per_token
 from bridge.training.trainable import trained_parameters
+from gpt_models import SEQUENCE
 from peft_runs import EP, PP, SP, TP, adapted_run, train_bases, trained
 from ranks import RankFailure, run_ranks
 from training_runs import a_run, one_step
@@ -142,3 +144,44 @@ def test_a_typo_in_the_targets_is_refused_on_every_stage(
     with pytest.raises(RankFailure, match=r"'linear_qkw' matches no layer; did you mean 'linear_q"):
         run_ranks(2, trained, config)
     assert not (tmp_path / "run").exists()
+
+
+def test_flops_are_what_torch_counts_of_a_frozen_model(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    def count() -> tuple[float, float | None]:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with a_run(adapted_run(tmp_path / "run", bases["dense"]), forward_step) as run:
+            assert run.size is not None
+            tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
+            with FlopCounterMode(display=False) as counter:
+                run.model[0](tokens, tokens, None, labels=tokens).sum().backward()
+            counts = counter.get_flop_counts()["Global"]
+            products = sum(n for op, n in counts.items() if "mm" in str(op))
+            told = model_flops_per_token(
+                run.config.model, trained_beside=run.size.trained_per_token
+            )
+            return products / tokens.numel(), told
+
+    [(counted, told)] = run_ranks(1, count)
+    attention = 6.0 * 2 * SEQUENCE * 32
+    # Behind the frozen embedding the first layer's input gets no gradient: 2 for each weight of
+    # its linear_qkv, [64, 32], and of the A beside it, [4, 32].
+    assert told == counted + attention + 2 * (64 + 4) * 32
+
+
+def test_an_experts_adapter_counts_as_often_as_a_token_meets_it(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    def sizes() -> Any:
+        config = adapted_run(tmp_path / "run", bases["experts"], "experts", **EP)
+        config.peft = LoRA(dim=4, target_modules=["*.experts.*"])
+        with a_run(config, forward_step) as run:
+            return run.size
+
+    size, same = run_ranks(2, sizes)
+    of_an_expert = 4 * ((32 + 2 * 24) + (24 + 32))
+    assert size == same
+    assert size.trained == 2 * 4 * of_an_expert
+    assert size.trained_per_token == 2 * 2 * of_an_expert

@@ -1,10 +1,17 @@
 """The section whose class an installed package brings: found by its method's name."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bridge.training.config import ConfigContainer, ConfigError, apply_overrides, describe
+from bridge.training.config import (
+    ConfigContainer,
+    ConfigError,
+    apply_overrides,
+    describe,
+    peft_method,
+)
 from tiny_configs import tiny_config
 
 MODULE = """
@@ -69,6 +76,16 @@ def test_a_method_is_chosen_by_name_wherever_its_fields_are_set() -> None:
     assert merged.peft.dim == 3  # type: ignore[union-attr]
     assert apply_overrides(config, ["peft=null"]).peft is None
     assert "peft.targets" in {key.path for key in describe(config)}
+
+
+@pytest.mark.usefixtures("methods")
+def test_a_section_is_made_by_name_from_python() -> None:
+    section: Any = peft_method("small", dim=4)
+    assert (section.method, section.dim) == ("small", 4)
+    with pytest.raises(ConfigError, match="peft.method: there is no 'smal'; did you mean 'small'"):
+        peft_method("smal")
+    with pytest.raises(ConfigError, match="peft.dimm: unknown key; did you mean peft.dim"):
+        peft_method("small", dimm=4)
 
 
 @pytest.mark.usefixtures("methods")

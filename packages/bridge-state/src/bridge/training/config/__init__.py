@@ -10,7 +10,7 @@ with quiet_import():
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridge.training.config.container import ConfigContainer
+from bridge.training.config.container import ConfigContainer, peft_method
 from bridge.training.config.errors import ConfigError
 from bridge.training.config.layout import Layout, layout_of
 from bridge.training.config.overrides import apply_overrides, configure
@@ -51,6 +51,7 @@ __all__ = [
     "configure",
     "describe",
     "layout_of",
+    "peft_method",
     "reference_text",
     "resolve",
 ]

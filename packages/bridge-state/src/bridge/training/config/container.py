@@ -9,7 +9,7 @@ from typing import Any, Self
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from bridge.training.config.conversion import build_dataclass
+from bridge.training.config.conversion import build_dataclass, convert
 from bridge.training.config.derived import (
     DERIVED,
     derived_paths,
@@ -17,6 +17,7 @@ from bridge.training.config.derived import (
     note_derived_values,
 )
 from bridge.training.config.errors import ConfigError, ConversionError, FieldProblems
+from bridge.training.config.methods import METHOD
 from bridge.training.config.plain import to_plain
 from bridge.training.config.sections import (
     CheckpointConfig,
@@ -160,6 +161,26 @@ class ConfigContainer:
     def copy(self) -> Self:
         """Return an unshared copy."""
         return copy.deepcopy(self)
+
+
+def peft_method(method: str, **fields: Any) -> PEFTMethod:
+    """Make a section ``peft`` of the dataclass that an installed package offers.
+
+    Args:
+        method: The method's name, such as "lora".
+        fields: The dataclass's own.
+
+    Raises:
+        ConfigError: There is no such method, or no package that brings it; or the fields are not
+            its.
+    """
+    try:
+        section: PEFTMethod = convert({METHOD: method, **fields}, PEFTMethod, "peft")
+    except FieldProblems as error:
+        raise ConfigError(error.lines) from error
+    except ConversionError as error:
+        raise ConfigError([f"peft.{error}"]) from error
+    return section
 
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(ConfigContainer) if f.name != "recipe")
