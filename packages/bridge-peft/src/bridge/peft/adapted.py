@@ -5,7 +5,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
@@ -150,13 +150,3 @@ class AdaptedLinear(torch.nn.Module):
                     )
             found.update(entries)
         return found
-
-
-def is_gated(parent: torch.nn.Module, name: str) -> bool:
-    """Tell whether a layer's output is a gate and the values that it is multiplied with.
-
-    Args:
-        parent: The module that the layer stands in.
-        name: The layer's name there.
-    """
-    return isinstance(parent, MLP) and name == "linear_fc1" and parent.config.gated_linear_unit

@@ -12,7 +12,7 @@ from typing import Literal, cast
 import torch
 from megatron.core.transformer.attention import SelfAttention
 
-from bridge.peft.adapted import Update, is_gated
+from bridge.peft.adapted import Update
 from bridge.peft.adapters import LowRankAdapter, gathered_like
 from bridge.peft.lora import LoRAAdapter
 from bridge.peft.method import Layer, LowRankMethod
@@ -44,41 +44,21 @@ class CanonicalLoRA(LowRankMethod):
         Raises:
             ValueError: Tensor-parallel ranks share a group of queries.
         """
-        weight = layer.module.weight
-        assert isinstance(weight, torch.Tensor)
         parts = _parts_of(layer)
         if not parts:
-            return self._of_whole(weight, layer)
-        rows = _rows_of_parts(layer, weight.shape[0])
-        return PartedAdapter(
-            {
-                name.rpartition(".")[2]: (
-                    LowRankAdapter(
-                        weight,
-                        layer.linear,
-                        dim=self.dim,
-                        alpha=self.alpha,
-                        dropout=self.dropout,
-                        dtype=self.dtype,
-                        rows=rows.groups * width,
-                    )
-                    if name in meant
-                    else None
-                )
-                for name, width in zip(parts, rows.widths, strict=True)
-            },
-            rows,
-        )
-
-    def _of_whole(self, weight: torch.Tensor, layer: Layer) -> torch.nn.Module:
-        return LoRAAdapter(
-            weight,
-            layer.linear,
-            dim=self.dim,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            dtype=self.dtype,
-        )
+            return LoRAAdapter(layer.weight, layer.linear, **self.adapter_options())
+        rows = _rows_of_parts(layer)
+        adapters = {
+            name: LowRankAdapter(
+                layer.weight,
+                layer.linear,
+                rows=rows.groups * width,
+                **self.adapter_options(),
+            )
+            for name, width in zip(parts, rows.widths, strict=True)
+            if name in meant
+        }
+        return PartedAdapter({name.rpartition(".")[2]: adapters.get(name) for name in parts}, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,14 +138,15 @@ def _parts_of(layer: Layer) -> list[str]:
     parent, _, own = layer.name.rpartition(".")
     if isinstance(layer.parent, SelfAttention) and own == "linear_qkv":
         names: tuple[str, ...] = _QKV
-    elif is_gated(layer.parent, own):
+    elif layer.is_gated:
         names = _GATED
     else:
         return []
     return [f"{parent}.{name}".lstrip(".") for name in names]
 
 
-def _rows_of_parts(layer: Layer, rows: int) -> Rows:
+def _rows_of_parts(layer: Layer) -> Rows:
+    rows = layer.weight.shape[0]
     if not isinstance(layer.parent, SelfAttention):
         return Rows(groups=1, widths=(rows // 2, rows // 2))
     config = layer.parent.config

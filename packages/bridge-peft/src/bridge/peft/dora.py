@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from bridge.peft.adapted import Update, is_gated
+from bridge.peft.adapted import Update
 from bridge.peft.adapters import LowRankAdapter, gathered_like, mark, whole_gradient
 from bridge.peft.linears import Linear
 from bridge.peft.method import Layer, LowRankMethod
@@ -29,16 +29,8 @@ class DoRA(LowRankMethod):
 
     def adapter_for(self, layer: Layer, meant: Sequence[str]) -> torch.nn.Module:
         """Make the adapter of a layer."""
-        weight = layer.module.weight
-        assert isinstance(weight, torch.Tensor)
         return DoRAAdapter(
-            weight,
-            layer.linear,
-            dim=self.dim,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            is_gated=is_gated(layer.parent, layer.own_name),
+            layer.weight, layer.linear, is_gated=layer.is_gated, **self.adapter_options()
         )
 
 

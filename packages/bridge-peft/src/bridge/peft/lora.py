@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from bridge.peft.adapted import Update, is_gated
+from bridge.peft.adapted import Update
 from bridge.peft.adapters import LowRankAdapter, gathered_like
 from bridge.peft.method import Layer, LowRankMethod
 
@@ -20,16 +20,8 @@ class LoRA(LowRankMethod):
 
     def adapter_for(self, layer: Layer, meant: Sequence[str]) -> torch.nn.Module:
         """Make the adapter of a layer."""
-        weight = layer.module.weight
-        assert isinstance(weight, torch.Tensor)
         return LoRAAdapter(
-            weight,
-            layer.linear,
-            dim=self.dim,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            is_gated=is_gated(layer.parent, layer.own_name),
+            layer.weight, layer.linear, is_gated=layer.is_gated, **self.adapter_options()
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.transformer.mlp import MLP
 from megatron.core.utils import unwrap_model
 
 from bridge.peft.adapted import AdaptedLinear
@@ -28,6 +29,21 @@ class Layer:
     def own_name(self) -> str:
         """Its name within its parent."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What of its weight is on this rank, [out features, in features]."""
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether its output is a gate and, behind it, the values that it is multiplied with."""
+        mlp = self.parent
+        return (
+            isinstance(mlp, MLP) and self.own_name == "linear_fc1" and mlp.config.gated_linear_unit
+        )
 
 
 @dataclass(kw_only=True)
@@ -115,6 +131,15 @@ class LowRankMethod(ABC):
             for adapted in adapted_layers(chunk):
                 parent = _parent_of(chunk, adapted)
                 _replace(parent, adapted, adapted.merge())
+
+    def adapter_options(self) -> dict[str, Any]:
+        """Return what all adapters of the method are made with."""
+        return {
+            "dim": self.dim,
+            "alpha": self.alpha,
+            "dropout": self.dropout,
+            "dtype": self.dtype,
+        }
 
     def names_of(self, layer: Layer) -> list[str]:
         """Return the names that patterns may mean a layer by."""
