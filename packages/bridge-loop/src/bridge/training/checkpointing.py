@@ -293,13 +293,13 @@ def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> Non
         chunk.load_state_dict(state[name])
 
 
-def load_adapters(chunks: list[Any], checkpoint: Path, base: Base, ranks: Ranks) -> None:
-    """Take the state of adapters from a checkpoint of a run that trained them.
+def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks: Ranks) -> str:
+    """Take the state of adapters from a checkpoint of a run; return where their base was then.
 
     Args:
         chunks: This rank's model chunks with adapters attached, not in DDP.
         checkpoint: The checkpoint's folder.
-        base: The weights that they stand beside.
+        base: The weights that they stand beside; None where those do not matter.
         ranks: The process groups.
 
     Raises:
@@ -308,7 +308,8 @@ def load_adapters(chunks: list[Any], checkpoint: Path, base: Base, ranks: Ranks)
     saved = _read_common(checkpoint).get("base")
     if saved is None:
         raise ValueError(f"{checkpoint}: holds a whole model and no adapters")
-    base.refuse_another(saved, checkpoint)
+    if base is not None:
+        base.refuse_another(saved, checkpoint)
     metadata = {"singleton_local_shards": True, "dp_cp_group": ranks.pg_collection.dp_cp}
     names = [_chunk_name(index, len(chunks)) for index in range(len(chunks))]
     state = _load(
@@ -320,6 +321,7 @@ def load_adapters(chunks: list[Any], checkpoint: Path, base: Base, ranks: Ranks)
     )
     for name, chunk in zip(names, chunks, strict=True):
         load_trained(chunk, state.get(name, {}))
+    return str(saved["place"])
 
 
 def save_model_weights(

@@ -9,7 +9,6 @@ from typing import Any
 from megatron.core.model_parallel_config import ModelParallelConfig
 
 from bridge.training.adapters import find_base
-from bridge.training.base_checkpoint import Base
 from bridge.training.checkpointing import load_adapters, load_model_weights, save_model_weights
 from bridge.training.config import ConfigContainer, ConfigError
 from bridge.training.config.resolution import resolve_collecting
@@ -45,13 +44,18 @@ class AdaptedModel:
     method: PEFTMethod
     chunks: list[Any]
     layers: Sequence[AdaptedLayer]
-    base: Base
+    base: str
+    """Where the weights were that they were trained beside."""
     ranks: Ranks
 
 
 @contextlib.contextmanager
 def adapted_model(
-    checkpoint: Path, config: ConfigContainer, base: str | None = None
+    checkpoint: Path,
+    config: ConfigContainer,
+    base: str | None = None,
+    *,
+    adapters_alone: bool = False,
 ) -> Iterator[AdaptedModel]:
     """Rebuild, on the CPU, the model that a run of adapters has trained.
 
@@ -59,6 +63,7 @@ def adapted_model(
         checkpoint: One of that run.
         config: Saved with it.
         base: The run or checkpoint that the adapters stand beside; None for the place where it was.
+        adapters_alone: Leave the other weights as they are, and look for no base.
 
     Raises:
         ValueError: There are no adapters, or the base is not there or is another one.
@@ -66,27 +71,22 @@ def adapted_model(
     if config.peft is None:
         raise ValueError(f"{checkpoint}: holds a whole model and no adapters")
     config = _of_one_rank(config)
-    place = base or config.checkpoint.pretrained_checkpoint
-    weights = None
-    if place is not None:
-        field = "--base" if base else "the base, which --base names if it was moved"
-        weights = find_checkpoint(place, field)
+    weights = None if adapters_alone else _find_weights(config, base)
     choose_device("cpu")
     with expected_messages_held_back(), ranks_of(config, "cpu") as ranks:
         seed_stage(config.rng.seed, ranks)
         chunks = build_chunks(config, ranks)
-        found = find_base(config, ranks, weights)
+        found = None if adapters_alone else find_base(config, ranks, weights)
         if weights is not None:
             load_model_weights(chunks, weights, ranks)
         assert config.peft is not None
         layers = config.peft.attach(chunks)
-        load_adapters(chunks, checkpoint, found, ranks)
         yield AdaptedModel(
             config=config,
             method=config.peft,
             chunks=chunks,
             layers=layers,
-            base=found,
+            base=load_adapters(chunks, checkpoint, found, ranks),
             ranks=ranks,
         )
 
@@ -107,6 +107,14 @@ def merge(checkpoint: Path, config: ConfigContainer, output: Path, base: str | N
         merged.checkpoint.pretrained_checkpoint = None
         save_model_weights(adapted.chunks, output, merged, adapted.ranks)
         return count_parameters(adapted.chunks)
+
+
+def _find_weights(config: ConfigContainer, base: str | None) -> Path | None:
+    """Return the checkpoint of the base; None for initial weights."""
+    place = base or config.checkpoint.pretrained_checkpoint
+    if place is None:
+        return None
+    return find_checkpoint(place, "--base" if base else "the base (--base, if it was moved)")
 
 
 def _of_one_rank(config: ConfigContainer) -> ConfigContainer:

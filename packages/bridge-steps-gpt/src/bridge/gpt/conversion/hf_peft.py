@@ -32,7 +32,7 @@ def export_hf_peft(request: ExportRequest) -> str:
             f"--to hf-peft: {request.checkpoint} holds a {type(model).__name__}; only GPT models "
             "(GPTModelConfig) are exported"
         )
-    with adapted_model(request.checkpoint, request.config) as adapted:
+    with adapted_model(request.checkpoint, request.config, adapters_alone=True) as adapted:
         resolved: Any = adapted.config.model
         weights = resolved.exported_weights()
         found = [
@@ -50,7 +50,7 @@ def export_hf_peft(request: ExportRequest) -> str:
             {
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": adapted.base.place,
+                "base_model_name_or_path": adapted.base,
                 "r": first.a.shape[0],
                 "lora_alpha": first.scale * first.a.shape[0],
                 "lora_dropout": getattr(adapted.method, "dropout", 0.0),
