@@ -186,6 +186,8 @@ STATE = ["cfg", "timers", "train_state", "tensorboard_logger", "wandb_logger", "
 RECIPES = [
     "gpt.gpt_tiny",
     "gpt.gpt_tiny_sft",
+    "gpt.gpt_tiny_lora",
+    "gpt.llama3_8b_lora",
     "gpt.gpt_125m",
     "gpt.llama3_1b",
     "gpt.llama3_8b",

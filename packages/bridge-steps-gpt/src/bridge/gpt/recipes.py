@@ -4,7 +4,7 @@ Widths, depths and vocabularies are those of the published models; the training 
 common ones, not those of the papers.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch.nn import functional
 
@@ -21,6 +21,7 @@ from bridge.training.config import (
     TokenizerConfig,
     TrainConfig,
     ValidationConfig,
+    peft_method,
 )
 from bridge.training.contracts import Recipe
 from bridge.training.gpt_step import forward_step
@@ -83,6 +84,13 @@ def _gpt_tiny_sft() -> ConfigContainer:
     config.train.train_iters = 200
     config.validation = ValidationConfig()
     config.optimizer = _adamw(1e-3)
+    return config
+
+
+def _gpt_tiny_lora() -> ConfigContainer:
+    config = _gpt_tiny_sft()
+    config.peft = peft_method("lora", dim=16)
+    config.optimizer = _adamw(4e-3)
     return config
 
 
@@ -150,6 +158,23 @@ def _llama3_8b() -> ConfigContainer:
     )
 
 
+def _llama3_8b_lora() -> ConfigContainer:
+    config = _llama3_8b()
+    model = cast(GPTModelConfig, config.model)
+    # The frozen weights take 16 GB in bf16 and have no gradients, so one GPU holds them.
+    model.tensor_model_parallel_size = 1
+    model.sequence_parallel = False
+    model.seq_length = 4096
+    config.peft = peft_method("lora", dim=16)
+    config.dataset = SFTDatasetConfig(packing=True)
+    config.tokenizer = TokenizerConfig(type="huggingface")
+    config.train = TrainConfig(train_iters=1000, global_batch_size=16, micro_batch_size=1)
+    config.validation = ValidationConfig(eval_interval=200)
+    config.optimizer = _adamw(2e-4)
+    config.checkpoint = CheckpointConfig(save_interval=200)
+    return config
+
+
 def _large_run(*, micro_batch_size: int, lr: float) -> dict[str, Any]:
     """Return the sections that runs of the Llama 3 models share."""
     return {
@@ -183,6 +208,13 @@ gpt_tiny_sft = Recipe(
     forward_step=forward_step,
 )
 
+gpt_tiny_lora = Recipe(
+    name="gpt-tiny-lora",
+    summary="Fine-tunes gpt-tiny to sum up Python functions, with LoRA; needs bridge-peft",
+    make_config=_gpt_tiny_lora,
+    forward_step=forward_step,
+)
+
 gpt_125m = Recipe(
     name="gpt-125m",
     summary="GPT-2 small: 12 layers, hidden 768, sequence 1024; needs dataset.path or dataset.mock",
@@ -203,5 +235,13 @@ llama3_8b = Recipe(
     summary="Llama 3 8B: 32 layers, hidden 4096, sequence 8192, tensor-parallel over 2; needs "
     "dataset.path or dataset.mock",
     make_config=_llama3_8b,
+    forward_step=forward_step,
+)
+
+llama3_8b_lora = Recipe(
+    name="llama3-8b-lora",
+    summary="LoRA beside Llama 3 8B on one GPU, packed to 4096 tokens; needs dataset.path, a "
+    "tokenizer and bridge-peft",
+    make_config=_llama3_8b_lora,
     forward_step=forward_step,
 )
