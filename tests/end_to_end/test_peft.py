@@ -79,6 +79,20 @@ def commands(folder: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    bridge("finetune", "gpt-tiny-sft", "--from", "M", *TUNE, "--run-dir", "S")
+    bridge(
+        "finetune", "gpt-tiny-sft", "--from", "M", *TUNE, "train.train_iters=1", "--run-dir", "S"
+    )
     merged = series(folder / "S", "validation/lm loss")
     assert abs(merged[0] / found[-1] - 1) < 1e-5
+
+
+def test_the_large_recipe_is_ready_for_its_gpu(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "1 + 1 = ", "completion": "2"}])
+    data = (f"dataset.path={tmp_path / 'rows.jsonl'}", "tokenizer.type=bytes")
+
+    def dry_run() -> str:
+        return bridge("pretrain", "llama3-8b-lora", "--dry-run", *data)
+
+    assert run_ranks(1, dry_run, process_group=False) == [
+        "dry run: llama3-8b-lora is ready for 1 rank\n"
+    ]
