@@ -162,7 +162,15 @@ def test_without_a_base_it_says_that_the_weights_are_random(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = adapted_run(tmp_path / "run", None)
-    run_ranks(1, trained, config)
+
+    def attempts() -> None:
+        trained(config)
+        changing = adapted_run(tmp_path / "changing", None)
+        changing.rng.layout_invariant_init = False
+        with pytest.raises(ValueError, match="adapters need weights to stand beside"):
+            trained(changing)
+
+    run_ranks(1, attempts)
     written = capfd.readouterr().out
     assert (
         "lora adapts 8 layers: 2 linear_fc1, 2 linear_fc2, 2 linear_proj, 2 linear_qkv" in written

@@ -94,6 +94,8 @@ FUNCTIONS = {
     "bridge.gpt.conversion.hf_config.read_model_config": ["directory"],
     "bridge.gpt.conversion.hf_import.import_hf": ["directory", "checkpoint", "dtype"],
     "bridge.gpt.model_config.GPTModelConfig.exported_weights": ["self"],
+    "bridge.training.config.peft_method": ["method", "fields"],
+    "bridge.training.merging.merge": ["checkpoint", "config", "output", "base"],
     "bridge.peft.LoRA.attach": ["self", "model_chunks", "group"],
     "bridge.peft.LoRA.merge": ["self", "model_chunks"],
     "bridge.training.config.resolve": ["config", "device", "world_size"],

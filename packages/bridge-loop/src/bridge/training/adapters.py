@@ -28,7 +28,16 @@ def find_base(config: ConfigContainer, ranks: Ranks, checkpoint: Path | None) ->
             may name goes on to newer ones.
         ranks: The process groups.
         checkpoint: The checkpoint of the base; None for initial weights.
+
+    Raises:
+        ValueError: The base would be initial weights that another layout has not.
     """
+    if checkpoint is None and not config.rng.layout_invariant_init:
+        raise ValueError(
+            "checkpoint.pretrained_checkpoint: adapters need weights to stand beside; give a run's "
+            "directory or one of its checkpoints (initial weights serve for trying out, with "
+            "rng.layout_invariant_init=true)"
+        )
     if checkpoint is not None:
         config.checkpoint.pretrained_checkpoint = str(checkpoint.resolve())
     found = [Base.of(config, checkpoint) if rank() == 0 else None]
