@@ -201,3 +201,23 @@ def test_an_experts_adapter_counts_as_often_as_a_token_meets_it(
     assert size == same
     assert size.trained == 2 * 4 * of_an_expert
     assert size.trained_per_token == 2 * 2 * of_an_expert
+
+
+def test_the_bias_that_balances_experts_stays_as_it_was(tmp_path: Path) -> None:
+    config = adapted_run(
+        tmp_path / "run",
+        None,
+        "experts",
+        moe_router_enable_expert_bias=True,
+        moe_router_score_function="sigmoid",
+    )
+
+    def biases_after_a_step() -> list[torch.Tensor]:
+        with a_run(config, forward_step) as run:
+            one_step(run)
+            buffers = run.model[0].named_buffers()
+            return [buffer for name, buffer in buffers if name.endswith("expert_bias")]
+
+    [biases] = run_ranks(1, biases_after_a_step)
+    assert len(biases) == 2
+    assert not any(bias.any() for bias in biases)
