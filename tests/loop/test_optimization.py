@@ -20,10 +20,10 @@ def rates(directory: Path, scheduler: SchedulerConfig, optimizer: OptimizerConfi
         config = own_run(directory, scheduler=scheduler, optimizer=optimizer)
         config.train = TrainConfig(train_iters=10, global_batch_size=8, micro_batch_size=8)
         with a_run(config, token_step) as run:
-            found = [learning_rate(run.optimizer)]
+            found = [learning_rate(run.optimizer, run.scheduler)]
             for _ in range(10):
                 run.scheduler.step(increment=8)
-                found.append(learning_rate(run.optimizer))
+                found.append(learning_rate(run.optimizer, run.scheduler))
             return found
 
     return run_ranks(1, body, timeout=120)[0]

@@ -5,31 +5,28 @@ out of a model whose own auxiliary losses are off, and does the rest in plain to
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import unwrap_model
 from torch.nn import functional
 
 from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.config import ConfigContainer, DistributedDataParallelConfig, TrainConfig
 from bridge.training.gpt_step import forward_step
-from bridge.training.weights_init import shards_of_parameters
 from gpt_models import SEQUENCE, build_chunks, microbatch, tiny_gpt
 from training_runs import a_run, gpt_run, one_step
+from whole_gradients import Gradients, whole_gradients
 
 EXPERTS, TOP = 4, 2
 SEED = 7
 
 type Sample = dict[str, torch.Tensor]
-type Gradients = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +145,7 @@ def step_of_ours(objective: Objective, **layout: Any) -> Found:
         tempfile.TemporaryDirectory() as directory,
         a_run(objective.run(Path(directory) / "run", **layout), objective.forward_step) as run,
     ):
-        groups = run.ranks.pg_collection
+        groups = run.ranks.own_groups
         numbers = range(
             groups.dp.rank(),
             objective.global_batch_size // objective.micro_batch_size,
@@ -161,34 +158,11 @@ def step_of_ours(objective: Objective, **layout: Any) -> Found:
             data_iterator=[iter(batches) for _ in run.model],
             reducer=run.reducer,
             before_optimizer_step=lambda: gradients.append(
-                _whole(run.model, groups, lambda parameter: parameter.main_grad)
+                whole_gradients(run.model, groups, lambda parameter: parameter.main_grad)
             ),
         )
         metrics, norm = dict(result.metrics), float(result.grad_norm or 0.0)
         return Found(metrics=metrics, grad_norm=norm, gradients=gradients[0])
-
-
-def _whole(
-    model: list[Any], groups: ProcessGroupCollection, gradient_of: Callable[[Any], torch.Tensor]
-) -> Gradients:
-    """Put every parameter's gradient together from all ranks, by the names of a checkpoint."""
-    pieces = []
-    for chunk in model:
-        for parameter, shards in shards_of_parameters(unwrap_model(chunk), groups):
-            # What is known is where parts of a parameter belong.
-            kept = parameter.detach().clone()
-            parameter.data.copy_(gradient_of(parameter))
-            for shard in shards:
-                assert shard.data is not None
-                place = shard.global_slice()
-                pieces.append((shard.key, shard.global_shape, place, shard.data.detach().clone()))
-            parameter.data.copy_(kept)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, pieces)
-    gradients: Gradients = {}
-    for key, shape, place, values in (piece for of_rank in everyone for piece in of_rank):
-        gradients.setdefault(key, torch.full(shape, torch.nan))[place] = values
-    return gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +193,7 @@ def step_by_definition(objective: Objective) -> Found:
     return Found(
         metrics=metrics,
         grad_norm=sum(float(gradient.double().square().sum()) for gradient in found) ** 0.5,
-        gradients=_whole([chunk], groups, lambda parameter: of_parameter[id(parameter)]),
+        gradients=whole_gradients([chunk], groups, lambda parameter: of_parameter[id(parameter)]),
     )
 
 

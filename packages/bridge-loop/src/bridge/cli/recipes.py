@@ -3,7 +3,7 @@
 import argparse
 import sys
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bridge.cli.launch import hide_gpus_for_rehearsal
 from bridge.training.recipes import (
@@ -13,6 +13,9 @@ from bridge.training.recipes import (
     find_recipe,
     read_documents,
 )
+
+if TYPE_CHECKING:
+    from bridge.training.config import ConfigContainer
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -40,14 +43,20 @@ def _list(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     documents = read_documents(options.config)
     hide_gpus_for_rehearsal(documents, options.overrides)
-    config = configure(
-        find_recipe(options.recipe),
-        documents,
-        options.overrides,
-        world_size=checked_ranks(options.nproc),
-    )
+    ranks = checked_ranks(options.nproc)
+    config = configure(find_recipe(options.recipe), documents, options.overrides, world_size=ranks)
+    # As a comment: what is printed can be fed back.
+    sys.stdout.writelines(f"# {line}\n" for line in layout_lines(config, ranks))
     sys.stdout.write(config.to_yaml(brief=not options.full))
     return 0
+
+
+def layout_lines(config: "ConfigContainer", ranks: int) -> list[str]:
+    """Return the picture of the layout that a model of several modules draws, if it does."""
+    from bridge.training.contracts import DrawsLayout
+
+    drawn = config.model.layout_picture(ranks) if isinstance(config.model, DrawsLayout) else None
+    return [] if drawn is None else drawn.splitlines()
 
 
 def print_keys(parser: argparse.ArgumentParser, recipe: Any) -> None:

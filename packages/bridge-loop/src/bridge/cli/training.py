@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.cli import launch
 from bridge.cli.base import find_base
-from bridge.cli.recipes import print_keys
+from bridge.cli.recipes import layout_lines, print_keys
 from bridge.cli.resume import refuse_another_run
 from bridge.training.recipes import (
     add_configuration_arguments,
@@ -102,6 +102,8 @@ def run(options: argparse.Namespace, command: "Command", *, source: str | None =
         base.refuse_another_model(config)
     _check_directory(config)
     if options.dry_run:
+        for line in layout_lines(config, ranks):
+            print(line)
         print(f"dry run: {recipe.name} is ready for {ranks} rank{'s' if ranks > 1 else ''}")
         return 0
     if is_a_rank or ranks == 1:

@@ -70,7 +70,7 @@ def attach_adapters(
     layers = method.attach(chunks, ranks.control_group)
     if config.rng.layout_invariant_init:
         added = [parameter for chunk in chunks for _, parameter in trained_parameters(chunk)]
-        initialize_added_weights(chunks, added, config.rng.seed, ranks.pg_collection)
+        initialize_added_weights(chunks, added, config.rng.seed, ranks.own_groups)
     return layers
 
 

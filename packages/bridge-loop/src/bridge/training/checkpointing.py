@@ -29,7 +29,7 @@ from bridge.training.base_checkpoint import Base
 from bridge.training.config import ConfigContainer
 from bridge.training.distributed import Ranks, is_logging_rank, rank, world_size
 from bridge.training.loss_watch import LossWatch
-from bridge.training.model_building import parameters_in_sync
+from bridge.training.model_building import parameters_in_sync, without_ddp
 from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
 from bridge.training.trainable import load_trained, only_trained
 
@@ -158,16 +158,16 @@ class Checkpointer:
 
         The optimizer's float32 copies follow, else its first step would bring the old ones back.
         """
-        load_model_weights([chunk.module for chunk in self._model], checkpoint, self._ranks)
+        load_model_weights([without_ddp(chunk) for chunk in self._model], checkpoint, self._ranks)
         self._optimizer.reload_model_params()
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
         for index, chunk in enumerate(self._model):
-            name = self._chunk_name(index)
+            name, inner = self._chunk_name(index), without_ddp(chunk)
             if self._base is None:
-                chunk.module.load_state_dict(state[name])
+                inner.load_state_dict(state[name])
             else:
-                load_trained(chunk.module, state.get(name, {}))
+                load_trained(inner, state.get(name, {}))
 
     def _load_optimizer(self, state: Any, schedule: Mapping[str, Any]) -> None:
         """Load the optimizer's state, and keep the settings that this start was configured with.
@@ -200,11 +200,13 @@ class Checkpointer:
         }
 
     def _metadata(self) -> dict[str, Any]:
-        return {**self._content(), "dp_cp_group": self._ranks.pg_collection.dp_cp}
+        return {**self._content(), "dp_cp_group": self._ranks.own_groups.dp_cp}
 
     def _model_state(self) -> dict[str, Any]:
         states = {
-            self._chunk_name(index): chunk.module.sharded_state_dict(metadata=self._metadata())
+            self._chunk_name(index): without_ddp(chunk).sharded_state_dict(
+                metadata=self._metadata()
+            )
             for index, chunk in enumerate(self._model)
         }
         if self._base is not None:
@@ -280,7 +282,7 @@ def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> Non
             f"{checkpoint}: holds adapters and not the model that they stand beside; make one of "
             f"both first: bridge merge {checkpoint} --output DIR"
         )
-    metadata = {"singleton_local_shards": False, "dp_cp_group": ranks.pg_collection.dp_cp}
+    metadata = {"singleton_local_shards": False, "dp_cp_group": ranks.own_groups.dp_cp}
     names = [_chunk_name(index, len(chunks)) for index in range(len(chunks))]
     wanted = {
         name: chunk.sharded_state_dict(metadata=metadata)
@@ -310,7 +312,7 @@ def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks:
         raise ValueError(f"{checkpoint}: holds a whole model and no adapters")
     if base is not None:
         base.refuse_another(saved, checkpoint)
-    metadata = {"singleton_local_shards": True, "dp_cp_group": ranks.pg_collection.dp_cp}
+    metadata = {"singleton_local_shards": True, "dp_cp_group": ranks.own_groups.dp_cp}
     names = [_chunk_name(index, len(chunks)) for index in range(len(chunks))]
     state = _load(
         checkpoint,
@@ -338,7 +340,7 @@ def save_model_weights(
     from megatron.core import dist_checkpointing
 
     content = {"singleton_local_shards": False}
-    metadata = {**content, "dp_cp_group": ranks.pg_collection.dp_cp}
+    metadata = {**content, "dp_cp_group": ranks.own_groups.dp_cp}
     with writing_in_this_process():
         dist_checkpointing.save(
             {

@@ -3,7 +3,9 @@
 The order of the samples is a function of the seed and the dataset alone, and the position in it is
 the number of samples consumed: that one number resumes a run exactly, at no cost. A global batch is
 cut into microbatches of consecutive samples, and microbatch k goes to data-parallel rank k mod D.
-So every layout trains on the same samples at the same step, in the same microbatches.
+So every layout trains on the same samples at the same step, in the same microbatches. Modules on
+ranks of their own cut each D microbatches into as many parts as the module has copies
+(`bridge.training.contracts.DataShare`), so all of them see the same samples as well.
 """
 
 import dataclasses
@@ -330,15 +332,16 @@ class RunData:
         train: TrainConfig,
     ) -> Iterator[Any]:
         assert dataset is not None
+        share = self._ranks.share(train.micro_batch_size)
         loader: DataLoader[Any] = DataLoader(
             dataset,  # type: ignore[arg-type]  # any sized, indexable object serves
             batch_sampler=MicrobatchSampler(
                 order,
                 start=start,
                 stop=stop,
-                micro_batch_size=train.micro_batch_size,
-                data_parallel_rank=self._ranks.pg_collection.dp.rank(),
-                data_parallel_size=self._ranks.layout.data,
+                micro_batch_size=share.samples,
+                data_parallel_rank=share.rank,
+                data_parallel_size=share.size,
             ),
             num_workers=train.num_workers,
             # A generator of its own: the loader's draw would move the stream that a resumed run

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from bridge.training import cpu
 from bridge.training.config import ConfigContainer, Layout, layout_of
+from bridge.training.contracts import DataShare, ModuleRanks, PlacesModules, own_groups
 from bridge.training.megatron_globals import globals_kept
 from bridge.training.megatron_import import expected_messages_held_back
 
@@ -74,15 +75,35 @@ class Ranks:
 
     device: Device
     layout: Layout
-    pg_collection: "ProcessGroupCollection"
+    pg_collection: "ProcessGroupCollection | ModuleRanks"
     control_group: dist.ProcessGroup
     """All ranks over gloo: what the hosts agree on without waiting for a GPU."""
 
     @property
+    def own_groups(self) -> "ProcessGroupCollection":
+        """The process groups of what this rank holds of the model."""
+        return own_groups(self.pg_collection)
+
+    @property
+    def stage(self) -> int:
+        """This rank's place in the pipeline, from 0 on."""
+        groups = self.pg_collection
+        return groups.stage if isinstance(groups, ModuleRanks) else int(groups.pp.rank())
+
+    @property
     def is_last_stage(self) -> bool:
         """Whether this rank holds the end of the pipeline, where losses are known."""
-        group = self.pg_collection.pp
-        return bool(group.rank() == group.size() - 1)
+        groups = self.pg_collection
+        if isinstance(groups, ModuleRanks):
+            return groups.is_last_stage
+        return bool(groups.pp.rank() == groups.pp.size() - 1)
+
+    def share(self, micro_batch_size: int) -> DataShare:
+        """Return which part of each global microbatch this rank reads."""
+        groups = self.pg_collection
+        if isinstance(groups, ModuleRanks):
+            return groups.share(micro_batch_size)
+        return DataShare(rank=groups.dp.rank(), size=groups.dp.size(), samples=micro_batch_size)
 
 
 @contextlib.contextmanager
@@ -95,10 +116,8 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
         config: A resolved configuration.
         device: What `choose_device` returned.
     """
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
     layout = layout_of(config.model, world_size())
+    timeout = datetime.timedelta(minutes=config.dist.timeout_minutes)
     with contextlib.ExitStack() as stack:
         if device == "cpu":
             stack.enter_context(cpu.cpu_training())
@@ -110,29 +129,43 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
         if not dist.is_initialized():
             _initialize_default_group(device, config.dist.timeout_minutes)
             stack.callback(_destroy_default_group)
-        if parallel_state.model_parallel_is_initialized():
-            _check_layout(layout)
+        of_modules = None
+        if isinstance(config.model, PlacesModules):
+            of_modules = config.model.module_ranks(world_size=world_size(), timeout=timeout)
+        if of_modules is None:
+            groups: Any = stack.enter_context(_megatrons_groups(layout, timeout))
         else:
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=layout.tensor,
-                pipeline_model_parallel_size=layout.pipeline,
-                virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-                context_parallel_size=layout.context,
-                expert_model_parallel_size=layout.expert,
-                expert_tensor_parallel_size=layout.expert_tensor,
-                distributed_timeout_minutes=max(1, round(config.dist.timeout_minutes)),
-            )
-            stack.callback(_destroy_model_parallel)
-        control_group = dist.new_group(
-            backend="gloo", timeout=datetime.timedelta(minutes=config.dist.timeout_minutes)
-        )
+            groups = stack.enter_context(of_modules)
+        control_group = dist.new_group(backend="gloo", timeout=timeout)
         stack.callback(dist.destroy_process_group, control_group)
-        yield Ranks(
-            device=device,
-            layout=layout,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-            control_group=control_group,
-        )
+        yield Ranks(device=device, layout=layout, pg_collection=groups, control_group=control_group)
+
+
+@contextlib.contextmanager
+def _megatrons_groups(
+    layout: Layout, timeout: datetime.timedelta
+) -> Iterator["ProcessGroupCollection"]:
+    """Bring up megatron-core's own groups, or use those that there are."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    if parallel_state.model_parallel_is_initialized():
+        _check_layout(layout)
+        yield ProcessGroupCollection.use_mpu_process_groups()
+        return
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=max(1, round(timeout / datetime.timedelta(minutes=1))),
+    )
+    try:
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        _destroy_model_parallel()
 
 
 @contextlib.contextmanager

@@ -7,11 +7,12 @@ it does not depend on batch sizes or on the layout.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 
+from bridge.training.contracts import ModuleRanks, own_groups, replicas_of
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer
 from bridge.training.model_building import parameters_in_sync
@@ -49,7 +50,7 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
     state: GlobalState,
     *,
     num_samples: int,
-    pg_collection: "ProcessGroupCollection",
+    pg_collection: "ProcessGroupCollection | ModuleRanks",
     reducer: MetricReducer,
     collect_non_loss_data: bool = False,
     stop: Callable[[], bool] | None = None,
@@ -79,7 +80,7 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
             nor all of a rank's microbatches; on every rank.
     """
     train = state.cfg.train
-    replica_batch = train.micro_batch_size * pg_collection.dp.size()
+    replica_batch = train.micro_batch_size * replicas_of(pg_collection)
     if num_samples % replica_batch:
         raise ValueError(
             f"evaluate: {num_samples} samples are not a multiple of {replica_batch} (micro batch "
@@ -123,7 +124,7 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
             f"{done} planned microbatches; draw one with each call, or none on this rank at all"
         )
     # Context-parallel ranks share a microbatch and report it each.
-    observed = reduced.microbatches * train.micro_batch_size / pg_collection.cp.size()
+    observed = reduced.microbatches * train.micro_batch_size / own_groups(pg_collection).cp.size()
     if observed != done * replica_batch:
         raise RuntimeError(
             f"evaluate: {observed:g} samples were observed and {done * replica_batch} planned; the "
@@ -200,7 +201,7 @@ def run_schedule(
     state: GlobalState,
     *,
     num_microbatches: int,
-    pg_collection: "ProcessGroupCollection",
+    pg_collection: "ProcessGroupCollection | ModuleRanks",
     forward_only: bool,
     collect_non_loss_data: bool = False,
 ) -> list[Any]:
@@ -215,8 +216,16 @@ def run_schedule(
     from megatron.core.utils import get_model_config
 
     vp_size = len(model) if len(model) > 1 else None
-    schedule = get_forward_backward_func(pp_size=pg_collection.pp.size(), vp_size=vp_size)
-    pipelined = pg_collection.pp.size() > 1
+    model_config = get_model_config(model[0])
+    stages = own_groups(pg_collection).pp
+    communicator: Any = None
+    if isinstance(pg_collection, ModuleRanks):
+        schedule = get_forward_backward_func(schedule_pg_collection=cast(Any, pg_collection))
+        communicator = pg_collection.communicator(model_config)
+    else:
+        schedule = get_forward_backward_func(pp_size=stages.size(), vp_size=vp_size)
+        if stages.size() > 1:
+            communicator = P2PCommunicator(stages, model_config)
     outputs: list[Any] = schedule(
         forward_step_func=forward_step,
         data_iterator=data_iterator if vp_size else data_iterator[0],
@@ -227,9 +236,7 @@ def run_schedule(
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
         pg_collection=pg_collection,
-        p2p_communicator=(
-            P2PCommunicator(pg_collection.pp, get_model_config(model[0])) if pipelined else None
-        ),
+        p2p_communicator=communicator,
     )
     return outputs
 

@@ -89,13 +89,16 @@ def decoder_block_spec(
     )
 
 
-def encoder_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def encoder_block_spec(
+    config: TransformerConfig, *, pp_rank: int = 0
+) -> TransformerBlockSubmodules:
     """Return the layers of a transformer in which every position sees all others.
 
     Args:
         config: As for `decoder_block_spec`.
+        pp_rank: This rank's place in the pipeline.
     """
-    return decoder_block_spec(config, adapt=_layer_without_mask)
+    return decoder_block_spec(config, pp_rank=pp_rank, adapt=_layer_without_mask)
 
 
 def backend_of(config: TransformerConfig) -> BackendSpecProvider:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from bridge.training.config import ConfigContainer
+from bridge.training.contracts import HoldsOneModule, ModuleRanks, own_groups
 from bridge.training.distributed import Ranks
 from bridge.training.trainable import GradientWatch
 from bridge.training.weights_init import initialize_weights
@@ -29,6 +30,9 @@ def build_model(
 ) -> list[torch.nn.Module]:
     """Build this rank's model chunks, DDP-wrapped: one, or one a virtual pipeline stage.
 
+    Of a model whose modules are on ranks of their own, the module on this rank is wrapped, and the
+    model around it is as it was built.
+
     Args:
         config: A resolved configuration.
         ranks: The process groups.
@@ -37,7 +41,9 @@ def build_model(
     chunks = build_chunks(config, ranks)
     if adapt is not None:
         adapt(chunks)
-    return _wrap_in_ddp(config, ranks, chunks)
+    if isinstance(ranks.pg_collection, ModuleRanks):
+        return [_with_wrapped_module(config, ranks, chunk) for chunk in chunks]
+    return _wrap_in_ddp(config, ranks, chunks, chunks[0].config)
 
 
 def build_chunks(config: ConfigContainer, ranks: Ranks) -> list[Any]:
@@ -54,11 +60,33 @@ def build_chunks(config: ConfigContainer, ranks: Ranks) -> list[Any]:
     for chunk in chunks:
         chunk.train()
     if config.rng.layout_invariant_init:
-        initialize_weights(chunks, config.rng.seed, ranks.pg_collection)
+        initialize_weights(chunks, config.rng.seed, ranks.own_groups)
     model_config = chunks[0].config
+    if isinstance(ranks.pg_collection, ModuleRanks):
+        # The module on this rank is made 16 bits for itself.
+        return chunks
     if model_config.bf16 or model_config.fp16:
         chunks = [Float16Module(model_config, chunk) for chunk in chunks]
     return chunks
+
+
+def ddp_parts(model: list[Any]) -> list[Any]:
+    """Return what megatron-core's DDP wraps on this rank: the chunks, or a module in a chunk."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    return [
+        part
+        for chunk in model
+        for part in chunk.modules()
+        if isinstance(part, DistributedDataParallel)
+    ]
+
+
+def without_ddp(chunk: Any) -> Any:
+    """Return a chunk without the DDP around it, if there is one."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
 
 
 def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, timers: Any) -> None:
@@ -77,7 +105,7 @@ def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, time
 
     model_config = get_model_config(model[0])
     for chunk in model:
-        inner = chunk.module
+        inner = without_ddp(chunk)
         if isinstance(inner, Float16Module):
             inner = inner.module
         if get_model_config(chunk) is not model_config or inner.config is not model_config:
@@ -113,10 +141,10 @@ def detach_hooks(model: list[Any]) -> None:
     """
     from megatron.core.utils import get_model_config
 
-    for chunk in model:
-        chunk.grad_accs.clear()
-        if chunk.remove_forward_pre_hook_handles:
-            chunk.disable_forward_pre_hook(param_sync=False)
+    for part in ddp_parts(model):
+        part.grad_accs.clear()
+        if part.remove_forward_pre_hook_handles:
+            part.disable_forward_pre_hook(param_sync=False)
     model_config = get_model_config(model[0])
     model_config.timers = None
     model_config.grad_scale_func = None
@@ -143,7 +171,7 @@ class GradientFinalizer:
         model: list[Any],
         num_tokens: torch.Tensor | None = None,
         *,
-        pg_collection: "ProcessGroupCollection",
+        pg_collection: "ProcessGroupCollection | ModuleRanks",
         **options: Any,
     ) -> None:
         """Reduce the gradients over all ranks and divide them by the number of tokens.
@@ -167,15 +195,24 @@ class GradientFinalizer:
         if self._watch is not None:
             self._watch.check()
             self._watch = None
-        finalize_model_grads(model, None, pg_collection=pg_collection, **options)
-        if num_tokens is None:
+        parts, groups = ddp_parts(model), own_groups(pg_collection)
+        if parts:
+            finalize_model_grads(parts, None, pg_collection=groups, **options)
+        factor: Any = 1.0
+        if isinstance(pg_collection, ModuleRanks):
+            factor = pg_collection.gradient_factor(summed=num_tokens is not None)
+        if num_tokens is not None:
+            if isinstance(pg_collection, ModuleRanks):
+                pg_collection.total(num_tokens)
+            else:
+                last_stage = dist.get_process_group_ranks(groups.pp)[-1]
+                dist.broadcast(num_tokens, src=last_stage, group=groups.pp)
+                dist.all_reduce(num_tokens, group=groups.dp_cp)
+            factor = factor * (num_tokens > 0) / num_tokens.clamp(min=1)
+        elif factor == 1.0:
             return
-        last_stage = dist.get_process_group_ranks(pg_collection.pp)[-1]
-        dist.broadcast(num_tokens, src=last_stage, group=pg_collection.pp)
-        dist.all_reduce(num_tokens, group=pg_collection.dp_cp)
-        scaling = (num_tokens > 0) / num_tokens.clamp(min=1)
-        for chunk in model:
-            chunk.scale_gradients(scaling)
+        for part in parts:
+            part.scale_gradients(factor)
 
 
 @contextlib.contextmanager
@@ -185,14 +222,14 @@ def parameters_in_sync(model: list[Any]) -> Iterator[None]:
     With overlapped gathering a rank has only its own shard of the new parameters until the next
     training step's forward pass fetches the others, layer by layer.
     """
-    gathering = [chunk for chunk in model if chunk.remove_forward_pre_hook_handles]
-    for chunk in gathering:
-        chunk.disable_forward_pre_hook(param_sync=True)
+    gathering = [part for part in ddp_parts(model) if part.remove_forward_pre_hook_handles]
+    for part in gathering:
+        part.disable_forward_pre_hook(param_sync=True)
     try:
         yield
     finally:
-        for chunk in gathering:
-            chunk.enable_forward_pre_hook()
+        for part in gathering:
+            part.enable_forward_pre_hook()
 
 
 def gather_gradients(model: list[Any]) -> None:
@@ -203,10 +240,10 @@ def gather_gradients(model: list[Any]) -> None:
     """
     from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
-    for chunk in model:
-        if not chunk.ddp_config.use_distributed_optimizer:
+    for part in ddp_parts(model):
+        if not part.ddp_config.use_distributed_optimizer:
             continue
-        for buckets in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+        for buckets in (*part.bucket_groups, *part.expert_parallel_bucket_groups):
             group = buckets.intra_distributed_optimizer_instance_group
             for bucket in buckets.buckets:
                 shard = shard_buffer(bucket.grad_data, group.size())[group.rank()]
@@ -219,19 +256,15 @@ def count_parameters(model: list[torch.nn.Module]) -> int:
 
 
 def _bare_chunks(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module]:
-    from megatron.core import parallel_state
-
-    stages = range(ranks.layout.virtual_pipeline) if ranks.layout.virtual_pipeline else (None,)
+    virtual_stages = ranks.layout.virtual_pipeline
+    stages = range(virtual_stages) if virtual_stages else (None,)
     chunks = []
     for vp_stage in stages:
         chunk = config.model.build(
-            pg_collection=ranks.pg_collection,
-            pre_process=parallel_state.is_pipeline_first_stage(
-                ignore_virtual=vp_stage is None, vp_stage=vp_stage
-            ),
-            post_process=parallel_state.is_pipeline_last_stage(
-                ignore_virtual=vp_stage is None, vp_stage=vp_stage
-            ),
+            pg_collection=cast("ProcessGroupCollection", ranks.pg_collection),
+            pre_process=ranks.stage == 0 and vp_stage in (None, 0),
+            post_process=ranks.is_last_stage
+            and (virtual_stages is None or vp_stage == virtual_stages - 1),
             vp_stage=vp_stage,
         )
         if not isinstance(chunk, torch.nn.Module):
@@ -270,8 +303,8 @@ def _plain_module(
         def __init__(self) -> None:
             super().__init__(model_config)
             self.module = module
-            self.pg_collection = ranks.pg_collection
-            self.tp_group = ranks.pg_collection.tp
+            self.pg_collection = ranks.own_groups
+            self.tp_group = ranks.own_groups.tp
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return self.module(*args, **kwargs)
@@ -303,12 +336,29 @@ def _on_device(module: torch.nn.Module, device: str) -> torch.nn.Module:
     return module.cuda(torch.cuda.current_device()) if device == "cuda" else module
 
 
-def _wrap_in_ddp(config: ConfigContainer, ranks: Ranks, chunks: list[Any]) -> list[torch.nn.Module]:
+def _with_wrapped_module(config: ConfigContainer, ranks: Ranks, model: Any) -> torch.nn.Module:
+    """Wrap the module of `model` that is on this rank."""
+    if not isinstance(model, HoldsOneModule):
+        raise ValueError(
+            f"model.build: {type(model).__name__} has no own_module and replace_own_module, which "
+            "a model whose modules are on ranks of their own needs"
+        )
+    module, module_config = model.own_module()
+    if module_config.bf16:
+        # Not megatron-core's wrapper: its outputs would be float32, and travel to other ranks.
+        module = module.bfloat16()
+    [wrapped] = _wrap_in_ddp(config, ranks, [module], module_config)
+    model.replace_own_module(wrapped)
+    return cast(torch.nn.Module, model)
+
+
+def _wrap_in_ddp(
+    config: ConfigContainer, ranks: Ranks, chunks: list[Any], model_config: Any
+) -> list[torch.nn.Module]:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    groups, model_config = ranks.pg_collection, chunks[0].config
-    ddp_config = config.ddp
+    groups, ddp_config = ranks.own_groups, config.ddp
     bucket_size = ddp_config.bucket_size or max(40_000_000, 1_000_000 * groups.dp_cp.size())
     wrap = partial(DistributedDataParallel, config=model_config, pg_collection=groups)
     wrapped: list[torch.nn.Module] = []

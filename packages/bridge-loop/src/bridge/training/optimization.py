@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bridge.training.config import ConfigContainer
-from bridge.training.contracts import ScalesLearningRates
+from bridge.training.contracts import ModuleRanks, ScalesLearningRates
+from bridge.training.model_building import ddp_parts
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +23,16 @@ def build_optimizer(
     model: list[Any],
     *,
     timers: Any = None,
+    module_ranks: ModuleRanks | None = None,
 ) -> "MegatronOptimizer":
-    """Build megatron-core's optimizer over the DDP-wrapped model chunks of this rank."""
+    """Build megatron-core's optimizer over what DDP wraps on this rank.
+
+    Args:
+        config: A resolved configuration.
+        model: This rank's model chunks.
+        timers: megatron-core's.
+        module_ranks: The process groups, where the model's modules are on ranks of their own.
+    """
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
@@ -40,11 +49,23 @@ def build_optimizer(
         # Else the parameter groups say None, which hides the schedule's own lowest rate.
         optimizer_config.min_lr = 0.0
     optimizer_config.timers = timers
-    # Without a collection it takes megatron-core's own groups, of which those over gloo, that
-    # checkpoints gather over, have no place in a collection.
-    return get_megatron_optimizer(
-        optimizer_config, model, _overrides(config.model, optimizer_config, model)
-    )
+    parts = ddp_parts(model)
+    overrides = _overrides(config.model, optimizer_config, model)
+    if module_ranks is None:
+        # Without a collection it takes megatron-core's own groups, of which those over gloo, that
+        # checkpoints gather over, have no place in a collection.
+        return get_megatron_optimizer(optimizer_config, parts, overrides)
+    own = None
+    if parts:
+        own = get_megatron_optimizer(
+            optimizer_config,
+            parts,
+            overrides,
+            use_gloo_process_groups=False,
+            pg_collection=module_ranks.own,
+        )
+    whole: MegatronOptimizer = module_ranks.optimizer(own, optimizer_config)
+    return whole
 
 
 def _overrides(model_config: Any, optimizer_config: Any, model: list[Any]) -> dict[Any, Any]:
@@ -59,24 +80,34 @@ def _overrides(model_config: Any, optimizer_config: Any, model: list[Any]) -> di
     if not isinstance(model_config, ScalesLearningRates):
         return overrides
 
+    # What DDP wraps may be a module within the model.
+    place = next((_name_of(part, model) for part in ddp_parts(model)), "")
+
     def multiplier(wrapped_name: str) -> float:
         name = wrapped_name
         while name.startswith("module."):  # the wrappers of DDP and of 16 bits
             name = name.removeprefix("module.")
-        return model_config.learning_rate_multiplier(name)
+        return model_config.learning_rate_multiplier(place + name)
 
     def has(factor: float) -> Any:
         return ParamWithNamePredicate(
             name=f"learning rate times {factor}", fn=lambda _, name: multiplier(name) == factor
         )
 
-    names = {name for chunk in model for name, _ in chunk.named_parameters()}
+    names = {name for part in ddp_parts(model) for name, _ in part.named_parameters()}
     for factor in sorted({multiplier(name) for name in names} - {1.0}):
         overrides[ParamKey(with_name_predicate=has(factor))] = {
             "max_lr": optimizer_config.lr * factor,
             "min_lr": optimizer_config.min_lr * factor,
         }
     return overrides
+
+
+def _name_of(part: Any, model: list[Any]) -> str:
+    """Return how the names of a part's parameters begin in the chunk that it is in."""
+    names = (name for chunk in model for name, module in chunk.named_modules() if module is part)
+    name = next(names)
+    return f"{name}." if name else ""
 
 
 def build_scheduler(
@@ -113,13 +144,17 @@ def build_scheduler(
     )
 
 
-def learning_rate(optimizer: Any) -> float:
-    """Return the learning rate that the next step will use (that of the first scaled group)."""
-    groups = optimizer.param_groups
-    for group in groups:
-        if group.get("default_config", True) and group.get("lr_mult", 1.0) == 1.0:
+def learning_rate(optimizer: Any, scheduler: Any) -> float:
+    """Return the learning rate that the next step will use: that of the first usual group.
+
+    A rank may have none, if its weights learn at rates of their own or are frozen. Then it is that
+    of the schedule.
+    """
+    for group in optimizer.param_groups:
+        usual = group.get("max_lr", scheduler.max_lr) == scheduler.max_lr
+        if usual and group.get("default_config", True) and group.get("lr_mult", 1.0) == 1.0:
             return float(group["lr"])
-    return float(groups[0]["lr"])
+    return float(scheduler.get_lr({}))
 
 
 def step_optimizer(optimizer: Any) -> "tuple[bool, torch.Tensor | float | None]":

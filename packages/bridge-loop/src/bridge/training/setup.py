@@ -22,7 +22,7 @@ from bridge.training.adapters import attach_adapters, find_base, notes
 from bridge.training.callbacks import Callbacks
 from bridge.training.checkpointing import Checkpointer
 from bridge.training.config import ConfigContainer, resolve
-from bridge.training.contracts import AdaptedLayer
+from bridge.training.contracts import AdaptedLayer, DrawsLayout, ModuleRanks
 from bridge.training.data_loading import RunData, as_splits, data_request
 from bridge.training.distributed import (
     Ranks,
@@ -180,12 +180,18 @@ def _built(
             stack.enter_context(gradients_reach_recomputed_layers(model))
         size = None
         if config.peft is not None and base is not None:
-            size = size_of_whole_model(model, ranks.pg_collection)
+            size = size_of_whole_model(model, ranks.own_groups)
             for line in notes(config.peft, layers, size, base, ranks):
                 progress.note(line)
         with progress.phase("optimizer"):
             timers = _timers(config, state)
-            optimizer = build_optimizer(config, model, timers=timers)
+            groups = ranks.pg_collection
+            optimizer = build_optimizer(
+                config,
+                model,
+                timers=timers,
+                module_ranks=groups if isinstance(groups, ModuleRanks) else None,
+            )
             scheduler = build_scheduler(config, optimizer, data.train_iters)
             attach_hooks(config, model, optimizer, timers)
             stack.callback(detach_hooks, model)
@@ -239,14 +245,14 @@ def adapt_forward_step(
         normalization=config.train.loss_normalization,
         token_slots=max(1, tokens // layout.context),
         context_parallel_size=layout.context,
-        context_parallel_group=ranks.pg_collection.cp,
+        context_parallel_group=ranks.own_groups.cp,
         on_loss=rerun.check_loss if config.rerun.rerun_mode != "disabled" else None,
     )
 
 
 def build_reducer(config: ConfigContainer, ranks: Ranks) -> MetricReducer:
     """Build the reducer whose results all ranks of the run learn."""
-    groups = ranks.pg_collection
+    groups = ranks.own_groups
     return MetricReducer(
         normalization=config.train.loss_normalization,
         contributes=ranks.is_last_stage and groups.tp.rank() == 0,
@@ -299,9 +305,15 @@ def seed_stage(seed: int, ranks: Ranks) -> None:
     """Seed the weights and the dropout: other ones on each stage, as it has other layers."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    stage_seed = seed + 100 * ranks.pg_collection.pp.rank()
+    stage_seed, groups = seed + 100 * ranks.stage, ranks.own_groups
     _seed(stage_seed)
-    model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+    model_parallel_cuda_manual_seed(
+        stage_seed,
+        tp_rank=groups.tp.rank(),
+        ep_rank=groups.ep.rank(),
+        etp_rank=groups.expt_tp.rank(),
+        force_reset_rng=True,
+    )
 
 
 def _start_megatron_globals(
@@ -372,6 +384,11 @@ def _introduce(run: Run) -> None:
         f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}"
         + (f" ({sizes})" if sizes else "")
     )
+    drawn = None
+    if isinstance(run.config.model, DrawsLayout):
+        drawn = run.config.model.layout_picture(layout.world_size)
+    for line in [] if drawn is None else drawn.splitlines():
+        progress.note(line)
     progress.note(f"model {count_parameters(run.model):,} parameters on this rank")
     progress.note(
         f"data {samples / len(run.data.splits.train or []):.3g} epochs: {run.data.train_iters} "

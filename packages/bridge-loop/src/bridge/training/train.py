@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from bridge.training import auxiliary_losses, rerun
+from bridge.training.contracts import ModuleRanks, own_groups, replicas_of
 from bridge.training.evaluate import run_schedule, sequence_length
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer, ReducedMetrics
 from bridge.training.loss_watch import actions_of
-from bridge.training.model_building import GradientFinalizer, gather_gradients
+from bridge.training.model_building import GradientFinalizer, ddp_parts, gather_gradients
 from bridge.training.optimization import learning_rate, step_optimizer
 from bridge.training.state import GlobalState
 from bridge.training.stop_signals import StopCause
@@ -67,7 +68,7 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     scheduler: Any,
     state: GlobalState,
     *,
-    pg_collection: "ProcessGroupCollection",
+    pg_collection: "ProcessGroupCollection | ModuleRanks",
     num_microbatches: int | None = None,
     reducer: MetricReducer | None = None,
     before_optimizer_step: Callable[[], None] | None = None,
@@ -101,7 +102,7 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         FloatingPointError: A loss is an anomaly whose action is raise_at_once; on every rank.
     """
     train, counters = state.cfg.train, state.train_state
-    replicas = pg_collection.dp.size()
+    replicas = replicas_of(pg_collection)
     if num_microbatches is None:
         num_microbatches = train.global_batch_size // (train.micro_batch_size * replicas)
     samples = num_microbatches * train.micro_batch_size * replicas
@@ -111,8 +112,8 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         watch.start(f"step {counters.step + 1}", spike_factor=train.spike_factor)
         if reducer is not None:
             auxiliary_losses.clear()
-        for chunk in model:
-            chunk.zero_grad_buffer()
+        for part in ddp_parts(model):
+            part.zero_grad_buffer()
         optimizer.zero_grad()
         records = _forward_backward(
             forward_step, data_iterator, model, state, num_microbatches, pg_collection
@@ -120,7 +121,7 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     rerun.raise_if_suspicious(state.cfg)
     watch.end_step()
 
-    rate = learning_rate(optimizer)
+    rate = learning_rate(optimizer, scheduler)
     if watch.leaves_out_step(train):
         succeeded, grad_norm = False, None
         buffers.put_back()
@@ -139,7 +140,7 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     counters.consumed_tokens += tokens
     reduced = None
     if reducer is not None:
-        auxiliary = auxiliary_losses.metrics(model, num_microbatches, pg_collection)
+        auxiliary = auxiliary_losses.metrics(model, num_microbatches, own_groups(pg_collection))
         reduced = reducer.reduce(records, alarm=watch.alarm(), of_all_ranks=auxiliary)
     return StepResult(
         learning_rate=rate,
@@ -200,7 +201,7 @@ def _forward_backward(
     model: list[torch.nn.Module],
     state: GlobalState,
     num_microbatches: int,
-    pg_collection: "ProcessGroupCollection",
+    pg_collection: "ProcessGroupCollection | ModuleRanks",
 ) -> list[Any]:
     """Fill the gradient buffers; return the microbatches' records, on the last stage."""
     from megatron.core.utils import get_model_config

@@ -5,7 +5,9 @@ module, dataset and forward step make a run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -35,7 +37,8 @@ class ModelConfig(Protocol):
         """Build one model chunk on the current device.
 
         Args:
-            pg_collection: The process groups of this rank.
+            pg_collection: The process groups of this rank; what `PlacesModules.module_ranks` gave
+                where the section places its modules on ranks of their own.
             pre_process: Whether the chunk holds the input side (the embedding).
             post_process: Whether the chunk holds the output side (the logits and the loss).
             vp_stage: Index of the virtual pipeline stage, None without interleaving.
@@ -164,8 +167,122 @@ class ArrangesRanks(Protocol):
         ...
 
     def layout_problems(self, world_size: int) -> Iterable[str]:
-        """Yield one line for each reason why the modules do not fit on `world_size` ranks."""
+        """Yield one line for each reason why the modules do not fit on `world_size` ranks.
+
+        Further lines of the last may draw how they would lie.
+        """
         ...
+
+
+@runtime_checkable
+class DrawsLayout(Protocol):
+    """A model section that has more to show of its layout than sizes."""
+
+    def layout_picture(self, world_size: int) -> str | None:
+        """Return a picture of text, lines that say which rank is what; None if sizes say it all."""
+        ...
+
+
+@dataclass(kw_only=True, frozen=True)
+class DataShare:
+    """Which part of each global microbatch a rank reads: consecutive samples.
+
+    A global microbatch is what all copies of the model take at once, train.micro_batch_size samples
+    each. It is cut into `size` parts of equal length, of which the rank reads number `rank`.
+    """
+
+    rank: int
+    size: int
+    samples: int
+    """Samples of the part."""
+
+
+@runtime_checkable
+class ModuleRanks(Protocol):
+    """What the loop asks about a rank of a run whose modules are on ranks of their own.
+
+    It stands wherever the loop takes process groups, as megatron-core's
+    MultiModuleProcessGroupCollection, which it extends. Each rank holds one module.
+    """
+
+    own: "ProcessGroupCollection"
+    """The groups of the module on this rank."""
+    replicas: int
+    """Copies of the whole model: what train.global_batch_size is divided over."""
+    stage: int
+    """This rank's place in the pipeline that the modules form, from 0 on."""
+    is_last_stage: bool
+    """Whether losses are known here."""
+
+    def share(self, micro_batch_size: int) -> DataShare:
+        """Return what this rank reads of the samples."""
+        ...
+
+    def communicator(self, model_config: Any) -> Any:
+        """Return what sends tensors between the stages, the same object at every call."""
+        ...
+
+    def total(self, number: "torch.Tensor") -> None:
+        """Make a number that the last stages have the sum over all of them, on every rank."""
+        ...
+
+    def gradient_factor(self, *, summed: bool) -> float:
+        """Return what this rank's gradients are to be multiplied by, once they are reduced.
+
+        Args:
+            summed: Whether they are the sum over data-parallel ranks; else the mean.
+        """
+        ...
+
+    def optimizer(self, own: Any, optimizer_config: Any) -> Any:
+        """Return the optimizer of all modules' weights.
+
+        Args:
+            own: The optimizer of this rank's weights; None where none is trained.
+            optimizer_config: megatron-core's.
+        """
+        ...
+
+
+@runtime_checkable
+class PlacesModules(Protocol):
+    """A model section whose modules may be on ranks of their own."""
+
+    def module_ranks(
+        self, *, world_size: int, timeout: timedelta
+    ) -> "AbstractContextManager[ModuleRanks] | None":
+        """Return what brings up the process groups, and takes them down; a collective.
+
+        None where all modules are on all ranks, in megatron-core's own groups.
+
+        Args:
+            world_size: Ranks of the run.
+            timeout: How long a collective may take.
+        """
+        ...
+
+
+@runtime_checkable
+class HoldsOneModule(Protocol):
+    """A model of which this rank holds one module, which is trained for itself."""
+
+    def own_module(self) -> "tuple[torch.nn.Module, Any]":
+        """Return the module, and its megatron-core TransformerConfig."""
+        ...
+
+    def replace_own_module(self, wrapped: "torch.nn.Module") -> None:
+        """Put the module, wrapped for training, in its place."""
+        ...
+
+
+def own_groups(groups: "ProcessGroupCollection | ModuleRanks") -> "ProcessGroupCollection":
+    """Return the process groups of what a rank holds of the model."""
+    return groups.own if isinstance(groups, ModuleRanks) else groups
+
+
+def replicas_of(groups: "ProcessGroupCollection | ModuleRanks") -> int:
+    """Return the number of copies of the model that a global batch is divided over."""
+    return groups.replicas if isinstance(groups, ModuleRanks) else int(groups.dp.size())
 
 
 @runtime_checkable

@@ -20,6 +20,9 @@ class Layout:
     expert_tensor: int
     data: int
     world_size: int
+    most_parts: int | None = None
+    """Parts that the samples of a global microbatch are cut into: copies of the module that has
+    most. None: as many as `data`."""
 
     @property
     def model_ranks(self) -> int:

@@ -309,6 +309,13 @@ def _batches(config: ConfigContainer, layout: Layout) -> Iterator[str]:
             f"nearest is {_nearest_multiple(batch, step)}"
         )
         return
+    parts = layout.most_parts or layout.data
+    if step % parts:
+        yield (
+            f"train.micro_batch_size={micro} times {layout.data} copies of the whole model are "
+            f"{step} samples, which do not make {parts} equal parts for the module that has "
+            f"{parts} copies; change train.micro_batch_size, or the copies"
+        )
     model = config.model
     if isinstance(model, ModelParallelConfig) and (layout.virtual_pipeline or 1) > 1:
         yield from _interleaved_microbatches(model, layout, batch // step)
