@@ -15,8 +15,10 @@ from bridge.training.forward_step import prepare_forward_step_func
 from bridge.training.mimo_step import KEYS, forward_step, get_batch, loss_func
 from bridge.training.state import GlobalState
 from bridge.training.weights_init import initialize_weights
-from mimo_models import build, microbatch, mimo_run, resolved, tiny_mimo
+from mimo_models import IMAGE, build, microbatch, mimo_run, resolved, tiny_mimo
 from ranks import run_ranks
+
+PLAIN_KEYS = set(KEYS) - {"packing_kwargs"}
 
 
 def state() -> GlobalState:
@@ -57,7 +59,7 @@ class TestGetBatch:
             assert batch is not None
             pixels = batch["modality_inputs"]["vision"]["encoder"]["pixels"]
             wanted = given["modality_inputs"]["vision"]["encoder"]["pixels"]
-            return sorted(batch) == sorted(KEYS), torch.equal(pixels, wanted), pixels.device.type
+            return batch.keys() == PLAIN_KEYS, torch.equal(pixels, wanted), pixels.device.type
 
         assert run_ranks(1, body) == [(True, True, "cpu")]
 
@@ -89,6 +91,7 @@ class Recorder(torch.nn.Module):
             for name, (first, last) in stages.items()
         }
         self.role = RankRole(modules=modules, mode=ModuleLayout.NON_COLOCATED)
+        self.special_token_ids = {"vision": IMAGE}
         self.output = output
         self.given: set[str] = set()
 
@@ -112,7 +115,7 @@ def ran(model: Recorder, data: Any) -> Any:
 
 HIDDEN = torch.zeros(3, 2)
 LOSSES = torch.zeros(2, 12)
-INPUTS = {"input_ids", "modality_inputs"}
+INPUTS = {"input_ids", "modality_inputs", "embeddings_per_sample"}
 
 
 class TestRoles:
@@ -120,12 +123,27 @@ class TestRoles:
         ("stages", "output", "given", "is_terminal"),
         [
             ({"vision": (True, True)}, {"vision": HIDDEN}, INPUTS, False),
+            (
+                {"vision": (True, False)},
+                {"vision": HIDDEN},
+                {"input_ids", "modality_inputs"},
+                False,
+            ),
+            ({"vision": (False, True)}, {"vision": HIDDEN}, {"embeddings_per_sample"}, False),
             ({"language": (True, False)}, {"language": HIDDEN}, {"input_ids", "position_ids"}, 0),
             ({"language": (False, True)}, LOSSES, {"labels", "loss_mask"}, True),
-            ({"language": (True, True)}, LOSSES, set(KEYS) - {"modality_inputs"}, True),
-            ({"vision": (True, True), "language": (True, True)}, LOSSES, set(KEYS), True),
+            ({"language": (True, True)}, LOSSES, PLAIN_KEYS - {"modality_inputs"}, True),
+            ({"vision": (True, True), "language": (True, True)}, LOSSES, PLAIN_KEYS | INPUTS, True),
         ],
-        ids=["encoder", "first of language", "last of language", "language", "all"],
+        ids=[
+            "encoder",
+            "first of encoder",
+            "last of encoder",
+            "first of language",
+            "last of language",
+            "language",
+            "all",
+        ],
     )
     def test_a_rank_takes_what_its_stages_need(
         self, stages: dict[str, Any], output: Any, given: set[str], is_terminal: bool
@@ -134,14 +152,30 @@ class TestRoles:
         model = Recorder(stages, output)
         assert ran(model, iter([microbatch()])) == (given, kind, not is_terminal)
 
-    @pytest.mark.parametrize("stages", [{"language": (False, False)}, {"vision": (False, True)}])
-    def test_a_rank_in_the_middle_reads_nothing(self, stages: dict[str, Any]) -> None:
+    def test_the_middle_of_an_encoder_reads_nothing(self) -> None:
         def untouched() -> Iterator[Any]:
             raise AssertionError("it was read")
             yield
 
+        stages = {"vision": (False, False)}
         assert ran(Recorder(stages, {"vision": HIDDEN}), untouched()) == (set(), "dict", True)
         assert ran(Recorder(stages, {"vision": HIDDEN}), None) == (set(), "dict", True)
+
+    @pytest.mark.parametrize("stage", [(True, False), (False, False), (False, True)])
+    def test_every_stage_of_the_language_model_knows_where_packed_samples_end(
+        self, stage: tuple[bool, bool]
+    ) -> None:
+        given = microbatch() | {"packing_kwargs": {"cu_seqlens_q": torch.tensor([0, 5, 9])}}
+        found = ran(Recorder({"language": stage}, LOSSES), iter([given]))
+        assert "packing_kwargs" in found[0]
+        assert (
+            "packing_kwargs"
+            not in ran(Recorder({"language": stage}, LOSSES), iter([microbatch()]))[0]
+        )
+
+    def test_the_middle_of_the_language_model_needs_no_data(self) -> None:
+        stages = {"language": (False, False)}
+        assert ran(Recorder(stages, {"language": HIDDEN}), None) == (set(), "dict", True)
 
     @pytest.mark.parametrize(
         ("stages", "data", "says"),
@@ -160,6 +194,11 @@ class TestRoles:
                 {"vision": (True, True)},
                 iter([{"labels": LOSSES}]),
                 "rank 0, first stage of vision: the microbatch has no input_ids",
+            ),
+            (
+                {"vision": (False, True)},
+                iter([{"labels": LOSSES}]),
+                "rank 0, last stage of vision: the microbatch has no input_ids",
             ),
             (
                 {"language": (True, False)},

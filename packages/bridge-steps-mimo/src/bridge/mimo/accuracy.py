@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from bridge.training.callbacks import Callback, CallbackContext
 from bridge.training.megatron_import import quiet_import
-from bridge.training.mimo_step import KEYS, get_batch
+from bridge.training.mimo_step import inputs_of
 
 with quiet_import():
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -53,12 +53,13 @@ def count_step(
     """Run one microbatch without its labels; the loss function counts what is right.
 
     Returns:
-        The logits, [batch, sequence, vocabulary of this rank], and their loss function, which
-        returns ``[right answers, answers]`` (int64).
+        Where the language model ends, the logits, [batch, sequence, vocabulary of this rank], and
+        their loss function, which returns ``[right answers, answers]`` (int64); elsewhere what the
+        modules there return.
     """
-    batch: dict[str, Any] = dict.fromkeys(KEYS) | (get_batch(data_iterator) or {})
-    logits, _ = model(**(batch | {"labels": None}))
-    return logits, partial(
+    batch = inputs_of(data_iterator, model)
+    output, _ = model(**(batch | {"labels": None}))
+    return output, partial(
         _count,
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],

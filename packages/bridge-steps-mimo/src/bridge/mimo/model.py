@@ -1,28 +1,30 @@
 """The multimodal model: megatron-core's, with embeddings placed without waiting for the device."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
+from bridge.mimo.modules import ImageModality
+from bridge.mimo.placement import LANGUAGE
 from bridge.mimo.sections import ProjectionConfig
 from bridge.training.megatron_import import expected_messages_held_back, quiet_import
 
 with quiet_import():
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.models.mimo.config.base_configs import MimoModelConfig
-    from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout
+    from megatron.core.models.mimo.config.role import ModuleLayout
     from megatron.core.models.mimo.model.base import MimoModel
-    from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.utils import unwrap_model
 
 if TYPE_CHECKING:
-    from bridge.mimo.model_config import MultimodalModelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
-LANGUAGE = MIMO_LANGUAGE_MODULE_KEY
-"""The name of the language model among the modules."""
+    from bridge.mimo.model_config import MultimodalModelConfig
 
 ENCODER = "encoder"
 """The name under which a modality's encoder takes its inputs."""
@@ -33,9 +35,12 @@ class MultimodalModel(MimoModel):
 
     megatron-core's, but for three things. The embeddings are put in their places without asking
     the device how many places there are. A wrong number of them is an error on the device.
-    And in training, where all modules are on all ranks, an encoder of which a microbatch has no
-    input is run on a blank one that has no place: its gradients are then zeros, not absent, and
-    the ranks reduce and gather in one order, whatever their microbatches hold.
+    And in training an encoder of which a microbatch has no input is run on a blank one that has no
+    place: its gradients are then zeros, not absent, and the ranks reduce and gather in one order,
+    whatever their microbatches hold.
+
+    Where modules are on ranks of their own, this rank holds one, and whoever calls the last stage
+    of an encoder says how many embeddings are each sample's.
     """
 
     pg_collection: Any
@@ -45,6 +50,9 @@ class MultimodalModel(MimoModel):
 
     _blank: frozenset[str] = frozenset()
     """The modalities whose inputs in this pass are blank."""
+    _embeddings_per_sample: Mapping[str, list[int]]
+    _configs: Mapping[str, "TransformerConfig"]
+    """Of each module, by its name."""
 
     def forward(
         self,
@@ -55,6 +63,7 @@ class MultimodalModel(MimoModel):
         labels: torch.Tensor | None = None,
         modality_inputs: dict[str, dict[str, Any]] | None = None,
         packing_kwargs: dict[str, Any] | None = None,
+        embeddings_per_sample: Mapping[str, list[int]] | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Run the modules of this rank.
 
@@ -66,15 +75,18 @@ class MultimodalModel(MimoModel):
             labels: The tokens to predict, [batch, sequence]; None for logits in place of losses.
             modality_inputs: ``{modality: {encoder: arguments}}``; an absent modality has no item.
             packing_kwargs: megatron-core's boundaries of packed sequences.
+            embeddings_per_sample: By modality, for the last stage of an encoder on ranks of its
+                own: each copy of the language model gets those of its samples.
 
         Returns:
             The language model's output (a dict of outputs where it does not end), and the mask.
         """
         inputs = {name: given for name, given in (modality_inputs or {}).items() if given}
-        if self.role.mode is ModuleLayout.COLOCATED and torch.is_grad_enabled():
-            blank = {name: self._blank_inputs(name) for name in self._trained_without(inputs)}
+        if not self._is_colocated or torch.is_grad_enabled():
+            blank = {name: self._blank_inputs(name) for name in self._to_run_without(inputs)}
             self._blank = frozenset(blank)
             inputs |= blank
+        self._embeddings_per_sample = embeddings_per_sample or {}
         try:
             output: tuple[Any, torch.Tensor | None] = super().forward(
                 input_ids,
@@ -163,14 +175,107 @@ class MultimodalModel(MimoModel):
             modules[LANGUAGE] = self.language_model
         return modules
 
-    def _trained_without(self, inputs: Mapping[str, Any]) -> Iterator[str]:
-        """Yield the modalities on this rank that are trained and of which there is no item."""
+    # --- what the loop asks where each module is on ranks of its own (bridge.training.contracts)
+
+    def own_module(self) -> tuple[torch.nn.Module, "TransformerConfig"]:
+        """Return the only module on this rank, and its config."""
+        [(name, module)] = self.modules_on_this_rank().items()
+        return module, self._configs[name]
+
+    def replace_own_module(self, wrapped: torch.nn.Module) -> None:
+        """Put the module, wrapped for training, in its place."""
+        [name] = self.modules_on_this_rank()
+        if name == LANGUAGE:
+            self.language_model = wrapped
+        else:
+            self.modality_submodules[name] = wrapped
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return what a checkpoint holds; names do not tell how the modules are placed."""
+        with self._unwrapped():
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[no-untyped-call, no-any-return]
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Take what `sharded_state_dict` names."""
+        with self._unwrapped():
+            return super().load_state_dict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _unwrapped(self) -> Iterator[None]:
+        """Take the module on this rank out of its wrapper for a while."""
+        if self._is_colocated:
+            yield
+            return
+        wrapped, _ = self.own_module()
+        self.replace_own_module(unwrap_model(wrapped))
+        try:
+            yield
+        finally:
+            self.replace_own_module(wrapped)
+
+    # --- encoders
+
+    @property
+    def _is_colocated(self) -> bool:
+        return bool(self.role.mode is ModuleLayout.COLOCATED)
+
+    def _forward_encoders(
+        self,
+        input_ids: torch.Tensor | None,
+        modality_inputs: dict[str, dict[str, Any]] | None,
+        input_tensors: dict[str, torch.Tensor] | None,
+    ) -> dict[str, torch.Tensor]:
+        """Run the stage of the encoder that is on this rank."""
+        [name] = self.role.modality_module_names
+        output: torch.Tensor = self.modality_submodules[name](
+            encoder_inputs=(modality_inputs or {}).get(name),
+            hidden_states=(input_tensors or {}).get(name),
+        )
+        if self.role.is_last_stage(name):
+            output = self._for_samples(output, name)
+        return {name: output}
+
+    def _for_samples(self, output: torch.Tensor, name: str) -> torch.Tensor:
+        """Check the number of embeddings, and mark which sample's they are; none of a blank one."""
+        numbers = self._embeddings_per_sample.get(name)
+        if numbers is None:
+            raise ValueError(
+                f"rank {dist.get_rank()}, last stage of {name}: embeddings_per_sample is missing; "
+                "bridge.training.mimo_step.forward_step counts them"
+            )
+        total = sum(numbers)
+        if total == 0:
+            # The slice is copied: megatron-core may free what was sent, but not a view.
+            output = output[:0].clone()
+        if output.shape[0] != total:
+            raise ValueError(
+                f"rank {dist.get_rank()}, last stage of {name}: a microbatch has {total} tokens "
+                f"that stand for embeddings and {output.shape[0]} embeddings; give a token "
+                f"(model.special_token_ids.{name}={self.special_token_ids[name]}) for each"
+            )
+        # Where megatron-core looks, to divide them over the copies of the language model.
+        output._mimo_bridge_split_sizes = numbers  # type: ignore[attr-defined]
+        return output
+
+    def _to_run_without(self, inputs: Mapping[str, Any]) -> Iterator[str]:
+        """Yield the modalities on this rank that are run without an item.
+
+        They are those that are trained, and on ranks of their own all of them: the language model
+        waits for their embeddings, if only for none.
+        """
         for name, modality in self.modality_submodules.items():
-            if name not in inputs and any(p.requires_grad for p in modality.parameters()):
+            if name in inputs or not self.role.is_first_stage(name):
+                continue
+            if not self._is_colocated or any(p.requires_grad for p in modality.parameters()):
                 yield name
 
     def _blank_inputs(self, name: str) -> dict[str, Any]:
-        modality: Any = self.modality_submodules[name]
+        modality: Any = unwrap_model(self.modality_submodules[name])
         return {key: encoder.blank_inputs() for key, encoder in modality.encoders.items()}
 
 
@@ -184,8 +289,8 @@ def build_mimo(
     Args:
         model_config: A resolved section.
         groups_by_module: The process groups of each module that is on this rank, at least one.
-        grids: Where each module's ranks lie, for modules on separate ranks; None puts all modules
-            on all ranks, in megatron-core's own groups.
+        grids: Where each module's ranks lie, for modules on separate ranks, of which this rank has
+            one; None puts all modules on all ranks, in megatron-core's own groups.
     """
     own = next(iter(groups_by_module.values()))
     language_groups = groups_by_module.get(LANGUAGE, own)
@@ -207,6 +312,13 @@ def build_mimo(
             tp_group=language_groups.tp,
         )
     model.pg_collection, model.tp_group = language_groups, language_groups.tp
+    model._configs = {
+        LANGUAGE: language.params["config"],
+        **{
+            name: spec.submodules["encoders"][ENCODER].params["config"]  # type: ignore[index]
+            for name, spec in modalities.items()
+        },
+    }
     for name, parameter in model.named_parameters():
         if model_config.is_frozen(name):
             parameter.requires_grad_(False)
@@ -225,7 +337,7 @@ def _modality(
     encoder = model_config.encoders[name]
     projection = model_config.projections.get(name, ProjectionConfig())
     return ModuleSpec(
-        module=VisionModalitySubmodules,
+        module=ImageModality,
         params={"pg_collection": groups},
         submodules={
             "encoders": {ENCODER: encoder.spec(f"model.encoders.{name}", groups)},

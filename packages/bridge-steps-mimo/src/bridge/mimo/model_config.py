@@ -3,10 +3,14 @@
 import difflib
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-from bridge.mimo.model import LANGUAGE, MultimodalModel, build_mimo
+from bridge.mimo.model import MultimodalModel, build_mimo
+from bridge.mimo.module_ranks import SeparateRanks, module_ranks_of
+from bridge.mimo.placement import LANGUAGE, Place, picture, separate_places
 from bridge.mimo.sections import (
     LanguageModelConfig,
     ModuleParallelism,
@@ -64,6 +68,9 @@ class MultimodalModelConfig:
         vp_stage: int | None,
     ) -> MultimodalModel:
         """Build the model on the current device (see `contracts.ModelConfig.build`)."""
+        if isinstance(pg_collection, SeparateRanks):
+            groups = {pg_collection.name: pg_collection.own}
+            return build_mimo(self, groups, pg_collection.grids)
         return build_mimo(self, dict.fromkeys([LANGUAGE, *self.encoders], pg_collection))
 
     def prefixes(self) -> dict[str, str]:
@@ -101,7 +108,7 @@ class MultimodalModelConfig:
 
     def derived_fields(self, config: ConfigContainer) -> Mapping[str, tuple[Any, str]]:
         """Return the parallel sizes of each module's section, which follow from `parallelism`."""
-        derived = {}
+        derived: dict[str, tuple[Any, str]] = {}
         for path in self.sections():
             module = path.rpartition(".")[2]
             spread = self.parallelism.get(module, ModuleParallelism())
@@ -112,6 +119,11 @@ class MultimodalModelConfig:
             ):
                 reason = f"model.parallelism.{module}.{name}={getattr(spread, name)}"
                 derived[f"{path}.{name}"] = (size, reason)
+            if self.placement == "separate":
+                # Stages tell each other the shapes of what they send: images differ in number.
+                reason = "model.placement=separate"
+                derived[f"{path}.variable_seq_lengths"] = (True, reason)
+                derived[f"{path}.moe_token_dispatcher_type"] = ("alltoall", reason)
         return derived
 
     def tensor_parallel_size(self, module: str) -> int:
@@ -123,26 +135,60 @@ class MultimodalModelConfig:
             return 1
         return self.tensor_parallel_size(LANGUAGE)
 
+    def places(self, world_size: int) -> tuple[dict[str, Place], list[str]]:
+        """Return where each module is on separate ranks, and why it cannot be there."""
+        asked = {
+            name: self.parallelism.get(name, ModuleParallelism())
+            for name in (*self.encoders, LANGUAGE)
+        }
+        return separate_places(asked, world_size)
+
     def layout(self, world_size: int) -> Layout:
-        """Return the layout on `world_size` ranks: that of every module, as all are colocated."""
-        tensor = self.tensor_parallel_size(LANGUAGE)
+        """Return the layout of the language model on `world_size` ranks of all modules.
+
+        Where the modules are colocated it is that of all of them.
+        """
+        tensor, pipeline = self.tensor_parallel_size(LANGUAGE), 1
+        data = most = world_size // tensor
+        if self.placement == "separate":
+            places, _ = self.places(world_size)
+            pipeline, data = places[LANGUAGE].pipeline, places[LANGUAGE].data
+            most = max(place.data for place in places.values())
         return Layout(
             tensor=tensor,
-            pipeline=1,
+            pipeline=pipeline,
             virtual_pipeline=None,
             context=1,
             expert=1,
             expert_tensor=tensor,
-            data=world_size // tensor,
+            data=data,
             world_size=world_size,
+            most_parts=most,
         )
+
+    def layout_picture(self, world_size: int) -> str | None:
+        """Return a picture of the modules on their ranks; None where all are on all ranks."""
+        if self.placement == "colocated":
+            return None
+        places, _ = self.places(world_size)
+        return picture(places, world_size) if places else None
+
+    def module_ranks(
+        self, *, world_size: int, timeout: timedelta
+    ) -> AbstractContextManager[SeparateRanks] | None:
+        """Return what brings up the modules' process groups, for modules on separate ranks."""
+        if self.placement == "colocated":
+            return None
+        return module_ranks_of(self.places(world_size)[0], timeout)
 
     def layout_problems(self, world_size: int) -> Iterator[str]:
         """Yield why the modules do not fit on `world_size` ranks."""
         if self.placement == "separate":
-            yield (
-                "model.placement: 'separate' is not supported yet: set model.placement=colocated"
-            )
+            _, problems = self.places(world_size)
+            drawn = self.layout_picture(world_size)
+            if problems and drawn is not None:
+                problems[-1] += "".join(f"\n      {line}" for line in drawn.splitlines())
+            yield from problems
             return
         tensor = self.tensor_parallel_size(LANGUAGE)
         if tensor < 1 or world_size % tensor:
@@ -172,7 +218,7 @@ class MultimodalModelConfig:
                 f"{path}.pipeline_model_parallel_size: {spread.pipeline_model_parallel_size}; "
                 "colocated modules have no pipeline, set 1"
             )
-        if spread.rank_offset != 0:
+        if spread.rank_offset not in (None, 0):
             yield (
                 f"{path}.rank_offset: {spread.rank_offset}; colocated modules begin at rank 0, "
                 "set 0"
@@ -188,8 +234,20 @@ class MultimodalModelConfig:
                 )
         yield from self._names_problems()
         yield from self._token_problems()
+        if self.placement == "separate" and config.mixed_precision.precision == "fp16":
+            yield (
+                "mixed_precision.precision: fp16 is not supported with model.placement=separate, "
+                "where each module would scale its gradients in its own way; use bf16 or fp32"
+            )
         for path, section in self.sections().items():
             yield from section.problems(f"model.{path}")
+            stages = section.pipeline_model_parallel_size
+            if stages > 1 and section.num_layers % stages:
+                module = path.rpartition(".")[2]
+                yield (
+                    f"model.{path}.num_layers: {section.num_layers} is not a multiple of "
+                    f"model.parallelism.{module}.pipeline_model_parallel_size={stages}"
+                )
         for name, factor in self.lr_multipliers.items():
             if not (factor > 0 and math.isfinite(factor)):
                 yield (

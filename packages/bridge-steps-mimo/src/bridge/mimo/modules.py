@@ -10,6 +10,7 @@ from bridge.training.megatron_import import quiet_import
 from bridge.training.weights_init import draw_with
 
 with quiet_import():
+    from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.transformer_block import TransformerBlock
@@ -46,22 +47,30 @@ class VisionTransformer(MegatronModule):
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
         self.image_shape = (num_channels, image_size, image_size)
         self.patch_size = patch_size
-        patches = (image_size // patch_size) ** 2
-        self.patch_embedding = _linear(config, num_channels * patch_size**2)
-        self.position_embeddings = torch.nn.Parameter(torch.empty(patches, config.hidden_size))
-        draw_with(self.position_embeddings, _initializer(config))
+        stage, stages = pg_collection.pp.rank(), pg_collection.pp.size()
+        self.is_last_stage = stage == stages - 1
+        if stage == 0:
+            patches = (image_size // patch_size) ** 2
+            self.patch_embedding = _linear(config, num_channels * patch_size**2)
+            self.position_embeddings = torch.nn.Parameter(torch.empty(patches, config.hidden_size))
+            draw_with(self.position_embeddings, _initializer(config))
         self.transformer = TransformerBlock(
-            config, encoder_block_spec(config), pg_collection=pg_collection
+            config,
+            encoder_block_spec(config, pp_rank=stage),
+            pre_process=stage == 0,
+            post_process=self.is_last_stage,
+            pg_collection=pg_collection,
         )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode images.
+        """Encode images, or take them through the first stage of a pipeline.
 
         Args:
             pixels: [images, channels, height, width]; any type that converts to the weights'.
 
         Returns:
-            [images, patches, hidden size], the patches row by row.
+            [images, patches, hidden size], the patches row by row. In front of another stage
+            [patches, images, hidden size], for its `further`.
 
         Raises:
             ValueError: The images have another shape.
@@ -73,14 +82,54 @@ class VisionTransformer(MegatronModule):
             )
         patches = _patches(pixels, self.patch_size).to(self.position_embeddings.dtype)
         embedded = self.patch_embedding(patches) + self.position_embeddings
-        encoded = self.transformer(embedded.transpose(0, 1).contiguous(), attention_mask=None)
-        output: torch.Tensor = encoded.transpose(0, 1).contiguous()
-        return output
+        return self._output(
+            self.transformer(embedded.transpose(0, 1).contiguous(), attention_mask=None)
+        )
+
+    def further(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Take what the stage before has returned through this one; return as `forward`."""
+        self.transformer.set_input_tensor(hidden_states)
+        return self._output(self.transformer(hidden_states, attention_mask=None))
+
+    def _output(self, encoded: torch.Tensor) -> torch.Tensor:
+        return encoded.transpose(0, 1).contiguous() if self.is_last_stage else encoded
 
     def blank_inputs(self) -> dict[str, torch.Tensor]:
         """Return the arguments of `forward` for one image without content."""
         weight = self.position_embeddings
         return {"pixels": weight.new_zeros(1, *self.image_shape)}
+
+
+class ImageModality(VisionModalitySubmodules):
+    """An encoder and its projection: megatron-core's, but the encoder may have several stages."""
+
+    def forward(
+        self,
+        encoder_inputs: dict[str, Any] | None = None,
+        hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Encode, and project on the last stage.
+
+        Args:
+            encoder_inputs: The encoder's arguments by its name, on the first stage.
+            hidden_states: What the stage before has returned, on the others.
+
+        Returns:
+            [tokens, width of the language model]; the encoder's output in front of another stage;
+            None without an input.
+        """
+        if hidden_states is None:
+            if not encoder_inputs or self.is_last_stage:
+                embedded: torch.Tensor | None = super().forward(encoder_inputs)
+                return embedded
+            [(name, arguments)] = encoder_inputs.items()
+            passed: torch.Tensor = self.encoders[name](**arguments)
+            return passed
+        encoder: Any = next(iter(self.encoders.values()))
+        encoded: torch.Tensor = encoder.further(hidden_states)
+        if not self.is_last_stage:
+            return encoded
+        return self.project_embeddings([encoded.flatten(0, 1)], is_input=True)
 
 
 class LinearProjection(MegatronModule):
@@ -121,7 +170,7 @@ class MLPProjection(MegatronModule):
             config,
             _mlp_submodules(config),
             input_size=input_size,
-            ffn_hidden_size=config.hidden_size,
+            ffn_hidden_size=config.ffn_hidden_size,
             tp_group=pg_collection.tp,
         )
 
@@ -154,6 +203,8 @@ def _initializer(config: TransformerConfig) -> Any:
 
 def _config_of_mlp(language: TransformerConfig) -> TransformerConfig:
     config = copy.copy(language)
+    # Its second layer looks here for the width between the two, whatever the first was told.
+    config.ffn_hidden_size = language.hidden_size
     config.gated_linear_unit = False
     config.activation_func = torch.nn.functional.gelu
     config.add_bias_linear = True

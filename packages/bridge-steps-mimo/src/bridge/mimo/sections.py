@@ -29,9 +29,11 @@ class ModuleParallelism:
     pipeline_model_parallel_size: int = 1
     """Ranks that share the layers, some each."""
     data_parallel_size: int | None = None
-    """Copies of the module. None: as many as there are ranks for."""
-    rank_offset: int = 0
-    """The first of the module's ranks, for modules on separate ranks."""
+    """Copies of the module. None: as many as there are ranks for, the same for all modules that
+    leave it open."""
+    rank_offset: int | None = None
+    """The first of the module's ranks, for modules on separate ranks. None: behind those of the
+    module before it; encoders come first, the language model last."""
 
 
 @dataclass(kw_only=True)

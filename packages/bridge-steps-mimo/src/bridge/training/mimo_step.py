@@ -5,8 +5,11 @@ A microbatch is a dict of host tensors: ``input_ids`` and ``position_ids``, ``la
 ``modality_inputs``: ``{modality: {encoder: {argument: tensor}}}``, the items of all samples of the
 microbatch one after the other. A modality of which the microbatch has no item is left out.
 
+A microbatch of packed samples has ``packing_kwargs`` too (`bridge.mimo.data.samples.pack`).
+
 A rank takes what the modules on it need, as the model's role says: a first stage of an encoder its
-inputs, the first stage of the language model the tokens, its last stage labels and mask.
+inputs, the first stage of the language model the tokens, its last stage labels and mask, each of
+its stages the boundaries of packed samples.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,13 +22,17 @@ from bridge.training.losses import masked_token_loss
 from bridge.training.megatron_import import quiet_import
 
 with quiet_import():
-    from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY, RankRole
+    from megatron.core.models.mimo.config.role import (
+        MIMO_LANGUAGE_MODULE_KEY,
+        ModuleLayout,
+        RankRole,
+    )
     from megatron.core.utils import unwrap_model
 
 if TYPE_CHECKING:
     from bridge.training.state import GlobalState
 
-KEYS = ("input_ids", "labels", "loss_mask", "position_ids", "modality_inputs")
+KEYS = ("input_ids", "labels", "loss_mask", "position_ids", "modality_inputs", "packing_kwargs")
 """What a microbatch may hold; `get_batch` leaves anything else where it is."""
 
 
@@ -57,11 +64,9 @@ def forward_step(
             "model.language.overlap_moe_expert_parallel_comm=false"
         )
     role: RankRole = unwrap_model(model).role
-    required = _required_keys(role)
     state.timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, keys=_wanted_keys(role)) if required else {}
+    values = inputs_of(data_iterator, model)
     state.timers("batch-generator").stop()
-    values = dict.fromkeys(KEYS) | _checked(batch, required)
     output, loss_mask = model(**values)
     if not role.is_last_stage(MIMO_LANGUAGE_MODULE_KEY):
         return output, None
@@ -74,6 +79,41 @@ def forward_step(
         )
     # A model that cut the sequence for context parallelism has cut the mask as well.
     return output, partial(loss_func, values["loss_mask"] if loss_mask is None else loss_mask)
+
+
+def inputs_of(
+    data_iterator: Iterator[Mapping[str, Any]] | None, model: torch.nn.Module
+) -> dict[str, Any]:
+    """Read a microbatch, and return the arguments with which the model is called on this rank.
+
+    Args:
+        data_iterator: As `forward_step` takes it; it is not drawn from where nothing is needed.
+        model: The model, as wrapped for training.
+
+    Raises:
+        ValueError: The microbatch lacks what the modules of this rank need.
+    """
+    inner: Any = unwrap_model(model)
+    role: RankRole = inner.role
+    required, wanted = _required_keys(role), _wanted_keys(role)
+    values: dict[str, Any] = dict.fromkeys(KEYS)
+    if not wanted:
+        return values
+    sample = None if data_iterator is None else next(data_iterator, None)
+    if sample is None and not required:
+        return values
+    values |= _checked(sample, required, wanted)
+    ending = [name for name in role.modality_module_names if role.is_last_stage(name)]
+    if role.mode is ModuleLayout.NON_COLOCATED and sample is not None and ending:
+        values["embeddings_per_sample"] = {
+            name: _embeddings_per_sample(sample, name, inner.special_token_ids[name])
+            for name in ending
+        }
+        if not any(role.is_first_stage(name) for name in role.modules):
+            # They were counted on the host.
+            values["input_ids"] = None
+    moved: dict[str, Any] = _moved(values, torch.cuda.current_device())
+    return moved
 
 
 def loss_func(
@@ -114,8 +154,12 @@ def get_batch(
     sample = None if data_iterator is None else next(data_iterator, None)
     if sample is None:
         return None
-    device = torch.cuda.current_device()
-    return {key: _moved(sample[key], device) for key in keys if sample.get(key) is not None}
+    moved: dict[str, Any] = _moved(_present(sample, keys), torch.cuda.current_device())
+    return moved
+
+
+def _present(sample: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: sample[key] for key in keys if sample.get(key) is not None}
 
 
 def _required_keys(role: RankRole) -> dict[str, tuple[str, ...]]:
@@ -127,6 +171,8 @@ def _required_keys(role: RankRole) -> dict[str, tuple[str, ...]]:
     for name in role.modality_module_names:
         if role.is_first_stage(name):
             required[_stage(name, "first")] = ("input_ids",)
+        elif role.is_last_stage(name):
+            required[_stage(name, "last")] = ("input_ids",)
     if role.is_first_stage(MIMO_LANGUAGE_MODULE_KEY):
         required[_stage(MIMO_LANGUAGE_MODULE_KEY, "first")] = ("input_ids", "position_ids")
     if role.is_last_stage(MIMO_LANGUAGE_MODULE_KEY):
@@ -138,18 +184,33 @@ def _wanted_keys(role: RankRole) -> set[str]:
     wanted = {key for keys in _required_keys(role).values() for key in keys}
     if any(role.is_first_stage(name) for name in role.modality_module_names):
         wanted.add("modality_inputs")
+    if role.has_language_module:
+        wanted.add("packing_kwargs")
     return wanted
 
 
+def _embeddings_per_sample(sample: Mapping[str, Any], name: str, token: int) -> list[int]:
+    """Count the embeddings of each sample, on the host."""
+    places = (sample["input_ids"] == token).sum(dim=1)
+    items = sample.get("item_counts", {}).get(name)
+    if items is not None and places.numel() != items.numel():
+        # Packed samples stand in one row; an item is as long as the others.
+        places = items * (places.sum() // items.sum().clamp(min=1))
+    return [int(number) for number in places.tolist()]
+
+
 def _checked(
-    batch: dict[str, Any] | None, required: Mapping[str, Collection[str]]
+    sample: Mapping[str, Any] | None,
+    required: Mapping[str, Collection[str]],
+    wanted: Collection[str],
 ) -> dict[str, Any]:
-    """Return the microbatch of this rank, or say what it lacks."""
-    if batch is None:
+    """Return what is wanted of a microbatch, or say what it lacks."""
+    if sample is None:
         raise ValueError(
             f"rank {_rank()}, {' and '.join(required)}: there is no microbatch (no data iterator, "
             "or it is exhausted); give this rank an iterator over its microbatches"
         )
+    batch = _present(sample, wanted)
     for stage, keys in required.items():
         missing = [key for key in keys if key not in batch]
         if missing:

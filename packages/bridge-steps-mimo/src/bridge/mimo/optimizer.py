@@ -1,0 +1,87 @@
+"""megatron-core's optimizer over modules on ranks of their own, without its waits for the device.
+
+The norm of the gradients is that of all modules, and each is clipped by it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from bridge.training.megatron_import import quiet_import
+
+with quiet_import():
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+    from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+class ModulesOptimizer(MimoOptimizer):
+    """megatron-core's MimoOptimizer, for float32 and bf16: no gradient overflows.
+
+    So no rank has to ask the others before its step. Where the kernels allow it (as with one
+    module), nothing waits for the norm either.
+    """
+
+    @classmethod
+    def over(
+        cls,
+        grids: Mapping[str, HyperCommGrid],
+        name: str,
+        own: Any,
+        groups: ProcessGroupCollection,
+        config: Any,
+    ) -> Self:
+        """Make the optimizer.
+
+        Args:
+            grids: The ranks of every module.
+            name: The module on this rank.
+            own: Its optimizer; None where all of it is frozen.
+            groups: Its process groups.
+            config: megatron-core's OptimizerConfig.
+        """
+        infos = {
+            module: ModuleOptimizerInfo(
+                optimizer=own if module == name else None,
+                grid=grid,
+                pg_collection=groups if module == name else None,
+                is_active=module == name,
+            )
+            for module, grid in grids.items()
+        }
+        return cls(infos, config)
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> Any:
+        """Return the L2 norm of the gradients of all modules: on the device where possible."""
+        squares = torch.zeros(
+            len(self.module_infos), device=torch.cuda.current_device(), dtype=torch.float32
+        )
+        for index, (_, info) in enumerate(sorted(self.module_infos.items())):
+            if info.optimizer is not None:
+                squares[index : index + 1] = info.optimizer.get_grad_norm() ** 2
+        # A module's ranks have the same number, and the others 0.
+        dist.all_reduce(squares, op=dist.ReduceOp.MAX)
+        norm = squares.sum(dim=0, keepdim=True).sqrt()
+        return norm if clip_grads.multi_tensor_scale_tensor_impl is not None else norm.item()
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, Any, int | None]:
+        """Clip by the norm of all gradients and step; return True, the norm, and zeros if asked."""
+        self.prepare_grads()
+        norm = self.get_grad_norm()
+        for optimizer in self._active_optimizers:
+            parameters: list[torch.Tensor] = list(optimizer.get_parameters())
+            if parameters and self.config.clip_grad > 0.0:
+                clip_grads.clip_grad_by_total_norm_fp32(
+                    parameters,
+                    max_norm=self.config.clip_grad,
+                    total_norm=norm,
+                    use_decoupled_grad=self.config.use_precision_aware_optimizer,
+                )
+        zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
+        self.step_with_ready_grads()
+        return True, norm, zeros

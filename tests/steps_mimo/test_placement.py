@@ -1,0 +1,155 @@
+"""Where modules are on ranks of their own, what is refused, and the picture of it."""
+
+from typing import Any
+
+import pytest
+
+from bridge.mimo.placement import Place, picture, separate_places
+from bridge.mimo.sections import ModuleParallelism
+from bridge.training.config import ConfigError, MixedPrecisionConfig, TrainConfig, resolve
+from mimo_models import mimo_run, tiny_mimo
+
+
+def modules(**asked: dict[str, int]) -> dict[str, ModuleParallelism]:
+    """Return settings of an encoder and the language model, in their order."""
+    return {
+        name: ModuleParallelism(
+            **{
+                f"{key}_size" if key != "rank_offset" else key: number
+                for key, number in asked.get(name, {}).items()
+            }
+        )
+        for name in ("vision", "language")
+    }
+
+
+def offsets_and_copies(
+    world_size: int, **asked: dict[str, int]
+) -> dict[str, tuple[int, int]] | list[str]:
+    places, problems = separate_places(modules(**asked), world_size)
+    return problems or {name: (place.offset, place.data) for name, place in places.items()}
+
+
+class TestDefaults:
+    def test_one_rank_each_on_two(self) -> None:
+        assert offsets_and_copies(2) == {"vision": (0, 1), "language": (1, 1)}
+
+    def test_open_copies_are_as_many_as_there_are_ranks_for(self) -> None:
+        assert offsets_and_copies(6) == {"vision": (0, 3), "language": (3, 3)}
+        tensor = {"tensor_model_parallel": 2}
+        assert offsets_and_copies(6, language=tensor) == {"vision": (0, 2), "language": (2, 2)}
+        two = {"data_parallel": 2}
+        assert offsets_and_copies(6, vision=two) == {"vision": (0, 2), "language": (2, 4)}
+
+    def test_an_offset_moves_a_module_in_front_of_another(self) -> None:
+        asked = {"rank_offset": 1, "data_parallel": 1}
+        found = offsets_and_copies(2, vision=asked, language={"rank_offset": 0})
+        assert found == {"vision": (1, 1), "language": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "asked", "says"),
+    [
+        (1, {}, "1 of the 1 ranks are left for vision and language, whose copies take 2"),
+        (3, {}, "3 of the 3 ranks are left for vision and language, whose copies take 2"),
+        (
+            3,
+            {"vision": {"data_parallel": 1}, "language": {"data_parallel": 1}},
+            "no module is on rank 2 of 3",
+        ),
+        (
+            3,
+            {"language": {"rank_offset": 2, "data_parallel": 1}, "vision": {"data_parallel": 1}},
+            "no module is on rank 1 of 3",
+        ),
+        (
+            2,
+            {"language": {"rank_offset": 0, "data_parallel": 2}, "vision": {"data_parallel": 1}},
+            "vision and language are both on rank 0",
+        ),
+        (
+            2,
+            {"language": {"data_parallel": 2}, "vision": {"data_parallel": 1}},
+            "language would be on rank 2, and there are 2 ranks; start 3",
+        ),
+        (
+            5,
+            {"language": {"data_parallel": 3}, "vision": {"data_parallel": 2}},
+            "vision.data_parallel_size: 2 is neither a multiple nor a divisor",
+        ),
+        (2, {"vision": {"data_parallel": 0}}, "vision.data_parallel_size: 0; give a number of at"),
+        (2, {"vision": {"tensor_model_parallel": 0}}, "vision.tensor_model_parallel_size: 0; give"),
+        (2, {"language": {"rank_offset": -1}}, "language.rank_offset: -1; give a number of at lea"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    world_size: int, asked: dict[str, dict[str, int]], says: str
+) -> None:
+    _, problems = separate_places(modules(**asked), world_size)
+    assert len(problems) == 1
+    assert says in problems[0]
+
+
+class TestPicture:
+    def test_each_rank_is_a_column(self) -> None:
+        places = {
+            "vision": Place(offset=0, tensor=1, pipeline=1, data=1),
+            "language": Place(offset=1, tensor=2, pipeline=2, data=1),
+        }
+        assert picture(places, 4).splitlines() == [
+            "rank      0         1         2         3         (4)",
+            "vision    s0 r0 t0  .         .         .         .",
+            "language  .         s0 r0 t0  s0 r0 t1  s1 r0 t0  s1 r0 t1",
+            "(s pipeline stage, r replica, t tensor-parallel rank)",
+        ]
+
+    def test_ranks_come_in_blocks_and_many_in_words(self) -> None:
+        blocks = picture({"language": Place(offset=0, tensor=1, pipeline=1, data=9)}, 9)
+        assert [line.split()[:2] for line in blocks.splitlines()[:4]] == [
+            ["rank", "0"],
+            ["language", "s0"],
+            ["rank", "8"],
+            ["language", "s0"],
+        ]
+        words = picture({"language": Place(offset=0, tensor=8, pipeline=2, data=4)}, 64)
+        assert words == "language  ranks 0 to 63: 8 tensor-parallel x 2 stages x 4 replicas"
+
+
+class TestReport:
+    def refused(self, world_size: int, fields: dict[str, Any], **sections: Any) -> str:
+        model = tiny_mimo(placement="separate", **fields)
+        with pytest.raises(ConfigError) as caught:
+            resolve(mimo_run("unused", model, **sections), device="cpu", world_size=world_size)
+        return str(caught.value)
+
+    def test_it_shows_the_picture_of_a_bad_layout(self) -> None:
+        overlapping = modules(
+            vision={"data_parallel": 1}, language={"rank_offset": 0, "data_parallel": 2}
+        )
+        text = self.refused(2, {"parallelism": overlapping})
+        assert "are both on rank" in text
+        assert "\n      vision    s0 r0 t0" in text
+
+    def test_samples_must_make_equal_parts(self) -> None:
+        three = modules(vision={"data_parallel": 3}, language={"data_parallel": 1})
+        text = self.refused(4, {"parallelism": three})
+        assert "are 2 samples, which do not make 3 equal parts" in text
+
+    def test_layers_must_fill_the_stages(self) -> None:
+        stages = modules(language={"pipeline_model_parallel": 4}, vision={"data_parallel": 1})
+        text = self.refused(5, {"parallelism": stages})
+        assert "model.language.num_layers: 2 is not a multiple of" in text
+
+    def test_loss_scales_of_modules_would_part(self) -> None:
+        half = MixedPrecisionConfig(precision="fp16")
+        text = self.refused(2, {}, mixed_precision=half)
+        assert "fp16 is not supported with model.placement=separate" in text
+
+    def test_a_good_layout_is_that_of_the_language_model(self) -> None:
+        asked = modules(vision={"data_parallel": 4}, language={"pipeline_model_parallel": 2})
+        model = tiny_mimo(placement="separate", parallelism=asked)
+        train = TrainConfig(train_iters=1, global_batch_size=8, micro_batch_size=2)
+        config = resolve(mimo_run("unused", model, train=train), device="cpu", world_size=8)
+        layout = config.model.layout(8)  # type: ignore[attr-defined]
+        assert (layout.pipeline, layout.data, layout.most_parts) == (2, 2, 4)
+        assert config.model.language.variable_seq_lengths  # type: ignore[attr-defined]

@@ -1,0 +1,188 @@
+"""Layouts of a tiny multimodal model, and what its first steps come to under each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron.core.optimizer import OptimizerConfig
+
+from bridge.mimo.sections import ModuleParallelism
+from bridge.training.config import ConfigContainer, TrainConfig
+from bridge.training.contracts import DataRequest, DataSplits
+from bridge.training.mimo_step import forward_step
+from mimo_models import microbatch, mimo_run, sample, tiny_mimo
+from training_runs import a_run, one_step
+from whole_gradients import Gradients, whole_gradients
+
+MICRO_BATCH, GLOBAL_BATCH = 4, 16
+
+MIXED = [1, 2, 0, 0, 0, 0, 0, 0, 2, 0, 1, 1, 0, 0, 0, 2]
+"""Numbers of images: in samples, in microbatches and in parts of microbatches of all kinds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How many ranks share a module."""
+
+    data: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.data * self.tensor * self.pipeline
+
+    @property
+    def name(self) -> str:
+        sizes = (("DP", self.data), ("TP", self.tensor), ("PP", self.pipeline))
+        return " ".join(f"{name}{size}" for name, size in sizes if size > 1) or "1"
+
+    def parallelism(self) -> ModuleParallelism:
+        return ModuleParallelism(
+            tensor_model_parallel_size=self.tensor,
+            pipeline_model_parallel_size=self.pipeline,
+            data_parallel_size=self.data,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MimoLayout:
+    """Modules on ranks of their own; without a vision layout all of them on all ranks."""
+
+    language: Sizes
+    vision: Sizes | None = None
+
+    @property
+    def ranks(self) -> int:
+        return self.language.ranks + (self.vision.ranks if self.vision else 0)
+
+    @property
+    def name(self) -> str:
+        if self.vision is None:
+            return f"colocated {self.language.name}"
+        return f"vision {self.vision.name}, language {self.language.name}"
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of a model section that ask for it."""
+        if self.vision is None:
+            language = ModuleParallelism(tensor_model_parallel_size=self.language.tensor)
+            return {"parallelism": {"language": language}}
+        modules = {"vision": self.vision, "language": self.language}
+        return {
+            "placement": "separate",
+            "parallelism": {name: sizes.parallelism() for name, sizes in modules.items()},
+        }
+
+
+ALONE = MimoLayout(language=Sizes())
+
+
+@dataclass
+class Chosen:
+    """A dataset whose samples have given numbers of images, and 4 tokens of text or more."""
+
+    images: list[int]
+    validation: int = 0
+    """The first of them are validation data too."""
+    numbered: bool = False
+    """Say in the positions which sample it is."""
+
+    def build(self, request: DataRequest) -> DataSplits:
+        samples = [sample(n, 4 + (i % 4) * (n == 0), seed=i) for i, n in enumerate(self.images)]
+        if self.numbered:
+            for number, numbered in enumerate(samples):
+                numbered["position_ids"] = numbered["position_ids"] * 0 + number
+        return DataSplits(
+            train=samples,
+            validation=samples[: self.validation],
+            shuffle=False,
+            collate=lambda batch: microbatch(*batch),
+        )
+
+
+def run_in_layout(
+    directory: Path,
+    layout: MimoLayout,
+    normalization: Literal["token", "microbatch"] = "token",
+    **model: Any,
+) -> ConfigContainer:
+    """Return a run whose samples have the images of `MIXED`; `model` are fields of the model."""
+    return mimo_run(
+        directory,
+        tiny_mimo(**(layout.fields() | model)),
+        dataset=Chosen(MIXED),
+        train=TrainConfig(
+            train_iters=3,
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=MICRO_BATCH,
+            loss_normalization=normalization,
+        ),
+        optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4, weight_decay=0.1, clip_grad=0.5),
+    )
+
+
+@dataclass(kw_only=True)
+class Steps:
+    """What some steps came to."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    gradients: Gradients
+    """Of the first step, reduced over the ranks and not clipped."""
+
+
+def train_steps(config: ConfigContainer, steps: int = 3) -> Steps:
+    """Train on this rank."""
+    gradients: list[Gradients] = []
+
+    def keep() -> None:
+        if not gradients:
+            gradients.append(
+                whole_gradients(run.model, run.ranks.own_groups, lambda weight: weight.main_grad)
+            )
+
+    found = Steps(losses=[], grad_norms=[], gradients={})
+    with a_run(config, forward_step) as run:
+        for _ in range(steps):
+            result = one_step(run, reducer=run.reducer, before_optimizer_step=keep)
+            found.losses.append(result.metrics["lm loss"] or 0.0)
+            found.grad_norms.append(float(result.grad_norm or 0.0))
+    [found.gradients] = gradients
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deviations:
+    """How far some steps are from those of one process."""
+
+    loss: float
+    grad_norm: float
+    encoder: float
+    """Largest difference of a gradient, as a part of the largest gradient of the encoder."""
+    language: float
+
+
+def deviations(found: Steps, alone: Steps) -> Deviations:
+    """Compare."""
+    assert found.gradients.keys() == alone.gradients.keys()
+
+    def of_gradients(prefix: str) -> float:
+        names = [name for name in alone.gradients if name.startswith(prefix)]
+        largest = max(float(alone.gradients[name].abs().max()) for name in names)
+        # Rows that only pad a vocabulary are in no checkpoint.
+        return max(
+            float((found.gradients[name] - alone.gradients[name]).nan_to_num().abs().max())
+            / largest
+            for name in names
+        )
+
+    return Deviations(
+        loss=_relative(found.losses, alone.losses),
+        grad_norm=_relative(found.grad_norms, alone.grad_norms),
+        encoder=of_gradients("modality_submodules."),
+        language=of_gradients("language_model."),
+    )
+
+
+def _relative(found: list[float], wanted: list[float]) -> float:
+    return max(abs(a / b - 1) for a, b in zip(found, wanted, strict=True))
