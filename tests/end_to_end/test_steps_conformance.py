@@ -1,0 +1,287 @@
+"""Every feature of the loop, with the GPT step, with modules colocated, and on ranks of their own.
+
+Each kind trains four times, on two ranks: through to the end, with everything that listens; until
+it is killed; from there to the end; and, in one go, the runs that end before.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
+
+from bridge.training import gpt_step, mimo_step
+from bridge.training.callbacks import Callback, CallbackContext
+from bridge.training.config import ConfigContainer, TrainConfig
+from bridge.training.model_building import ddp_parts
+from bridge.training.pretrain import TrainResult, pretrain
+from gpt_models import tiny_gpt
+from mimo_layout_runs import MIXED, Chosen
+from mimo_models import mimo_run, tiny_mimo
+from ranks import RankFailure, run_ranks
+from training_runs import TokenData, Weights, gpt_run, rows
+
+RANKS, STEPS = 2, 6
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is trained, and the step that does it."""
+
+    name: str
+    make: Callable[[Path], ConfigContainer]
+    step: Callable[..., Any]
+
+    def run(self, directory: Path, steps: int = STEPS, **train: Any) -> ConfigContainer:
+        """Return a run of `STEPS` steps that is evaluated every third and saved every second."""
+        config = self.make(directory)
+        sizes = {"global_batch_size": 8, "micro_batch_size": 2}
+        config.train = TrainConfig(train_iters=steps, **(sizes | train))
+        config.scheduler.lr_decay_iters = STEPS
+        config.validation.eval_interval = 3
+        config.checkpoint.save_interval = 2
+        config.checkpoint.keep_last = 0
+        return config
+
+
+def gpt(directory: Path) -> ConfigContainer:
+    return gpt_run(directory, tiny_gpt(), dataset=TokenData(validation=8))
+
+
+def mimo(placement: Literal["colocated", "separate"]) -> Callable[[Path], ConfigContainer]:
+    return lambda directory: mimo_run(
+        directory, tiny_mimo(placement=placement), dataset=Chosen(MIXED, validation=8)
+    )
+
+
+KINDS = [
+    Kind("gpt", gpt, gpt_step.forward_step),
+    Kind("colocated", mimo("colocated"), mimo_step.forward_step),
+    Kind("separate", mimo("separate"), mimo_step.forward_step),
+]
+
+
+@dataclass
+class Listener(Callback):
+    """Notes what happens; collects data that is no loss."""
+
+    events: list[str] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    collected: list[int] = field(default_factory=list)
+    kill_at: int | None = None
+    stop_at: int | None = None
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        self.events.append("start")
+
+    def on_step_start(self, context: CallbackContext) -> None:
+        step = context.state.train_state.step
+        if step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.stop_at and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_before_optimizer_step(self, context: CallbackContext) -> None:
+        squares = [
+            float((weight.main_grad**2).sum())
+            for part in ddp_parts(context.model)
+            for weight in part.parameters()
+        ]
+        self.norms.append(sum(squares))
+
+    def on_evaluate_end(self, context: CallbackContext, results: dict[str, float | None]) -> None:
+        self.events.append(f"evaluated {context.state.train_state.step}")
+        self.collected.append(len(context.collect_non_loss_data()))
+        results["mine"] = 1.5
+
+    def on_log(self, context: CallbackContext, metrics: dict[str, float | None]) -> None:
+        metrics["extra"] = float(context.state.train_state.step)
+
+    def on_checkpoint_save(self, context: CallbackContext, path: Path) -> None:
+        self.events.append(f"saved {path.name}")
+
+    def on_train_end(self, context: CallbackContext) -> None:
+        self.events.append("end")
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What a rank has of all the runs of a kind."""
+
+    result: TrainResult
+    weights: dict[str, torch.Tensor]
+    listener: Listener
+    continued: dict[str, torch.Tensor]
+    stopped: TrainResult
+    resumed_after_stop: TrainResult
+    messages: dict[str, str]
+    skipped: TrainResult
+
+
+@dataclass(kw_only=True)
+class Runs:
+    """A kind's runs: what each rank has, and where the files are."""
+
+    ranks: list[Found]
+    place: Path
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.name)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    kind: Kind = request.param
+    place = tmp_path_factory.mktemp(kind.name)
+    with pytest.raises(RankFailure, match="died without a word"):
+        run_ranks(RANKS, killed, kind, place, timeout=60)
+    return Runs(ranks=run_ranks(RANKS, all_runs, kind, place, timeout=110), place=place)
+
+
+def killed(kind: Kind, place: Path) -> None:
+    pretrain(kind.run(place / "killed"), kind.step, [Listener(kill_at=5)])
+
+
+def all_runs(kind: Kind, place: Path) -> Found:
+    listener = Listener()
+    config = kind.run(place / "whole")
+    config.logger.tensorboard = True
+    result, weights = trained_with(config, kind, listener)
+    config = kind.run(place / "killed")
+    config.checkpoint.resume = True
+    _, continued = trained_with(config, kind, Listener())
+    stopped = pretrain(kind.run(place / "stopped"), kind.step, [Listener(stop_at=2)])
+    config = kind.run(place / "stopped")
+    config.checkpoint.resume = True
+    resumed = pretrain(config, kind.step)
+    messages = {}
+    for action in ("raise", "raise_at_once"):
+        try:
+            pretrain(kind.run(place / action, nan_action=action), broken(kind.step))
+        except FloatingPointError as error:
+            messages[action] = str(error)
+    skipped = pretrain(kind.run(place / "skip", nan_action="skip"), broken(kind.step))
+    return Found(
+        result=result,
+        weights=weights,
+        listener=listener,
+        continued=continued,
+        stopped=stopped,
+        resumed_after_stop=resumed,
+        messages=messages,
+        skipped=skipped,
+    )
+
+
+def trained_with(
+    config: ConfigContainer, kind: Kind, listener: Listener
+) -> tuple[TrainResult, dict[str, torch.Tensor]]:
+    weights = Weights()
+    result = pretrain(config, kind.step, [listener, weights])
+    return result, weights.parameters
+
+
+def broken(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a step whose losses are NaN in the third training step."""
+
+    def broken_step(state: Any, data_iterator: Any, model: Any) -> Any:
+        output, loss_function = step(state, data_iterator, model)
+        if loss_function is None or state.train_state.step != 2 or not torch.is_grad_enabled():
+            return output, loss_function
+
+        def broken_loss(output: torch.Tensor) -> Any:
+            loss, *rest = loss_function(output)
+            return (loss * float("nan"), *rest)
+
+        return output, broken_loss
+
+    return broken_step
+
+
+def test_callbacks_hear_everything_on_every_rank(runs: Runs) -> None:
+    expected = [
+        "start",
+        "saved step-0000002",
+        "evaluated 3",
+        "saved step-0000004",
+        "evaluated 6",
+        "saved step-0000006",
+        "end",
+    ]
+    for found in runs.ranks:
+        assert found.listener.events == expected
+        assert len(found.listener.norms) == STEPS
+        assert all(norm > 0 for norm in found.listener.norms)
+
+
+def test_data_that_is_no_loss_is_collected_where_the_model_ends(runs: Runs) -> None:
+    collected = [found.listener.collected for found in runs.ranks]
+    separate = "separate" in runs.place.name
+    assert collected == ([[0, 0], [4, 4]] if separate else [[2, 2], [2, 2]])
+
+
+def test_ranks_agree_on_metrics_and_validation(runs: Runs) -> None:
+    first, second = runs.ranks
+    assert first.result.validation == second.result.validation
+    assert first.result.validation["mine"] == 1.5
+    assert first.result.metrics["lm loss"] == second.result.metrics["lm loss"]
+    assert first.result.consumed_samples == STEPS * 8
+
+
+def test_rows_have_losses_rates_norms_and_throughput(runs: Runs) -> None:
+    steps = [row for row in rows(runs.place / "whole") if "lm loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    for row in steps:
+        assert row["grad_norm"] > 0
+        assert row["tokens_per_s"] == pytest.approx(
+            row["samples_per_s"] * row["consumed_tokens"] / row["consumed_samples"]
+        )
+        assert row["extra"] == row["step"]
+    validated = [row["step"] for row in rows(runs.place / "whole") if "validation/lm loss" in row]
+    assert validated == [3, 6]
+
+
+def test_tensorboard_has_the_same_numbers(runs: Runs) -> None:
+    events = EventAccumulator(str(runs.place / "whole" / "tensorboard"))
+    events.Reload()
+    curve = {event.step: event.value for event in events.Scalars("lm loss")}
+    assert curve == {
+        row["step"]: pytest.approx(row["lm loss"], rel=1e-6)
+        for row in rows(runs.place / "whole")
+        if "lm loss" in row
+    }
+
+
+def test_a_killed_run_goes_on_bit_for_bit(runs: Runs) -> None:
+    def comparable(name: str) -> list[dict[str, Any]]:
+        left_out = ("step_time_s", "tokens_per_s", "samples_per_s", "images_per_s")
+        return [
+            {key: value for key, value in row.items() if key not in left_out}
+            for row in rows(runs.place / name)
+        ]
+
+    assert comparable("killed") == comparable("whole")
+    for found in runs.ranks:
+        assert found.weights.keys() == found.continued.keys()
+        for name, weight in found.weights.items():
+            assert torch.equal(found.continued[name], weight), name
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(runs: Runs) -> None:
+    for found in runs.ranks:
+        assert (found.stopped.reason, found.stopped.step) == ("SIGTERM", 3)
+        assert (found.resumed_after_stop.reason, found.resumed_after_stop.step) == ("finished", 6)
+        assert found.resumed_after_stop.metrics["lm loss"] == found.result.metrics["lm loss"]
+
+
+def test_a_nan_is_an_error_on_every_rank_or_a_step_left_out(runs: Runs) -> None:
+    for found in runs.ranks:
+        for action in ("raise", "raise_at_once"):
+            assert "nan at step 3, microbatch 0" in found.messages[action]
+        assert found.skipped.reason == "finished"
+    skipped = [row["skipped_steps"] for row in rows(runs.place / "skip") if "lm loss" in row]
+    assert skipped == [0, 0, 1, 0, 0, 0]
