@@ -86,6 +86,7 @@ class Chosen:
     """The first of them are validation data too."""
     numbered: bool = False
     """Say in the positions which sample it is."""
+    pack: bool = False
 
     def build(self, request: DataRequest) -> DataSplits:
         samples = [sample(n, 4 + (i % 4) * (n == 0), seed=i) for i, n in enumerate(self.images)]
@@ -96,7 +97,7 @@ class Chosen:
             train=samples,
             validation=samples[: self.validation],
             shuffle=False,
-            collate=lambda batch: microbatch(*batch),
+            collate=lambda batch: microbatch(*batch, pack=self.pack),
         )
 
 

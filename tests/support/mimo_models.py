@@ -119,9 +119,13 @@ def sample(images: int, text: int, seed: int = 0) -> dict[str, Any]:
     )
 
 
-def microbatch(*samples: dict[str, Any]) -> dict[str, Any]:
+def microbatch(*samples: dict[str, Any], pack: bool = False) -> dict[str, Any]:
     """Return a microbatch for `tiny_mimo`; of one sample with two images and one with none."""
     chosen = samples or (sample(2, 5), sample(0, 9, seed=1))
-    return Collate(special_token_ids={"vision": IMAGE}, tokens_per_item={"vision": PER_IMAGE})(
-        chosen
+    collate = Collate(
+        special_token_ids={"vision": IMAGE},
+        tokens_per_item={"vision": PER_IMAGE},
+        pack=pack,
+        multiple_of=2,
     )
+    return collate(chosen)

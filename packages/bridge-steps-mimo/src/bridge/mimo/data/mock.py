@@ -24,6 +24,8 @@ class MockDatasetConfig:
     """Images of a sample, of each encoder: a number from min_images to this, another for each."""
     min_images: int = 1
     """See max_images; 0 makes some samples text alone."""
+    pack: bool = False
+    """Put the samples of a microbatch into one row (`bridge.mimo.data.samples.pack`)."""
 
     def problems(self, config: ConfigContainer) -> Iterator[str]:
         """Yield what does not fit the model."""
@@ -57,7 +59,7 @@ class MockDatasetConfig:
             train=_MockSamples(self, model, first=0, size=self.size),
             validation=_MockSamples(self, model, first=self.size, size=self.validation_size),
             shuffle=False,
-            collate=Collate.of(model),
+            collate=Collate.of(model, pack=self.pack),
         )
 
 

@@ -2,14 +2,17 @@
 
 A sample is a dict: ``input_ids``, ``labels``, ``loss_mask`` and ``position_ids``, each [sequence],
 and ``items``: ``{modality: {argument: [items, ...]}}``, what the modality's encoder is called with.
-A sample without images leaves the modality out, or has 0 items of it.
+A sample without images leaves the modality out, or has 0 items of it. ``length`` says how many of
+its tokens come before its padding; all of them if it is not there.
 """
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 
 from bridge.mimo.model import ENCODER
 
@@ -62,8 +65,47 @@ def next_token_sample(
         "labels": labels,
         "loss_mask": loss_mask,
         "position_ids": torch.arange(seq_length),
+        "length": len(text) - 1,
         "items": dict(items or {}),
     }
+
+
+def pack(
+    samples: Sequence[Mapping[str, Any]], *, multiple_of: int = 1, padding: int = 0
+) -> dict[str, Any]:
+    """Put samples into one row, without their padding; none of them sees the others.
+
+    Args:
+        samples: What `next_token_sample` makes.
+        multiple_of: Pad the row to a multiple of this, with a sample that does not count.
+        padding: The token of that sample.
+
+    Returns:
+        ``input_ids``, ``labels``, ``loss_mask`` and ``position_ids``, each [1, tokens], and
+        ``packing_kwargs``, megatron-core's boundaries of the samples.
+    """
+    lengths = [int(sample.get("length", len(sample["input_ids"]))) for sample in samples]
+    missing = -sum(lengths) % multiple_of
+    row: dict[str, Any] = {
+        key: functional.pad(
+            torch.cat(
+                [sample[key][:length] for sample, length in zip(samples, lengths, strict=True)]
+            ),
+            (0, missing),
+            value=padding if key == "input_ids" else 0,
+        )[None]
+        for key in _TOKENS
+    }
+    if missing:
+        lengths.append(missing)
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    row["packing_kwargs"] = {
+        "cu_seqlens_q": ends,
+        "cu_seqlens_kv": ends,
+        "max_seqlen_q": max(lengths),
+        "max_seqlen_kv": max(lengths),
+    }
+    return row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +121,18 @@ class Collate:
     """The token that stands for an embedding of each modality."""
     tokens_per_item: Mapping[str, int]
     """How many of them stand for an item."""
+    pack: bool = False
+    """Put the samples of a microbatch into one row, without their padding (`pack`)."""
+    multiple_of: int = 1
+    """The length of such a row."""
 
     @classmethod
-    def of(cls, model: "MultimodalModelConfig") -> "Collate":
+    def of(cls, model: "MultimodalModelConfig", *, pack: bool = False) -> "Collate":
         """Return what makes microbatches for a model."""
+        language = model.language
         return cls(
+            pack=pack,
+            multiple_of=language.tensor_model_parallel_size if language.sequence_parallel else 1,
             special_token_ids=dict(model.special_token_ids),
             tokens_per_item={
                 name: encoder.tokens_per_image for name, encoder in model.encoders.items()
@@ -100,9 +149,13 @@ class Collate:
         counts = {name: [self._count(sample, name) for sample in samples] for name in self._names()}
         for index, sample in enumerate(samples):
             self._check(sample, index)
-        microbatch: dict[str, Any] = {
-            key: torch.stack([sample[key] for sample in samples]) for key in _TOKENS
-        }
+        microbatch: dict[str, Any]
+        if self.pack:
+            special = self.special_token_ids.values()
+            plain = next(token for token in range(len(special) + 1) if token not in special)
+            microbatch = pack(samples, multiple_of=self.multiple_of, padding=plain)
+        else:
+            microbatch = {key: torch.stack([sample[key] for sample in samples]) for key in _TOKENS}
         microbatch["modality_inputs"] = {
             name: {ENCODER: self._together(samples, name)} for name in counts if any(counts[name])
         }
