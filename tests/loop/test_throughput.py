@@ -30,6 +30,11 @@ def test_mfu_is_the_achieved_share_of_the_peak_of_all_devices() -> None:
     assert rates == pytest.approx({"tokens_per_s": 1e5, "samples_per_s": 25.0, "mfu": 0.3})
 
 
+def test_what_the_data_counts_has_a_rate_too() -> None:
+    rates = Throughput().rates(tokens=8, samples=2, seconds=2.0, items={"images": 3})
+    assert rates == {"tokens_per_s": 4.0, "samples_per_s": 1.0, "images_per_s": 1.5}
+
+
 @pytest.mark.parametrize(
     "throughput", [Throughput(flops_per_token=6e9), Throughput(peak_flops=1e15)]
 )

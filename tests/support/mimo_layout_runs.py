@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from megatron.core.optimizer import OptimizerConfig
 
+from bridge.mimo.data.samples import number_of_items
 from bridge.mimo.sections import ModuleParallelism
 from bridge.training.config import ConfigContainer, TrainConfig
 from bridge.training.contracts import DataRequest, DataSplits
@@ -98,6 +99,7 @@ class Chosen:
             validation=samples[: self.validation],
             shuffle=False,
             collate=lambda batch: microbatch(*batch, pack=self.pack),
+            items={"images": number_of_items},
         )
 
 

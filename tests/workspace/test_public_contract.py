@@ -132,6 +132,7 @@ FIELDS = {
         "fingerprint",
         "notes",
         "warnings",
+        "items",
     ],
     "bridge.training.contracts.ExportedWeight": ["shape", "parts"],
     "bridge.training.contracts.ExportRequest": [
@@ -194,11 +195,14 @@ RECIPES = [
     "gpt.llama3_1b",
     "gpt.llama3_8b",
     "mimo.mimo_digits",
+    "mimo.mimo_llava",
 ]
 
 
 def found(path: str) -> object:
-    there: object = pkgutil.resolve_name(path)
+    # What stands there, and not a module of the same name.
+    place, _, name = path.rpartition(".")
+    there: object = getattr(pkgutil.resolve_name(place), name)
     return there
 
 

@@ -235,6 +235,7 @@ class RunData:
             )
         self._order = SampleOrder(len(splits.train), shuffle=splits.shuffle, seed=config.rng.seed)
         self.train_iters = self._resolve_train_iters(len(splits.train))
+        self._items = dict.fromkeys(splits.items, 0)
         # A set that cannot be evaluated is found now, not when training is over.
         for split in ("validation", "test"):
             for name, dataset in self.sets(split).items():
@@ -247,12 +248,38 @@ class RunData:
 
     def training(self, consumed_samples: int) -> list[Iterator[Any]]:
         """Return one endless iterator a model chunk over this rank's training microbatches."""
-        return [
+        iterators = [
             self._iterator(
                 self.splits.train, self._order, consumed_samples, None, self._config.train
             )
             for _ in range(self._ranks.layout.virtual_pipeline or 1)
         ]
+        if self._items and self._counts_items():
+            iterators[-1] = self._counting(iterators[-1])
+        return iterators
+
+    def take_items(self) -> dict[str, int]:
+        """Return what training has read of `DataSplits.items` since the last call, over all ranks.
+
+        A collective, of the hosts, where the data counts anything.
+        """
+        if not self._items:
+            return {}
+        counts = torch.tensor(list(self._items.values()))
+        dist.all_reduce(counts, group=self._ranks.control_group)
+        self._items = dict.fromkeys(self._items, 0)
+        return dict(zip(self._items, counts.tolist(), strict=True))
+
+    def _counts_items(self) -> bool:
+        """Whether this rank counts: of those that read the same samples, one."""
+        groups = self._ranks.own_groups
+        return self._ranks.is_last_stage and groups.tp.rank() == 0 and groups.cp.rank() == 0
+
+    def _counting(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        for microbatch in iterator:
+            for name, count in self.splits.items.items():
+                self._items[name] += count(microbatch)
+            yield microbatch
 
     def sets(self, split: str) -> dict[str, SizedDataset]:
         """Return the sets of a split by the names under which results stand (`named_sets`)."""

@@ -99,7 +99,7 @@ class Progress:
             # Recent steps say more about the coming ones than the first, slow ones do.
             last = seconds if self._step_seconds is None else self._step_seconds
             self._step_seconds = 0.5 * (seconds + last)
-        metrics = [name for name in row if name not in _NOT_SHOWN]
+        metrics = [name for name in row if name not in _NOT_SHOWN and not _is_rate(name)]
         if self._is_terminal:  # There is room for one.
             metrics = [name for name in metrics if name == "lm loss"] or metrics[:1]
         parts = [_named(name, row[name]) for name in metrics]
@@ -107,6 +107,8 @@ class Progress:
             value = row.get(name)
             if value is not None:
                 parts.append(show(value))
+            if name == "tokens_per_s":
+                parts += [_rate(name, row[name]) for name in row if _is_rate(name)]
         if skipped := row.get("skipped_steps"):
             parts.append(f"{skipped:.0f} skipped")
         self._details = " | ".join(parts)
@@ -179,6 +181,15 @@ class Progress:
             return os.get_terminal_size(self._stream.fileno()).columns or 80
         except OSError:  # A stream that only passes for a terminal has no size.
             return 80
+
+
+def _is_rate(name: str) -> bool:
+    """Whether a value is the rate of something beside tokens and samples, such as images."""
+    return name.endswith("_per_s") and name not in _NOT_SHOWN
+
+
+def _rate(name: str, value: float | None) -> str:
+    return f"{_short(value or 0.0)} {name.removesuffix('_per_s')}/s"
 
 
 def _named(name: str, value: float | None) -> str:

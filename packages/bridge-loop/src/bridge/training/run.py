@@ -110,7 +110,9 @@ class Run(TrainingParts):
         metrics = dict(result.metrics)
         self._check_losses(alarm=result.reduced.alarm)
         self.metrics = self.training_log.write(
-            metrics, on_row=lambda row: self.callbacks.fire("on_log", self.context, row)
+            metrics,
+            items=self.data.take_items(),
+            on_row=lambda row: self.callbacks.fire("on_log", self.context, row),
         )
 
     def validate(self) -> None:

@@ -1,5 +1,6 @@
 """How fast a run is: tokens a second, and the share of the device's peak that the model uses."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -83,15 +84,24 @@ class Throughput:
     """Peak of one device in FLOP/s; None where it is not known, a CPU's say."""
     world_size: int = 1
 
-    def rates(self, *, tokens: int, samples: int, seconds: float) -> dict[str, float]:
+    def rates(
+        self,
+        *,
+        tokens: int,
+        samples: int,
+        seconds: float,
+        items: Mapping[str, int] | None = None,
+    ) -> dict[str, float]:
         """Return tokens_per_s and samples_per_s of the whole run, and mfu where it is known.
 
         Args:
             tokens: Tokens trained on in the interval, over all ranks.
             samples: Samples likewise.
             seconds: Length of the interval.
+            items: What else was read in it, over all ranks: NAME becomes NAME_per_s.
         """
         rates = {"tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds}
+        rates |= {f"{name}_per_s": count / seconds for name, count in (items or {}).items()}
         if self.flops_per_token is not None and self.peak_flops is not None:
             achieved = rates["tokens_per_s"] * self.flops_per_token
             rates["mfu"] = achieved / (self.peak_flops * self.world_size)

@@ -52,10 +52,11 @@ class TrainingLog:
     A row has, in this order: ``consumed_samples`` and ``consumed_tokens`` of the whole run; each
     metric of the step by its name; ``learning_rate``; ``grad_norm`` (None if the step was skipped
     or nothing clips); ``loss_scale`` (fp16 only); ``skipped_steps`` since the row before;
-    ``step_time_s``, the mean over the steps since then; ``tokens_per_s`` and ``samples_per_s``;
-    ``mfu`` where the model's FLOPs and the device's peak are known; ``memory_gb`` on a GPU, rank
-    0's highest allocation so far in 1e9 bytes; and, with logger.timing_log_level, megatron-core's
-    timers as ``NAME-time``: seconds a step, on the slowest rank.
+    ``step_time_s``, the mean over the steps since then; ``tokens_per_s``, ``samples_per_s`` and
+    ``NAME_per_s`` of what else the data counts (images); ``mfu`` where the model's FLOPs and the
+    device's peak are known; ``memory_gb`` on a GPU, rank 0's highest allocation so far in 1e9
+    bytes; and, with logger.timing_log_level, megatron-core's timers as ``NAME-time``: seconds a
+    step, on the slowest rank.
 
     Steps are timed on the host without waiting for the device; a row's metrics have waited.
     """
@@ -116,12 +117,14 @@ class TrainingLog:
         self,
         metrics: Mapping[str, float | None],
         *,
+        items: Mapping[str, int] | None = None,
         on_row: Callable[[dict[str, float | None]], None] | None = None,
     ) -> Row:
         """Write the row of the newest step; on every rank, as timers are read over all.
 
         Args:
             metrics: The step's metrics, already read from the device.
+            items: What was read since the row before, beside tokens, over all ranks.
             on_row: Sees the row before it is written, and may add to it.
 
         Returns:
@@ -138,7 +141,7 @@ class TrainingLog:
             "consumed_samples": counters.consumed_train_samples,
             "consumed_tokens": counters.consumed_tokens,
         }
-        after = self._own_values(self._newest, seconds)
+        after = self._own_values(self._newest, seconds, items)
         if taken := sorted(metrics.keys() & {"step", *before, *after}):
             raise ValueError(
                 f"metric {taken[0]!r} has the name of a value that the training log writes "
@@ -177,7 +180,9 @@ class TrainingLog:
         finally:
             self._paused += time.perf_counter() - start
 
-    def _own_values(self, result: "StepResult", seconds: float) -> Row:
+    def _own_values(
+        self, result: "StepResult", seconds: float, items: Mapping[str, int] | None
+    ) -> Row:
         grad_norm = None if result.grad_norm is None else float(result.grad_norm)
         values: Row = {"learning_rate": result.learning_rate, "grad_norm": grad_norm}
         if self._loss_scale is not None:
@@ -185,7 +190,7 @@ class TrainingLog:
         values["skipped_steps"] = self._skipped
         values["step_time_s"] = seconds / self._steps
         values |= self._throughput.rates(
-            tokens=self._tokens, samples=self._samples, seconds=seconds
+            tokens=self._tokens, samples=self._samples, seconds=seconds, items=items
         )
         if self._on_gpu:
             values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -92,6 +92,9 @@ class DataSplits:
     """Facts for the start-up lines, such as ``{"train tokens": 12_000_000}``."""
     warnings: list[str] = field(default_factory=list)
     """Lines that the user should read when the run starts."""
+    items: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
+    """What a training microbatch holds beside tokens, by name: counts it on the host. The run then
+    reports ``NAME_per_s``, ``{"images": ...}`` its images a second. The same names on all ranks."""
 
 
 def named_sets(

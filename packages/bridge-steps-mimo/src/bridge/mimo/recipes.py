@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from bridge.mimo.accuracy import AnswerAccuracy
 from bridge.mimo.data.digits import IMAGE, IMAGE_SIZE, VOCABULARY, DigitsDatasetConfig
+from bridge.mimo.data.mock import MockDatasetConfig
 from bridge.mimo.model_config import MultimodalModelConfig
 from bridge.mimo.sections import (
     LanguageModelConfig,
@@ -14,16 +15,18 @@ from bridge.mimo.sections import (
     VisionEncoderConfig,
 )
 from bridge.training.config import (
+    CheckpointConfig,
     ConfigContainer,
     LoggerConfig,
     OptimizerConfig,
     SchedulerConfig,
     TrainConfig,
+    ValidationConfig,
 )
 from bridge.training.contracts import Recipe
 from bridge.training.mimo_step import forward_step
 
-_NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+_NO_DROPOUT: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 
 
 def _mimo_digits() -> ConfigContainer:
@@ -75,6 +78,71 @@ def _mimo_digits() -> ConfigContainer:
         logger=LoggerConfig(log_interval=20),
     )
 
+
+def _mimo_llava() -> ConfigContainer:
+    vision = VisionEncoderConfig(
+        **_NO_DROPOUT,
+        num_layers=24,
+        hidden_size=1024,
+        ffn_hidden_size=4096,
+        num_attention_heads=16,
+        activation_func=functional.gelu,
+        image_size=336,
+        patch_size=14,
+        num_channels=3,
+    )
+    language = LanguageModelConfig(
+        **_NO_DROPOUT,
+        num_layers=16,
+        hidden_size=2048,
+        ffn_hidden_size=8192,
+        num_attention_heads=32,
+        num_query_groups=8,
+        normalization="RMSNorm",
+        layernorm_epsilon=1e-5,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        vocab_size=128_256,
+        seq_length=2048,
+        rotary_base=500_000,
+        share_embeddings_and_output_weights=True,
+    )
+    return ConfigContainer(
+        model=MultimodalModelConfig(
+            language=language,
+            encoders={"vision": vision},
+            projections={"vision": ProjectionConfig(kind="mlp")},
+            # No token of the text's vocabulary.
+            special_token_ids={"vision": -200},
+            parallelism={"vision": ModuleParallelism(), "language": ModuleParallelism()},
+        ),
+        train=TrainConfig(
+            train_iters=5000, global_batch_size=64, micro_batch_size=4, num_workers=4
+        ),
+        validation=ValidationConfig(eval_interval=500, eval_iters=4),
+        optimizer=OptimizerConfig(
+            optimizer="adam",
+            lr=2e-5,
+            min_lr=2e-6,
+            weight_decay=0.1,
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            clip_grad=1.0,
+        ),
+        scheduler=SchedulerConfig(lr_warmup_fraction=0.03),
+        dataset=MockDatasetConfig(),
+        checkpoint=CheckpointConfig(save_interval=500),
+    )
+
+
+mimo_llava = Recipe(
+    name="mimo-llava",
+    summary="ViT-L/14 at 336 pixels, an MLP and Llama 3.2 1B, sequence 2048, on mock data; for "
+    "GPUs",
+    make_config=_mimo_llava,
+    forward_step=forward_step,
+)
 
 mimo_digits = Recipe(
     name="mimo-digits",

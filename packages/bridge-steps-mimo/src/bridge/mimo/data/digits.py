@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bridge.mimo.data.samples import Collate, next_token_sample
+from bridge.mimo.data.samples import Collate, next_token_sample, number_of_items
 from bridge.mimo.model_config import MultimodalModelConfig
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits
@@ -99,6 +99,7 @@ class DigitsDatasetConfig:
                 images[~trained], digits[~trained], model, modality=self.modality
             ),
             collate=Collate.of(model),
+            items={"images": number_of_items},
             notes={"images": int(trained.sum()), "held-out images": int((~trained).sum())},
         )
 

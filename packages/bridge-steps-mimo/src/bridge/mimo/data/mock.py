@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bridge.mimo.data.samples import Collate, next_token_sample
+from bridge.mimo.data.samples import Collate, next_token_sample, number_of_items
 from bridge.mimo.model_config import MultimodalModelConfig
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits
@@ -60,6 +60,7 @@ class MockDatasetConfig:
             validation=_MockSamples(self, model, first=self.size, size=self.validation_size),
             shuffle=False,
             collate=Collate.of(model, pack=self.pack),
+            items={"images": number_of_items},
         )
 
 

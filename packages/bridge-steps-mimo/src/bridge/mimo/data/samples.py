@@ -108,6 +108,11 @@ def pack(
     return row
 
 
+def number_of_items(microbatch: Mapping[str, Any]) -> int:
+    """Count the items of a microbatch that `Collate` made, of all modalities."""
+    return sum(int(counts.sum()) for counts in microbatch["item_counts"].values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Collate:
     """Makes a microbatch of samples: the items of all of them stand one after the other.
