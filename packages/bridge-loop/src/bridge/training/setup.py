@@ -5,6 +5,7 @@ can show. The run's directory is made last, so a run that could not start leaves
 """
 
 import contextlib
+import dataclasses
 import gc
 import random
 import shutil
@@ -340,7 +341,10 @@ def _timers(config: ConfigContainer, state: GlobalState) -> Any:
 
 
 def _build_data(config: ConfigContainer, ranks: Ranks) -> RunData:
-    return RunData(as_splits(config.dataset.build(data_request(config))), config, ranks)
+    request, groups = data_request(config), ranks.pg_collection
+    if isinstance(groups, ModuleRanks):
+        request = dataclasses.replace(request, modules=groups.reads_inputs_of)
+    return RunData(as_splits(config.dataset.build(request)), config, ranks)
 
 
 @contextlib.contextmanager

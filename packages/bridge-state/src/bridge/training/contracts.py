@@ -58,6 +58,9 @@ class DataRequest:
     """Samples that one evaluation draws of each set; None asks for whole validation sets."""
     test_samples: int | None
     """As `validation_samples`, for the test sets."""
+    modules: frozenset[str] | None = None
+    """The modules whose inputs this rank reads; None for all. A dataset need not load what only
+    modules on other ranks read."""
 
 
 class SizedDataset(Protocol):
@@ -216,6 +219,8 @@ class ModuleRanks(Protocol):
     """This rank's place in the pipeline that the modules form, from 0 on."""
     is_last_stage: bool
     """Whether losses are known here."""
+    reads_inputs_of: frozenset[str]
+    """The module on this rank, if it begins here."""
 
     def share(self, micro_batch_size: int) -> DataShare:
         """Return what this rank reads of the samples."""

@@ -132,6 +132,11 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
         pipeline = self.own.pp
         return self.name == LANGUAGE and bool(pipeline.rank() == pipeline.size() - 1)
 
+    @property
+    def reads_inputs_of(self) -> frozenset[str]:
+        """The module on this rank, if it begins here."""
+        return frozenset({self.name} if self.own.pp.rank() == 0 else ())
+
     def share(self, micro_batch_size: int) -> DataShare:
         """Return this rank's part of the samples of all copies of the language model."""
         copies: int = self.own.dp.size()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bridge.mimo.data.samples import Collate, next_token_sample, number_of_items
+from bridge.mimo.data.samples import Collate, next_token_sample, number_of_items, without_content
 from bridge.mimo.model_config import MultimodalModelConfig
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits
@@ -91,13 +91,13 @@ class DigitsDatasetConfig:
         images, digits = load_digits()
         trained = torch.ones(len(digits), dtype=torch.bool)
         trained[HELD_OUT] = False
+        seen = request.modules is None or self.modality in request.modules
+        options: dict[str, Any] = {"modality": self.modality, "seen": seen}
         return DataSplits(
             train=AnsweredDigits(
-                images[trained], digits[trained], model, modality=self.modality, views=self.views
+                images[trained], digits[trained], model, views=self.views, **options
             ),
-            validation=AnsweredDigits(
-                images[~trained], digits[~trained], model, modality=self.modality
-            ),
+            validation=AnsweredDigits(images[~trained], digits[~trained], model, **options),
             collate=Collate.of(model),
             items={"images": number_of_items},
             notes={"images": int(trained.sum()), "held-out images": int((~trained).sum())},
@@ -113,6 +113,7 @@ class AnsweredDigits:
         model: The model that they are for.
         modality: The encoder that sees them.
         views: Samples of each image.
+        seen: Whether this rank reads the images.
     """
 
     def __init__(
@@ -123,7 +124,9 @@ class AnsweredDigits:
         *,
         modality: str,
         views: int = 1,
+        seen: bool = True,
     ) -> None:
+        self._seen = seen
         self._images, self._digits = images, digits.tolist()
         self._model, self._modality, self._views = model, modality, views
 
@@ -132,8 +135,8 @@ class AnsweredDigits:
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         view, number = divmod(index, len(self._digits))
-        image = self._images[number]
-        if view > 0:
+        image = self._images[number] if self._seen else None
+        if image is not None and view > 0:
             image = _another_view(image, torch.Generator().manual_seed(index))
         return answer_sample(self._model, self._digits[number], image, modality=self._modality)
 
@@ -165,14 +168,18 @@ def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def answer_sample(
-    model: MultimodalModelConfig, digit: int, image: torch.Tensor, *, modality: str = "vision"
+    model: MultimodalModelConfig,
+    digit: int,
+    image: torch.Tensor | None,
+    *,
+    modality: str = "vision",
 ) -> dict[str, Any]:
-    """Return the sample of one image, [1, 8, 8]."""
+    """Return the sample of one image, [1, 8, 8]; None where only other ranks see it."""
     tokens = [IMAGE] * model.encoders[modality].tokens_per_image
     return next_token_sample(
         [*tokens, QUESTION, digit],
         counted=[len(tokens) + 1],
         seq_length=model.seq_length,
         padding=PADDING,
-        items={modality: {"pixels": image.unsqueeze(0)}},
+        items={modality: without_content(1) if image is None else {"pixels": image.unsqueeze(0)}},
     )

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
-from bridge.mimo.data.samples import Collate, next_token_sample, number_of_items
+from bridge.mimo.data.samples import Collate, next_token_sample, number_of_items, without_content
 from bridge.mimo.model_config import MultimodalModelConfig
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits
+
+_STREAM = 2**40
+"""Between the seeds of a sample's text and of its images."""
 
 
 @dataclass(kw_only=True)
@@ -56,8 +59,8 @@ class MockDatasetConfig:
         model = request.config.model
         assert isinstance(model, MultimodalModelConfig)  # `problems` has looked
         return DataSplits(
-            train=_MockSamples(self, model, first=0, size=self.size),
-            validation=_MockSamples(self, model, first=self.size, size=self.validation_size),
+            train=_MockSamples(self, request, first=0, size=self.size),
+            validation=_MockSamples(self, request, first=self.size, size=self.validation_size),
             shuffle=False,
             collate=Collate.of(model, pack=self.pack),
             items={"images": number_of_items},
@@ -66,16 +69,19 @@ class MockDatasetConfig:
 
 class _MockSamples:
     def __init__(
-        self, config: MockDatasetConfig, model: MultimodalModelConfig, *, first: int, size: int
+        self, config: MockDatasetConfig, request: DataRequest, *, first: int, size: int
     ) -> None:
-        self._config, self._model = config, model
+        model = request.config.model
+        assert isinstance(model, MultimodalModelConfig)
+        self._config, self._model, self._modules = config, model, request.modules
         self._first, self._size = first, size
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(self._first + index)
+        seed = self._first + index
+        generator = torch.Generator().manual_seed(seed)
         model, config = self._model, self._config
         tokens: list[int] = []
         items = {}
@@ -83,8 +89,13 @@ class _MockSamples:
             low, high = config.min_images, config.max_images + 1
             number = int(torch.randint(low, high, (), generator=generator))
             tokens += [model.special_token_ids[name]] * (number * encoder.tokens_per_image)
+            if self._modules is not None and name not in self._modules:
+                items[name] = without_content(number)
+                continue
             shape = (number, encoder.num_channels, encoder.image_size, encoder.image_size)
-            items[name] = {"pixels": torch.rand(shape, generator=generator)}
+            # Streams of their own: the text is the same where no image is drawn.
+            of_images = torch.Generator().manual_seed(seed + (len(items) + 1) * _STREAM)
+            items[name] = {"pixels": torch.rand(shape, generator=of_images)}
         images, length = len(tokens), model.seq_length + 1
         special = set(model.special_token_ids.values())
         text = torch.randint(

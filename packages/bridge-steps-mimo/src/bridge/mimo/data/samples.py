@@ -2,8 +2,9 @@
 
 A sample is a dict: ``input_ids``, ``labels``, ``loss_mask`` and ``position_ids``, each [sequence],
 and ``items``: ``{modality: {argument: [items, ...]}}``, what the modality's encoder is called with.
-A sample without images leaves the modality out, or has 0 items of it. ``length`` says how many of
-its tokens come before its padding; all of them if it is not there.
+A sample without images leaves the modality out, or has 0 items of it. On a rank that reads no items
+of a modality they may be empty (`without_content`): their number counts. ``length`` says how many
+of its tokens come before its padding; all of them if it is not there.
 """
 
 import itertools
@@ -106,6 +107,11 @@ def pack(
         "max_seqlen_kv": max(lengths),
     }
     return row
+
+
+def without_content(number: int) -> dict[str, torch.Tensor]:
+    """Return items of a modality that only encoders on other ranks read."""
+    return {"nothing": torch.empty(number, 0)}
 
 
 def number_of_items(microbatch: Mapping[str, Any]) -> int:

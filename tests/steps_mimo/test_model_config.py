@@ -1,0 +1,55 @@
+"""The model's section: what contradicts, what follows, which part a parameter belongs to."""
+
+from typing import Any
+
+import pytest
+
+from bridge.mimo.sections import ModuleParallelism
+from bridge.training.config import ConfigError, resolve
+from mimo_models import mimo_run, resolved, tiny_mimo
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"freeze": ["vison"]}, "there is no 'vison'; did you mean 'vision'?"),
+        ({"freeze": ["vision", "language"]}, "every module is frozen"),
+        ({"lr_multipliers": {"vision.projecton": 2.0}}, "did you mean 'vision.projection'?"),
+        ({"lr_multipliers": {"vision": 0.0}}, "must be above 0"),
+        ({"special_token_ids": {}}, "'vision' has none"),
+        ({"special_token_ids": {"vision": 1, "audio": 1}}, "give each its own token"),
+        ({"parallelism": {"vision": ModuleParallelism(rank_offset=1)}}, "begin at rank 0"),
+        (
+            {"parallelism": {"vision": ModuleParallelism(pipeline_model_parallel_size=2)}},
+            "colocated modules have no pipeline",
+        ),
+        ({"vision": {"patch_size": 3}}, "image_size: 4 is not a multiple of"),
+        ({"vision": {"sequence_parallel": True}}, "not supported by encoders"),
+        ({"language": {"num_moe_experts": 2}}, "num_moe_experts: 2 is not supported"),
+        ({"language": {"context_parallel_size": 2}}, "context parallelism is not supported"),
+    ],
+)
+def test_a_contradiction_is_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(mimo_run("unused", tiny_mimo(**fields)), device="cpu", world_size=1)
+    assert says in str(caught.value)
+
+
+def test_a_part_comes_before_its_module() -> None:
+    model = resolved(
+        tiny_mimo(freeze=["vision.encoder"], lr_multipliers={"vision": 0.5, "vision.projection": 2})
+    )
+    encoder = "modality_submodules.vision.encoders.encoder.patch_embedding.weight"
+    projection = "modality_submodules.vision.input_projections.0.linear.weight"
+    assert (model.is_frozen(encoder), model.is_frozen(projection)) == (True, False)
+    rates = [model.learning_rate_multiplier(name) for name in (encoder, projection, "language_mod")]
+    assert rates == [0.5, 2, 1.0]
+
+
+def test_modules_on_their_own_ranks_tell_each_other_shapes() -> None:
+    asked = {"language": ModuleParallelism(tensor_model_parallel_size=2)}
+    model = resolved(tiny_mimo(placement="separate", parallelism=asked), world_size=3)
+    assert model.language.variable_seq_lengths
+    assert model.language.tensor_model_parallel_size == 2
+    assert model.encoders["vision"].tensor_model_parallel_size == 1
+    assert not resolved(tiny_mimo()).language.variable_seq_lengths
