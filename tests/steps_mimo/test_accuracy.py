@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from bridge.mimo.accuracy import AnswerAccuracy
 from bridge.training.mimo_step import forward_step
@@ -15,11 +16,11 @@ from ranks import run_ranks
 from training_runs import a_run
 
 
-def by_hand(place: Path) -> float:
-    """Return the accuracy of the untrained model, from its logits."""
+def by_hand(place: Path) -> tuple[float, float]:
+    """Return the accuracy of the untrained model and its loss, from its logits."""
     with a_run(config(place, ALONE), forward_step) as run:
         run.model[0].eval()
-        right = asked = 0
+        right, asked, loss = 0, 0, 0.0
         for number, images in enumerate(MIXED):
             one = microbatch(sample(images, 4 + (number % 4) * (images == 0), seed=number))
             inputs = {key: value for key, value in one.items() if key != "item_counts"}
@@ -28,7 +29,11 @@ def by_hand(place: Path) -> float:
             counts = one["loss_mask"] != 0
             right += int(((logits.argmax(-1) == one["labels"]) & counts).sum())
             asked += int(counts.sum())
-    return right / asked
+            losses = functional.cross_entropy(
+                logits[counts], one["labels"][counts], reduction="sum"
+            )
+            loss += float(losses)
+    return right / asked, loss / asked
 
 
 def config(place: Path, layout: MimoLayout) -> Any:
@@ -50,11 +55,14 @@ def config(place: Path, layout: MimoLayout) -> Any:
     ],
     ids=lambda layout: layout.name,
 )
-def test_it_is_the_part_of_right_answers(layout: MimoLayout, tmp_path: Path) -> None:
+def test_it_is_the_part_of_right_answers_beside_the_loss(
+    layout: MimoLayout, tmp_path: Path
+) -> None:
     def body() -> Any:
         return pretrain(config(tmp_path / "run", layout), forward_step, [AnswerAccuracy()])
 
-    (expected,) = run_ranks(1, by_hand, tmp_path / "by hand", timeout=60)
+    [(expected, loss)] = run_ranks(1, by_hand, tmp_path / "by hand", timeout=60)
     assert expected > 0
     for result in run_ranks(layout.ranks, body, timeout=90):
         assert result.validation["accuracy"] == pytest.approx(expected)
+        assert result.validation["lm loss"] == pytest.approx(loss, rel=1e-5)

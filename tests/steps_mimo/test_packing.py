@@ -40,8 +40,7 @@ def test_a_packed_row_has_the_tokens_of_its_samples_and_says_where_they_end() ->
     ("layout", "parallel"),
     [
         (ALONE, False),
-        (MimoLayout(vision=Sizes(), language=Sizes(data=2)), False),
-        (MimoLayout(vision=Sizes(data=2), language=Sizes(pipeline=2)), False),
+        (MimoLayout(vision=Sizes(), language=Sizes(data=2, pipeline=2)), False),
         (MimoLayout(vision=Sizes(), language=Sizes(tensor=2)), True),
     ],
     ids=lambda value: value.name if isinstance(value, MimoLayout) else "",
