@@ -4,9 +4,17 @@ from typing import Any
 
 import pytest
 
+from bridge.cli import main
 from bridge.mimo.placement import Place, picture, separate_places
+from bridge.mimo.recipes import mimo_digits
 from bridge.mimo.sections import ModuleParallelism
-from bridge.training.config import ConfigError, MixedPrecisionConfig, TrainConfig, resolve
+from bridge.training.config import (
+    ConfigError,
+    MixedPrecisionConfig,
+    TrainConfig,
+    configure,
+    resolve,
+)
 from mimo_models import mimo_run, tiny_mimo
 
 
@@ -153,3 +161,19 @@ class TestReport:
         layout = config.model.layout(8)  # type: ignore[attr-defined]
         assert (layout.pipeline, layout.data, layout.most_parts) == (2, 2, 4)
         assert config.model.language.variable_seq_lengths  # type: ignore[attr-defined]
+
+
+def test_the_command_shows_the_picture_and_text_that_can_be_fed_back(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = [
+        "model.placement=separate",
+        "model.parallelism.language.pipeline_model_parallel_size=2",
+    ]
+    assert main(["show", "mimo-digits", "--nproc", "3", *asked]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[2] == "# language  .         s0 r0 t0  s1 r0 t0"
+    fed_back = configure(mimo_digits(), [], yaml_documents=[shown], device="cpu", world_size=3)
+    assert fed_back.model.places(3)[1] == []  # type: ignore[attr-defined]
+    assert main(["show", "mimo-digits", "--nproc", "3", "model.placement=separate"]) == 2
+    assert "language  .         s0 r0 t0  ." in capsys.readouterr().err

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 
 from bridge.mimo.data.mock import MockDatasetConfig
 from bridge.mimo.sections import VisionEncoderConfig
@@ -242,6 +245,19 @@ def test_a_run_goes_on_bit_for_bit_and_its_weights_serve_the_other_placement(
     assert encoder
     for name, weight in encoder.items():
         assert torch.equal(loaded[name], weight), name
+
+
+def test_a_run_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    def body() -> Any:
+        groups = len(dist.distributed_c10d._world.pg_map)
+        pretrain(run_in_layout(tmp_path / "run", PAIR), forward_step)
+        return (
+            len(dist.distributed_c10d._world.pg_map) - groups,
+            parallel_state._GLOBAL_MEMORY_BUFFER,
+            {**BridgeCommunicator._bridge_pg_cache, **BridgeCommunicator._broadcast_pg_cache},
+        )
+
+    assert run_ranks(2, body, timeout=60) == [(0, None, {})] * 2
 
 
 def test_bf16_stays_near_fp32(alone: dict[str, Steps], tmp_path: Path) -> None:
