@@ -239,6 +239,11 @@ class MultimodalModelConfig:
                 "mixed_precision.precision: fp16 is not supported with model.placement=separate, "
                 "where each module would scale its gradients in its own way; use bf16 or fp32"
             )
+        if self.placement == "separate" and config.peft is not None:
+            yield (
+                "peft: adapters are not supported with model.placement=separate; set "
+                "model.placement=colocated, or freeze whole modules with model.freeze"
+            )
         for path, section in self.sections().items():
             yield from section.problems(f"model.{path}")
             stages = section.pipeline_model_parallel_size
