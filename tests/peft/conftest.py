@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 
 with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -16,6 +17,11 @@ with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
 def pytest_configure(config: pytest.Config) -> None:
     """Let megatron-core warn; whatever else warns fails the test."""
     config.addinivalue_line("filterwarnings", r"ignore:::megatron\.")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(1)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ def filled(layer: AdaptedLinear) -> AdaptedLinear:
     """Give every parameter of the adapter random values."""
     with torch.no_grad():
         for parameter in layer.adapter.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+            parameter.copy_(0.3 * torch.randn_like(parameter))
     return layer
 
 
