@@ -5,8 +5,6 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-
 from commands import Command, Ended, run, start
 from small_runs import SMALL, contents, rows, trajectory
 
@@ -35,10 +33,8 @@ def kill_at(command: Command, step: int) -> None:
     assert command.wait().code == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_twelve_steps_equal_twelve_steps_killed_in_the_middle_bit_for_bit(
-    tmp_path: Path, ranks: int
-) -> None:
+def test_twelve_steps_equal_twelve_steps_killed_in_the_middle_bit_for_bit(tmp_path: Path) -> None:
+    ranks = 2
     whole = begin(tmp_path / "whole", ranks=ranks)
     assert whole.wait().code == 0
     expected = trajectory(tmp_path / "whole" / "R")

@@ -15,8 +15,17 @@ MEMBERS = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
 TOP_LEVEL = {"packages", "tests", "tools", "pyproject.toml", "uv.lock", "README.md", "LICENSE"}
 
 # A user's own forward step or loss imports these; they must not pull in a training stack.
-LIGHT_MODULES = ["losses", "loss_reduction", "forward_step", "contracts", "callbacks"]
-HEAVY_PACKAGES = ["megatron", "transformer_engine", "tensorboard", "wandb", "datasets"]
+# Imported one after the other; the losses must bring nothing but torch, the others nothing heavy.
+LOSSES = ["losses", "loss_adapter"]
+LIGHT_MODULES = [
+    "loss_reduction",
+    "forward_step",
+    "contracts",
+    "callbacks",
+    "metric_loggers",
+    "state",
+]
+HEAVY_PACKAGES = ["megatron", "transformer_engine", "tensorboard", "wandb", "datasets", "yaml"]
 
 
 def test_members_import_what_they_declare_and_nothing_else() -> None:
@@ -62,9 +71,14 @@ def test_the_top_of_the_repository_holds_only_what_belongs_there() -> None:
 
 def test_what_a_custom_step_imports_brings_no_training_stack() -> None:
     program = (
-        "import importlib, json, sys\n"
+        "import importlib, json, sys, torch\n"
+        "before = set(sys.modules)\n"
+        f"for name in {LOSSES}: importlib.import_module('bridge.training.' + name)\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "more = sorted(new - set(sys.stdlib_module_names) - {'bridge', 'torch'})\n"
         f"for name in {LIGHT_MODULES}: importlib.import_module('bridge.training.' + name)\n"
-        f"print(json.dumps([name for name in {HEAVY_PACKAGES} if name in sys.modules]))"
+        f"heavy = [*{HEAVY_PACKAGES}, 'bridge.training.config']\n"
+        "print(json.dumps(more + [name for name in heavy if name in sys.modules]))"
     )
     found = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100

@@ -77,7 +77,8 @@ def ddp_parts(model: list[Any]) -> list[Any]:
     return [
         part
         for chunk in model
-        for part in chunk.modules()
+        # Nothing within DDP is wrapped again, and a step asks too often to go through all of it.
+        for part in ([chunk] if isinstance(chunk, DistributedDataParallel) else chunk.modules())
         if isinstance(part, DistributedDataParallel)
     ]
 
