@@ -10,10 +10,20 @@ import pytest
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return the number of cores; xdist's own count takes two hyperthreads for one."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), 16)
-    return min(os.cpu_count() or 1, 16)
+    """Return the number of cores and one: ranks that wait for each other leave cores idle.
+
+    xdist's own count takes two hyperthreads for one.
+    """
+    affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    return min(cores + 1, 16)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave tests marked `slow` to a run of their own where the whole suite is asked for."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if is_whole and not config.option.markexpr and not config.option.keyword:
+        config.option.markexpr = "not slow"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

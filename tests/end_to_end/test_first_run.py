@@ -1,7 +1,6 @@
 """The command as a process of its own: its files, its words, its silence."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,25 +54,12 @@ def test_a_run_leaves_its_files_and_is_not_overwritten(tmp_path: Path) -> None:
     assert contents(tmp_path / "R") == files
 
 
-def test_two_ranks_that_are_started_by_hand_say_nothing_of_their_machinery(tmp_path: Path) -> None:
+def test_two_ranks_say_nothing_of_their_machinery(tmp_path: Path) -> None:
     layout = ("--nproc", "2", "model.tensor_model_parallel_size=2")
     settings = (*SMALL, "train.train_iters=2", "checkpoint.save_interval=1", "--run-dir", "R")
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PYTEST", "PYTHONWARNINGS"))
-    }
-    ended = subprocess.run(
-        [sys.executable, "-m", "bridge.cli", "pretrain", "gpt-tiny", *settings, *layout],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert "2 ranks (tensor 2)" in ended.stdout
+    ended = run("pretrain", "gpt-tiny", *settings, *layout, folder=tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    assert "2 ranks (tensor 2)" in ended.out
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:

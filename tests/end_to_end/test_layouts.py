@@ -7,6 +7,8 @@ import pytest
 from commands import run
 from small_runs import SMALL, assert_close, losses
 
+pytestmark = pytest.mark.slow
+
 MOE = (
     "model.num_moe_experts=4",
     "model.moe_router_topk=2",
@@ -40,7 +42,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param([], id="data"),
         pytest.param(
             ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"], id="sequence"
         ),
@@ -51,7 +52,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
             ],
             id="virtual-pipeline",
         ),
-        pytest.param(["model.context_parallel_size=2"], id="context"),
     ],
 )
 def test_two_processes_train_as_one_does(

@@ -14,6 +14,7 @@ from training_runs import series
 README = Path(__file__).parents[2] / "README.md"
 
 
+@pytest.mark.slow
 def test_the_script_in_the_readme_trains_to_the_same_losses_on_one_rank_and_on_two(
     tmp_path: Path,
 ) -> None:

@@ -28,6 +28,8 @@ from mimo_models import mimo_run, tiny_mimo
 from ranks import RankFailure, run_ranks
 from training_runs import TokenData, Weights, gpt_run, rows
 
+pytestmark = pytest.mark.slow
+
 RANKS, STEPS = 2, 6
 
 

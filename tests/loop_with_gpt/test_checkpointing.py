@@ -87,11 +87,11 @@ def gpt(**layout: Any) -> Callable[[Path], tuple[ConfigContainer, Callable[..., 
 RUNS: dict[str, Callable[[Path], tuple[ConfigContainer, Callable[..., Any]]]] = {
     "data, the distributed optimizer overlapped": own,
     "tensor": gpt(tensor_model_parallel_size=2, sequence_parallel=True),
-    "pipeline": gpt(pipeline_model_parallel_size=2),
     "interleaved": gpt(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_killed_run_continues_bit_for_bit(tmp_path: Path, kind: str) -> None:
     def body(directory: Path, killed_at: int, resume: bool) -> Everything:

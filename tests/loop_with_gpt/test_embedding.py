@@ -29,10 +29,6 @@ EXPERTS = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "experts": {**EXPERTS, "expert_model_parallel_size": 2, "mtp_num_layers": 1},
-    "interleaved": {
-        "pipeline_model_parallel_size": 2,
-        "virtual_pipeline_model_parallel_size": 2,
-    },
     "tensor": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
 }
 

@@ -26,10 +26,8 @@ EXPERTS: dict[str, Any] = {
 }
 LAYOUTS: dict[str, tuple[dict[str, Any], bool]] = {
     "data, distributed optimizer": ({}, True),
-    "data": ({}, False),
     "tensor": ({"tensor_model_parallel_size": 2}, True),
     "pipeline": ({"pipeline_model_parallel_size": 2}, True),
-    "experts, distributed optimizer": (EXPERTS, True),
     "experts": (EXPERTS, False),
 }
 

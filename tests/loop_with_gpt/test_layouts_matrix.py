@@ -27,6 +27,8 @@ from layouts_runs import (
 from ranks import run_ranks
 from training_runs import a_run, one_step
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
 MODEL = {model.name: model for model in MODELS}

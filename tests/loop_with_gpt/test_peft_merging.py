@@ -16,6 +16,8 @@ from peft_runs import SP, adapted_run, base_run, train_bases, trained
 from ranks import run_ranks
 from training_runs import a_run
 
+pytestmark = pytest.mark.slow
+
 METHODS: dict[str, Any] = {
     "lora": LoRA(dim=4, alpha=10.0),
     "dora": DoRA(dim=4),

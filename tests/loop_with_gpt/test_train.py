@@ -85,9 +85,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "data": {},
     "tensor": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "pipeline": {"pipeline_model_parallel_size": 2},
     "interleaved": {
         "pipeline_model_parallel_size": 2,
         "virtual_pipeline_model_parallel_size": 2,

@@ -25,6 +25,8 @@ from hf_models import (
 )
 from ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 # Asked without importing it: every worker collects this, and one runs it.
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs transformers"
