@@ -1,6 +1,7 @@
 """Models of transformers' own, in and out: the logits are transformers', the weights unchanged."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ MODELS = {
 TOKENS = torch.randint(VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(3))
 
 
+def alone(convert: Callable[..., Any], *arguments: Any) -> None:
+    """Convert in a fork: a process that gloo has run in is not to be forked afterwards."""
+    run_ranks(1, convert, *arguments, process_group=False)
+
+
 class Made:
     """The models in all forms: transformers', its folder, our checkpoint."""
 
@@ -58,7 +64,7 @@ class Made:
             model = write_with_transformers(self.original(name), config, dtype)
             with torch.no_grad():
                 self.logits[name] = model(TOKENS).logits
-            import_hf(self.original(name), self.checkpoint(name))
+            alone(import_hf, self.original(name), self.checkpoint(name))
 
     def original(self, name: str) -> Path:
         return self.folder / name
@@ -70,10 +76,11 @@ class Made:
         output = self.folder / name
         output.mkdir()
         config = saved_config(checkpoint)
-        export_hf(
+        alone(
+            export_hf,
             ExportRequest(
                 checkpoint=checkpoint, config=config, output=output, dtype=None, max_shard_size=9000
-            )
+            ),
         )
         return output
 

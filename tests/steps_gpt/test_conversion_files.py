@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bridge.cli import main
 from bridge.gpt.conversion.hf_config import config_json, read_model_config
 from bridge.gpt.conversion.hf_export import export_hf
 from bridge.gpt.conversion.hf_import import import_hf, read_weights
@@ -22,8 +23,10 @@ from bridge.training.config import ConfigContainer, TokenizerConfig, resolve
 from bridge.training.contracts import ExportRequest, NamesWeights
 from bridge.training.distributed import one_process
 from bridge.training.run_directory import find_checkpoint, new_folder
+from commands import run
 from gpt_models import run_of, tiny_gpt
 from hf_models import LLAMA3_ROPE, VOCABULARY, config_of, tensors_of, write_folder
+from ranks import run_ranks
 from training_runs import OwnModel
 
 
@@ -171,8 +174,12 @@ def test_files_that_do_not_hold_the_model_are_refused_and_leave_nothing(
 ) -> None:
     folder = write_folder(tmp_path / "model")
     damage(folder)
-    with pytest.raises(ValueError, match=message):
-        import_hf(folder, tmp_path / "checkpoint")
+
+    def body() -> None:
+        with pytest.raises(ValueError, match=message):
+            import_hf(folder, tmp_path / "checkpoint")
+
+    run_ranks(1, body, process_group=False)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -203,7 +210,12 @@ def test_tensors_are_spread_over_files_that_hold_no_more_than_they_may(tmp_path:
 
 
 def bridge(*arguments: str | Path) -> int:
-    return main([str(argument) for argument in arguments])
+    """Run the command in a fork: a process that gloo has run in is not to be forked afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        ended = run(*map(str, arguments), folder=Path(folder))
+    sys.stdout.write(ended.out)
+    sys.stderr.write(ended.err)
+    return ended.code
 
 
 def test_the_commands_convert_there_and_back(
@@ -264,10 +276,14 @@ def test_a_checkpoint_that_is_not_of_the_model_is_not_exported(tmp_path: Path) -
     ):
         kept = {name: weight for name, weight in (weights | changes).items() if weight is not None}
         checkpoint = tmp_path / f"checkpoint {len(kept)}"
-        with new_folder(checkpoint, "--output") as place, one_process():
-            write_weights(place, kept, config)
-        with pytest.raises(ValueError, match=message):
-            export_hf(request(checkpoint, config, tmp_path))
+
+        def body(checkpoint: Path, kept: dict[str, torch.Tensor], message: str) -> None:
+            with new_folder(checkpoint, "--output") as place, one_process():
+                write_weights(place, kept, config)
+            with pytest.raises(ValueError, match=message):
+                export_hf(request(checkpoint, config, tmp_path))
+
+        run_ranks(1, body, checkpoint, kept, message, process_group=False)
     another = ConfigContainer(model=OwnModel(), dataset=GPTDatasetConfig())
     with pytest.raises(ValueError, match="--to hf: .* holds a OwnModel; only GPT models"):
         export_hf(request(tmp_path, another, tmp_path))
@@ -285,13 +301,16 @@ def test_a_run_whose_tokenizer_gave_the_vocabulary_is_exported_without_its_paddi
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         shapes[name] = (264, 32)
     weights = {name: torch.randn(shape) for name, shape in shapes.items()}
-    with new_folder(tmp_path / "checkpoint", "--output") as place, one_process():
-        write_weights(place, weights, config)
-    saved = saved_config(tmp_path / "checkpoint")
     (tmp_path / "hf").mkdir()
-    assert "without a tokenizer" in export_hf(
-        request(tmp_path / "checkpoint", saved, tmp_path / "hf")
-    )
+
+    def body() -> str:
+        with new_folder(tmp_path / "checkpoint", "--output") as place, one_process():
+            write_weights(place, weights, config)
+        saved = saved_config(tmp_path / "checkpoint")
+        return export_hf(request(tmp_path / "checkpoint", saved, tmp_path / "hf"))
+
+    (line,) = run_ranks(1, body, process_group=False)
+    assert "without a tokenizer" in line
     assert read_model_config(tmp_path / "hf").vocab_size == 257
     head = tensors_of(tmp_path / "hf")["lm_head.weight"]
     assert torch.equal(head, weights["output_layer.weight"][:257])
