@@ -27,8 +27,13 @@ def _same_numbers_every_time() -> None:
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """Megatron-core's process groups, of this process alone."""
+    found = {name: value for name, value in vars(parallel_state).items() if name[:2] != "__"}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     yield
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    # megatron-core forgets some groups. A rank that a later test forks would free them, and wait
+    # for threads of theirs that were not forked.
+    for name, value in found.items():
+        setattr(parallel_state, name, value)
