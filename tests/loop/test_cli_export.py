@@ -16,15 +16,6 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parse_size(text)
 
 
-def test_a_target_that_nobody_brings_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ValueError, match=r"--to: there is no 'gguf' \(there are: [\w, -]+\)$"):
+def test_a_target_that_nobody_brings_is_refused_with_the_option() -> None:
+    with pytest.raises(ValueError, match="^--to: .*'gguf'"):
         find_exporter("gguf")
-
-
-def test_a_target_of_a_package_that_is_missing_is_refused_with_its_installation() -> None:
-    from importlib.metadata import entry_points
-
-    if entry_points(group="bridge.exporters", name="hf-peft"):
-        pytest.skip("bridge-peft is installed")
-    with pytest.raises(ValueError, match="bridge-peft brings it: pip install"):
-        find_exporter("hf-peft")

@@ -1,5 +1,6 @@
 """The section whose class an installed package brings: found by its method's name."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from bridge.training.config import (
     describe,
     peft_method,
 )
+from bridge.training.installed import PEFT_METHODS
 from tiny_configs import tiny_config
 
 MODULE = """
@@ -127,8 +129,9 @@ def test_fields_are_checked_as_those_of_every_section() -> None:
 def test_without_a_package_of_methods_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bridge.training.config.methods.GROUP", "bridge.none")
+    nobodys = dataclasses.replace(PEFT_METHODS, group="bridge.none")
+    monkeypatch.setattr("bridge.training.config.methods.PEFT_METHODS", nobodys)
     [line] = refused("peft.method=lora")
-    assert "install bridge-peft (pip install --find-links DIST bridge-peft" in line
+    assert "such as bridge-peft (pip install --find-links DIST bridge-peft" in line
     paths = {key.path for key in describe(tiny_config())}
     assert "peft.method" in paths

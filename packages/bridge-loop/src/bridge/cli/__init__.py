@@ -8,9 +8,9 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 
 from bridge.cli import doctor, export, finetune, launch, merge, pretrain, recipes
+from bridge.training.installed import COMMANDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (pretrain, finetune, recipes, merge, export, doctor):
         command.register(commands)
-    for entry_point in sorted(entry_points(group="bridge.commands"), key=lambda entry: entry.name):
+    for entry_point in COMMANDS.entries().values():
         entry_point.load()(commands)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positional arguments in one piece only: overrides after an option come here.

@@ -5,7 +5,9 @@ import importlib
 import platform
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
+
+from bridge.training.installed import RECIPES
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,7 @@ def _run(options: argparse.Namespace) -> int:
     _print_devices()
     free = shutil.disk_usage(".").free / 2**30
     print(f"{'disk':<20}{free:.0f} GiB free here")
-    recipes = sorted(entry.name for entry in entry_points(group="bridge.recipes"))
-    print(f"{'recipes':<20}{', '.join(recipes) or 'none installed'}")
+    print(f"{'recipes':<20}{', '.join(RECIPES.entries()) or 'none installed'}")
     return 0
 
 

@@ -2,14 +2,14 @@
 
 import argparse
 import re
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bridge.training.installed import EXPORTERS
 
 if TYPE_CHECKING:
     from bridge.training.contracts import Exporter
 
-_PACKAGES = {"hf": "bridge-steps-gpt", "hf-peft": "bridge-steps-gpt"}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -74,18 +74,11 @@ def find_exporter(target: str) -> "Exporter":
     Raises:
         ValueError: There is none; the message says what there is, or what to install.
     """
-    found = {entry.name: entry for entry in entry_points(group="bridge.exporters")}
-    if target in found:
-        exporter: Exporter = found[target].load()
-        return exporter
-    here = ", ".join(sorted(found)) or "none"
-    package = _PACKAGES.get(target)
-    remedy = (
-        f"; {package} brings it: pip install --find-links DIST {package}, from the folder of wheels"
-        if package
-        else ""
-    )
-    raise ValueError(f"--to: there is no {target!r} (there are: {here}){remedy}")
+    try:
+        exporter: Exporter = EXPORTERS.find(target)
+    except ValueError as error:
+        raise ValueError(f"--to: {error}") from error
+    return exporter
 
 
 def parse_size(text: str) -> int:

@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from bridge.cli.launch import hide_gpus_for_rehearsal
+from bridge.training.installed import RECIPES
 from bridge.training.recipes import (
     add_configuration_arguments,
     checked_ranks,
@@ -32,8 +32,8 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def _list(options: argparse.Namespace) -> int:
-    found = sorted(entry_points(group="bridge.recipes"), key=lambda entry: entry.name)
-    for entry in found:
+    found = RECIPES.entries()
+    for entry in found.values():
         print(f"{entry.name:<16}{entry.load().summary}")
     if not found:
         print("no package with recipes is installed (bridge-steps-gpt brings some)")

@@ -9,10 +9,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+from bridge.training.spelling import nearest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -213,10 +214,10 @@ def _handlers_of(callback: object) -> dict[str, Callable[..., None]]:
         if not name.startswith("on_") or not callable(handler := getattr(callback, name)):
             continue
         if name not in _EVENTS:
-            near = get_close_matches(name, _EVENTS, n=1, cutoff=0.0)
+            near = nearest(name, _EVENTS, cutoff=0.0)
             raise ValueError(
                 f"callback {_name(callback)} defines {name}, which is no event; "
-                f"did you mean {near[0]}? Events: {', '.join(_EVENTS)}"
+                f"did you mean {near}? Events: {', '.join(_EVENTS)}"
             )
         if getattr(handler, "__func__", None) is not _EVENTS[name]:
             _check_arguments(callback, name, handler)

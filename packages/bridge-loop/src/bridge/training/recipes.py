@@ -4,11 +4,11 @@ Nothing heavy is imported before it is needed: the command starts with this.
 """
 
 import argparse
-import difflib
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bridge.training.installed import RECIPES
 
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
@@ -36,19 +36,11 @@ def find_recipe(name: str) -> "Recipe":
     Raises:
         ValueError: There is none; the message says what there is, or what to install.
     """
-    found = {entry.name: entry for entry in entry_points(group="bridge.recipes")}
-    if name in found:
-        recipe: Recipe = found[name].load()
-        return recipe
-    if not found:
-        raise ValueError(
-            f"recipe: {name!r} is not there, as no package with recipes is installed; "
-            "install one beside this package, such as bridge-steps-gpt "
-            "(pip install --find-links DIST bridge-steps-gpt, from the folder of wheels)"
-        )
-    near = difflib.get_close_matches(name, found, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"recipe: there is no {name!r}{hint} (there are {', '.join(sorted(found))})")
+    try:
+        recipe: Recipe = RECIPES.find(name)
+    except ValueError as error:
+        raise ValueError(f"recipe: {error}") from error
+    return recipe
 
 
 def read_documents(paths: Sequence[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """The multimodal model's section of a run's configuration, which also builds the model."""
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from bridge.mimo.sections import (
     VisionEncoderConfig,
 )
 from bridge.training.config import ConfigContainer, Layout
+from bridge.training.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -273,11 +273,9 @@ class MultimodalModelConfig:
         ):
             for name in names:
                 if name not in allowed:
-                    near = difflib.get_close_matches(name, allowed, n=1)
-                    hint = f"; did you mean {near[0]!r}?" if near else ""
                     yield (
-                        f"model.{field_name}: there is no {name!r}{hint} (there are "
-                        f"{', '.join(allowed)})"
+                        f"model.{field_name}: there is no {name!r}{did_you_mean(name, allowed)} "
+                        f"(there are {', '.join(allowed)})"
                     )
 
     def _token_problems(self) -> Iterator[str]:

@@ -28,13 +28,9 @@ from bridge.training.config.fields import (
     join,
 )
 from bridge.training.config.methods import class_of_section
-from bridge.training.config.names import (
-    dtype_from_name,
-    function_from_name,
-    import_by_name,
-    nearest,
-)
+from bridge.training.config.names import dtype_from_name, function_from_name, import_by_name
 from bridge.training.contracts import PEFTMethod
+from bridge.training.spelling import did_you_mean, nearest
 
 
 def convert(value: Any, annotation: Any, path: str) -> Any:
@@ -164,8 +160,8 @@ def _convert_literal(value: Any, annotation: Any) -> Any:
         if value == choice and isinstance(value, bool) == isinstance(choice, bool):
             return value
     text = f"expected {describe_annotation(annotation)}, got {_show(value)}"
-    hint = nearest(value, [c for c in choices if isinstance(c, str)]) if _is_str(value) else None
-    raise ConversionError(text + (f"; did you mean {hint!r}?" if hint else ""))
+    hint = did_you_mean(value, [c for c in choices if isinstance(c, str)]) if _is_str(value) else ""
+    raise ConversionError(text + hint)
 
 
 def _is_str(value: Any) -> bool:
@@ -272,7 +268,7 @@ def build_dataclass(kind: type, mapping: Mapping[Any, Any], path: str) -> Any:
             continue
         here = join(path, key)
         if key not in fields:
-            hint = nearest(str(key), list(fields))
+            hint = nearest(str(key), fields)
             meant = f"; did you mean {join(path, hint)}?" if hint else ""
             lines.append(f"{here}: unknown key{meant}")
             continue

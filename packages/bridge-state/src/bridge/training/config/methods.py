@@ -2,16 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from bridge.training.config.errors import ConversionError
 from bridge.training.config.fields import default_of, fields_of
-from bridge.training.config.names import nearest
 from bridge.training.contracts import PEFTMethod
-
-GROUP = "bridge.peft"
-"""The group of entry points by which packages offer their methods."""
+from bridge.training.installed import PEFT_METHODS
 
 METHOD = "method"
 """The field of the section that names its class."""
@@ -19,7 +15,7 @@ METHOD = "method"
 
 def method_names() -> list[str]:
     """Return the methods of the installed packages."""
-    return sorted(_installed())
+    return list(PEFT_METHODS.entries())
 
 
 def method_class(name: Any) -> type:
@@ -28,18 +24,11 @@ def method_class(name: Any) -> type:
     Raises:
         ConversionError: There is none; the message says what there is, or what to install.
     """
-    found = _installed()
-    if name in found:
-        cls: type = found[name].load()
-        return cls
-    if not found:
-        raise ConversionError(
-            f"{name!r} is not there, as no package with such methods is installed; install "
-            "bridge-peft (pip install --find-links DIST bridge-peft, from the folder of wheels)"
-        )
-    near = nearest(str(name), list(found))
-    hint = f"; did you mean {near!r}?" if near else ""
-    raise ConversionError(f"there is no {name!r}{hint} (there are {', '.join(sorted(found))})")
+    try:
+        cls: type = PEFT_METHODS.find(str(name))
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    return cls
 
 
 def class_of_section(kind: type, content: Mapping[Any, Any]) -> type | None:
@@ -66,7 +55,7 @@ def is_found_by_name(value: Any, annotation: Any) -> bool:
     """Tell whether a section's class need not be written, as its own field leads to it."""
     if PEFTMethod not in (annotation, *getattr(annotation, "__args__", ())):
         return False
-    entry = _installed().get(getattr(value, METHOD, ""))
+    entry = PEFT_METHODS.entries().get(getattr(value, METHOD, ""))
     return entry is not None and entry.load() is type(value)
 
 
@@ -86,7 +75,3 @@ def changed_method(present: Any, cls: type) -> Any:
             if value != default_of(fields_of(present)[name]):
                 setattr(made, name, value)
     return made
-
-
-def _installed() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}

@@ -1,6 +1,5 @@
 """Functions, classes and dtypes travel as text by name; this finds each from the other."""
 
-import difflib
 import functools
 import importlib
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from megatron.core.activations import fast_gelu, squared_relu
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
 from bridge.training.config.errors import ConversionError
+from bridge.training.spelling import did_you_mean
 
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "gelu": F.gelu,
@@ -48,20 +48,11 @@ _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(valu
 }
 
 
-def nearest(name: str, candidates: list[str], cutoff: float = 0.6) -> str | None:
-    """Return the candidate that `name` was most probably meant to be, if one is near enough."""
-    matches = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
-    return matches[0] if matches else None
-
-
 def dtype_from_name(name: str) -> torch.dtype:
     """Return torch's dtype for 'bfloat16', 'bf16' or 'torch.bfloat16'."""
     short = name.removeprefix("torch.")
     if short not in _DTYPES:
-        hint = nearest(short, list(_DTYPES))
-        raise ConversionError(
-            f"{name!r} is not a torch dtype" + (f"; did you mean {hint!r}?" if hint else "")
-        )
+        raise ConversionError(f"{name!r} is not a torch dtype{did_you_mean(short, _DTYPES)}")
     return _DTYPES[short]
 
 
@@ -75,11 +66,8 @@ def function_from_name(name: str) -> Callable[..., Any]:
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     if "." not in name:
-        hint = nearest(name, list(_FUNCTIONS))
         raise ConversionError(
-            f"{name!r} is not a known function"
-            + (f"; did you mean {hint!r}?" if hint else "")
-            + " (known: "
+            f"{name!r} is not a known function{did_you_mean(name, _FUNCTIONS)} (known: "
             + ", ".join(ACTIVATIONS)
             + "; initialisers: "
             + ", ".join(INITIALISERS)

@@ -5,8 +5,8 @@ from typing import Any
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.fields import annotations_of, fields_of
-from bridge.training.config.names import nearest
 from bridge.training.config.parts import names_in, parts_of, value_at
+from bridge.training.spelling import nearest
 
 
 def section_fields(config: ConfigContainer, section: str) -> list[str]:
@@ -42,7 +42,7 @@ def likely_meant(config: ConfigContainer, path: str) -> list[str]:
     section = place.partition(".")[0]
     if place != section and (hint := nearest(key, _names_at(config, place))):
         return [f"{place}.{hint}"]
-    near_section = section if section in SECTIONS else nearest(section, list(SECTIONS))
+    near_section = section if section in SECTIONS else nearest(section, SECTIONS)
     homes = {name: section_fields(config, name) for name in SECTIONS}
     if near_section and near_section != section and key in homes[near_section]:
         return [f"{near_section}.{key}"]
@@ -52,10 +52,10 @@ def likely_meant(config: ConfigContainer, path: str) -> list[str]:
         return inner
     if near_section and (hint := nearest(key, homes[near_section])):
         return [f"{near_section}.{hint}"]
-    if not section and (hint := nearest(key, list(SECTIONS))):
+    if not section and (hint := nearest(key, SECTIONS)):
         return [hint]
     everywhere = {key: name for name, keys in reversed(homes.items()) for key in keys}
-    hint = nearest(key, list(everywhere), cutoff=0.7)
+    hint = nearest(key, everywhere, cutoff=0.7)
     return [f"{everywhere[hint]}.{hint}"] if hint else []
 
 

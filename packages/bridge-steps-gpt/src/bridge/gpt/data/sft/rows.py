@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from bridge.training.config.names import nearest
+from bridge.training.spelling import did_you_mean
 
 JSON_LINES = {"train": "training.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
 """The files of a directory, by split."""
@@ -249,10 +249,9 @@ def _turn(message: Any, place: str, role_key: str, text_key: str) -> Turn:
             )
     role = _SHAREGPT_ROLES.get(message[role_key], message[role_key])
     if role not in ROLES:
-        hint = nearest(str(role), list(ROLES))
         raise ValueError(
             f"{place}: the role {role!r} is none of {', '.join((*ROLES, *_SHAREGPT_ROLES))}"
-            + (f"; did you mean {hint!r}?" if hint else "")
+            f"{did_you_mean(str(role), ROLES)}"
         )
     return Turn(role=role, text=_text(message.get(text_key), f"{place}: {text_key}"))
 
