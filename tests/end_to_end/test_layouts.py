@@ -7,7 +7,7 @@ import pytest
 from commands import run
 from small_runs import SMALL, assert_close, losses
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("layouts by command")]
 
 MOE = (
     "model.num_moe_experts=4",
@@ -15,7 +15,8 @@ MOE = (
     "model.moe_aux_loss_coeff=0.0",
     "model.moe_grouped_gemm=false",
 )
-# tools/layouts.py takes 20, in every layout that there is.
+# test_layouts_matrix.py has a sample of all layouts; tools/layouts.py takes 20 steps, in every one
+# that there is.
 STEPS = 6
 
 
@@ -39,24 +40,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(
-            ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"], id="sequence"
-        ),
-        pytest.param(
-            [
-                "model.pipeline_model_parallel_size=2",
-                "model.virtual_pipeline_model_parallel_size=2",
-            ],
-            id="virtual-pipeline",
-        ),
-    ],
-)
-def test_two_processes_train_as_one_does(
-    tmp_path: Path, alone: list[float], layout: list[str]
+def test_a_virtual_pipeline_of_two_processes_trains_as_one_does(
+    tmp_path: Path, alone: list[float]
 ) -> None:
+    layout = (
+        "model.pipeline_model_parallel_size=2",
+        "model.virtual_pipeline_model_parallel_size=2",
+    )
     assert_close(train(tmp_path, *layout, ranks=2), alone)
 
 
@@ -74,13 +64,3 @@ def test_experts_on_two_processes_train_as_on_one(tmp_path: Path) -> None:
     )
     one = train(tmp_path / "one", *MOE)
     assert_close(train(tmp_path / "two", *MOE, *layout, ranks=2), one)
-
-
-def test_dropout_is_the_same_on_two_tensor_parallel_processes(
-    tmp_path: Path, alone: list[float]
-) -> None:
-    dropout = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
-    layout = "model.tensor_model_parallel_size=2"
-    one = train(tmp_path / "one", *dropout)
-    assert one != pytest.approx(alone, rel=1e-3)
-    assert_close(train(tmp_path / "two", *dropout, layout, ranks=2), one)

@@ -38,7 +38,7 @@ def test_the_script_in_the_readme_trains_to_the_same_losses_on_one_rank_and_on_t
         sys.argv = ["own_model.py", str(tmp_path / "both")]
         runpy.run_path(str(tmp_path / "own_model.py"), run_name="__main__")
 
-    # The ranks are forked, which spares the imports; test_peers.py has torchrun itself.
+    # The ranks are forked, which spares the imports.
     run_ranks(2, as_torchrun_starts_it, process_group=False)
     alone, both = (series(tmp_path / name, "loss") for name in ("alone", "both"))
     assert len(alone) == 10

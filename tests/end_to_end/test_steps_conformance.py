@@ -135,7 +135,10 @@ class Runs:
     place: Path
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.name)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=pytest.mark.xdist_group(k.name), id=k.name) for k in KINDS],
+)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     kind: Kind = request.param
     place = tmp_path_factory.mktemp(kind.name)

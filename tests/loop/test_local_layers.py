@@ -223,15 +223,40 @@ def test_two_context_parallel_ranks_are_one_rank_gradients_too(dropout: float) -
         torch.testing.assert_close(whole_again(list(parts)), gradient)
 
 
-def test_context_parallelism_refuses_masks_and_packs() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_two_context_parallel_ranks_attend_within_packed_documents_as_one_rank(
+    dropout: float,
+) -> None:
+    # Of different lengths, an empty one among them.
+    ends = torch.tensor([0, 4, 12, 12, 20], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    # By hand: of each document the first and the last quarter, and the two between.
+    places = ([0, 3, 4, 5, 10, 11, 12, 13, 18, 19], [1, 2, 6, 7, 8, 9, 14, 15, 16, 17])
+
+    def attend(ranks: int) -> tuple[Tensor, list[Tensor]]:
+        parallel_state.initialize_model_parallel(context_parallel_size=ranks)
+        group = parallel_state.get_context_parallel_group()
+        mine = places[group.rank()] if ranks > 1 else list(range(20))
+        parts = [x.detach()[mine, 0].requires_grad_() for x in random_qkv(20, batch=1)]
+        model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+        attention = make_attention(group=group, attention_dropout=dropout)
+        output = attention(*parts, packed_seq_params=packed)
+        output.square().sum().backward()
+        return output.detach(), [part.grad for part in parts if part.grad is not None]
+
+    ((expected, expected_gradients),) = run_ranks(1, attend, 1)
+    for rank, (output, gradients) in enumerate(run_ranks(2, attend, 2)):
+        torch.testing.assert_close(output, expected[places[rank]])
+        for gradient, whole in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(gradient, whole[places[rank]])
+
+
+def test_context_parallelism_refuses_masks() -> None:
     two_ranks: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
     attention = make_attention(group=two_ranks)
     query, key, value = random_qkv(4, batch=1)
     with pytest.raises(ValueError, match="attention_mask is not supported with context_parallel"):
         attention(query, key, value, causal_mask(4))
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, 4]))
-    with pytest.raises(ValueError, match="packed sequences with context_parallel_size > 1"):
-        attention(query[:, 0], key[:, 0], value[:, 0], packed_seq_params=packed)
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])

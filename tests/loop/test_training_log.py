@@ -122,6 +122,24 @@ def test_rates_are_means_over_the_steps_since_the_row_before(open_log: OpenLog) 
         assert row["samples_per_s"] == pytest.approx(8 / seconds)
 
 
+def test_tokens_that_the_data_counts_go_before_positions(open_log: OpenLog) -> None:
+    log = open_log()
+    log.step()
+    log.log.add_items({"tokens": 300, "images": 2})
+    log.step()
+    log.log.add_items({"tokens": 400, "images": 1})
+    row = log.log.write({})
+    seconds = 2 * (row["step_time_s"] or 0.0)
+    assert row["tokens_per_s"] == pytest.approx(700 / seconds)
+    assert row["images_per_s"] == pytest.approx(3 / seconds)
+    assert row["consumed_tokens"] == log.state.train_state.consumed_tokens == 700
+    log.step()
+    log.log.add_items({"tokens": 500})
+    row = log.log.write({})
+    assert row["tokens_per_s"] == pytest.approx(500 / (row["step_time_s"] or 0.0))
+    assert row["consumed_tokens"] == 1200
+
+
 def test_a_pause_is_not_in_the_steps_time(open_log: OpenLog) -> None:
     log = open_log()
     log.step()

@@ -16,6 +16,8 @@ from peft_runs import PP, SP, adapted_run, train_bases, trained
 from ranks import run_ranks
 from training_runs import series
 
+pytestmark = pytest.mark.xdist_group("adapters saved")
+
 METHOD = LoRA(dim=4, dropout=0.1, target_modules=["*.layers.1.*", "linear_proj"])
 
 

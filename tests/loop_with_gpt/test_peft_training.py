@@ -15,6 +15,8 @@ from peft_runs import EP, PP, SP, TP, adapted_run, train_bases, trained
 from ranks import RankFailure, run_ranks
 from training_runs import a_run, one_step
 
+pytestmark = pytest.mark.xdist_group("adapters")
+
 METHODS: dict[str, Any] = {
     "lora": LoRA(dim=4),
     "dora": DoRA(dim=4, exclude_modules=["*.layers.0.mlp.*"]),

@@ -39,10 +39,12 @@ def sft_run(place: Path, *, packing: bool = False, **model: Any) -> ConfigContai
 def outcome(
     place: Path, *, packing: bool = False, micro_batch_size: int = 1, **model: Any
 ) -> tuple[list[float], list[float]]:
-    """Return losses and gradient norms."""
+    """Return losses and gradient norms; the tokens are those of the rows, without padding."""
     config = sft_run(place, packing=packing, **model)
     config.train.micro_batch_size = micro_batch_size
     pretrain(config, forward_step)
+    row_tokens = sum(len(row["prompt"]) + len(row["completion"]) for row in ROWS)
+    assert series(place, "consumed_tokens") == [row_tokens, 2 * row_tokens]
     return series(place, "lm loss"), series(place, "grad_norm")
 
 
@@ -64,6 +66,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "packed, pipeline": {"packing": True, **PIPELINE},
         "packed, virtual pipeline": {"packing": True, **VIRTUAL},
         "packed, sequence": {"packing": True, **TENSOR},
+        "packed, context": {"packing": True, "context_parallel_size": 2},
         "pipeline": {"micro_batch_size": 2, **PIPELINE},
         "pipeline of variable lengths": {**PIPELINE, **VARIABLE},
         "sequence": {"micro_batch_size": 2, **TENSOR},

@@ -26,12 +26,14 @@ from hf_models import (
 )
 from ranks import run_ranks
 
-pytestmark = pytest.mark.slow
-
-# Asked without importing it: every worker collects this, and one runs it.
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="needs transformers"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("transformers"),
+    # Asked without importing it: every worker collects this, and one runs it.
+    pytest.mark.skipif(
+        importlib.util.find_spec("transformers") is None, reason="needs transformers"
+    ),
+]
 
 LLAMA, QWEN3 = "LlamaForCausalLM", "Qwen3ForCausalLM"
 MODELS = {

@@ -106,6 +106,7 @@ def test_a_sentencepiece_model_tokenizes(tmp_path: Path) -> None:
     assert tokenizer.eod == 2
 
 
+@pytest.mark.xdist_group("transformers")
 def test_a_hugging_face_directory_tokenizes(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     _write_hugging_face(tmp_path, eos="<eos>")
@@ -116,6 +117,7 @@ def test_a_hugging_face_directory_tokenizes(tmp_path: Path) -> None:
     assert vocab_size(config) == 4
 
 
+@pytest.mark.xdist_group("transformers")
 def test_a_tokenizer_that_cannot_end_a_document_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     _write_hugging_face(tmp_path, eos=None)

@@ -202,7 +202,7 @@ def test_wrong_settings_come_in_one_report(tmp_path: Path) -> None:
         packing=True,
         pad_to_multiple_of=3,
     )
-    model = tiny_gpt(mtp_num_layers=1, context_parallel_size=2, vocab_size=None)
+    model = tiny_gpt(mtp_num_layers=1, vocab_size=None)
     config = run_of(model, dataset=dataset, tokenizer=TokenizerConfig())
     config.train.micro_batch_size = 2
     with pytest.raises(ConfigError) as caught:
@@ -212,7 +212,6 @@ def test_wrong_settings_come_in_one_report(tmp_path: Path) -> None:
         "dataset.chat_template=tokenizer: tokenizer.type=bytes has no chat template",
         "dataset.packing=true needs train.micro_batch_size=1, it is 2",
         "model.mtp_num_layers=1",
-        "model.context_parallel_size=2: the local attention",
         "dataset.pad_to_multiple_of=3 must be at least 1 and divide model.seq_length=16",
     ):
         assert part in str(caught.value)

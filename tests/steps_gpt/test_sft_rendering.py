@@ -82,6 +82,7 @@ def test_a_chat_without_an_answer_is_refused_unless_all_counts() -> None:
     assert text_and_counted(rendered(chat("user: hi"), TokenizerConfig(), loss_on="all"))[1]
 
 
+@pytest.mark.xdist_group("transformers")
 def test_the_tokenizers_own_first_token_stands_once(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     tokenizer = word_tokenizer(tmp_path, None, begins=True)
@@ -89,6 +90,7 @@ def test_the_tokenizers_own_first_token_stands_once(tmp_path: Path) -> None:
     assert words_and_counted(rendered(pair, tokenizer)) == ("<s> hi . yes <eos>", "yes <eos>")
 
 
+@pytest.mark.xdist_group("transformers")
 @pytest.mark.parametrize(
     ("template", "loss_on", "text", "counted"),
     [
@@ -137,6 +139,7 @@ def test_the_tokenizers_own_template(
     assert [index for index, _ in pairs] == whole["input_ids"]
 
 
+@pytest.mark.xdist_group("transformers")
 @pytest.mark.parametrize(
     ("template", "complaint"),
     [

@@ -79,8 +79,9 @@ class LocalAttention(torch.nn.Module):
 
     With context parallelism the keys and values of the whole sequence are gathered on every
     rank, whatever ``cp_comm_type`` says; the sequence is cut as megatron-core's
-    ``get_batch_on_this_cp_rank`` cuts it. A mask costs memory for each pair of positions, so
-    long contexts want Transformer Engine; plain causal attention has none.
+    ``get_batch_on_this_cp_rank`` cuts it, each document of a pack by itself. A mask costs memory
+    for each pair of positions, so long contexts want Transformer Engine; plain causal attention
+    has none.
 
     Dropout is drawn for all heads and positions of a microbatch, equally on every tensor- and
     context-parallel rank, and each takes its part: how many ranks there are does not matter. It
@@ -150,34 +151,48 @@ class LocalAttention(torch.nn.Module):
         if attention_bias is not None:
             raise ValueError("LocalAttention takes no attention_bias; use Transformer Engine")
         causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
-        mask: Tensor | None
+        ends = None
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-            mask = self._packed_mask(query.shape[0], packed_seq_params, causal)
+            ends = _ends_of_documents(packed_seq_params, causal)
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        elif _size(self.context_parallel_group) > 1:
+        group = self.context_parallel_group
+        if _size(group) > 1:
             if attention_mask is not None:
                 raise ValueError(
                     "attention_mask is not supported with context_parallel_size > 1, where each "
                     "rank sees its part of the sequence only; pass None (causal attention needs "
                     "no mask)"
                 )
-            mask = self._zigzag_mask(query.shape[0], query.device, causal)
-            key, value = _gather_sequence(key, value, self.context_parallel_group)
+            positions = _positions_of_ranks(query.shape[0], ends, group, query.device)
+            mask = self._mask_of_documents(ends, positions, causal)
+            key, value = _gather_sequence(key, value, group)
+            return self._attend(query, key, value, mask, positions=positions)
+        if ends is not None:
+            places = torch.arange(query.shape[0], device=query.device)
+            mask = self._mask_of_documents(ends, (places, places), causal)
         elif attention_mask is None and self.window is None:
             return self._attend(query, key, value, None, is_causal=causal)
         else:
             mask = self._dense_mask(query, key, attention_mask, causal)
-        return self._attend(query, key, value, mask, is_causal=False)
+        return self._attend(query, key, value, mask)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        is_causal: bool = False,
+        positions: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        """Attend where `mask` is True; `positions` of queries and keys, where they are not all."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.training and self.dropout > 0.0:
             if is_causal:
-                positions = torch.arange(query.shape[2], device=query.device)
-                mask = self._position_mask(positions, positions, causal=True)
-            output = self._attend_with_dropout(query, key, value, mask)
+                places = torch.arange(query.shape[2], device=query.device)
+                mask = self._position_mask(places, places, causal=True)
+            output = self._attend_with_dropout(query, key, value, mask, positions)
         else:
             output = functional.scaled_dot_product_attention(
                 query,
@@ -191,7 +206,12 @@ class LocalAttention(torch.nn.Module):
         return output.permute(2, 0, 1, 3).flatten(2)
 
     def _attend_with_dropout(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        positions: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Attend with the softmax written out, as torch's kernel draws a mask of its own."""
         heads_per_group = query.shape[1] // key.shape[1]
@@ -199,16 +219,16 @@ class LocalAttention(torch.nn.Module):
         scores = (query @ key.transpose(2, 3)).float() * self.softmax_scale
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1).masked_fill(~self._kept(scores), 0.0)
+        weights = scores.softmax(dim=-1).masked_fill(~self._kept(scores, positions), 0.0)
         return (weights / (1.0 - self.dropout)).to(value.dtype) @ value
 
-    def _kept(self, scores: Tensor) -> Tensor:
+    def _kept(self, scores: Tensor, positions: tuple[Tensor, Tensor] | None) -> Tensor:
         """Draw which attention weights are kept: this rank's part, like `scores` ``[b, n, s, s]``.
 
         The context-parallel ranks' keys are gathered: the last dimension is the whole sequence.
         """
-        tensor, context = self.tensor_parallel_group, self.context_parallel_group
-        batch, heads, length, whole = scores.shape
+        tensor = self.tensor_parallel_group
+        batch, heads, _, whole = scores.shape
         ones = scores.new_ones(batch, heads * _size(tensor), whole, whole)
         if self.config.sequence_parallel:
             # The transformer block has forked to a stream that differs between the ranks.
@@ -218,8 +238,8 @@ class LocalAttention(torch.nn.Module):
             kept = functional.dropout(ones, self.dropout) > 0
         if _size(tensor) > 1:
             kept = kept.narrow(1, tensor.rank() * heads, heads)
-        if _size(context) > 1:
-            queries, keys = _positions_of_ranks(length, context, scores.device)
+        if positions is not None:
+            queries, keys = positions
             kept = kept[:, :, queries[:, None], keys]
         return kept
 
@@ -249,27 +269,15 @@ class LocalAttention(torch.nn.Module):
             return visible
         return ~attention_mask if visible is None else visible & ~attention_mask
 
-    def _zigzag_mask(self, length: int, device: torch.device, causal: bool) -> Tensor | None:
-        """The mask of this rank's two chunks against the gathered sequence."""
-        queries, keys = _positions_of_ranks(length, self.context_parallel_group, device)
-        return self._position_mask(queries, keys, causal)
-
-    def _packed_mask(self, length: int, packed: PackedSeqParams, causal: bool) -> Tensor:
-        """The block-diagonal mask of a pack."""
-        if _size(self.context_parallel_group) > 1:
-            raise ValueError(
-                "packed sequences with context_parallel_size > 1 need Transformer Engine; set "
-                "model.context_parallel_size=1 or turn packing off"
-            )
-        ends = packed.cu_seqlens_q
-        if packed.cu_seqlens_q_padded is not None:
-            if not causal:
-                raise ValueError("padding between packed sequences needs causal attention here")
-            ends = packed.cu_seqlens_q_padded
-        positions = torch.arange(length, device=ends.device)
-        sequence = torch.searchsorted(ends[1:].contiguous(), positions, right=True)
-        same = sequence[:, None] == sequence[None, :]
-        visible = self._position_mask(positions, positions, causal)
+    def _mask_of_documents(
+        self, ends: Tensor | None, positions: tuple[Tensor, Tensor], causal: bool
+    ) -> Tensor | None:
+        """The mask of queries and keys at `positions`, of which each sees its own document."""
+        visible = self._position_mask(*positions, causal)
+        if ends is None:
+            return visible
+        queries, keys = (_documents(ends, places) for places in positions)
+        same = queries[:, None] == keys[None, :]
         return same if visible is None else same & visible
 
 
@@ -285,18 +293,40 @@ def _size(group: Any) -> int:
     return 1 if group is None else int(group.size())
 
 
+def _ends_of_documents(packed: PackedSeqParams, causal: bool) -> Tensor:
+    """Return where the documents of a pack begin, with padding, and where the last one ends."""
+    if packed.cu_seqlens_q_padded is None:
+        return packed.cu_seqlens_q
+    if not causal:
+        raise ValueError("padding between packed sequences needs causal attention here")
+    return packed.cu_seqlens_q_padded
+
+
+def _documents(ends: Tensor, places: Tensor) -> Tensor:
+    """Return the number of the document in which each place lies; empty ones count."""
+    return torch.searchsorted(ends[1:].contiguous(), places.to(ends.dtype), right=True)
+
+
 def _positions_of_ranks(
-    length: int, group: dist.ProcessGroup, device: torch.device
+    length: int, ends: Tensor | None, group: dist.ProcessGroup, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Positions in the sequence of this rank's `length` tokens, and of all ranks' one by one.
 
-    The sequence is cut in twice as many chunks as there are ranks; rank r has the r-th from either
-    end.
+    A document is cut in twice as many chunks as there are ranks; rank r has the r-th from either
+    end. Without `ends` the sequence is one document.
     """
-    ranks = torch.arange(group.size(), device=device)
-    chunks = torch.stack([ranks, 2 * group.size() - 1 - ranks], dim=1)
-    within = torch.arange(length // 2, device=device)
-    positions = (chunks[:, :, None] * (length // 2) + within).flatten(1)
+    size = group.size()
+    if ends is None:
+        ends = torch.tensor([0, size * length], device=device)
+    starts = (ends // size).long()  # Of a rank's part of each document, among its tokens.
+    places = torch.arange(length, device=device)
+    document = _documents(starts, places)
+    chunk = (starts[document + 1] - starts[document]) // 2
+    within = places - starts[document]
+    ranks = torch.arange(size, device=device)[:, None]
+    # Of the second chunk: as far as the place is beyond the first, and from the other end.
+    number = torch.where(within < chunk, ranks, 2 * size - 1 - ranks)
+    positions = ends[document] + number * chunk + within % chunk
     return positions[group.rank()], positions.flatten()
 
 

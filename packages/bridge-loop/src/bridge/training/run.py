@@ -107,11 +107,11 @@ class Run(TrainingParts):
         self.training_log.add_step(result)
         if result.reduced is None:
             return
+        self.training_log.add_items(self.data.take_items())
         metrics = dict(result.metrics)
         self._check_losses(alarm=result.reduced.alarm)
         self.metrics = self.training_log.write(
             metrics,
-            items=self.data.take_items(),
             on_row=lambda row: self.callbacks.fire("on_log", self.context, row),
         )
 
@@ -183,6 +183,7 @@ class Run(TrainingParts):
     def save(self) -> None:
         """Save a checkpoint of this step, unless it has one; never after an unread loss."""
         self._check_losses(alarm=True)
+        self.training_log.add_items(self.data.take_items())
         phase, self.phase = self.phase, f"checkpoint at step {self.state.train_state.step}"
         with self.training_log.pause():
             path = self.checkpointer.save()

@@ -95,10 +95,11 @@ class Throughput:
         """Return tokens_per_s and samples_per_s of the whole run, and mfu where it is known.
 
         Args:
-            tokens: Tokens trained on in the interval, over all ranks.
+            tokens: Positions trained on in the interval, over all ranks.
             samples: Samples likewise.
             seconds: Length of the interval.
-            items: What else was read in it, over all ranks: NAME becomes NAME_per_s.
+            items: What the data counted in it, over all ranks: NAME becomes NAME_per_s, and
+                "tokens" go before the positions.
         """
         rates = {"tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds}
         rates |= {f"{name}_per_s": count / seconds for name, count in (items or {}).items()}

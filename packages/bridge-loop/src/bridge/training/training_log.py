@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from bridge.training.config import ConfigContainer
+from bridge.training.contracts import TOKENS
 from bridge.training.progress import Progress
 from bridge.training.state import GlobalState
 from bridge.training.throughput import Throughput, model_flops_per_token, peak_bf16_flops
@@ -99,6 +100,7 @@ class TrainingLog:
         # A missing tracker is an error now, not at the first logged step.
         self._loggers = state.metric_loggers
         self._newest: StepResult | None = None
+        self._positions = 0
         self._start_interval()
 
     def add_step(self, result: "StepResult") -> None:
@@ -106,6 +108,7 @@ class TrainingLog:
         self._newest = result
         self._steps += 1
         self._tokens += result.tokens
+        self._positions += result.tokens
         self._samples += result.samples
         self._skipped += result.skipped
         counters = self._state.train_state
@@ -113,18 +116,34 @@ class TrainingLog:
         counters.floating_point_operations_so_far += result.tokens * flops
         self._progress.tick(counters.step, self._total_steps)
 
+    def add_items(self, items: Mapping[str, int]) -> None:
+        """Take note of what the data counted since the last call.
+
+        Tokens that it counted take the place of the steps' positions, which have padding in them,
+        in the run's counters too.
+
+        Args:
+            items: Numbers by name over all ranks, as `RunData.take_items` gives them.
+        """
+        for name, number in items.items():
+            self._items[name] = self._items.get(name, 0) + number
+        if (tokens := items.get(TOKENS)) is not None:
+            counters = self._state.train_state
+            flops = self._throughput.flops_per_token or 0.0
+            counters.consumed_tokens += tokens - self._positions
+            counters.floating_point_operations_so_far += (tokens - self._positions) * flops
+        self._positions = 0
+
     def write(
         self,
         metrics: Mapping[str, float | None],
         *,
-        items: Mapping[str, int] | None = None,
         on_row: Callable[[dict[str, float | None]], None] | None = None,
     ) -> Row:
         """Write the row of the newest step; on every rank, as timers are read over all.
 
         Args:
             metrics: The step's metrics, already read from the device.
-            items: What was read since the row before, beside tokens, over all ranks.
             on_row: Sees the row before it is written, and may add to it.
 
         Returns:
@@ -141,7 +160,7 @@ class TrainingLog:
             "consumed_samples": counters.consumed_train_samples,
             "consumed_tokens": counters.consumed_tokens,
         }
-        after = self._own_values(self._newest, seconds, items)
+        after = self._own_values(self._newest, seconds)
         if taken := sorted(metrics.keys() & {"step", *before, *after}):
             raise ValueError(
                 f"metric {taken[0]!r} has the name of a value that the training log writes "
@@ -180,9 +199,7 @@ class TrainingLog:
         finally:
             self._paused += time.perf_counter() - start
 
-    def _own_values(
-        self, result: "StepResult", seconds: float, items: Mapping[str, int] | None
-    ) -> Row:
+    def _own_values(self, result: "StepResult", seconds: float) -> Row:
         grad_norm = None if result.grad_norm is None else float(result.grad_norm)
         values: Row = {"learning_rate": result.learning_rate, "grad_norm": grad_norm}
         if self._loss_scale is not None:
@@ -190,7 +207,7 @@ class TrainingLog:
         values["skipped_steps"] = self._skipped
         values["step_time_s"] = seconds / self._steps
         values |= self._throughput.rates(
-            tokens=self._tokens, samples=self._samples, seconds=seconds, items=items
+            tokens=self._tokens, samples=self._samples, seconds=seconds, items=self._items
         )
         if self._on_gpu:
             values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -209,3 +226,4 @@ class TrainingLog:
         self._started = time.perf_counter()
         self._paused = 0.0
         self._steps = self._tokens = self._samples = self._skipped = 0
+        self._items: dict[str, int] = {}

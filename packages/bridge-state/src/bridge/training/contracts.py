@@ -71,6 +71,10 @@ class SizedDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+TOKENS = "tokens"
+"""The name in `DataSplits.items` of what the run counts as tokens."""
+
+
 @dataclass(kw_only=True)
 class DataSplits:
     """The data of a run. Every rank builds the same splits; the loop cuts out each rank's share.
@@ -96,8 +100,9 @@ class DataSplits:
     warnings: list[str] = field(default_factory=list)
     """Lines that the user should read when the run starts."""
     items: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
-    """What a training microbatch holds beside tokens, by name: counts it on the host. The run then
-    reports ``NAME_per_s``, ``{"images": ...}`` its images a second. The same names on all ranks."""
+    """What a training microbatch holds, by name: counts it on the host. The run then reports
+    ``NAME_per_s``, ``{"images": ...}`` its images a second. Without `TOKENS` among them, every
+    position of a sample is a token of the run, padding too. The same names on all ranks."""
 
 
 def named_sets(

@@ -90,6 +90,11 @@ class PaddedBatch:
         return {name: torch.stack([p[name] for p in padded]) for name in padded[0]}
 
 
+def number_of_tokens(microbatch: Sample) -> int:
+    """Count the positions of a microbatch that are no padding; those of prompts count."""
+    return int((~microbatch["padding_mask"]).sum())
+
+
 def _sample(ids: NDArray[np.int32], counts: NDArray[np.bool_]) -> Sample:
     text = torch.from_numpy(ids.astype(np.int64))
     return {

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bridge.gpt.data import build as index_files
-from bridge.gpt.data.sft.batches import PackedSamples, PaddedBatch, SingleSamples, rounded_up
+from bridge.gpt.data.sft.batches import (
+    PackedSamples,
+    PaddedBatch,
+    SingleSamples,
+    number_of_tokens,
+    rounded_up,
+)
 from bridge.gpt.data.sft.corpus import (
     FORMAT,
     Corpus,
@@ -36,7 +42,7 @@ from bridge.gpt.data.sft.rows import (
 from bridge.gpt.data.sft.told import notes_of, warnings_of
 from bridge.gpt.data.tokenizers import build_tokenizer, identity
 from bridge.training.config import TokenizerConfig
-from bridge.training.contracts import DataRequest, DataSplits, SizedDataset
+from bridge.training.contracts import TOKENS, DataRequest, DataSplits, SizedDataset
 
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
@@ -154,6 +160,7 @@ class SFTDatasetConfig:
                 corpora, {name: len(s) for name, s in sets.items()} if self.packing else {}
             ),
             warnings=warnings_of(corpora),
+            items={TOKENS: number_of_tokens},
         )
 
     def _sources(self) -> dict[str, RowSource]:

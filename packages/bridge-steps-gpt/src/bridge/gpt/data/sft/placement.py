@@ -10,8 +10,6 @@ with quiet_import():
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from bridge.training.transformer_section import TransformerSection
-
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
 
@@ -68,14 +66,4 @@ def packing_problems(config: "ConfigContainer") -> Iterator[str]:
         yield (
             f"dataset.packing=true and model.mtp_num_layers={model.mtp_num_layers}: multi-token "
             "prediction does not support packed documents; leave one out"
-        )
-    if (
-        isinstance(model, TransformerSection)
-        and model.layer_spec == "local"
-        and model.context_parallel_size > 1
-    ):
-        yield (
-            f"dataset.packing=true and model.context_parallel_size={model.context_parallel_size}: "
-            "the local attention does not support packed sequences there; set the one to false or "
-            "the other to 1, or use Transformer Engine"
         )
