@@ -291,3 +291,50 @@ def test_weights_alone_are_taken_and_the_optimizers_copies_follow(
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     assert run_ranks(2, body, timeout=120) == [([], 4, {dtype})] * 2
+
+
+def experts_run(directory: Path, until: int, **layout: Any) -> ConfigContainer:
+    """Return a run of 6 steps up to one of them, which goes on where it was saved."""
+    sizes = {"num_layers": 2, "num_moe_experts": 4, "moe_router_topk": 2}
+    config = gpt_run(directory, tiny_gpt(**sizes, moe_grouped_gemm=False, **layout))
+    config.train.train_iters = until
+    config.scheduler.lr_decay_iters = 6
+    config.checkpoint.resume = directory.exists()
+    config.checkpoint.save_at_end = True
+    return config
+
+
+def test_a_run_goes_on_under_any_layout_experts_spread_or_not(tmp_path: Path) -> None:
+    layouts: list[tuple[int, dict[str, Any]]] = [
+        (1, {}),
+        (2, {"expert_model_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2}),
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        (4, {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+        (2, {"context_parallel_size": 2}),
+    ]
+
+    def train(config: ConfigContainer) -> None:
+        pretrain(config, gpt_forward_step)
+
+    run_ranks(1, train, experts_run(tmp_path / "whole", 6))
+    for done, (ranks, layout) in enumerate(layouts):
+        run_ranks(ranks, train, experts_run(tmp_path / "cut", done + 1, **layout))
+    whole, cut = ([row["lm loss"] for row in rows(tmp_path / name)] for name in ("whole", "cut"))
+    assert len(whole) == 6
+    assert cut == pytest.approx(whole, rel=1e-5)
+
+
+def test_without_the_distributed_optimizer_experts_stay_where_they_were(tmp_path: Path) -> None:
+    def train(**layout: Any) -> str:
+        config = experts_run(tmp_path / "run", 2 if layout else 1, **layout)
+        config.ddp.use_distributed_optimizer = config.ddp.overlap_param_gather = False
+        try:
+            pretrain(config, gpt_forward_step)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    assert run_ranks(1, train) == [""]
+    for message in run_ranks(2, lambda: train(expert_model_parallel_size=2)):
+        assert "model.expert_model_parallel_size that the checkpoint was saved with" in message

@@ -30,6 +30,7 @@ from bridge.training.config import ConfigContainer
 from bridge.training.distributed import Ranks, is_logging_rank, rank, world_size
 from bridge.training.loss_watch import LossWatch
 from bridge.training.model_building import parameters_in_sync, without_ddp
+from bridge.training.optimizer_state import fitted_to
 from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
 from bridge.training.trainable import load_trained, only_trained
 
@@ -181,7 +182,7 @@ class Checkpointer:
             for name in ("max_lr", "min_lr"):
                 if group.get(name) == getattr(self._scheduler, name):
                     group[name] = schedule[name]
-        self._optimizer.load_state_dict(state)
+        self._optimizer.load_state_dict(fitted_to(self._optimizer, state))
         for group, settings in zip(self._optimizer.param_groups, wanted, strict=True):
             group.update(
                 (name, value) for name, value in settings.items() if name not in ("params", "step")
