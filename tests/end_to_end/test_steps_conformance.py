@@ -27,6 +27,7 @@ from mimo_layout_runs import MIXED, Chosen
 from mimo_models import mimo_run, tiny_mimo
 from ranks import RankFailure, run_ranks
 from training_runs import TokenData, Weights, gpt_run, rows
+from wandb_files import history, read_wandb
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +80,7 @@ class Listener(Callback):
     collected: list[int] = field(default_factory=list)
     kill_at: int | None = None
     stop_at: int | None = None
+    interrupt_at: int | None = None
 
     def on_train_start(self, context: CallbackContext) -> None:
         self.events.append("start")
@@ -89,6 +91,8 @@ class Listener(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
         if step == self.stop_at and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
+        if step == self.interrupt_at:  # As a terminal does it, every process of the group.
+            os.kill(os.getpid(), signal.SIGINT)
 
     def on_before_optimizer_step(self, context: CallbackContext) -> None:
         squares = [
@@ -122,7 +126,8 @@ class Found:
     listener: Listener
     continued: dict[str, torch.Tensor]
     stopped: TrainResult
-    resumed_after_stop: TrainResult
+    interrupted: TrainResult
+    resumed_after_stops: TrainResult
     messages: dict[str, str]
     skipped: TrainResult
 
@@ -144,7 +149,12 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     place = tmp_path_factory.mktemp(kind.name)
     with pytest.raises(RankFailure, match="died without a word"):
         run_ranks(RANKS, killed, kind, place, timeout=60)
-    return Runs(ranks=run_ranks(RANKS, all_runs, kind, place, timeout=110), place=place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        found = run_ranks(RANKS, all_runs, kind, place, timeout=110)
+    return Runs(ranks=found, place=place)
 
 
 def killed(kind: Kind, place: Path) -> None:
@@ -154,7 +164,7 @@ def killed(kind: Kind, place: Path) -> None:
 def all_runs(kind: Kind, place: Path) -> Found:
     listener = Listener()
     config = kind.run(place / "whole")
-    config.logger.tensorboard = True
+    config.logger.tensorboard, config.logger.wandb_project = True, "conformance"
     result, weights = trained_with(config, kind, listener)
     config = kind.run(place / "killed")
     config.checkpoint.resume = True
@@ -162,6 +172,7 @@ def all_runs(kind: Kind, place: Path) -> Found:
     stopped = pretrain(kind.run(place / "stopped"), kind.step, [Listener(stop_at=2)])
     config = kind.run(place / "stopped")
     config.checkpoint.resume = True
+    interrupted = pretrain(config, kind.step, [Listener(interrupt_at=4)])
     resumed = pretrain(config, kind.step)
     messages = {}
     for action in ("raise", "raise_at_once"):
@@ -176,7 +187,8 @@ def all_runs(kind: Kind, place: Path) -> Found:
         listener=listener,
         continued=continued,
         stopped=stopped,
-        resumed_after_stop=resumed,
+        interrupted=interrupted,
+        resumed_after_stops=resumed,
         messages=messages,
         skipped=skipped,
     )
@@ -205,6 +217,11 @@ def broken(step: Callable[..., Any]) -> Callable[..., Any]:
         return output, broken_loss
 
     return broken_step
+
+
+def losses_of(runs: Runs) -> dict[int, float]:
+    """Return the losses of the run that went through, by step."""
+    return {row["step"]: row["lm loss"] for row in rows(runs.place / "whole") if "lm loss" in row}
 
 
 def test_callbacks_hear_everything_on_every_rank(runs: Runs) -> None:
@@ -258,11 +275,13 @@ def test_tensorboard_has_the_same_numbers(runs: Runs) -> None:
     events = EventAccumulator(str(runs.place / "whole" / "tensorboard"))
     events.Reload()
     curve = {event.step: event.value for event in events.Scalars("lm loss")}
-    assert curve == {
-        row["step"]: pytest.approx(row["lm loss"], rel=1e-6)
-        for row in rows(runs.place / "whole")
-        if "lm loss" in row
-    }
+    assert curve == pytest.approx(losses_of(runs), rel=1e-6)
+
+
+def test_wandb_has_the_same_numbers(runs: Runs) -> None:
+    [records] = read_wandb(runs.place / "whole")
+    logged = {row["_step"]: row["lm loss"] for row in history(records) if "lm loss" in row}
+    assert logged == losses_of(runs)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(runs: Runs) -> None:
@@ -280,11 +299,12 @@ def test_a_killed_run_goes_on_bit_for_bit(runs: Runs) -> None:
             assert torch.equal(found.continued[name], weight), name
 
 
-def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(runs: Runs) -> None:
+def test_a_signal_stops_all_ranks_with_a_checkpoint(runs: Runs) -> None:
     for found in runs.ranks:
         assert (found.stopped.reason, found.stopped.step) == ("SIGTERM", 3)
-        assert (found.resumed_after_stop.reason, found.resumed_after_stop.step) == ("finished", 6)
-        assert found.resumed_after_stop.metrics["lm loss"] == found.result.metrics["lm loss"]
+        assert (found.interrupted.reason, found.interrupted.step) == ("SIGINT", 5)
+        assert (found.resumed_after_stops.reason, found.resumed_after_stops.step) == ("finished", 6)
+        assert found.resumed_after_stops.metrics["lm loss"] == found.result.metrics["lm loss"]
 
 
 def test_a_nan_is_an_error_on_every_rank_or_a_step_left_out(runs: Runs) -> None:

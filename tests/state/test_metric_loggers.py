@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from bridge.training.metric_loggers import (
     WandbLogger,
     truncate_jsonl,
 )
+from wandb_files import history, read_wandb
 
 TRAIN = {"lm loss": 2.5, "consumed_samples": 32, "learning_rate": 1e-3}
 VALIDATION = {"validation/lm loss": 2.25}
@@ -37,25 +37,6 @@ def read_tensorboard(directory: Path) -> dict[str, dict[int, float]]:
         name: {event.step: event.value for event in events.Scalars(name)}
         for name in events.Tags()["scalars"]
     }
-
-
-def read_wandb(run_dir: Path) -> list[list[dict[str, Any]]]:
-    """Read the records of each start of the run with wandb's own reader, oldest start first."""
-    starts = []
-    for folder in sorted((run_dir / "wandb").glob("offline-run-*")):
-        result = subprocess.run(
-            [sys.executable, "-m", "wandb", "leet", "inspect", "--json", folder],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
-        starts.append([json.loads(line) for line in result.stdout.splitlines()])
-    return starts
-
-
-def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [record["history"]["item"] for record in records if record["type"] == "history"]
 
 
 @pytest.fixture
