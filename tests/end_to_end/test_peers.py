@@ -137,6 +137,7 @@ def test_a_script_under_torchrun_that_catches_its_error_ends_on_all_ranks(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=2,
+            run_id="own",
             rdzv_backend="c10d",
             rdzv_endpoint="127.0.0.1:0",
             max_restarts=0,
