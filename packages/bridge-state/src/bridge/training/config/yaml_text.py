@@ -12,6 +12,12 @@ import yaml
 
 from bridge.training.config.errors import ConversionError
 
+try:  # libyaml takes a fifth of the time.
+    from yaml import CSafeDumper as SafeDumper
+    from yaml import CSafeLoader as SafeLoader
+except ImportError:
+    from yaml import SafeDumper, SafeLoader  # type: ignore[assignment]
+
 _CORE_SCHEMA = {
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN\0"),
     "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -24,7 +30,7 @@ _CORE_SCHEMA = {
 }
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -39,21 +45,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
     return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
 
 
-def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
     return float(re.sub(r"\.(?=[iInN])", "", str(loader.construct_scalar(node))))
 
 
-def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
+def _represent_list(dumper: _Dumper, items: list[Any]) -> yaml.Node:
     nested = any(isinstance(item, list | Mapping) for item in items)
     return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=not nested)
 
