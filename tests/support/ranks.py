@@ -36,6 +36,9 @@ _WARM_MODULES = (
     "megatron.core.distributed",
     "megatron.core.pipeline_parallel",
     "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     # get_megatron_optimizer asks whether it has one of these.
     "megatron.core.models.mimo.optimizer",
     "numpy.random",
