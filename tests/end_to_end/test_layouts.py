@@ -7,7 +7,7 @@ import pytest
 from commands import run
 from small_runs import SMALL, assert_close, losses
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("layouts by command")]
+pytestmark = pytest.mark.slow
 
 MOE = (
     "model.num_moe_experts=4",
@@ -32,27 +32,11 @@ def train(folder: Path, *overrides: str, ranks: int = 1) -> list[float]:
     return found
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of one process; they fall."""
-    found = train(tmp_path_factory.mktemp("alone"))
-    assert found[-1] < found[0] - 0.1
-    return found
-
-
-def test_a_virtual_pipeline_of_two_processes_trains_as_one_does(
-    tmp_path: Path, alone: list[float]
-) -> None:
-    layout = (
-        "model.pipeline_model_parallel_size=2",
-        "model.virtual_pipeline_model_parallel_size=2",
-    )
-    assert_close(train(tmp_path, *layout, ranks=2), alone)
-
-
-def test_four_processes_train_as_one_does(tmp_path: Path, alone: list[float]) -> None:
+def test_four_processes_train_as_one_does(tmp_path: Path) -> None:
     layout = ("model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2")
-    assert_close(train(tmp_path, *layout, ranks=4), alone)
+    one = train(tmp_path / "one")
+    assert one[-1] < one[0] - 0.1
+    assert_close(train(tmp_path / "four", *layout, ranks=4), one)
 
 
 def test_experts_on_two_processes_train_as_on_one(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
@@ -7,6 +8,7 @@ from typing import Any
 import megatron.core.tensor_parallel.random as tracked
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -363,3 +365,19 @@ def test_unequal_parts_are_gathered_and_their_gradients_scattered(rows: tuple[in
         assert torch.equal(whole, torch.cat([part_of(0), part_of(1)]))
         assert gradient is not None
         assert torch.equal(gradient, torch.full((rows[rank], 2), 3.0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_all_groups_of_a_process_share_what_waits_for_their_sockets() -> None:
+    def body() -> tuple[int, list[float]]:
+        groups = [dist.new_group(backend=backend) for backend in ("gloo", "nccl", None)]
+        sums = []
+        for group in groups:
+            value = torch.tensor(float(dist.get_rank() + 1))
+            dist.all_reduce(value, group=group)
+            sums.append(float(value))
+        descriptors = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        loops = [d for d in descriptors if os.path.islink(d) and "eventpoll" in os.readlink(d)]
+        return len(loops), sums
+
+    assert run_ranks(2, body) == [(1, [3.0, 3.0, 3.0])] * 2

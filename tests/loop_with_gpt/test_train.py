@@ -1,7 +1,5 @@
 """A step is what plain torch computes, under every layout, and stands alone."""
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +9,13 @@ import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
 from bridge.training.config import TrainConfig
-from bridge.training.gpt_step import forward_step as gpt_forward_step
 from bridge.training.model_building import GradientFinalizer
 from bridge.training.pretrain import pretrain
-from gpt_models import tiny_gpt
 from ranks import run_ranks
 from training_runs import (
     OwnData,
     OwnModel,
     a_run,
-    gpt_run,
     mean_step,
     one_step,
     own_run,
@@ -54,58 +49,6 @@ def test_steps_are_adamw_written_out(tmp_path: Path, pattern: int, world_size: i
         for of_rank in parameters:
             for name, value in wanted.parameters.items():
                 torch.testing.assert_close(of_rank[name], value, rtol=2e-5, atol=2e-6)
-
-
-KINDS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "experts": {
-        "num_moe_experts": 4,
-        "moe_router_topk": 2,
-        "moe_ffn_hidden_size": 48,
-        "moe_token_dispatcher_type": "alltoall",
-    },
-}
-
-
-def train_gpt(directory: Path, **model: Any) -> None:
-    pretrain(gpt_run(directory, tiny_gpt(**model)), gpt_forward_step)
-
-
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return the run of one rank, trained when it is first asked for."""
-
-    @cache
-    def run_of(kind: str) -> Path:
-        run = tmp_path_factory.mktemp(kind) / "run"
-        run_ranks(1, lambda: train_gpt(run, **KINDS[kind]), timeout=120)
-        return run
-
-    return run_of
-
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "tensor": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "interleaved": {
-        "pipeline_model_parallel_size": 2,
-        "virtual_pipeline_model_parallel_size": 2,
-    },
-    "context": {"context_parallel_size": 2},
-    "expert": {"expert_model_parallel_size": 2},
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_of_two_ranks_finds_what_one_rank_finds(
-    tmp_path: Path, one_rank: Callable[[str], Path], layout: str
-) -> None:
-    kind = "experts" if layout == "expert" else "dense"
-    losses, norms = (series(one_rank(kind), name) for name in ("lm loss", "grad_norm"))
-    run_ranks(2, lambda: train_gpt(tmp_path / "run", **KINDS[kind], **LAYOUTS[layout]), timeout=120)
-    assert len(losses) == 5
-    assert losses[0] != losses[4]
-    assert series(tmp_path / "run", "lm loss") == pytest.approx(losses, rel=1e-5)
-    assert series(tmp_path / "run", "grad_norm") == pytest.approx(norms, rel=1e-4)
 
 
 def test_a_program_with_its_own_loop_gets_all_it_needs_from_the_result(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ nothing about stream races, GPU memory, Transformer Engine's numerics or NCCL.
 """
 
 import contextlib
+import datetime
 import functools
 import inspect
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -407,11 +409,51 @@ def _with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _process_group_patches() -> Iterator[Patch]:
-    """Groups asked for over NCCL by name: bridge_communicator.py, colocated_communicator.py."""
+    """Groups asked for over NCCL by name: bridge_communicator.py, colocated_communicator.py.
+
+    And megatron-core makes some thirty groups. Over gloo each would have a device of its own, with
+    a thread that wakes a hundred times a second; all groups of a process share one.
+    """
+    yield torch.distributed.ProcessGroupGloo, "__init__", _on_one_device()
     for name in ("new_group", "new_subgroups_by_enumeration"):
         over_gloo = _over_gloo(getattr(c10d, name))
         yield c10d, name, over_gloo
         yield torch.distributed, name, over_gloo
+
+
+def _on_one_device() -> Callable[..., None]:
+    gloo = torch.distributed.ProcessGroupGloo
+    initialize: Callable[..., None] = vars(gloo)["__init__"]
+    devices: dict[int, list[Any]] = {}
+
+    def on_one_device(
+        self: Any,
+        store: Any,
+        group_rank: int,
+        group_size: int,
+        options: Any = None,
+        timeout: datetime.timedelta | None = None,
+    ) -> None:
+        if options is None:
+            options = gloo._Options()
+            # By process: a fork has no threads of what its parent made.
+            pid = os.getpid()
+            if pid not in devices:
+                devices[pid] = _gloo_devices()
+            options._devices = devices[pid]
+            if timeout is not None:
+                options._timeout = timeout
+        initialize(self, store, group_rank, group_size, options)
+
+    return on_one_device
+
+
+def _gloo_devices() -> list[Any]:
+    """Make gloo's devices as torch does for each group: of the interfaces that the user names."""
+    gloo = torch.distributed.ProcessGroupGloo
+    if named := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return [gloo.create_device(interface=name) for name in named.split(",")]
+    return [gloo.create_default_device()]
 
 
 def _over_gloo(make_group: Callable[..., Any]) -> Callable[..., Any]:
