@@ -19,13 +19,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores + 1, 16)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Leave tests marked `slow` to a run of their own where the whole suite is asked for."""
-    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    if is_whole and not config.option.markexpr and not config.option.keyword:
-        config.option.markexpr = "not slow"
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is no CUDA device."""
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]

@@ -13,8 +13,6 @@ from gpt_data import write_story
 from sft_data import write_rows
 from small_runs import SMALL, trajectory
 
-pytestmark = pytest.mark.slow
-
 
 def questions(numbers: range) -> list[dict[str, Any]]:
     return [{"prompt": f"next({n % 50}) = ", "completion": f"{n % 50 + 1}"} for n in numbers]

@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 from commands import run
 from small_runs import SMALL, assert_close, losses
-
-pytestmark = pytest.mark.slow
 
 MOE = (
     "model.num_moe_experts=4",

@@ -6,16 +6,12 @@ import os
 import shutil
 from pathlib import Path
 
-import pytest
-
 from bridge.cli import main
 from gpt_data import write_story
 from ranks import run_ranks
 from sft_data import write_rows
 from small_runs import SMALL, trajectory
 from training_runs import series
-
-pytestmark = pytest.mark.slow
 
 TUNE = (
     "dataset.path=rows.jsonl",

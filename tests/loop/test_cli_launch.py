@@ -184,7 +184,6 @@ def test_under_a_launcher_the_command_is_one_rank(tmp_path: Path) -> None:
     assert _steps(tmp_path) == list(range(1, 7))
 
 
-@pytest.mark.slow
 def test_ranks_can_be_processes_of_their_own_as_on_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,9 +27,7 @@ from layouts_runs import (
 from ranks import run_ranks
 from training_runs import a_run, one_step
 
-pytestmark = pytest.mark.slow
-
-STEPS = 4
+STEPS = 3
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
 MODEL = {model.name: model for model in MODELS}
 SUMS, MEANS = Objective(), Objective(pattern=1)

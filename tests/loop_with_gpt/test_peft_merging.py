@@ -16,7 +16,7 @@ from peft_runs import SP, adapted_run, base_run, train_bases, trained
 from ranks import run_ranks
 from training_runs import a_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]
+pytestmark = pytest.mark.xdist_group("transformers")
 
 METHODS: dict[str, Any] = {
     "lora": LoRA(dim=4, alpha=10.0),

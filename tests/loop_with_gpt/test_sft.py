@@ -75,7 +75,6 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.slow
 def test_packed_samples_train_as_samples_alone_under_every_layout(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", ROWS)
 

@@ -13,7 +13,6 @@ from bridge.training.megatron_import import has_gpu, quiet_import
 without_gpu = pytest.mark.skipif(has_gpu(), reason="the short cuts are for machines without a GPU")
 
 
-@pytest.mark.slow
 @without_gpu
 def test_the_first_import_is_silent_and_loads_neither_compiler_nor_tracker(tmp_path: Path) -> None:
     # Transformer Engine's CUDA library alone: it dies with an error that megatron-core lets pass.

@@ -27,7 +27,6 @@ from hf_models import (
 from ranks import run_ranks
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.xdist_group("transformers"),
     # Asked without importing it: every worker collects this, and one runs it.
     pytest.mark.skipif(
