@@ -422,7 +422,7 @@ def _process_group_patches() -> Iterator[Patch]:
 
 
 def _on_one_device() -> Callable[..., None]:
-    gloo = torch.distributed.ProcessGroupGloo
+    gloo: Any = torch.distributed.ProcessGroupGloo  # torch does not declare its options.
     initialize: Callable[..., None] = vars(gloo)["__init__"]
     devices: dict[int, list[Any]] = {}
 
