@@ -18,6 +18,8 @@ from bridge.training.layer_specs import has_transformer_engine
 from bridge.training.pretrain import pretrain
 from gpt_models import tiny_gpt
 from hf_models import run_from, write_folder
+from sft_data import write_rows
+from sft_runs import LENGTH, ROWS, sft_run
 from training_runs import a_run, gpt_run, one_step, parameters_of, series
 
 pytestmark = pytest.mark.gpu
@@ -80,6 +82,22 @@ def test_adapters_train_alike_beside_either_kind_of_layers(tmp_path: Path, kind:
     assert losses_of_engine == pytest.approx(losses, rel=5e-3)
     # bf16 has 8 bits. Without the fused norm before the adapter it would be another gradient.
     assert norms_of_engine == pytest.approx(norms, rel=5e-2)
+
+
+@needs_engine
+def test_packed_rows_train_as_rows_alone(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    found = []
+    for name, packing in (("alone", False), ("packed", True)):
+        engine = {"layer_spec": "transformer_engine", "pipeline_dtype": None}
+        model = SIZES | engine | {"seq_length": LENGTH}
+        config = sft_run(tmp_path / name, packing=packing, **model)
+        config.mixed_precision.precision = "bf16"
+        pretrain(config, forward_step)
+        found.append([series(tmp_path / name, key) for key in ("lm loss", "grad_norm")])
+    (losses, norms), (packed_losses, packed_norms) = found
+    assert packed_losses == pytest.approx(losses, rel=3e-3)
+    assert packed_norms == pytest.approx(norms, rel=3e-2)
 
 
 @pytest.mark.parametrize(
