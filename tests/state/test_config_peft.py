@@ -14,6 +14,7 @@ from bridge.training.config import (
     peft_method,
 )
 from bridge.training.installed import PEFT_METHODS
+from installed_packages import install
 from tiny_configs import tiny_config
 
 MODULE = """
@@ -48,13 +49,8 @@ class Smaller(Small):
 def methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Install a package that offers two methods."""
     (tmp_path / "small_methods.py").write_text(MODULE)
-    info = tmp_path / "small_methods-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: small-methods\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[bridge.peft]\nsmall = small_methods:Small\nsmaller = small_methods:Smaller\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    offers = "[bridge.peft]\nsmall = small_methods:Small\nsmaller = small_methods:Smaller\n"
+    install(tmp_path, "small-methods", offers, monkeypatch)
 
 
 def refused(*overrides: str, **arguments: object) -> list[str]:

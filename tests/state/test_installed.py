@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from bridge.training.installed import Offers
+from installed_packages import install
 
 COLOURS = Offers("bridge.colours", "colours", "bridge-paint")
 
@@ -12,13 +13,8 @@ COLOURS = Offers("bridge.colours", "colours", "bridge-paint")
 def paint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Install a package that offers two colours, one of which cannot be imported."""
     (tmp_path / "paint.py").write_text("RED = 'ff0000'\n")
-    info = tmp_path / "paint-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: paint\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[bridge.colours]\nred = paint:RED\ngreen = no_such_paint:GREEN\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    offers = "[bridge.colours]\nred = paint:RED\ngreen = no_such_paint:GREEN\n"
+    install(tmp_path, "paint", offers, monkeypatch)
 
 
 @pytest.mark.usefixtures("paint")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import installed_packages
 from bridge.training.config import CheckpointConfig, ConfigContainer, LoggerConfig, TrainConfig
 from bridge.training.contracts import DataRequest, DataSplits, Recipe
 from bridge.training.state import GlobalState
@@ -134,11 +135,7 @@ heckled = own_recipe:heckled
 
 def install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Install this package, as pip would, for the time of a test."""
-    metadata = place / "own_recipe-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: own-recipe\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(_ENTRY_POINTS)
-    monkeypatch.syspath_prepend(place)
+    installed_packages.install(place, "own-recipe", _ENTRY_POINTS, monkeypatch)
 
 
 def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -2,10 +2,10 @@
 
 While active, a table of functions that megatron-core calls on a GPU does the same on the CPU, so
 the schedules, DDP, optimizers and checkpoints of a run are megatron-core's own. Almost every
-replaced call would raise without a GPU. Working CPU code sees four differences:
+replaced call would raise without a GPU. Working CPU code sees five differences:
 ``F.dropout`` draws from the stand-in for the device's generator, ``torch.manual_seed`` seeds that
 one too (as on a GPU), ``Tensor.type()`` says ``torch.cuda.*`` to megatron-core's optimizer alone,
-and megatron-core's Adam is `bridge.training.cpu_optimizer.FusedAdam`.
+megatron-core's Adam is `bridge.training.cpu_optimizer.FusedAdam`, and gloo's groups share a device.
 
 Entered explicitly, never detected; refused where a GPU is visible. A run that passes here says
 nothing about stream races, GPU memory, Transformer Engine's numerics or NCCL.
