@@ -229,6 +229,25 @@ def test_padding_of_the_vocabulary_does_not_change_its_real_rows() -> None:
     assert not torch.equal(*few)
 
 
+def test_before_a_checkpoint_is_loaded_only_what_may_be_padded_is_drawn() -> None:
+    untied = {"share_embeddings_and_output_weights": False}
+
+    def anew() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        _, chunks = build({}, {}, **untied)
+        drawn = dict(global_parameters(chunks))
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data.zero_()
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        initialize_weights(chunks, SEED, groups, only_padded=True)
+        return drawn, dict(global_parameters(chunks))
+
+    [(drawn, others)] = run_ranks(1, anew)
+    matrices = {name for name, tensor in drawn.items() if tensor.dim() == 2}
+    alike = {name for name in matrices if torch.equal(drawn[name], others[name])}
+    assert alike == {"embedding.word_embeddings.weight", "output_layer.weight"}
+
+
 def test_16_bit_weights_are_the_rounded_ones_wrapped_or_not() -> None:
     def weight(wrapped: bool) -> Tensor:
         layout_of()

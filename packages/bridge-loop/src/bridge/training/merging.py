@@ -63,7 +63,7 @@ def adapted_model(
         checkpoint: One of that run.
         config: Saved with it.
         base: The run or checkpoint that the adapters stand beside; None for the place where it was.
-        adapters_alone: Leave the other weights as they are, and look for no base.
+        adapters_alone: Leave the other weights as they come, and look for no base.
 
     Raises:
         ValueError: There are no adapters, or the base is not there or is another one.
@@ -75,7 +75,8 @@ def adapted_model(
     choose_device("cpu")
     with expected_messages_held_back(), ranks_of(config, "cpu") as ranks:
         seed_stage(config.rng.seed, ranks)
-        chunks = build_chunks(config, ranks)
+        drawn = weights is None and not adapters_alone
+        chunks = build_chunks(config, ranks, loaded_next=not drawn)
         found = None if adapters_alone else find_base(config, ranks, weights)
         if weights is not None:
             load_model_weights(chunks, weights, ranks)

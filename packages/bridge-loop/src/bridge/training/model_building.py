@@ -27,6 +27,8 @@ def build_model(
     config: ConfigContainer,
     ranks: Ranks,
     adapt: Callable[[list[Any]], None] | None = None,
+    *,
+    loaded_next: bool = False,
 ) -> list[torch.nn.Module]:
     """Build this rank's model chunks, DDP-wrapped: one, or one a virtual pipeline stage.
 
@@ -37,8 +39,9 @@ def build_model(
         config: A resolved configuration.
         ranks: The process groups.
         adapt: Changes the chunks before DDP takes hold of what trains in them.
+        loaded_next: As for `build_chunks`.
     """
-    chunks = build_chunks(config, ranks)
+    chunks = build_chunks(config, ranks, loaded_next=loaded_next)
     if adapt is not None:
         adapt(chunks)
     if isinstance(ranks.pg_collection, ModuleRanks):
@@ -46,12 +49,16 @@ def build_model(
     return _wrap_in_ddp(config, ranks, chunks, chunks[0].config)
 
 
-def build_chunks(config: ConfigContainer, ranks: Ranks) -> list[Any]:
+def build_chunks(
+    config: ConfigContainer, ranks: Ranks, *, loaded_next: bool = False
+) -> list[Any]:
     """Build this rank's model chunks with initial weights, wrapped for 16 bits where that is due.
 
     Args:
         config: A resolved configuration.
         ranks: The process groups.
+        loaded_next: Whether a checkpoint of the whole model is loaded next. Its weights need no
+            initial values then, which take five seconds for each billion.
     """
     from megatron.core.transformer.module import Float16Module
 
@@ -60,7 +67,7 @@ def build_chunks(config: ConfigContainer, ranks: Ranks) -> list[Any]:
     for chunk in chunks:
         chunk.train()
     if config.rng.layout_invariant_init:
-        initialize_weights(chunks, config.rng.seed, ranks.own_groups)
+        initialize_weights(chunks, config.rng.seed, ranks.own_groups, only_padded=loaded_next)
     model_config = chunks[0].config
     if isinstance(ranks.pg_collection, ModuleRanks):
         # The module on this rank is made 16 bits for itself.

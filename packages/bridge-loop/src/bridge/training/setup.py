@@ -177,7 +177,9 @@ def _built(
                 if config.peft is not None:
                     layers.extend(attach_adapters(config.peft, config, ranks, chunks, pretrained))
 
-            model = build_model(config, ranks, adapt)
+            # Adapters' checkpoints hold nothing of the model that they stand beside.
+            whole = pretrained if config.peft is not None else pretrained or checkpoint
+            model = build_model(config, ranks, adapt, loaded_next=whole is not None)
             stack.enter_context(gradients_reach_recomputed_layers(model))
         size = None
         if config.peft is not None and base is not None:

@@ -70,7 +70,11 @@ def draw_with(parameter: Tensor, initializer: Initializer) -> None:
 
 
 def initialize_weights(
-    model_chunks: Iterable[torch.nn.Module], seed: int, pg_collection: ProcessGroupCollection
+    model_chunks: Iterable[torch.nn.Module],
+    seed: int,
+    pg_collection: ProcessGroupCollection,
+    *,
+    only_padded: bool = False,
 ) -> None:
     """Draw the weights of a megatron-core model anew, the same under every layout and device.
 
@@ -83,6 +87,8 @@ def initialize_weights(
         model_chunks: This rank's part of the model, wrapped for 16 bits or not.
         seed: The run's seed.
         pg_collection: This rank's process groups; its ``dp_cp`` is read.
+        only_padded: Draw only what a checkpoint that is loaded next may have in part: weights
+            whose rows are padded to a multiple that depends on the layout.
 
     Raises:
         ValueError: A weight is split over ranks and none of megatron-core's initialisers is
@@ -94,7 +100,7 @@ def initialize_weights(
         if not isinstance(module, MegatronModule) or not isinstance(config, TransformerConfig):
             continue
         if config.perform_initialization:
-            _initialize_chunk(module, seed, pg_collection)
+            _initialize_chunk(module, seed, pg_collection, only_padded=only_padded)
 
 
 @torch.no_grad()
@@ -126,7 +132,7 @@ def initialize_added_weights(
 
 @torch.no_grad()
 def _initialize_chunk(
-    module: MegatronModule, seed: int, pg_collection: ProcessGroupCollection
+    module: MegatronModule, seed: int, pg_collection: ProcessGroupCollection, *, only_padded: bool
 ) -> None:
     described: set[int] = set()
     kept: list[str] = []
@@ -134,6 +140,8 @@ def _initialize_chunk(
     for parameter, shards in shards_of_parameters(module, pg_collection):
         described.add(id(parameter))
         for shard in shards:
+            if only_padded and not shard.allow_shape_mismatch:
+                continue
             initializer = getattr(parameter, "initializer", None)
             if initializer is None:
                 initializer = initializer_of(shard.key, configs[id(parameter)])
@@ -143,7 +151,7 @@ def _initialize_chunk(
                 _refuse_if(_is_split(shard), shard.key)
                 kept.append(shard.key)
     for name, parameter in module.named_parameters():
-        if id(parameter) not in described:
+        if id(parameter) not in described and not only_padded:
             _refuse_if(_is_marked_split(parameter), name)
             kept.append(name)
     if kept:
