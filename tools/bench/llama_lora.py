@@ -1,6 +1,6 @@
 """Measure llama3-8b-lora on one GPU, from a model in Hugging Face's format with random weights.
 
-    python tools/bench/llama_lora.py [--steps 20] [--warmup 8] [--layers 32] [section.field=value ...]
+    python tools/bench/llama_lora.py [--steps 20] [--warmup 8] [section.field=value ...]
 
 It writes a folder of Llama 3 8B as a hub would give it (weights in bf16, a tokenizer trained on the
 standard library's sources), then runs ``bridge import-hf`` and ``bridge finetune`` on it, on the
@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from measured_run import Measured, read_ours, run_process, steady_step_s
 from safetensors.torch import save_file
+
+from measured_run import Measured, read_ours, run_process, steady_step_s
 
 VOCABULARY, HIDDEN, MLP, KEYS = 128_256, 4096, 14_336, 1024
 CONFIG = {

@@ -49,9 +49,7 @@ def build_model(
     return _wrap_in_ddp(config, ranks, chunks, chunks[0].config)
 
 
-def build_chunks(
-    config: ConfigContainer, ranks: Ranks, *, loaded_next: bool = False
-) -> list[Any]:
+def build_chunks(config: ConfigContainer, ranks: Ranks, *, loaded_next: bool = False) -> list[Any]:
     """Build this rank's model chunks with initial weights, wrapped for 16 bits where that is due.
 
     Args:
