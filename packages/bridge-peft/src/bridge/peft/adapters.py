@@ -54,9 +54,19 @@ class Factor(torch.nn.Module):
         self._linear = linear
         mark(self.weight, weight, linear, split_axis=split_axis if is_split else None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product with x, [..., in features of the factor]."""
-        return functional.linear(x, whole_gradient(self.weight, self._linear))
+    def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the product with x.
+
+        Args:
+            x: [..., in features of the factor].
+            onto: Is added, in one pass over it, [..., out features of the factor]; None for
+                nothing.
+        """
+        weight = whole_gradient(self.weight, self._linear)
+        if onto is None:
+            return functional.linear(x, weight)
+        added = torch.addmm(onto.flatten(end_dim=-2), x.flatten(end_dim=-2), weight.t())
+        return added.view_as(onto)
 
 
 def mark(
@@ -160,14 +170,31 @@ class LowRankAdapter(torch.nn.Module):
         Args:
             x: The input of the base layer's product, [..., in features on this rank].
         """
-        hidden = self.linear_in(self._dropped(x).to(self.linear_in.weight.dtype))
-        delta: torch.Tensor = self.linear_out(self._across_ranks(hidden))
-        return self.scale * delta
+        delta: torch.Tensor = self.linear_out(self._hidden(x))
+        return delta
+
+    def added_to(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return output + s B A x.
+
+        Args:
+            output: What the base layer gave, [..., out features], of this rank or of all.
+            x: As for `update`.
+        """
+        hidden, weight = self._hidden(x), self.linear_out.weight
+        if output.dtype == weight.dtype and output.shape[-1] == weight.shape[0]:
+            added: torch.Tensor = self.linear_out(hidden, onto=output)
+            return added
+        return output + gathered_like(self.linear_out(hidden), output, self.linear)
 
     def delta_weight(self) -> torch.Tensor:
         """Return s B A in float32, the rows and columns that are on this rank."""
         product: torch.Tensor = self.linear_out.weight.float() @ self.linear_in.weight.float()
         return self.scale * product
+
+    def _hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """Return s A x. Scaled here, where it is as narrow as the rank."""
+        hidden = self.linear_in(self._dropped(x).to(self.linear_in.weight.dtype))
+        return self.scale * self._across_ranks(hidden)
 
     def _across_ranks(self, hidden: torch.Tensor) -> torch.Tensor:
         linear = self.linear
