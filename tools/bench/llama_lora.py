@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -101,7 +102,8 @@ def write_tokenizer(folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    PreTrainedTokenizerFast(
+    wrapped: Any = PreTrainedTokenizerFast
+    wrapped(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
 
@@ -123,9 +125,13 @@ def measure(
     )
     print(process.tail(40), flush=True)
     measured = read_ours(process, metrics)
-    if measured.error is None:
-        last = json.loads(metrics.read_text().splitlines()[-1])
-        print(json.dumps({key: last[key] for key in sorted(last)}))
+    measured.ms_per_step = 1000 * (steady_step_s(measured.windows, options.warmup) or 0.0)
+    if measured.error is None and measured.ms_per_step:
+        rows = {row["step"]: row for row in map(json.loads, metrics.read_text().splitlines())}
+        steady = [window for window in measured.windows if window.first >= options.warmup]
+        first, last = steady[0].first, steady[-1].last
+        tokens = rows[last]["consumed_tokens"] - rows[first]["consumed_tokens"]
+        measured.tokens_per_s = 1000 * tokens / (last - first) / measured.ms_per_step
     return measured
 
 
@@ -133,7 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make the model, import it, fine-tune it; 1 if the run failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=8, help="steps left out of the rate")
+    parser.add_argument(
+        "--warmup", type=int, default=8, help="steps left out of the rate, a multiple of 4"
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--limit-s", type=float, default=400, help="time limit of the fine-tuning")
     parser.add_argument("--output", type=Path, default=None, help="folder for all that is written")
@@ -152,14 +160,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"imported it in {time.monotonic() - started:.0f} s", flush=True)
 
     measured = measure(work, checkpoint, options, overrides)
-    step_s = steady_step_s(measured.windows, options.warmup)
-    if measured.error or step_s is None:
+    if measured.error or measured.tokens_per_s is None:
         print(f"failed: {measured.error or f'no logged window after step {options.warmup}'}")
         return 1
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     memory = measured.peak_memory_gib
     print(
-        f"{card}: {1000 * step_s:.1f} ms a step, "
+        f"{card}: {measured.tokens_per_s:,.0f} tokens/s, {measured.ms_per_step:.1f} ms a step, "
         f"peak {'-' if memory is None else format(memory, '.2f')} GiB, "
         f"start to first step {measured.first_step_s:.1f} s, last loss {measured.last_loss:.4f}"
     )

@@ -168,7 +168,9 @@ def _llama3_8b_lora() -> ConfigContainer:
     config.peft = peft_method("lora", dim=16)
     config.dataset = SFTDatasetConfig(packing=True)
     config.tokenizer = TokenizerConfig(type="huggingface")
-    config.train = TrainConfig(train_iters=1000, global_batch_size=16, micro_batch_size=1)
+    config.train = TrainConfig(
+        train_iters=1000, global_batch_size=16, micro_batch_size=1, num_workers=2
+    )
     config.validation = ValidationConfig(eval_interval=200)
     config.optimizer = _adamw(2e-4)
     config.checkpoint = CheckpointConfig(save_interval=200)

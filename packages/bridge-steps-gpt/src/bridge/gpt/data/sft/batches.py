@@ -57,18 +57,31 @@ class PackedSamples:
         return len(self.plan)
 
     def __getitem__(self, index: int, /) -> Sample:
-        documents, ends = [], [0]
+        # Filled in place: a sequence of short rows has hundreds of them, for which tensors of
+        # their own would take longer to make than a GPU to train on them.
+        tokens = np.full(self.length, self.padding, np.int64)
+        labels = tokens.copy()
+        loss_mask = np.zeros(self.length, np.float32)
+        padding_mask = np.ones(self.length, np.bool_)
+        ends = [0]
         for number in self.plan[index]:
-            sample = _sample(*self.corpus[number])
-            places = rounded_up(len(sample["tokens"]), self.multiple)
-            documents.append(_padded(sample, places, self.padding))
-            ends.append(ends[-1] + places)
+            ids, counts = self.corpus[number]
+            places = slice(ends[-1], ends[-1] + len(ids) - 1)
+            tokens[places], labels[places] = ids[:-1], ids[1:]
+            loss_mask[places], padding_mask[places] = counts[1:], False
+            ends.append(ends[-1] + rounded_up(len(ids) - 1, self.multiple))
         if ends[-1] < self.length:
-            empty = {name: tensor[:0] for name, tensor in documents[0].items()}
-            documents.append(_padded(empty, self.length - ends[-1], self.padding))
             ends.append(self.length)
-        packed = {name: torch.cat([d[name] for d in documents]) for name in documents[0]}
-        return packed | {"cu_seqlens": torch.tensor(ends, dtype=torch.int32)}
+        starts = np.repeat(ends[:-1], np.diff(ends))
+        sample = {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "position_ids": np.arange(self.length) - starts,
+            "padding_mask": padding_mask,
+            "cu_seqlens": np.array(ends, np.int32),
+        }
+        return {name: torch.from_numpy(values) for name, values in sample.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
