@@ -87,6 +87,20 @@ def test_a_run_can_be_extended_and_not_be_made_another(tmp_path: Path) -> None:
     assert all(0.0003 < row["learning_rate"] <= 0.001 for row in continued[3:])
 
 
+def test_a_run_goes_on_with_fewer_ranks_than_its_layout_had(tmp_path: Path) -> None:
+    split = "model.tensor_model_parallel_size=2"
+    assert begin(tmp_path, "train.train_iters=2", split, ranks=2).wait().code == 0
+    refused = resume(tmp_path, "train.train_iters=3")
+    assert refused.code == 2
+    assert "1 ranks are not a multiple of model.tensor_model_parallel_size=2" in refused.err
+    ended = resume(tmp_path, "train.train_iters=3", "model.tensor_model_parallel_size=1")
+    assert ended.code == 0, ended.err
+    assert [row["step"] for row in rows(tmp_path / "R")] == [1, 2, 3]
+    other = resume(tmp_path, "model.tensor_model_parallel_size=1", "rng.seed=7")
+    assert other.code == 2
+    assert "rng.seed: the run was started with" in other.err
+
+
 def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path) -> None:
     assert begin(tmp_path, "train.train_iters=2").wait().code == 0
     before = (tmp_path / "R" / "metrics.jsonl").read_bytes()

@@ -9,6 +9,7 @@ from bridge.training.config import (
     ConfigError,
     TokenizerConfig,
     TrainConfig,
+    YamlText,
     apply_overrides,
     configure,
     resolve,
@@ -159,7 +160,7 @@ def test_problems_of_all_documents_and_overrides_are_one_report(tmp_path: Path) 
                 "recipe: other\nmodel: {_target_: a.B}\ntrain: 3\n",
                 "dataset: null\noptimizer: {lrr: 1}\nlogger: {wandb_name: 17}\n",
                 "[1",
-                "- 1",
+                YamlText(text="- 1", source="own.yaml"),
                 tmp_path / "absent.yaml",
             ],
         )
@@ -173,7 +174,7 @@ def test_problems_of_all_documents_and_overrides_are_one_report(tmp_path: Path) 
         "optimizer.lrr: unknown key; did you mean optimizer.lr? (YAML document 2)",
         "logger.wandb_name: expected a string or null, got 17 (YAML document 2)",
         "not valid YAML",
-        "expected sections with their fields, got [1] (YAML document 4)",
+        "expected sections with their fields, got [1] (own.yaml)",
         "absent.yaml",
         "train.trian_iters: unknown key",
     ):

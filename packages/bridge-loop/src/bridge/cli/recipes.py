@@ -42,7 +42,7 @@ def _list(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     documents = read_documents(options.config)
-    hide_gpus_for_rehearsal(documents, options.overrides)
+    hide_gpus_for_rehearsal([document.text for document in documents], options.overrides)
     ranks = checked_ranks(options.nproc)
     config = configure(find_recipe(options.recipe), documents, options.overrides, world_size=ranks)
     # As a comment: what is printed can be fed back.

@@ -23,6 +23,8 @@ FREE_MODEL_FIELDS = (
     "attention_backend",
     "gradient_accumulation_fusion",
     "comm",
+    "dispatcher",
+    "variable_seq_lengths",
     "bf16",
     "fp16",
     "fp8",
@@ -54,7 +56,7 @@ def refuse_another_run(saved: "ConfigContainer", wanted: "ConfigContainer") -> N
 
 def _what_it_would_be(path: str) -> str:
     of_the_model = path.startswith(("model.", "peft."))
-    return "another model" if of_the_model else "another order of the data"
+    return "another model (or optimizer state)" if of_the_model else "another order of the data"
 
 
 def _differences(saved: "ConfigContainer", wanted: "ConfigContainer") -> list[tuple[str, Any, Any]]:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,7 @@ from bridge.training.recipes import (
 )
 
 if TYPE_CHECKING:
-    from bridge.training.config import ConfigContainer
+    from bridge.training.config import ConfigContainer, YamlDocument
     from bridge.training.contracts import Recipe
 
 type Command = Literal["pretrain", "finetune"]
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace, command: "Command", *, source: str | None =
     if options.run_dir is not None:
         overrides.append(f"checkpoint.run_dir={options.run_dir}")
     overrides.append(f"checkpoint.resume={'true' if options.resume else 'false'}")
-    documents = read_documents(options.config)
+    given = read_documents(options.config)
     # megatron-core's overlap of transfers with computing relies on it; CUDA reads it once.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     is_a_rank = "RANK" in os.environ
@@ -88,16 +89,17 @@ def run(options: argparse.Namespace, command: "Command", *, source: str | None =
         )
     ranks = int(os.environ["WORLD_SIZE"]) if is_a_rank else checked_ranks(options.nproc)
     saved = _saved_configuration(options)
-    launch.hide_gpus_for_rehearsal([*saved, *documents], overrides)
+    launch.hide_gpus_for_rehearsal([*saved, *(document.text for document in given)], overrides)
     recipe = find_recipe(options.recipe)
     base = None if source is None else find_base(source, recipe)
+    documents: list[YamlDocument] = [*saved, *given]
     if base is not None:
-        documents.insert(0, base.document)
+        documents = [*saved, base.document, *given]
         overrides.append(f"checkpoint.pretrained_checkpoint={base.checkpoint}")
     # The user's mistakes are found before ranks are started, for the layout of all of them.
-    config = configure(recipe, [*saved, *documents], overrides, world_size=ranks)
+    config = configure(recipe, documents, overrides, world_size=ranks)
     if saved:
-        refuse_another_run(configure(recipe, saved, [], world_size=ranks), config)
+        refuse_another_run(_as_saved(recipe, saved, ranks), config)
     if base is not None:
         base.refuse_another_model(config)
     _check_directory(config)
@@ -191,6 +193,21 @@ def _saved_configuration(options: argparse.Namespace) -> list[str]:
             "or start a new run without --resume"
         )
     return [path.read_text()]
+
+
+def _as_saved(recipe: "Recipe", saved: Sequence[str], ranks: int) -> "ConfigContainer":
+    """Return the configuration of a run without this start's overrides.
+
+    Its layout need not fit the present number of ranks: that is what the overrides may be for.
+    """
+    from bridge.training.config import ConfigError
+
+    try:
+        return configure(recipe, saved, [], world_size=ranks)
+    except ConfigError as error:
+        if error.remainder is None:
+            raise
+        return error.remainder
 
 
 def _check_directory(config: "ConfigContainer") -> None:

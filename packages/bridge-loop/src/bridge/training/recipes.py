@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bridge.training.installed import RECIPES
 
 if TYPE_CHECKING:
-    from bridge.training.config import ConfigContainer
+    from bridge.training.config import ConfigContainer, YamlDocument, YamlText
     from bridge.training.contracts import Recipe
 
 
@@ -43,23 +43,29 @@ def find_recipe(name: str) -> "Recipe":
     return recipe
 
 
-def read_documents(paths: Sequence[str]) -> list[str]:
-    """Return the text of configuration files.
+def read_documents(paths: Sequence[str]) -> "list[YamlText]":
+    """Return the text of configuration files, each called by its path.
 
     Raises:
         ValueError: A file cannot be read.
     """
+    from bridge.training.config import YamlText
+
     texts = []
     for path in paths:
         try:
-            texts.append(Path(path).read_text())
+            texts.append(YamlText(text=Path(path).read_text(), source=path))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--config: cannot read {path!r} ({error}); check the path") from error
     return texts
 
 
 def configure(
-    recipe: "Recipe", documents: Sequence[str], overrides: Sequence[str], *, world_size: int
+    recipe: "Recipe",
+    documents: "Sequence[YamlDocument]",
+    overrides: Sequence[str],
+    *,
+    world_size: int,
 ) -> "ConfigContainer":
     """Return the recipe's configuration with files and then overrides put on it, resolved.
 

@@ -13,7 +13,7 @@ with quiet_import():
 from bridge.training.config.container import ConfigContainer, peft_method
 from bridge.training.config.errors import ConfigError
 from bridge.training.config.layout import Layout, layout_of
-from bridge.training.config.overrides import apply_overrides, configure
+from bridge.training.config.overrides import YamlDocument, YamlText, apply_overrides, configure
 from bridge.training.config.reference import Key, describe, reference_text
 from bridge.training.config.resolution import resolve
 from bridge.training.config.sections import (
@@ -47,6 +47,8 @@ __all__ = [
     "TrainConfig",
     "TransformerConfig",
     "ValidationConfig",
+    "YamlDocument",
+    "YamlText",
     "apply_overrides",
     "configure",
     "describe",

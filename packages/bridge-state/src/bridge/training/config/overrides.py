@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,16 @@ from bridge.training.config.yaml_text import load_yaml
 
 _METHOD_PATH = f"peft.{METHOD}"
 
-type YamlDocument = str | Path | Mapping[str, Any]
+
+@dataclass(frozen=True, kw_only=True)
+class YamlText:
+    """The text of a YAML document, and what to call it in a report."""
+
+    text: str
+    source: str
+
+
+type YamlDocument = str | Path | YamlText | Mapping[str, Any]
 """YAML text, a file that holds it, or what it parses to."""
 
 
@@ -115,7 +125,11 @@ class _Merge:
     def everything(self, overrides: Sequence[str], documents: Sequence[YamlDocument]) -> None:
         for number, document in enumerate(documents, start=1):
             before = len(self.problems)
-            source = str(document) if isinstance(document, Path) else f"YAML document {number}"
+            source = f"YAML document {number}"
+            if isinstance(document, Path):
+                source = str(document)
+            elif isinstance(document, YamlText):
+                source = document.source
             self._document(document)
             self.problems[before:] = [f"{p} ({source})" for p in self.problems[before:]]
         # The fields that there are depend on the method, wherever it is named.
@@ -372,6 +386,8 @@ def _has_parts(value: Any, annotation: Any) -> bool:
 def _read(document: YamlDocument) -> Any:
     if isinstance(document, Path):
         document = document.read_text(encoding="utf-8")
+    if isinstance(document, YamlText):
+        document = document.text
     return load_yaml(document) if isinstance(document, str) else document
 
 
