@@ -50,6 +50,11 @@ class TestLossFunction:
         with pytest.raises(ValueError, match="shape"):
             loss_func(self.mask[:1], self.losses.detach())
 
+    def test_the_losses_are_a_tensor(self) -> None:
+        output: Any = {"language": self.losses.detach()}
+        with pytest.raises(ValueError, match="output_tensor: got dict"):
+            loss_func(self.mask, output)
+
 
 class TestGetBatch:
     def test_nested_tensors_are_moved_and_nothing_else_is_taken(self) -> None:

@@ -142,11 +142,23 @@ class TestReport:
         three = modules(vision={"data_parallel": 3}, language={"data_parallel": 1})
         text = self.refused(4, {"parallelism": three})
         assert "are 2 samples, which do not make 3 equal parts" in text
+        assert "\n      vision    s0 r0 t0  s0 r1 t0  s0 r2 t0  ." in text
 
     def test_layers_must_fill_the_stages(self) -> None:
         stages = modules(language={"pipeline_model_parallel": 4}, vision={"data_parallel": 1})
         text = self.refused(5, {"parallelism": stages})
         assert "model.language.num_layers: 2 is not a multiple of" in text
+        assert "\n      language  .         s0 r0 t0  s1 r0 t0" in text
+
+    def test_a_size_is_named_by_the_field_that_the_user_has_set(self) -> None:
+        shared = modules(language={"tensor_model_parallel": 3}, vision={"data_parallel": 1})
+        text = self.refused(4, {"parallelism": shared})
+        assert (
+            "is not a multiple of model.parallelism.language.tensor_model_parallel_size=3" in text
+        )
+        assert "model.language.tensor_model_parallel_size" not in text
+        assert "must be a multiple of tensor_model_parallel_size" not in text
+        assert "\n      vision    s0 r0 t0" in text
 
     def test_loss_scales_of_modules_would_part(self) -> None:
         half = MixedPrecisionConfig(precision="fp16")

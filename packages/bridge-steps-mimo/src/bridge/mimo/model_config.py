@@ -184,11 +184,8 @@ class MultimodalModelConfig:
     def layout_problems(self, world_size: int) -> Iterator[str]:
         """Yield why the modules do not fit on `world_size` ranks."""
         if self.placement == "separate":
-            _, problems = self.places(world_size)
-            drawn = self.layout_picture(world_size)
-            if problems and drawn is not None:
-                problems[-1] += "".join(f"\n      {line}" for line in drawn.splitlines())
-            yield from problems
+            yield from self.places(world_size)[1]
+            yield from self._stage_problems()
             return
         tensor = self.tensor_parallel_size(LANGUAGE)
         if tensor < 1 or world_size % tensor:
@@ -199,6 +196,16 @@ class MultimodalModelConfig:
             return
         for module in (LANGUAGE, *self.encoders):
             yield from self._colocation_problems(module, tensor, world_size // tensor)
+
+    def _stage_problems(self) -> Iterator[str]:
+        for path, section in self.sections().items():
+            stages = section.pipeline_model_parallel_size
+            if stages > 1 and section.num_layers % stages:
+                module = path.rpartition(".")[2]
+                yield (
+                    f"model.{path}.num_layers: {section.num_layers} is not a multiple of "
+                    f"model.parallelism.{module}.pipeline_model_parallel_size={stages}"
+                )
 
     def _colocation_problems(self, module: str, tensor: int, data: int) -> Iterator[str]:
         path = f"model.parallelism.{module}"
@@ -246,13 +253,6 @@ class MultimodalModelConfig:
             )
         for path, section in self.sections().items():
             yield from section.problems(f"model.{path}")
-            stages = section.pipeline_model_parallel_size
-            if stages > 1 and section.num_layers % stages:
-                module = path.rpartition(".")[2]
-                yield (
-                    f"model.{path}.num_layers: {section.num_layers} is not a multiple of "
-                    f"model.parallelism.{module}.pipeline_model_parallel_size={stages}"
-                )
         for name, factor in self.lr_multipliers.items():
             if not (factor > 0 and math.isfinite(factor)):
                 yield (

@@ -131,8 +131,13 @@ def loss_func(
         ``{"lm loss": [sum, number]}``.
 
     Raises:
-        ValueError: There is no mask, or the shapes do not match.
+        ValueError: There is no mask, the output is no tensor, or the shapes do not match.
     """
+    if not isinstance(output_tensor, torch.Tensor):
+        raise ValueError(
+            f"output_tensor: got {type(output_tensor).__name__}; give the tokens' losses, or their "
+            "mean, as a tensor"
+        )
     if loss_mask is not None and output_tensor.dim() == 0:
         output_tensor = output_tensor.expand(loss_mask.shape)
     return masked_token_loss(loss_mask, output_tensor)

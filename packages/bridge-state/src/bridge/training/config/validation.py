@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.layout import Layout, layout_of
 from bridge.training.config.parts import parts_of
-from bridge.training.contracts import ArrangesRanks, ChecksItself
+from bridge.training.contracts import ArrangesRanks, ChecksItself, DerivesFields, DrawsLayout
 
 
 @runtime_checkable
@@ -50,7 +50,11 @@ def validate(config: ConfigContainer, *, world_size: int, refused: set[str]) -> 
 
 
 def _mentions(line: str, path: str) -> bool:
-    return re.search(rf"(?<![\w.]){re.escape(path)}(?![\w.])", line) is not None
+    return re.search(_mention_of(path), line) is not None
+
+
+def _mention_of(path: str) -> str:
+    return rf"(?<![\w.]){re.escape(path)}(?![\w.])"
 
 
 def rebuilt_sections(config: ConfigContainer, refused: set[str]) -> list[str]:
@@ -232,10 +236,25 @@ def _others(config: ConfigContainer) -> Iterator[str]:
 
 def _model(config: ConfigContainer, world_size: int, refused: set[str]) -> Iterator[str]:
     ours = list(_model_in_layout(config, world_size))
-    yield from ours
+    told = _by_their_sources(config, ours)
+    if told and isinstance(config.model, DrawsLayout) and world_size >= 1:
+        drawn = config.model.layout_picture(world_size) or ""
+        told[-1] += "".join(f"\n      {line}" for line in drawn.splitlines())
+    yield from told
     if not any(path.startswith("model.") for path in refused):
         for path, part in parts_of(config.model, "model"):
             yield from _megatrons_checks(part, ours, path)
+
+
+def _by_their_sources(config: ConfigContainer, lines: list[str]) -> list[str]:
+    """Name sizes that the model's section fills in by the field of the same name they come from."""
+    lines = list(lines)
+    if isinstance(config.model, DerivesFields):
+        for name, (_, reason) in config.model.derived_fields(config).items():
+            source = (reason or "").partition("=")[0]
+            if source.rpartition(".")[2] == name.rpartition(".")[2]:
+                lines = [re.sub(_mention_of(f"model.{name}"), source, line) for line in lines]
+    return lines
 
 
 def _model_in_layout(config: ConfigContainer, world_size: int) -> Iterator[str]:
@@ -342,7 +361,8 @@ def _ranks(model: ModelParallelConfig, layout: Layout) -> Iterator[str]:
         yield (
             f"{layout.world_size} ranks are not a multiple of model.tensor_model_parallel_size="
             f"{layout.tensor} x model.pipeline_model_parallel_size={layout.pipeline} x "
-            f"model.context_parallel_size={layout.context} = {layout.model_ranks}"
+            f"model.context_parallel_size={layout.context} = {layout.model_ranks}; start a multiple "
+            "of that (--nproc, or a launcher), or lower one of the sizes"
         )
     elif layout.world_size % (layout.expert_tensor * layout.expert * layout.pipeline):
         yield (
