@@ -74,6 +74,10 @@ def test_what_is_meant_and_not_excluded_is_adapted() -> None:
             {"target_modules": ["blocks"]},
             r"^peft.target_modules: 'blocks' is blocks, which cannot be adapted: it is no linear",
         ),
+        (
+            {"target_modules": ["query"], "exclude_modules": ["blocks.*"]},
+            r"^peft.exclude_modules=\[blocks.\*\] leaves nothing to train of peft.target_modules=",
+        ),
     ],
 )
 def test_a_pattern_that_means_nothing_is_refused(

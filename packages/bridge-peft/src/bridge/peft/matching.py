@@ -77,12 +77,12 @@ def refuse_unmatched(
         ValueError: With each such pattern and what it was probably meant to be; on every rank.
     """
     unmatched = {p for p in patterns if not any(matches(name, p) for name in names)}
-    unmatched.intersection_update(*_of_all_ranks(unmatched, group))
+    unmatched.intersection_update(*of_all_ranks(unmatched, group))
     if not unmatched:
         return
-    everywhere: set[str] = set().union(*_of_all_ranks(set(names), group))
+    everywhere: set[str] = set().union(*of_all_ranks(set(names), group))
     reasons: dict[str, str] = {}
-    for part in _of_all_ranks(dict(passed_over), group):
+    for part in of_all_ranks(dict(passed_over), group):
         reasons |= part
     lines = [_line(field, p, everywhere, reasons) for p in patterns if p in unmatched]
     raise ValueError("\n".join(lines))
@@ -113,7 +113,8 @@ def _short_name(name: str) -> str:
     return ".".join(parts[first:])
 
 
-def _of_all_ranks[T](mine: T, group: Any) -> list[T]:
+def of_all_ranks[T](mine: T, group: Any) -> list[T]:
+    """Return what each rank of a group has, the default one if None; a collective."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [mine]
     found: list[Any] = [None] * dist.get_world_size(group)

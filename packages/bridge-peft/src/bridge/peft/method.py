@@ -12,7 +12,7 @@ from megatron.core.utils import unwrap_model
 
 from bridge.peft.adapted import AdaptedLinear
 from bridge.peft.linears import Linear, describe
-from bridge.peft.matching import matches, named_modules, refuse_unmatched
+from bridge.peft.matching import matches, named_modules, of_all_ranks, refuse_unmatched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,8 @@ class LowRankMethod(ABC):
             The adapted layers of this rank.
 
         Raises:
-            ValueError: A pattern matches nothing, a layer cannot be adapted, or one is already.
+            ValueError: A pattern matches nothing, no layer is left, a layer cannot be adapted, or
+                one is already.
         """
         layers, passed_over = _survey(model_chunks)
         names = {name: layer for layer in layers for name in self.names_of(layer)}
@@ -109,11 +110,16 @@ class LowRankMethod(ABC):
         ):
             refuse_unmatched(place, patterns, names, passed_over, group)
         self._refuse_what_cannot(passed_over)
+        meant_of = [list(filter(self._means, self.names_of(layer))) for layer in layers]
+        if not any(of_all_ranks(any(meant_of), group)):
+            raise ValueError(
+                f"peft.exclude_modules=[{', '.join(self.exclude_modules)}] leaves nothing to train "
+                f"of peft.target_modules=[{', '.join(self.target_modules)}]; exclude less"
+            )
         for chunk in model_chunks:
             _freeze(chunk)
         adapted = []
-        for layer in layers:
-            meant = [name for name in self.names_of(layer) if self._means(name)]
+        for layer, meant in zip(layers, meant_of, strict=True):
             if meant:
                 adapter = self.adapter_for(layer, meant)
                 wrapper = AdaptedLinear(layer.name, layer.module, layer.linear, adapter)
