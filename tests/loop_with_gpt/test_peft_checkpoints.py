@@ -108,6 +108,10 @@ def test_a_base_that_was_moved_is_taken_and_another_one_is_refused(
         config.checkpoint.pretrained_checkpoint = str(bases["other"])
         with pytest.raises(ValueError, match="pretrained_checkpoint") as other:
             resumed(config)
+        # Its weights do not even fit; that they are others is said first.
+        config.checkpoint.pretrained_checkpoint = str(bases["experts"])
+        with pytest.raises(ValueError, match="has other weights than"):
+            resumed(config)
         config.checkpoint.pretrained_checkpoint = str(tmp_path / "nowhere")
         with pytest.raises(ValueError, match="pretrained_checkpoint") as nowhere:
             resumed(config)

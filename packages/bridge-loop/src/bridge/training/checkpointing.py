@@ -267,6 +267,17 @@ class Checkpointer:
         dist.barrier(group=self._ranks.control_group)
 
 
+def refuse_another_base(checkpoint: Path, base: Base) -> None:
+    """Refuse to go on with adapters beside other weights than those they were trained beside.
+
+    Raises:
+        ValueError: The weights are others.
+    """
+    saved = _read_common(checkpoint).get("base")
+    if saved is not None:
+        base.refuse_another(saved, checkpoint)
+
+
 def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> None:
     """Take a model's weights from a checkpoint of a run or of weights alone.
 
@@ -411,9 +422,18 @@ def reading(checkpoint: Path, meaning: str) -> Iterator[None]:
             yield
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
         raise ValueError(
-            f"{checkpoint}: {meaning} ({type(error).__name__}: {error}); compare "
+            f"{checkpoint}: {meaning} ({_first_reason(error)}); compare "
             f"{checkpoint / 'config.yaml'} with `bridge show`"
         ) from error
+
+
+def _first_reason(error: BaseException) -> str:
+    """Return one line: torch's own error holds the tracebacks of all ranks."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return f"{type(error).__name__}: {error}"
 
 
 def _keep_extra_states(wanted: dict[str, Any], checkpoint: Path) -> None:

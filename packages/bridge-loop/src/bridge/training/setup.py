@@ -21,7 +21,7 @@ import torch.distributed as dist
 from bridge.training import auxiliary_losses, rerun
 from bridge.training.adapters import attach_adapters, find_base, notes
 from bridge.training.callbacks import Callbacks
-from bridge.training.checkpointing import Checkpointer
+from bridge.training.checkpointing import Checkpointer, refuse_another_base
 from bridge.training.config import ConfigContainer, resolve
 from bridge.training.contracts import AdaptedLayer, DrawsLayout, ModuleRanks
 from bridge.training.data_loading import RunData, as_splits, data_request
@@ -171,6 +171,9 @@ def _built(
             gc.collect()
             seed_stage(config.rng.seed, ranks)
             base = None if config.peft is None else find_base(config, ranks, pretrained)
+            if base is not None and checkpoint is not None:
+                # Before the weights are loaded, which need not fit this model at all.
+                refuse_another_base(checkpoint, base)
             layers: list[AdaptedLayer] = []
 
             def adapt(chunks: list[Any]) -> None:
