@@ -41,6 +41,8 @@ def test_the_three_forms_of_a_row() -> None:
     ("record", "complaint"),
     [
         ({"prompt": "p"}, "here: no 'completion' .there is 'prompt'.*dataset.completion_key"),
+        ({"promt": "p", "completion": "c"}, "no 'prompt' .*; did you mean 'promt'"),
+        ({"prompt": None, "completion": "c"}, "here: prompt: expected text, got None"),
         ({}, "no 'prompt' and no 'completion' .there is nothing"),
         ({"prompt": ["p"], "completion": "c"}, r"here: prompt: expected text, got \['p'\]"),
         ({"messages": []}, r"here: messages: expected a list of messages, got \[\]"),
@@ -62,7 +64,10 @@ def test_a_malformed_row_is_refused_with_its_place(record: Any, complaint: str) 
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
-    [("{oops", "line 3: not JSON"), ("[1]", r"line 3: expected an object with keys, got \[1\]")],
+    [
+        ("{oops", r"line 3: not JSON \(.*, at character 2\); write an object a line, in UTF-8"),
+        ("[1]", r"line 3: expected an object with keys, got \[1\]; write an object a line"),
+    ],
 )
 def test_a_line_that_is_no_row_is_refused_with_file_and_line(
     tmp_path: Path, line: str, complaint: str

@@ -275,6 +275,8 @@ def _tokenizer_of(config: "ConfigContainer") -> TokenizerConfig:
 
 
 def _nothing_left(source: RowSource, report: CorpusCounts, length: int) -> str:
+    if not report.dropped_too_long and not report.dropped_without_answer:
+        return f"dataset: {source.files()[0]} has no row; give a file with a row a line"
     return (
         f"dataset: no row of {source.files()[0]} is left: {report.dropped_too_long} are longer "
         f"than model.seq_length={length} (dataset.truncation=drop), and in "

@@ -186,10 +186,22 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{place}: not JSON ({error})") from None
+                raise ValueError(
+                    f"{place}: not JSON ({_reason(error)}); write an object a line, in UTF-8"
+                ) from None
             if not isinstance(record, dict):
-                raise ValueError(f"{place}: expected an object with keys, got {_shown(record)}")
+                raise ValueError(
+                    f"{place}: expected an object with keys, got {_shown(record)}; write an object "
+                    "a line"
+                )
             yield place, record
+
+
+def _reason(error: ValueError) -> str:
+    """Return what a line is not JSON for, without the line number that counts within it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, at character {error.pos + 1}"
+    return str(error)
 
 
 def _hugging_face(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -215,11 +227,12 @@ def conversation_of(record: Mapping[str, Any], place: str, keys: RowKeys) -> Con
     if record.get(_SHAREGPT_KEY) is not None:
         turns = _turns(record[_SHAREGPT_KEY], f"{place}: {_SHAREGPT_KEY}", "from", "value")
         return Conversation(place=place, turns=turns, is_chat=True)
-    missing = [key for key in (keys.prompt, keys.completion) if record.get(key) is None]
+    missing = [key for key in (keys.prompt, keys.completion) if key not in record]
     if missing:
         raise ValueError(
             f"{place}: no {' and no '.join(map(repr, missing))} (there is "
-            f"{', '.join(map(repr, record)) or 'nothing'}); a row has {keys.prompt!r} and "
+            f"{', '.join(map(repr, record)) or 'nothing'}"
+            f"{did_you_mean(missing[0], record)}); a row has {keys.prompt!r} and "
             f"{keys.completion!r}, or {keys.messages!r}; name other keys with "
             "dataset.prompt_key, dataset.completion_key and dataset.messages_key"
         )
