@@ -361,8 +361,8 @@ def _ranks(model: ModelParallelConfig, layout: Layout) -> Iterator[str]:
         yield (
             f"{layout.world_size} ranks are not a multiple of model.tensor_model_parallel_size="
             f"{layout.tensor} x model.pipeline_model_parallel_size={layout.pipeline} x "
-            f"model.context_parallel_size={layout.context} = {layout.model_ranks}; start a multiple "
-            "of that (--nproc, or a launcher), or lower one of the sizes"
+            f"model.context_parallel_size={layout.context} = {layout.model_ranks}; start a "
+            "multiple of that (--nproc, or a launcher), or lower one of the sizes"
         )
     elif layout.world_size % (layout.expert_tensor * layout.expert * layout.pipeline):
         yield (
