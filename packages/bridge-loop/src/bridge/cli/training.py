@@ -44,7 +44,7 @@ def add_parser(
     parser.add_argument("--run-dir", metavar="DIR", help="the run's directory")
     parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check the configuration, for all ranks; build nothing"
+        "--dry-run", action="store_true", help="check the configuration of all ranks; build nothing"
     )
     parser.add_argument("-h", "--help", action=_Help, nargs=0, help="list the keys and leave")
     return parser
