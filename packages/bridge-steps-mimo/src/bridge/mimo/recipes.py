@@ -63,7 +63,7 @@ def _mimo_digits() -> ConfigContainer:
         ),
         # Two microbatches a step, so that two data-parallel ranks can share it; the 360 images
         # that are held out are six global batches.
-        train=TrainConfig(train_iters=600, global_batch_size=60, micro_batch_size=30),
+        train=TrainConfig(train_iters=500, global_batch_size=60, micro_batch_size=30),
         optimizer=OptimizerConfig(
             optimizer="adam",
             lr=2e-3,
