@@ -130,13 +130,11 @@ class Checkpointer:
         """Continue from a checkpoint of this run: everything that `save` wrote comes back.
 
         Raises:
-            ValueError: The checkpoint belongs to another model, another base or another order of
-                the data.
+            ValueError: The checkpoint belongs to another model or another order of the data.
         """
         common = _read_common(checkpoint)
         saved_ranks = common["world_size"]
         self._check_same_data(checkpoint, common["data_fingerprint"])
-        self._check_same_base(checkpoint, common.get("base"))
         # Other ranks have other random streams and losses; each starts its own anew.
         same_ranks = saved_ranks == world_size()
         state = _load(
@@ -246,16 +244,6 @@ class Checkpointer:
                 "checkpoint.pretrained_checkpoint"
             )
 
-    def _check_same_base(self, checkpoint: Path, saved: Mapping[str, str] | None) -> None:
-        if (saved is None) != (self._base is None):
-            was, wanted = ("the model", "adapters") if saved is None else ("adapters", "the model")
-            raise ValueError(
-                f"{checkpoint}: the run trained {was}, and the present configuration trains "
-                f"{wanted}; undo the overrides of peft.*, or start a new run"
-            )
-        if saved is not None and self._base is not None:
-            self._base.refuse_another(saved, checkpoint)
-
     def _remove_old(self) -> None:
         keep, step = self._config.checkpoint.keep_last, self._train_state.step
         # Later steps are those of a run that went on from here before; they do not count.
@@ -267,14 +255,26 @@ class Checkpointer:
         dist.barrier(group=self._ranks.control_group)
 
 
-def refuse_another_base(checkpoint: Path, base: Base) -> None:
+def refuse_another_base(checkpoint: Path, base: Base | None) -> None:
     """Refuse to go on with adapters beside other weights than those they were trained beside.
 
+    To be called before the weights are loaded, which need not fit the adapters' model at all.
+
+    Args:
+        checkpoint: That the run goes on from.
+        base: What its adapters stand beside; None where the whole model is trained.
+
     Raises:
-        ValueError: The weights are others.
+        ValueError: The weights are others, or one has adapters and the other has none.
     """
     saved = _read_common(checkpoint).get("base")
-    if saved is not None:
+    if (saved is None) != (base is None):
+        was, wanted = ("the model", "adapters") if saved is None else ("adapters", "the model")
+        raise ValueError(
+            f"{checkpoint}: the run trained {was}, and the present configuration trains "
+            f"{wanted}; undo the overrides of peft.*, or start a new run"
+        )
+    if saved is not None and base is not None:
         base.refuse_another(saved, checkpoint)
 
 

@@ -171,8 +171,7 @@ def _built(
             gc.collect()
             seed_stage(config.rng.seed, ranks)
             base = None if config.peft is None else find_base(config, ranks, pretrained)
-            if base is not None and checkpoint is not None:
-                # Before the weights are loaded, which need not fit this model at all.
+            if checkpoint is not None:
                 refuse_another_base(checkpoint, base)
             layers: list[AdaptedLayer] = []
 
