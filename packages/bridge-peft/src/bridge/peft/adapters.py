@@ -170,29 +170,16 @@ class LowRankAdapter(torch.nn.Module):
         Args:
             x: The input of the base layer's product, [..., in features on this rank].
         """
-        delta: torch.Tensor = self.linear_out(self._hidden(x))
+        delta: torch.Tensor = self.linear_out(self.hidden(x))
         return delta
-
-    def added_to(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return output + s B A x.
-
-        Args:
-            output: What the base layer gave, [..., out features], of this rank or of all.
-            x: As for `update`.
-        """
-        hidden, weight = self._hidden(x), self.linear_out.weight
-        if output.dtype == weight.dtype and output.shape[-1] == weight.shape[0]:
-            added: torch.Tensor = self.linear_out(hidden, onto=output)
-            return added
-        return output + gathered_like(self.linear_out(hidden), output, self.linear)
 
     def delta_weight(self) -> torch.Tensor:
         """Return s B A in float32, the rows and columns that are on this rank."""
         product: torch.Tensor = self.linear_out.weight.float() @ self.linear_in.weight.float()
         return self.scale * product
 
-    def _hidden(self, x: torch.Tensor) -> torch.Tensor:
-        """Return s A x. Scaled here, where it is as narrow as the rank."""
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """Return s A x, [..., rank]: scaled here, where it is narrow."""
         hidden = self.linear_in(self._dropped(x).to(self.linear_in.weight.dtype))
         return self.scale * self._across_ranks(hidden)
 

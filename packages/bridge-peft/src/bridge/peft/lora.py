@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from bridge.peft.adapted import Update
-from bridge.peft.adapters import LowRankAdapter
+from bridge.peft.adapters import LowRankAdapter, gathered_like
 from bridge.peft.method import Layer, LowRankMethod
 
 
@@ -32,7 +32,11 @@ class LoRAAdapter(LowRankAdapter):
         self, x: torch.Tensor, output: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the output of the adapted layer (see `bridge.peft.adapted.Adapter`)."""
-        return self.added_to(output, x)
+        weight = self.linear_out.weight
+        if output.dtype == weight.dtype and output.shape[-1] == weight.shape[0]:
+            added: torch.Tensor = self.linear_out(self.hidden(x), onto=output)
+            return added
+        return output + gathered_like(self.update(x), output, self.linear)
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W + s B A in float32."""
