@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +44,7 @@ from bridge.training.config.yaml_text import load_yaml
 _METHOD_PATH = f"peft.{METHOD}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class YamlText:
     """The text of a YAML document, and what to call it in a report."""
 
@@ -54,7 +53,7 @@ class YamlText:
 
 
 type YamlDocument = str | Path | YamlText | Mapping[str, Any]
-"""YAML text, a file that holds it, or what it parses to."""
+"""YAML text, with a name or without; a file that holds it; or what it parses to."""
 
 
 def apply_overrides(
