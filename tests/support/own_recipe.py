@@ -15,6 +15,7 @@ from bridge.training.config import CheckpointConfig, ConfigContainer, LoggerConf
 from bridge.training.contracts import DataRequest, DataSplits, Recipe
 from bridge.training.distributed import is_logging_rank
 from bridge.training.state import GlobalState
+from bridge.training.usage_error import UsageError
 
 
 @dataclass(kw_only=True)
@@ -50,9 +51,9 @@ class Sine:
 
     def build(self, request: DataRequest) -> DataSplits:
         if self.size == 13:
-            raise ValueError("dataset.size=13: only found when the data is built; take another")
+            raise UsageError("dataset.size=13: only found when the data is built; take another")
         if self.size == 14 and os.environ.get("RANK") == "1":
-            raise ValueError("dataset.size=14: only rank 1 minds")
+            raise UsageError("dataset.size=14: only rank 1 minds")
         return DataSplits(train=Points(self.size, self.seconds_per_sample))
 
 

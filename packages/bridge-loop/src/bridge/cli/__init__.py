@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from bridge.cli import doctor, export, finetune, launch, merge, pretrain, recipes
 from bridge.training.installed import COMMANDS
+from bridge.training.usage_error import is_usage_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         return int(options.run(options))
     except ValueError as error:
+        if not is_usage_error(error):
+            raise
         print(f"bridge: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.cli.resume import FREE_MODEL_FIELDS, flat
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
@@ -79,7 +80,7 @@ def find_base(source: str, recipe: "Recipe") -> Base:
         recipe: What is to be trained.
 
     Raises:
-        ValueError: There is none, or it is of another kind of model than the recipe's.
+        UsageError: There is none, or it is of another kind of model than the recipe's.
     """
     from bridge.training.config.fields import TARGET, class_name
     from bridge.training.config.yaml_text import load_yaml
@@ -90,13 +91,13 @@ def find_base(source: str, recipe: "Recipe") -> Base:
         saved = load_yaml((checkpoint / "config.yaml").read_text())
         model = saved["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"--from: {checkpoint} does not tell what its model is ({type(error).__name__}: "
             f"{error}); give a checkpoint with its config.yaml"
         ) from error
     wanted = class_name(type(recipe().model))
     if model.get(TARGET) != wanted:
-        raise ValueError(
+        raise UsageError(
             f"--from: {checkpoint} is a {model.get(TARGET)}, and the recipe {recipe.name} trains a "
             f"{wanted}; choose a recipe for that model (`bridge recipes`)"
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge.training.installed import EXPORTERS
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from bridge.training.contracts import Exporter
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     """Carry out the command; return its exit code.
 
     Raises:
-        ValueError: There is no such target or checkpoint, the target has no place for the model,
+        UsageError: There is no such target or checkpoint, the target has no place for the model,
             or the output exists.
     """
     exporter = find_exporter(options.to)
@@ -72,12 +73,12 @@ def find_exporter(target: str) -> "Exporter":
     """Return the function that an installed package offers for a target.
 
     Raises:
-        ValueError: There is none; the message says what there is, or what to install.
+        UsageError: There is none; the message says what there is, or what to install.
     """
     try:
         exporter: Exporter = EXPORTERS.find(target)
-    except ValueError as error:
-        raise ValueError(f"--to: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"--to: {error}") from error
     return exporter
 
 
@@ -85,10 +86,10 @@ def parse_size(text: str) -> int:
     """Return the number of bytes that a text such as 5GB or 200MB means.
 
     Raises:
-        ValueError: It means none, or less than one byte.
+        UsageError: It means none, or less than one byte.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size < 1:
-        raise ValueError(f"--max-shard-size: {text!r} is no size; give one such as 5GB or 200MB")
+        raise UsageError(f"--max-shard-size: {text!r} is no size; give one such as 5GB or 200MB")
     return size

@@ -3,6 +3,7 @@
 import argparse
 
 from bridge.cli import training
+from bridge.training.usage_error import UsageError
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,12 +20,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def _run(options: argparse.Namespace) -> int:
     if options.resume and options.source is not None:
-        raise ValueError(
+        raise UsageError(
             "--from: a run that is resumed goes on from its own checkpoint; leave --from away, or "
             "start a new run without --resume"
         )
     if not options.resume and options.source is None:
-        raise ValueError(
+        raise UsageError(
             "--from: fine-tuning needs weights to start from; give a run's directory or one of its "
             "checkpoints"
         )

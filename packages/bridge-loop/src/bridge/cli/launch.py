@@ -163,11 +163,14 @@ def train_as_rank(
 ) -> int:
     """Train as one of the local ranks of `launcher`; return the exit code."""
     from bridge.cli.training import RankFailed, train_here
+    from bridge.training.usage_error import is_usage_error
 
     _end_with(launcher)
     try:
         return train_here(command, recipe, config)
     except ValueError as error:
+        if not is_usage_error(error):
+            raise
         launcher.report(2, str(error))
         return 2
     except RankFailed as failure:

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     """Carry out the command; return its exit code.
 
     Raises:
-        ValueError: There are no adapters, the base is not there or another one, or the output
+        UsageError: There are no adapters, the base is not there or another one, or the output
             exists.
     """
     # It is done on the CPU; before torch looks for GPUs.

@@ -20,6 +20,7 @@ from bridge.training.recipes import (
     find_recipe,
     read_documents,
 )
+from bridge.training.usage_error import UsageError, is_usage_error
 
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer, YamlDocument
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace, command: "Command", *, source: str | None =
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     is_a_rank = "RANK" in os.environ
     if is_a_rank and options.nproc is not None:
-        raise ValueError(
+        raise UsageError(
             "--nproc: a launcher has started this rank already; leave --nproc away under torchrun"
         )
     ranks = int(os.environ["WORLD_SIZE"]) if is_a_rank else checked_ranks(options.nproc)
@@ -125,31 +126,27 @@ def train_here(command: "Command", recipe: "Recipe", config: "ConfigContainer") 
         config: The resolved configuration.
 
     Raises:
-        ValueError: What the user can mend.
+        UsageError: A mistake of the user's.
         RankFailed: Anything else that ended the run, once it has been printed.
     """
     from bridge.training.finetune import finetune
     from bridge.training.pretrain import pretrain
 
     train = {"pretrain": pretrain, "finetune": finetune}[command]
-    started, failure = _Started(), ""
-
-    def is_the_users_to_mend(error: BaseException) -> bool:
-        return isinstance(error, ValueError) and not started.training
+    failure = ""
 
     def tell(error: BaseException, line: str) -> None:
         nonlocal failure
-        if not is_the_users_to_mend(error):
+        if not is_usage_error(error):
             failure = line
             sys.stderr.write(f"bridge: {line}\n")
 
     try:
-        callbacks = [started, *recipe.callbacks()]
-        result = train(config, recipe.forward_step, callbacks, on_failure=tell)
+        result = train(config, recipe.forward_step, recipe.callbacks(), on_failure=tell)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        if is_the_users_to_mend(error):
+        if is_usage_error(error):
             # `main` prints it in one line.
             raise
         if not failure:
@@ -170,25 +167,15 @@ class RankFailed(Exception):
         self.code = code
 
 
-class _Started:
-    """Knows whether training has begun: a ValueError is the user's to mend only before that."""
-
-    training = False
-
-    def on_train_start(self, context: Any) -> None:
-        """Training begins."""
-        self.training = True
-
-
 def _saved_configuration(options: argparse.Namespace) -> list[str]:
     """Return the configuration that a resumed run starts from; none for a new run."""
     if not options.resume:
         return []
     if options.run_dir is None:
-        raise ValueError("--resume: say which run to continue with --run-dir DIR")
+        raise UsageError("--resume: say which run to continue with --run-dir DIR")
     path = Path(options.run_dir) / "config.yaml"
     if not path.exists():
-        raise ValueError(
+        raise UsageError(
             f"--resume: {options.run_dir!r} holds no run ({path.name} is missing); check the path, "
             "or start a new run without --resume"
         )

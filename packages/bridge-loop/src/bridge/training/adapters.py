@@ -17,6 +17,7 @@ from bridge.training.config import ConfigContainer
 from bridge.training.contracts import AdaptedLayer, PEFTMethod
 from bridge.training.distributed import Ranks, rank
 from bridge.training.trainable import ModelSize, trained_parameters
+from bridge.training.usage_error import UsageError
 from bridge.training.weights_init import initialize_added_weights
 
 
@@ -30,10 +31,10 @@ def find_base(config: ConfigContainer, ranks: Ranks, checkpoint: Path | None) ->
         checkpoint: The checkpoint of the base; None for initial weights.
 
     Raises:
-        ValueError: The base would be initial weights that another layout has not.
+        UsageError: The base would be initial weights that another layout has not.
     """
     if checkpoint is None and not config.rng.layout_invariant_init:
-        raise ValueError(
+        raise UsageError(
             "checkpoint.pretrained_checkpoint: adapters need weights to stand beside; give a run's "
             "directory or one of its checkpoints (initial weights serve for trying out, with "
             "rng.layout_invariant_init=true)"
@@ -63,7 +64,7 @@ def attach_adapters(
         checkpoint: The checkpoint of the base; None keeps the initial weights.
 
     Raises:
-        ValueError: The checkpoint or the method's fields do not fit the model.
+        UsageError: The checkpoint or the method's fields do not fit the model.
     """
     if checkpoint is not None:
         load_model_weights(chunks, checkpoint, ranks)

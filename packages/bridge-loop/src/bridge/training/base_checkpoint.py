@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from bridge.training.config import ConfigContainer
+from bridge.training.usage_error import UsageError
 
 _BLOCKS, _BLOCK = 16, 1 << 16
 
@@ -47,10 +48,10 @@ class Base:
             checkpoint: That checkpoint.
 
         Raises:
-            ValueError: The weights are others.
+            UsageError: The weights are others.
         """
         if saved["fingerprint"] != self.fingerprint:
-            raise ValueError(
+            raise UsageError(
                 f"checkpoint.pretrained_checkpoint: {self.place} has other weights than "
                 f"{saved['place']}, beside which the adapters of {checkpoint} were trained; give "
                 "that checkpoint, or where it has been moved to"

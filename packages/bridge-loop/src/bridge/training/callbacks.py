@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from bridge.training.spelling import nearest
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,7 +85,7 @@ class CallbackContext:
             Tensor- and context-parallel ranks have an item each for the same microbatch.
 
         Raises:
-            ValueError: There is no such set, or `num_samples` does not fit it.
+            UsageError: There is no such set, or `num_samples` does not fit it.
         """
         if self.collect is None:
             raise RuntimeError("this context belongs to no run, so there is no data to collect")
@@ -141,7 +142,7 @@ class Callbacks:
         """Collect the events that each callback defines.
 
         Raises:
-            ValueError: A callback is a class, has no event, one with an unknown name, or one
+            UsageError: A callback is a class, has no event, one with an unknown name, or one
                 that cannot take the event's arguments.
         """
         self._listeners = [(callback, _handlers_of(callback)) for callback in callbacks]
@@ -153,7 +154,7 @@ class Callbacks:
     def fire(self, event: str, context: CallbackContext, *arguments: Any) -> None:
         """Call every listener of `event`; an exception names the callback and keeps its type."""
         if event not in _EVENTS:
-            raise ValueError(f"no event {event!r}; events: {', '.join(_EVENTS)}")
+            raise UsageError(f"no event {event!r}; events: {', '.join(_EVENTS)}")
         for callback, handlers in self._listeners:
             if event in handlers:
                 _call(callback, event, handlers[event], context, *arguments)
@@ -208,14 +209,14 @@ def _call(callback: object, event: str, handler: Callable[..., None], *arguments
 def _handlers_of(callback: object) -> dict[str, Callable[..., None]]:
     """Find the events that a callback defines, and check that it can take them."""
     if inspect.isclass(callback):
-        raise ValueError(f"callback {_name(callback)} is a class: pass an instance of it")
+        raise UsageError(f"callback {_name(callback)} is a class: pass an instance of it")
     found = {}
     for name in dir(callback):
         if not name.startswith("on_") or not callable(handler := getattr(callback, name)):
             continue
         if name not in _EVENTS:
             near = nearest(name, _EVENTS, cutoff=0.0)
-            raise ValueError(
+            raise UsageError(
                 f"callback {_name(callback)} defines {name}, which is no event; "
                 f"did you mean {near}? Events: {', '.join(_EVENTS)}"
             )
@@ -223,7 +224,7 @@ def _handlers_of(callback: object) -> dict[str, Callable[..., None]]:
             _check_arguments(callback, name, handler)
             found[name] = handler
     if not found and not isinstance(callback, Callback):
-        raise ValueError(
+        raise UsageError(
             f"callback {_name(callback)} defines no event. Events: {', '.join(_EVENTS)}"
         )
     return found
@@ -234,7 +235,7 @@ def _check_arguments(callback: object, event: str, handler: Callable[..., None])
     try:
         inspect.signature(handler).bind(*names)
     except TypeError as error:
-        raise ValueError(
+        raise UsageError(
             f"{_name(callback)}.{event} must take ({', '.join(names)}): {error}"
         ) from error
 

@@ -15,6 +15,7 @@ import torch
 
 from bridge.training.checkpointing import reading, writing_in_this_process
 from bridge.training.config import ConfigContainer
+from bridge.training.usage_error import UsageError
 
 _OF_A_LAYER = re.compile(r"(?P<block>.*\blayers)\.(?P<layer>\d+)\.(?P<rest>.+)")
 
@@ -28,7 +29,7 @@ class SavedWeights:
         checkpoint: The checkpoint's folder.
 
     Raises:
-        ValueError: It is no checkpoint, or it is damaged.
+        UsageError: It is no checkpoint, or it is damaged.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -66,7 +67,7 @@ class SavedWeights:
             name: One for which `shape` is not None.
 
         Raises:
-            ValueError: The checkpoint is damaged.
+            UsageError: The checkpoint is damaged.
         """
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -139,13 +140,13 @@ def saved_config(checkpoint: Path) -> ConfigContainer:
     it was saved under. Of weights that were written alone it is as it was given.
 
     Raises:
-        ValueError: There is none, or it cannot be read.
+        UsageError: There is none, or it cannot be read.
     """
     path = checkpoint / "config.yaml"
     try:
         return ConfigContainer.from_yaml(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{path}: cannot be read, so what model the checkpoint holds is not known ({error})"
         ) from error
 

@@ -33,6 +33,7 @@ from bridge.training.model_building import parameters_in_sync, without_ddp
 from bridge.training.optimizer_state import fitted_to
 from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
 from bridge.training.trainable import load_trained, only_trained
+from bridge.training.usage_error import UsageError
 
 _logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class Checkpointer:
         """Continue from a checkpoint of this run: everything that `save` wrote comes back.
 
         Raises:
-            ValueError: The checkpoint belongs to another model or another order of the data.
+            UsageError: The checkpoint belongs to another model or another order of the data.
         """
         common = _read_common(checkpoint)
         saved_ranks = common["world_size"]
@@ -237,7 +238,7 @@ class Checkpointer:
 
     def _check_same_data(self, checkpoint: Path, saved: str) -> None:
         if saved != self._data_fingerprint:
-            raise ValueError(
+            raise UsageError(
                 f"{checkpoint}: the run was trained on data in the order {saved!r}; the present "
                 f"configuration draws {self._data_fingerprint!r}. Undo the overrides of dataset.*, "
                 "rng.seed or train.train_iters, or start a new run with "
@@ -265,12 +266,12 @@ def refuse_another_base(checkpoint: Path, base: Base | None) -> None:
         base: What its adapters stand beside; None where the whole model is trained.
 
     Raises:
-        ValueError: The weights are others, or one has adapters and the other has none.
+        UsageError: The weights are others, or one has adapters and the other has none.
     """
     saved = _read_common(checkpoint).get("base")
     if (saved is None) != (base is None):
         was, wanted = ("the model", "adapters") if saved is None else ("adapters", "the model")
-        raise ValueError(
+        raise UsageError(
             f"{checkpoint}: the run trained {was}, and the present configuration trains "
             f"{wanted}; undo the overrides of peft.*, or start a new run"
         )
@@ -287,10 +288,10 @@ def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> Non
         ranks: The process groups.
 
     Raises:
-        ValueError: The checkpoint does not fit the model, or holds adapters alone.
+        UsageError: The checkpoint does not fit the model, or holds adapters alone.
     """
     if "base" in _read_common(checkpoint):
-        raise ValueError(
+        raise UsageError(
             f"{checkpoint}: holds adapters and not the model that they stand beside; make one of "
             f"both first: bridge merge {checkpoint} --output DIR"
         )
@@ -317,11 +318,11 @@ def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks:
         ranks: The process groups.
 
     Raises:
-        ValueError: The checkpoint does not fit, or belongs to another base.
+        UsageError: The checkpoint does not fit, or belongs to another base.
     """
     saved = _read_common(checkpoint).get("base")
     if saved is None:
-        raise ValueError(f"{checkpoint}: holds a whole model and no adapters")
+        raise UsageError(f"{checkpoint}: holds a whole model and no adapters")
     if base is not None:
         base.refuse_another(saved, checkpoint)
     metadata = {"singleton_local_shards": True, "dp_cp_group": ranks.own_groups.dp_cp}
@@ -409,7 +410,7 @@ def reading(checkpoint: Path, meaning: str) -> Iterator[None]:
     """Say of which checkpoint an error is and what it means; hold back torch's own warnings.
 
     Raises:
-        ValueError: In place of what megatron-core and torch raise.
+        UsageError: In place of what megatron-core and torch raise.
     """
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint import CheckpointException
@@ -421,7 +422,7 @@ def reading(checkpoint: Path, meaning: str) -> Iterator[None]:
                 warnings.filterwarnings("ignore", message)
             yield
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{checkpoint}: {meaning} ({_first_reason(error)}); compare "
             f"{checkpoint / 'config.yaml'} with `bridge show`"
         ) from error

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.optim.adam import adam
 
+from bridge.training.usage_error import UsageError
+
 
 class FusedAdam(torch.optim.Optimizer):
     """Adam laid out as Transformer Engine's: ``step`` is an int of the parameter group.
@@ -34,7 +36,7 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         if capturable:
-            raise ValueError("optimizer.optimizer_cuda_graph needs a GPU; turn it off on a CPU")
+            raise UsageError("optimizer.optimizer_cuda_graph needs a GPU; turn it off on a CPU")
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from bridge.training.config import ConfigContainer, TrainConfig
 from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, named_sets
 from bridge.training.distributed import Ranks
+from bridge.training.usage_error import UsageError
 
 
 def data_request(config: ConfigContainer) -> DataRequest:
@@ -42,7 +43,7 @@ def as_splits(built: DataSplits | Sequence[SizedDataset | None]) -> DataSplits:
     if isinstance(built, DataSplits):
         return built
     if not isinstance(built, Sequence) or not 1 <= len(built) <= 3:
-        raise ValueError(
+        raise UsageError(
             "dataset.build: expected DataSplits or a sequence of train, validation and test data, "
             f"got {type(built).__name__}"
         )
@@ -66,7 +67,7 @@ def cut_to_the_smallest(
         The splits, and a line for each set that was cut on some rank.
 
     Raises:
-        ValueError: One rank has data that another has not; on every rank.
+        UsageError: One rank has data that another has not; on every rank.
     """
     everyone: list[dict[str, int]] = [{}] * control_group.size()
     dist.all_gather_object(everyone, _sizes(splits), group=control_group)
@@ -81,7 +82,7 @@ def cut_to_the_smallest(
             f"{sizes.index(high)}"
         )
         if low == 0:
-            raise ValueError(f"dataset: {described}; build the same splits on every rank")
+            raise UsageError(f"dataset: {described}; build the same splits on every rank")
         smallest[name] = low
         notes.append(f"warning: {described}: the first {low} count on every rank")
 
@@ -199,13 +200,13 @@ def evaluation_samples(
     `replica_batch_size` (micro batch size x data-parallel size), since every rank must take part.
 
     Raises:
-        ValueError: The set is smaller than that.
+        UsageError: The set is smaller than that.
     """
     wanted = size if eval_iters is None else min(size, eval_iters * global_batch_size)
     unit = global_batch_size if wanted >= global_batch_size else replica_batch_size
     samples = wanted // unit * unit
     if samples == 0 and eval_iters != 0:
-        raise ValueError(
+        raise UsageError(
             f"{name} data: {size} samples are fewer than the {replica_batch_size} of one "
             "microbatch on every data-parallel rank; lower train.micro_batch_size, enlarge the "
             f"{name} data, or turn evaluation off with validation.eval_iters=0"
@@ -229,7 +230,7 @@ class RunData:
         self._config = config
         self._ranks = ranks
         if splits.train is None or len(splits.train) == 0:
-            raise ValueError(
+            raise UsageError(
                 "dataset: there is no training data; give the training split at least "
                 f"{config.train.global_batch_size} samples (train.global_batch_size)"
             )
@@ -289,11 +290,11 @@ class RunData:
         """Return the set "validation", "validation/NAME", "test" or "test/NAME".
 
         Raises:
-            ValueError: There is no such set.
+            UsageError: There is no such set.
         """
         sets = {**self.sets("validation"), **self.sets("test")}
         if name not in sets:
-            raise ValueError(f"there is no {name!r} data; there is {', '.join(sets) or 'none'}")
+            raise UsageError(f"there is no {name!r} data; there is {', '.join(sets) or 'none'}")
         return sets[name]
 
     def evaluation_samples(self, dataset: SizedDataset, *, name: str = "validation") -> int:
@@ -326,7 +327,7 @@ class RunData:
             num_samples: Samples over all ranks; those of an evaluation if None.
 
         Raises:
-            ValueError: The set has fewer samples, or they do not fill every rank.
+            UsageError: The set has fewer samples, or they do not fill every rank.
         """
         train = self._config.train
         if num_samples is None:
@@ -344,7 +345,7 @@ class RunData:
         batch, unit = self._config.train.global_batch_size, self._samples_that_fill_the_ranks()
         # Global batches come first, and every rank must have work in what is left.
         if not 0 < num_samples <= len(dataset) or num_samples % batch % unit:
-            raise ValueError(
+            raise UsageError(
                 f"num_samples={num_samples}: the set has {len(dataset)} samples and every rank "
                 f"must take part; give a multiple of {unit}, at most {len(dataset)}"
             )
@@ -388,7 +389,7 @@ class RunData:
         assert train.epochs is not None
         iters = train.epochs * size // train.global_batch_size
         if iters == 0:
-            raise ValueError(
+            raise UsageError(
                 f"train.epochs: {train.epochs} passes over {size} samples are less than one step "
                 f"of train.global_batch_size={train.global_batch_size}; lower the batch size"
             )

@@ -21,6 +21,7 @@ from bridge.training.config import ConfigContainer, Layout, layout_of
 from bridge.training.contracts import DataShare, ModuleRanks, PlacesModules, own_groups
 from bridge.training.megatron_globals import globals_kept
 from bridge.training.megatron_import import expected_messages_held_back
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -52,17 +53,17 @@ def choose_device(wanted: Literal["auto", "cuda", "cpu"]) -> Device:
     """Return the device that ``dist.device`` stands for on this machine.
 
     Raises:
-        ValueError: cuda was asked for and there is none, or cpu was asked for in a process that
+        UsageError: cuda was asked for and there is none, or cpu was asked for in a process that
             can see a GPU (the stand-in never hides a device that exists).
     """
     present = torch.cuda.is_available()
     if wanted == "cuda" and not present:
-        raise ValueError(
+        raise UsageError(
             "dist.device: 'cuda' was asked for and this process sees no GPU; use dist.device=cpu "
             "to rehearse, or look at `bridge doctor`"
         )
     if wanted == "cpu" and present:
-        raise ValueError(
+        raise UsageError(
             "dist.device: 'cpu' was asked for and this process sees a GPU; hide it with "
             "CUDA_VISIBLE_DEVICES= in the environment (the bridge command does that by itself)"
         )
@@ -173,10 +174,10 @@ def one_process() -> Iterator[None]:
     """Let this process use megatron-core's checkpoints by itself, with a GPU or without one.
 
     Raises:
-        ValueError: It is one of several ranks.
+        UsageError: It is one of several ranks.
     """
     if world_size() > 1:
-        raise ValueError("this is done by one process; start it without a launcher")
+        raise UsageError("this is done by one process; start it without a launcher")
     with contextlib.ExitStack() as stack:
         stack.enter_context(expected_messages_held_back())
         if not torch.cuda.is_available():
@@ -223,7 +224,7 @@ def meeting_store(patience: datetime.timedelta = MEETING_PATIENCE) -> dist.Store
         patience: How long the ranks wait for each other at the launcher's store.
 
     Raises:
-        ValueError: The launcher has left the ranks without an address.
+        UsageError: The launcher has left the ranks without an address.
         dist.DistError: They did not meet in time.
     """
     if dist.is_initialized():
@@ -255,7 +256,7 @@ def _check_layout(wanted: Layout) -> None:
     if differing:
         asked = ", ".join(f"{name} {getattr(wanted, name)}" for name in differing)
         found = ", ".join(f"{name} {size}" for name, size in differing.items())
-        raise ValueError(
+        raise UsageError(
             f"model: the configuration asks for parallel sizes {asked}, and megatron-core's groups "
             f"are initialised already with {found}; make them equal, or let pretrain make the "
             "groups (parallel_state.destroy_model_parallel before it)"

@@ -18,6 +18,7 @@ from bridge.training.loss_reduction import MetricReducer
 from bridge.training.model_building import parameters_in_sync
 from bridge.training.state import GlobalState
 from bridge.training.stop_signals import largest_of_all
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -75,14 +76,14 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
         name: What messages call the data.
 
     Raises:
-        ValueError: The ranks would not end together.
+        UsageError: The ranks would not end together.
         RuntimeError: Not every planned sample was observed, or the forward step drew neither none
             nor all of a rank's microbatches; on every rank.
     """
     train = state.cfg.train
     replica_batch = train.micro_batch_size * replicas_of(pg_collection)
     if num_samples % replica_batch:
-        raise ValueError(
+        raise UsageError(
             f"evaluate: {num_samples} samples are not a multiple of {replica_batch} (micro batch "
             "size x data-parallel size), so the ranks would not end together"
         )

@@ -7,6 +7,7 @@ from typing import Any
 from bridge.training.config import CheckpointConfig, ConfigContainer
 from bridge.training.pretrain import TrainResult, carry_out
 from bridge.training.run_directory import RunDirectory, find_checkpoint
+from bridge.training.usage_error import UsageError
 
 
 def finetune(
@@ -30,7 +31,7 @@ def finetune(
 
     Raises:
         ConfigError: The configuration has problems; the message lists all of them.
-        ValueError: There is no checkpoint to start from, or it does not fit the model; or the data
+        UsageError: There is no checkpoint to start from, or it does not fit the model; or the data
             or the run directory does not fit.
     """
     _refuse_random_weights(config.checkpoint)
@@ -43,7 +44,7 @@ def _refuse_random_weights(checkpoint: CheckpointConfig) -> None:
         if RunDirectory(Path(checkpoint.run_dir)).latest() is not None:
             return
     if checkpoint.pretrained_checkpoint is None:
-        raise ValueError(
+        raise UsageError(
             "checkpoint.pretrained_checkpoint: fine-tuning needs weights to start from; give a "
             "run's directory or one of its checkpoints"
         )

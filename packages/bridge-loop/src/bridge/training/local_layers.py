@@ -23,6 +23,8 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn import functional
 
+from bridge.training.usage_error import UsageError
+
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
@@ -88,7 +90,7 @@ class LocalAttention(torch.nn.Module):
     costs memory for each pair of positions of each head, as megatron-core's own local attention.
 
     Raises:
-        ValueError: If the config asks for a softmax or a clipping that torch's kernel lacks.
+        UsageError: If the config asks for a softmax or a clipping that torch's kernel lacks.
     """
 
     def __init__(
@@ -146,10 +148,10 @@ class LocalAttention(torch.nn.Module):
             ``[s, b, n * d]``, or ``[t, 1, n * d]`` when packed.
 
         Raises:
-            ValueError: For a combination that is not supported.
+            UsageError: For a combination that is not supported.
         """
         if attention_bias is not None:
-            raise ValueError("LocalAttention takes no attention_bias; use Transformer Engine")
+            raise UsageError("LocalAttention takes no attention_bias; use Transformer Engine")
         causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
         ends = None
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
@@ -158,7 +160,7 @@ class LocalAttention(torch.nn.Module):
         group = self.context_parallel_group
         if _size(group) > 1:
             if attention_mask is not None:
-                raise ValueError(
+                raise UsageError(
                     "attention_mask is not supported with context_parallel_size > 1, where each "
                     "rank sees its part of the sequence only; pass None (causal attention needs "
                     "no mask)"
@@ -284,9 +286,9 @@ class LocalAttention(torch.nn.Module):
 def _check_supported(config: TransformerConfig) -> None:
     remedy = "; use Transformer Engine's attention for it"
     if config.softmax_type != "vanilla":
-        raise ValueError(f"model.softmax_type={config.softmax_type!r} is not supported{remedy}")
+        raise UsageError(f"model.softmax_type={config.softmax_type!r} is not supported{remedy}")
     if config.qk_clip:
-        raise ValueError(f"model.qk_clip=True is not supported{remedy}")
+        raise UsageError(f"model.qk_clip=True is not supported{remedy}")
 
 
 def _size(group: Any) -> int:
@@ -298,7 +300,7 @@ def _ends_of_documents(packed: PackedSeqParams, causal: bool) -> Tensor:
     if packed.cu_seqlens_q_padded is None:
         return packed.cu_seqlens_q
     if not causal:
-        raise ValueError("padding between packed sequences needs causal attention here")
+        raise UsageError("padding between packed sequences needs causal attention here")
     return packed.cu_seqlens_q_padded
 
 

@@ -27,6 +27,7 @@ from bridge.training.metric_kinds import (
     snapshot,
     token_mean,
 )
+from bridge.training.usage_error import UsageError
 
 PATTERNS = "(loss, metrics) or (loss_sum, num_tokens, metrics)"
 
@@ -62,9 +63,9 @@ class LossAdapter:
             on_loss: Called with each microbatch's loss (detached). It may wait for the device.
         """
         if token_slots < 1:
-            raise ValueError(f"token_slots={token_slots} must be at least 1.")
+            raise UsageError(f"token_slots={token_slots} must be at least 1.")
         if context_parallel_size > 1 and context_parallel_group is None:
-            raise ValueError(
+            raise UsageError(
                 f"context_parallel_size={context_parallel_size} needs a context_parallel_group."
             )
         self.normalization = normalization
@@ -92,7 +93,7 @@ class LossAdapter:
         else:
             result = self._forward_step(data_iterator, model)
         if not isinstance(result, tuple | list) or len(result) != 2:
-            raise ValueError(
+            raise UsageError(
                 f"The forward step returned {_describe(result)}; return (output, loss_func)."
             )
         output, loss_func = result
@@ -101,7 +102,7 @@ class LossAdapter:
             if non_loss_data:
                 return _collect(loss_func, output)
             if loss_func is None:
-                raise ValueError(
+                raise UsageError(
                     "The forward step returned None for loss_func on the last pipeline stage. "
                     f"Return a function of the output that returns {PATTERNS}."
                 )
@@ -155,17 +156,17 @@ class LossAdapter:
     ) -> tuple[torch.Tensor, torch.Tensor | None, Mapping[str, Any]]:
         """Check what a loss function returned; give loss, count (None in pattern 1), metrics."""
         if not isinstance(returned, tuple | list) or len(returned) not in (2, 3):
-            raise ValueError(
+            raise UsageError(
                 f"The loss function returned {_describe(returned)}; return {PATTERNS}."
             )
         loss, metrics = returned[0], returned[-1]
         if not isinstance(metrics, Mapping):
-            raise ValueError(
+            raise UsageError(
                 f"The loss function returned {_describe(metrics)} for its metrics; return a dict "
                 f"of names and values, the last element of {PATTERNS}."
             )
         if not isinstance(loss, torch.Tensor) or not loss.is_floating_point() or loss.numel() != 1:
-            raise ValueError(
+            raise UsageError(
                 f"The loss function returned {_describe(loss)} for the loss; return one floating "
                 "point number as a tensor: a sum or a mean of the token losses."
             )
@@ -175,7 +176,7 @@ class LossAdapter:
             and isinstance(output, torch.Tensor)
             and output.requires_grad
         ):
-            raise ValueError(
+            raise UsageError(
                 "The loss does not depend on the model's output (it has no grad_fn), so nothing "
                 "would be trained. Compute it from the output without detach() or item()."
             )
@@ -183,7 +184,7 @@ class LossAdapter:
         if self._pattern is None:
             self._pattern = pattern
         elif pattern != self._pattern:
-            raise ValueError(
+            raise UsageError(
                 f"The loss function returned {len(returned)} elements, and {self._pattern + 1} "
                 "earlier in this run. The two patterns weigh microbatches differently: return "
                 f"always {PATTERNS}."
@@ -204,12 +205,12 @@ def _integer_count(count: Any, device: torch.device) -> torch.Tensor:
     if isinstance(count, int) and not isinstance(count, bool):
         return torch.full((), count, dtype=torch.int32, device=device)
     if not isinstance(count, torch.Tensor) or count.numel() != 1:
-        raise ValueError(
+        raise UsageError(
             f"The loss function returned {_describe(count)} for num_tokens; return one integer: "
             "the number of tokens in loss_sum."
         )
     if count.is_floating_point() or count.is_complex() or count.dtype == torch.bool:
-        raise ValueError(
+        raise UsageError(
             f"The loss function returned num_tokens as {count.dtype}; a count must be an integer, "
             "as float32 stops counting at 2**24: return num_tokens.to(torch.int)."
         )

@@ -35,6 +35,7 @@ from bridge.training.metric_kinds import (
     token_mean,
     total,
 )
+from bridge.training.usage_error import UsageError
 
 __all__ = [
     "Metric",
@@ -218,12 +219,12 @@ class MetricReducer:
                 if self._agreed.setdefault(key, kind) != kind:
                     conflicts.add(f"{key!r} ({self._agreed[key]} and {kind})")
         if conflicts:
-            raise ValueError(
+            raise UsageError(
                 "Metrics are declared with different reductions on different microbatches, steps "
                 f"or ranks: {', '.join(sorted(conflicts))}. Declare each always the same way."
             )
         if len(patterns) > 1:
-            raise ValueError(
+            raise UsageError(
                 f"Loss functions return {' and '.join(sorted(patterns))} on different ranks. The "
                 "two weigh microbatches differently: return always the same."
             )
@@ -410,7 +411,7 @@ class ReducedMetrics:
         ones differ: each rank that reported one has its own, the others that of the first.
 
         Raises:
-            ValueError: A metric was declared with different reductions; on every rank.
+            UsageError: A metric was declared with different reductions; on every rank.
         """
         return dict(self._resolve().values)
 

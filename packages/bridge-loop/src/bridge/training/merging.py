@@ -18,6 +18,7 @@ from bridge.training.megatron_import import expected_messages_held_back
 from bridge.training.model_building import build_chunks, count_parameters
 from bridge.training.run_directory import find_checkpoint
 from bridge.training.setup import seed_stage
+from bridge.training.usage_error import UsageError
 
 _ONE_RANK: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
@@ -66,10 +67,10 @@ def adapted_model(
         adapters_alone: Leave the other weights as they come, and look for no base.
 
     Raises:
-        ValueError: There are no adapters, or the base is not there or is another one.
+        UsageError: There are no adapters, or the base is not there or is another one.
     """
     if config.peft is None:
-        raise ValueError(f"{checkpoint}: holds a whole model and no adapters")
+        raise UsageError(f"{checkpoint}: holds a whole model and no adapters")
     config = _of_one_rank(config)
     weights = None if adapters_alone else _find_weights(config, base)
     choose_device("cpu")

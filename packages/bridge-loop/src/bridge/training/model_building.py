@@ -16,6 +16,7 @@ from bridge.training.config import ConfigContainer
 from bridge.training.contracts import HoldsOneModule, ModuleRanks, own_groups
 from bridge.training.distributed import Ranks
 from bridge.training.trainable import GradientWatch
+from bridge.training.usage_error import UsageError
 from bridge.training.weights_init import initialize_weights
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, time
     so that is refused.
 
     Raises:
-        ValueError: The chunks do not share their config, or it has the loss divided in another
+        UsageError: The chunks do not share their config, or it has the loss divided in another
             way than the run.
     """
     from megatron.core.transformer.module import Float16Module
@@ -115,13 +116,13 @@ def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, time
         if isinstance(inner, Float16Module):
             inner = inner.module
         if get_model_config(chunk) is not model_config or inner.config is not model_config:
-            raise ValueError(
+            raise UsageError(
                 f"model: {type(inner).__name__}.config is not the config of its first chunk; build "
                 "every chunk with the same config object, since the loop's hooks live on it"
             )
     mode, per_token = config.train.loss_normalization, model_config.calculate_per_token_loss
     if per_token != (mode == "token"):
-        raise ValueError(
+        raise UsageError(
             f"model: {type(inner).__name__}.config has calculate_per_token_loss={per_token}, which "
             f"contradicts train.loss_normalization={mode}; build the model without changing it"
         )
@@ -274,7 +275,7 @@ def _bare_chunks(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module]
             vp_stage=vp_stage,
         )
         if not isinstance(chunk, torch.nn.Module):
-            raise ValueError(
+            raise UsageError(
                 f"model.build: returned {type(chunk).__name__}; it must return a torch.nn.Module"
             )
         chunks.append(_as_megatron_module(chunk, config, ranks))
@@ -345,7 +346,7 @@ def _on_device(module: torch.nn.Module, device: str) -> torch.nn.Module:
 def _with_wrapped_module(config: ConfigContainer, ranks: Ranks, model: Any) -> torch.nn.Module:
     """Wrap the module of `model` that is on this rank."""
     if not isinstance(model, HoldsOneModule):
-        raise ValueError(
+        raise UsageError(
             f"model.build: {type(model).__name__} has no own_module and replace_own_module, which "
             "a model whose modules are on ranks of their own needs"
         )

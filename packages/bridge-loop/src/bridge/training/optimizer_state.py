@@ -8,6 +8,8 @@ beside them, the settings of the parameter groups and the number of steps, stand
 from collections.abc import Mapping
 from typing import Any
 
+from bridge.training.usage_error import UsageError
+
 
 def fitted_to(optimizer: Any, state: Any) -> Any:
     """Return a loaded state with one part for each of an optimizer's parts.
@@ -18,7 +20,7 @@ def fitted_to(optimizer: Any, state: Any) -> Any:
             saved under a layout of more or fewer optimizers. Left as it is where both are one.
 
     Raises:
-        ValueError: The checkpoint has no settings for a group of parameters, or it is not of the
+        UsageError: The checkpoint has no settings for a group of parameters, or it is not of the
             distributed optimizer.
     """
     from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -31,7 +33,7 @@ def fitted_to(optimizer: Any, state: Any) -> Any:
         return state
     wanted = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
     if not all("param_state" in part for part in wanted):
-        raise ValueError(
+        raise UsageError(
             "ddp.use_distributed_optimizer=false: the state of such an optimizer does not go from "
             "experts on all ranks to experts spread over them, or back; continue with the "
             "model.expert_model_parallel_size that the checkpoint was saved with"
@@ -73,7 +75,7 @@ def _settings_of(group: Mapping[str, Any], saved: list[dict[str, Any]]) -> dict[
     names = [name for name in param_group_identifier_keys if name != mark]
     alike = [s for s in saved if all(s.get(name) == group.get(name) for name in names)]
     if not alike:
-        raise ValueError(
+        raise UsageError(
             "the checkpoint has no optimizer settings for parameters with "
             + ", ".join(f"{name}={group.get(name)!r}" for name in names)
             + "; continue it under the layout that it was saved with"

@@ -58,7 +58,7 @@ def pretrain(
 
     Raises:
         ConfigError: The configuration has problems; the message lists all of them.
-        ValueError: The data, the run directory or a checkpoint does not fit.
+        UsageError: The data, the run directory or a checkpoint does not fit.
     """
     return carry_out("pretrain", config, forward_step_func, callbacks, on_failure)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge.training.installed import RECIPES
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer, YamlDocument, YamlText
@@ -34,12 +35,12 @@ def find_recipe(name: str) -> "Recipe":
     """Return the recipe that an installed package offers under `name`.
 
     Raises:
-        ValueError: There is none; the message says what there is, or what to install.
+        UsageError: There is none; the message says what there is, or what to install.
     """
     try:
         recipe: Recipe = RECIPES.find(name)
-    except ValueError as error:
-        raise ValueError(f"recipe: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"recipe: {error}") from error
     return recipe
 
 
@@ -47,7 +48,7 @@ def read_documents(paths: Sequence[str]) -> "list[YamlText]":
     """Return the text of configuration files, each called by its path.
 
     Raises:
-        ValueError: A file cannot be read.
+        UsageError: A file cannot be read.
     """
     from bridge.training.config import YamlText
 
@@ -56,7 +57,7 @@ def read_documents(paths: Sequence[str]) -> "list[YamlText]":
         try:
             texts.append(YamlText(text=Path(path).read_text(), source=path))
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config: cannot read {path!r} ({error}); check the path") from error
+            raise UsageError(f"--config: cannot read {path!r} ({error}); check the path") from error
     return texts
 
 
@@ -88,8 +89,8 @@ def checked_ranks(nproc: int | None, default: int = 1) -> int:
     """Return the number of ranks that ``--nproc`` asks for.
 
     Raises:
-        ValueError: It is less than 1.
+        UsageError: It is less than 1.
     """
     if nproc is not None and nproc < 1:
-        raise ValueError(f"--nproc: {nproc} ranks cannot train; give 1 or more")
+        raise UsageError(f"--nproc: {nproc} ranks cannot train; give 1 or more")
     return default if nproc is None else nproc

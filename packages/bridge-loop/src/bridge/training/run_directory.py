@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bridge.training.usage_error import UsageError
+
 _STEP = re.compile(r"step-(\d{7,})")
 
 
@@ -58,14 +60,14 @@ class RunDirectory:
         """Return the newest durable checkpoint, None when the run has saved none.
 
         Raises:
-            ValueError: `latest` names a checkpoint that is not there.
+            UsageError: `latest` names a checkpoint that is not there.
         """
         pointer = self.checkpoints / "latest"
         if not pointer.exists():
             return None
         checkpoint = self.checkpoints / pointer.read_text().strip()
         if not checkpoint.is_dir():
-            raise ValueError(
+            raise UsageError(
                 f"{pointer}: names {checkpoint.name}, which is not there; write the name of one of "
                 f"{[path.name for path in self.saved()]} into it, or start a new run"
             )
@@ -102,16 +104,16 @@ def refuse_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run
         holds_a_run: What `RunDirectory.holds_a_run` said, on the rank that looked.
 
     Raises:
-        ValueError: With the remedy.
+        UsageError: With the remedy.
     """
     place = str(directory.path)
     if holds_a_run and not resume:
-        raise ValueError(
+        raise UsageError(
             f"checkpoint.run_dir: {place!r} holds a run already; continue it with --resume "
             "(checkpoint.resume=true) or choose another directory with --run-dir"
         )
     if resume and not holds_a_run:
-        raise ValueError(
+        raise UsageError(
             f"checkpoint.run_dir: {place!r} holds no run to resume; check the path, or start a new "
             "run without --resume"
         )
@@ -121,7 +123,7 @@ def step_of(checkpoint: Path) -> int:
     """Return the number of steps that a checkpoint's folder is named for."""
     match = _STEP.fullmatch(checkpoint.name)
     if match is None:
-        raise ValueError(f"{checkpoint}: not a checkpoint; its name should be like step-0000100")
+        raise UsageError(f"{checkpoint}: not a checkpoint; its name should be like step-0000100")
     return int(match[1])
 
 
@@ -135,21 +137,21 @@ def find_checkpoint(path: str | Path, field: str) -> Path:
     """Return the checkpoint that a user's path means: itself, or the latest of the run there.
 
     Raises:
-        ValueError: There is no checkpoint; the message says what was found instead.
+        UsageError: There is no checkpoint; the message says what was found instead.
     """
     place = Path(path)
     if not place.exists():
-        raise ValueError(f"{field}: {str(path)!r} does not exist; give a run or a checkpoint")
+        raise UsageError(f"{field}: {str(path)!r} does not exist; give a run or a checkpoint")
     if (place / ".metadata").exists():
         return place
     latest = RunDirectory(place).latest()
     if latest is None and any(place.glob("*.safetensors")):
-        raise ValueError(
+        raise UsageError(
             f"{field}: {str(path)!r} holds weights in Hugging Face's format; make a checkpoint of "
             f"them with `bridge import-hf {path} --output CHECKPOINT` and give that"
         )
     if latest is None:
-        raise ValueError(
+        raise UsageError(
             f"{field}: {str(path)!r} holds no checkpoint; give a run's directory (with "
             "checkpoints/latest in it) or one of its checkpoints"
         )
@@ -167,10 +169,10 @@ def new_folder(path: Path, field: str) -> Iterator[Path]:
         field: What the user calls it, for the message.
 
     Raises:
-        ValueError: There is something already.
+        UsageError: There is something already.
     """
     if path.exists():
-        raise ValueError(f"{field}: {str(path)!r} exists and is not overwritten; give a new folder")
+        raise UsageError(f"{field}: {str(path)!r} exists and is not overwritten; give a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     partial.mkdir()

@@ -79,7 +79,7 @@ def training_parts(
 
     Raises:
         ConfigError: The configuration has problems; the message lists all of them.
-        ValueError: The data, the run directory or a checkpoint does not fit.
+        UsageError: The data, the run directory or a checkpoint does not fit.
     """
     device = choose_device(config.dist.device)
     config = resolve(config, device=device, world_size=world_size())
@@ -241,7 +241,7 @@ def adapt_forward_step(
     """Resolve a user's forward step, once, to what megatron-core's schedules call.
 
     Raises:
-        ValueError: Its signature is none of the accepted forms.
+        UsageError: Its signature is none of the accepted forms.
     """
     config, layout = state.cfg, ranks.layout
     tokens = config.train.micro_batch_size * sequence_length(config.model)

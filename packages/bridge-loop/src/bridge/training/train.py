@@ -22,6 +22,7 @@ from bridge.training.model_building import GradientFinalizer, ddp_parts, gather_
 from bridge.training.optimization import learning_rate, step_optimizer
 from bridge.training.state import GlobalState
 from bridge.training.stop_signals import StopCause
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -208,7 +209,7 @@ def _forward_backward(
 
     finalizer = get_model_config(model[0]).finalize_model_grads_func
     if not isinstance(finalizer, GradientFinalizer):
-        raise ValueError(
+        raise UsageError(
             f"train_step: the model's config has finalize_model_grads_func={finalizer!r}, so its "
             "gradients might be left unreduced; call bridge.training.model_building.attach_hooks "
             "once, before the first step"

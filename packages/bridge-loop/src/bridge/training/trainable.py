@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
+from bridge.training.usage_error import UsageError
 from bridge.training.weights_init import shards_of_parameters
 
 
@@ -46,13 +47,13 @@ def load_trained(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
         state: Its parameters that train; none where nothing does.
 
     Raises:
-        ValueError: The state lacks a parameter that trains, or has one that is not there.
+        UsageError: The state lacks a parameter that trains, or has one that is not there.
     """
     # The 16-bit wrapper does not say what was missing.
     found = unwrap_model(module).load_state_dict(state, strict=False)
     trained = dict(trained_parameters(module))
     if lacking := [*sorted(trained.keys() & set(found.missing_keys)), *found.unexpected_keys]:
-        raise ValueError(f"the adapters differ from those that were saved: {', '.join(lacking)}")
+        raise UsageError(f"the adapters differ from those that were saved: {', '.join(lacking)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from bridge.training.contracts import TOKENS
 from bridge.training.progress import Progress
 from bridge.training.state import GlobalState
 from bridge.training.throughput import Throughput, model_flops_per_token, peak_bf16_flops
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from bridge.training.train import StepResult
@@ -150,7 +151,7 @@ class TrainingLog:
             The row as it was written, with its "step".
 
         Raises:
-            ValueError: A metric has the name of one of the loop's own values.
+            UsageError: A metric has the name of one of the loop's own values.
         """
         if self._newest is None:
             raise RuntimeError("there is no step to write a row for: call add_step first")
@@ -162,7 +163,7 @@ class TrainingLog:
         }
         after = self._own_values(self._newest, seconds)
         if taken := sorted(metrics.keys() & {"step", *before, *after}):
-            raise ValueError(
+            raise UsageError(
                 f"metric {taken[0]!r} has the name of a value that the training log writes "
                 "itself: give it another name in the loss function"
             )

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from bridge.training.megatron_import import quiet_import
+from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
@@ -118,7 +119,7 @@ class TransformerSection(TransformerConfig):
             path: Where the section stands, such as "model".
         """
         if self.layer_spec == "auto":
-            raise ValueError(
+            raise UsageError(
                 f"{path}.layer_spec: 'auto' is not decided yet; pass the configuration through "
                 "bridge.training.config.resolve, or give 'transformer_engine' or 'local'"
             )

@@ -21,6 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from bridge.training.usage_error import UsageError
+
 logger = logging.getLogger(__name__)
 
 type Initializer = Callable[[Tensor], object]
@@ -91,7 +93,7 @@ def initialize_weights(
             whose rows are padded to a multiple that depends on the layout.
 
     Raises:
-        ValueError: A weight is split over ranks and none of megatron-core's initialisers is
+        UsageError: A weight is split over ranks and none of megatron-core's initialisers is
             known to be its own.
     """
     for chunk in model_chunks:
@@ -193,7 +195,7 @@ def _is_constant(name: str) -> bool:
 
 def _refuse_if(is_split: bool, name: str) -> None:
     if is_split:
-        raise ValueError(f"{name}: no layout-invariant initialisation is known for it; {SWITCH}")
+        raise UsageError(f"{name}: no layout-invariant initialisation is known for it; {SWITCH}")
 
 
 def _is_split(shard: ShardedTensor) -> bool:

@@ -16,6 +16,7 @@ from bridge.peft.adapted import Update
 from bridge.peft.adapters import LowRankAdapter, gathered_like
 from bridge.peft.lora import LoRAAdapter
 from bridge.peft.method import Layer, LowRankMethod
+from bridge.peft.usage_error import UsageError
 
 _QKV = ("linear_q", "linear_k", "linear_v")
 _GATED = ("linear_fc1_gate", "linear_fc1_up")
@@ -42,7 +43,7 @@ class CanonicalLoRA(LowRankMethod):
         """Make the adapter of a layer.
 
         Raises:
-            ValueError: Tensor-parallel ranks share a group of queries.
+            UsageError: Tensor-parallel ranks share a group of queries.
         """
         parts = _parts_of(layer)
         if not parts:
@@ -152,13 +153,13 @@ def _rows_of_parts(layer: Layer) -> Rows:
     config = layer.parent.config
     groups = config.num_query_groups or config.num_attention_heads
     if groups % layer.linear.ranks:
-        raise ValueError(
+        raise UsageError(
             f"peft.method=canonical_lora: model.num_query_groups={groups} is not a multiple of "
             f"model.tensor_model_parallel_size={layer.linear.ranks}, so ranks share keys; choose "
             "another layout or peft.method=lora"
         )
     if getattr(config, "attention_output_gate", False):
-        raise ValueError(
+        raise UsageError(
             f"{layer.name}: model.attention_output_gate=true puts a gate among queries, keys and "
             "values, which canonical LoRA does not know; choose peft.method=lora"
         )

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.utils import unwrap_model
 
+from bridge.peft.usage_error import UsageError
+
 
 def matches(name: str, pattern: str) -> bool:
     """Tell whether a module's full dotted name is what `pattern` means."""
@@ -74,7 +76,7 @@ def refuse_unmatched(
         group: The process group to decide with; all ranks if None.
 
     Raises:
-        ValueError: With each such pattern and what it was probably meant to be; on every rank.
+        UsageError: With each such pattern and what it was probably meant to be; on every rank.
     """
     unmatched = {p for p in patterns if not any(matches(name, p) for name in names)}
     unmatched.intersection_update(*of_all_ranks(unmatched, group))
@@ -85,7 +87,7 @@ def refuse_unmatched(
     for part in of_all_ranks(dict(passed_over), group):
         reasons |= part
     lines = [_line(field, p, everywhere, reasons) for p in patterns if p in unmatched]
-    raise ValueError("\n".join(lines))
+    raise UsageError("\n".join(lines))
 
 
 def _line(field: str, pattern: str, names: set[str], passed_over: Mapping[str, str]) -> str:

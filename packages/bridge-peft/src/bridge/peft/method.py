@@ -13,6 +13,7 @@ from megatron.core.utils import unwrap_model
 from bridge.peft.adapted import AdaptedLinear
 from bridge.peft.linears import Linear, describe
 from bridge.peft.matching import matches, named_modules, of_all_ranks, refuse_unmatched
+from bridge.peft.usage_error import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class LowRankMethod(ABC):
             The adapted layers of this rank.
 
         Raises:
-            ValueError: A pattern matches nothing, no layer is left, a layer cannot be adapted, or
+            UsageError: A pattern matches nothing, no layer is left, a layer cannot be adapted, or
                 one is already.
         """
         layers, passed_over = _survey(model_chunks)
@@ -112,7 +113,7 @@ class LowRankMethod(ABC):
         self._refuse_what_cannot(passed_over)
         meant_of = [list(filter(self._means, self.names_of(layer))) for layer in layers]
         if not any(of_all_ranks(any(meant_of), group)):
-            raise ValueError(
+            raise UsageError(
                 f"peft.exclude_modules=[{', '.join(self.exclude_modules)}] leaves nothing to train "
                 f"of peft.target_modules=[{', '.join(self.target_modules)}]; exclude less"
             )
@@ -173,7 +174,7 @@ class LowRankMethod(ABC):
             if reason != _NO_LINEAR and self._means(name) and not name.endswith("output_layer")
         ]
         if lines:
-            raise ValueError("\n".join(lines))
+            raise UsageError("\n".join(lines))
 
 
 _NO_LINEAR = "it is no linear layer"
@@ -195,7 +196,7 @@ def _survey(
         root = unwrap_model(chunk)
         for name, local, module in named_modules(chunk):
             if isinstance(module, AdaptedLinear):
-                raise ValueError(f"{name}: has an adapter already; merge it before another comes")
+                raise UsageError(f"{name}: has an adapter already; merge it before another comes")
             parent = root.get_submodule(local.rpartition(".")[0])
             linear = describe(module)
             if isinstance(linear, Linear) and _is_bypassed(parent):

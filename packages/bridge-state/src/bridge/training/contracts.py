@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 
+from bridge.training.usage_error import UsageError
+
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -118,7 +120,7 @@ def named_sets(
         data: What `DataSplits` has for it.
 
     Raises:
-        ValueError: A name is empty or has a slash.
+        UsageError: A name is empty or has a slash.
     """
     if data is None:
         return {}
@@ -126,7 +128,7 @@ def named_sets(
         return {split: data} if len(data) else {}
     for name in data:
         if problem := wrong_set_name(name):
-            raise ValueError(f"{split} data: {problem}")
+            raise UsageError(f"{split} data: {problem}")
     return {f"{split}/{name}": dataset for name, dataset in data.items()}
 
 
@@ -389,7 +391,7 @@ class PEFTMethod(Protocol):
             group: The process group of all ranks, for what they must agree on.
 
         Raises:
-            ValueError: The fields do not fit the model.
+            UsageError: The fields do not fit the model.
         """
         ...
 
@@ -449,7 +451,7 @@ class NamesWeights(Protocol):
         ``layer_norm_weight``.
 
         Raises:
-            ValueError: The format has no place for such a model; the message names the fields.
+            UsageError: The format has no place for such a model; the message names the fields.
         """
         ...
 

@@ -35,6 +35,8 @@ from typing import (
 
 import torch
 
+from bridge.training.usage_error import UsageError
+
 if TYPE_CHECKING:
     from bridge.training.state import GlobalState
 
@@ -119,7 +121,7 @@ class PreparedForwardStep:
     """A user's forward step in the form of `ForwardStep`, the state filled in."""
 
     def __init__(self, func: Callable[..., Any], state: "GlobalState") -> None:
-        """Find the form of `func`; raises ValueError as `prepare_forward_step_func` says."""
+        """Find the form of `func`; raises UsageError as `prepare_forward_step_func` says."""
         self.func = func
         self.state = state
         self._form = _form_of(func)
@@ -139,7 +141,7 @@ class PreparedForwardStep:
         """Call the user's step; see `ForwardStep`.
 
         Raises:
-            ValueError: The step has no parameter for something that megatron-core asks of it.
+            UsageError: The step has no parameter for something that megatron-core asks of it.
         """
         form = self._form
         arguments: list[Any] = [data_iterator, model]
@@ -148,14 +150,14 @@ class PreparedForwardStep:
         del arguments[split:]
         if checkpoint_activations_microbatch is not None:
             if not form.takes_checkpoint:
-                raise ValueError(
+                raise UsageError(
                     "model.num_microbatches_with_partial_activation_checkpoints is set, but the "
                     f"forward step {_describe(self.func)} has no parameter {_CHECKPOINT}: "
                     "add it and pass it on to the model, or leave the setting out"
                 )
             named[_CHECKPOINT] = checkpoint_activations_microbatch
         if return_schedule_plan and not form.takes_plan:
-            raise ValueError(
+            raise UsageError(
                 f"the forward step {_describe(self.func)} was asked for a schedule plan "
                 f"(model.overlap_moe_expert_parallel_comm), but has no parameter {_PLAN}"
             )
@@ -177,7 +179,7 @@ def prepare_forward_step_func(
         state: Handed to a step that takes it.
 
     Raises:
-        ValueError: The form is none of the accepted ones or cannot be told; the message lists
+        UsageError: The form is none of the accepted ones or cannot be told; the message lists
             them and what was seen.
     """
     if isinstance(func, PreparedForwardStep):
@@ -186,7 +188,7 @@ def prepare_forward_step_func(
 
 
 def _form_of(func: Any) -> _Form:
-    """Tell which form `func` has; raises ValueError if it has none, or may have several."""
+    """Tell which form `func` has; raises UsageError if it has none, or may have several."""
     if inspect.isclass(func):
         raise _refusal(func, "is a class: pass an instance of it")
     if not callable(func):
@@ -311,12 +313,12 @@ def _is_state(annotation: Any) -> bool:
     )
 
 
-def _refusal(func: Any, problem: str) -> ValueError:
+def _refusal(func: Any, problem: str) -> UsageError:
     try:
         seen = str(inspect.signature(func))
     except (TypeError, ValueError):
         seen = repr(func)
-    return ValueError(
+    return UsageError(
         f"the forward step {_describe(func)} {problem}; seen: {seen}; accepted: "
         + ", ".join(ACCEPTED_FORMS)
     )

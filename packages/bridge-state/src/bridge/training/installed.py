@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from bridge.training.spelling import did_you_mean
+from bridge.training.usage_error import UsageError
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,19 @@ class Offers:
         """Import and return what is offered under `name`.
 
         Raises:
-            ValueError: There is no such name; the message says what there is, or what to install.
+            UsageError: There is no such name; the message says what there is, or what to install.
         """
         found = self.entries()
         if name in found:
             return found[name].load()
         if not found:
-            raise ValueError(
+            raise UsageError(
                 f"{name!r} is not there, as no package with {self.what} is installed; install one, "
                 f"such as {self.package} (pip install --find-links DIST {self.package}, from the "
                 "folder of wheels)"
             )
         hint = did_you_mean(name, found)
-        raise ValueError(f"there is no {name!r}{hint} (there are {', '.join(found)})")
+        raise UsageError(f"there is no {name!r}{hint} (there are {', '.join(found)})")
 
 
 RECIPES = Offers("bridge.recipes", "recipes", "bridge-steps-gpt")

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from bridge.training.usage_error import UsageError
+
 if TYPE_CHECKING:
     from wandb import Run
 
@@ -55,9 +57,9 @@ class JsonlLogger:
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
-        """Append one line; raises ValueError if a metric is called "step"."""
+        """Append one line; raises UsageError if a metric is called "step"."""
         if "step" in metrics:
-            raise ValueError('a metric cannot be called "step": that is the key of the row')
+            raise UsageError('a metric cannot be called "step": that is the key of the row')
         row = {
             name: value if value is not None and math.isfinite(value) else None
             for name, value in metrics.items()
@@ -86,12 +88,12 @@ class TensorBoardLogger:
                 there on are hidden. None for a new run.
 
         Raises:
-            ValueError: TensorBoard is not installed.
+            UsageError: TensorBoard is not installed.
         """
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
-            raise ValueError(
+            raise UsageError(
                 "logger.tensorboard=true needs TensorBoard, which is not installed: "
                 'pip install "bridge-state[tensorboard]", or set logger.tensorboard=false'
             ) from error
@@ -140,12 +142,12 @@ class WandbLogger:
             config: Shown as the run's configuration.
 
         Raises:
-            ValueError: wandb is not installed, or it cannot start (no API key, say).
+            UsageError: wandb is not installed, or it cannot start (no API key, say).
         """
         try:
             import wandb
         except ImportError as error:
-            raise ValueError(
+            raise UsageError(
                 f"logger.wandb_project={project!r} needs wandb, which is not installed: "
                 'pip install "bridge-state[wandb]"'
             ) from error
@@ -164,7 +166,7 @@ class WandbLogger:
                 config=dict(config or {}),
             )
         except wandb.errors.UsageError as error:
-            raise ValueError(
+            raise UsageError(
                 f"logger.wandb_project={project!r}: {error}; log in with `wandb login`, "
                 "or set WANDB_MODE=offline"
             ) from error
@@ -201,14 +203,14 @@ class MetricLoggers:
         """Write one row everywhere.
 
         Raises:
-            ValueError: The step is lower than the last one, or a name was already written for it.
+            UsageError: The step is lower than the last one, or a name was already written for it.
         """
         if self._step is not None and step < self._step:
-            raise ValueError(f"metrics of step {step} come after those of step {self._step}")
+            raise UsageError(f"metrics of step {step} come after those of step {self._step}")
         if step != self._step:
             self._step, self._names = step, set()
         if repeated := sorted(self._names & metrics.keys()):
-            raise ValueError(
+            raise UsageError(
                 f"step {step} already has a value for {', '.join(map(repr, repeated))}: "
                 "log each name once a step"
             )
@@ -243,7 +245,7 @@ def truncate_jsonl(path: str | os.PathLike[str], after_step: int) -> int:
     the file. The file is replaced atomically, or left alone when nothing is to be removed.
 
     Raises:
-        ValueError: A line other than the last one is not a row of metrics.
+        UsageError: A line other than the last one is not a row of metrics.
     """
     path = Path(path)
     if not path.exists():
@@ -265,7 +267,7 @@ def _belongs(path: Path, lines: list[bytes], number: int, after_step: int) -> bo
     except (ValueError, KeyError, TypeError) as error:
         if last:  # After a power failure a torn line may be filled with zeros.
             return False
-        raise ValueError(
+        raise UsageError(
             f"{path}, line {number + 1} is not a row of metrics: {error}; repair or move the file"
         ) from error
     return bool(step <= after_step)

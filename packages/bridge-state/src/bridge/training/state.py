@@ -18,6 +18,7 @@ from bridge.training.metric_loggers import (
     WandbLogger,
     truncate_jsonl,
 )
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from megatron.core.timers import Timers
@@ -55,18 +56,18 @@ class TrainState:
         """Take over the counters of `state_dict`.
 
         Raises:
-            ValueError: A counter is missing, unknown, or of a type that has lost precision.
+            UsageError: A counter is missing, unknown, or of a type that has lost precision.
         """
         names = {field.name for field in fields(self)}
         if state_dict.keys() != names:
-            raise ValueError(
+            raise UsageError(
                 "the saved train state does not fit: "
                 f"missing {sorted(names - state_dict.keys())}, "
                 f"unknown {sorted(state_dict.keys() - names)}"
             )
         for name, value in state_dict.items():
             if value.dtype != _dtype(name):
-                raise ValueError(f"train state {name} is {value.dtype}, not {_dtype(name)}")
+                raise UsageError(f"train state {name} is {value.dtype}, not {_dtype(name)}")
         for name, value in state_dict.items():
             setattr(self, name, value.item())
 
@@ -101,7 +102,7 @@ class GlobalState:
         `train_state.step` are then removed.
 
         Raises:
-            ValueError: checkpoint.run_dir is not set, or a tracker that was asked for is missing.
+            UsageError: checkpoint.run_dir is not set, or a tracker that was asked for is missing.
         """
         self._check_open()
         if not _is_logging_rank():
@@ -164,7 +165,7 @@ class GlobalState:
     @property
     def _run_dir(self) -> Path:
         if self.cfg.checkpoint.run_dir is None:
-            raise ValueError(
+            raise UsageError(
                 "checkpoint.run_dir is not set, so there is nowhere to log: "
                 "give the run a directory (pretrain chooses one)"
             )

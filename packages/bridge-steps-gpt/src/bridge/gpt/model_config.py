@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.training.megatron_import import expected_messages_held_back, quiet_import
+from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -76,7 +77,7 @@ class GPTModelConfig(TransformerSection):
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: vocab_size and the padding."""
         if self.vocab_size is None:
-            raise ValueError(
+            raise UsageError(
                 "model.vocab_size: None; give it, or a tokenizer section for it to be taken from"
             )
         multiple = math.lcm(self.make_vocab_size_divisible_by, self.tensor_model_parallel_size)
@@ -92,7 +93,7 @@ class GPTModelConfig(TransformerSection):
         """Build one model chunk on the current device (see `contracts.ModelConfig.build`).
 
         Raises:
-            ValueError: ``vocab_size`` or ``layer_spec`` is still open.
+            UsageError: ``vocab_size`` or ``layer_spec`` is still open.
         """
         self.refuse_open_layer_spec("model")
         config = self._chunks_config(vp_stage)
@@ -153,7 +154,7 @@ class GPTModelConfig(TransformerSection):
         """Return how the weights stand in Hugging Face's format (see `contracts.NamesWeights`).
 
         Raises:
-            ValueError: The model is of no family that converts; the message names the fields.
+            UsageError: The model is of no family that converts; the message names the fields.
         """
         family_of(self)
         return weights_in_hugging_face(self)
@@ -183,7 +184,7 @@ class GPTModelConfig(TransformerSection):
             return
         try:
             tokens = vocab_size(config.tokenizer)
-        except ValueError as error:
+        except UsageError as error:
             yield str(error)
             return
         if self.vocab_size is not None and tokens > self.vocab_size:

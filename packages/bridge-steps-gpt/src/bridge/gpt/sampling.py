@@ -6,6 +6,7 @@ import torch
 
 from bridge.gpt.data.tokenizers import Tokenizer
 from bridge.training.megatron_import import quiet_import
+from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.utils import unwrap_model
@@ -46,15 +47,15 @@ def sample_text(
         seed: Seed of the draws.
 
     Raises:
-        ValueError: The prompt is empty, or the parallel layout is not supported.
+        UsageError: The prompt is empty, or the parallel layout is not supported.
     """
     chunk = unwrap_model(model)
     reason = why_not_sampled(chunk.pg_collection)
     if reason is not None:
-        raise ValueError(reason)
+        raise UsageError(reason)
     ids = tokenizer.tokenize(prompt)
     if not ids:
-        raise ValueError("sample_text: the prompt holds no token; give at least one")
+        raise UsageError("sample_text: the prompt holds no token; give at least one")
     generator = torch.Generator().manual_seed(seed)
     start = len(ids)
     was_training = model.training

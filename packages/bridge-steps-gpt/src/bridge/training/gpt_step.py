@@ -21,6 +21,7 @@ import torch
 
 from bridge.training.losses import masked_token_loss
 from bridge.training.megatron_import import quiet_import
+from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -73,7 +74,7 @@ def forward_step(
         its plan, and the loss function of that output.
 
     Raises:
-        ValueError: The microbatch lacks something, it is packed and the model predicts several
+        UsageError: The microbatch lacks something, it is packed and the model predicts several
             tokens, or a plan was asked for without ``model.overlap_moe_expert_parallel_comm``.
     """
     chunk = unwrap_model(model)
@@ -90,7 +91,7 @@ def forward_step(
     if batch.packed_seq_params is not None and chunk.config.mtp_num_layers:
         # megatron-core's multi-token prediction reads every boundary from the device by itself,
         # and takes cu_seqlens for the layout where cu_seqlens_padded is.
-        raise ValueError(
+        raise UsageError(
             "cu_seqlens: the documents are packed, which multi-token prediction does not support; "
             "give samples that are not packed, or set model.mtp_num_layers=null"
         )
@@ -106,13 +107,13 @@ def forward_step(
     loss_function = partial(masked_token_loss, batch.loss_mask)
     if return_schedule_plan:
         if not chunk.config.overlap_moe_expert_parallel_comm:
-            raise ValueError(
+            raise UsageError(
                 "return_schedule_plan: a schedule plan was asked for, and "
                 "model.overlap_moe_expert_parallel_comm is False; set it to True"
             )
         if batch.padding_mask is not None:
             # It gets as far as the plan: megatron-core calls the routers without it.
-            raise ValueError(
+            raise UsageError(
                 "padding_mask: routers do not see it under model.overlap_moe_expert_parallel_comm; "
                 "set that to False, or give no padding_mask and let padding count as real tokens"
             )
@@ -144,11 +145,11 @@ def get_batch(
         cp_group: Ranks that share each sequence; each takes its two chunks of the zigzag.
 
     Raises:
-        ValueError: There is no iterator, a key is missing, the packing metadata is wrong, or the
+        UsageError: There is no iterator, a key is missing, the packing metadata is wrong, or the
             padding mask contradicts the loss mask.
     """
     if data_iterator is None:
-        raise ValueError(
+        raise UsageError(
             "data_iterator is None: every pipeline stage reads the microbatches, because packing "
             "metadata is needed on all of them; give each rank an iterator over the same samples"
         )
@@ -156,7 +157,7 @@ def get_batch(
     names = (_INPUTS if inputs else ()) + (_TARGETS if targets else ())
     missing = [name for name in names if sample.get(name) is None]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"the microbatch has no {' and no '.join(missing)} (it has {', '.join(sample)}); a "
             "dataset for gpt_step gives tokens, position_ids, labels and loss_mask"
         )
@@ -180,14 +181,14 @@ def _padding_mask(sample: Mapping[str, Any]) -> torch.Tensor:
     mask: torch.Tensor = sample["padding_mask"]
     counted: torch.Tensor | None = sample.get("loss_mask")
     if mask.dtype != torch.bool or mask.dim() != 2:
-        raise ValueError(
+        raise UsageError(
             f"padding_mask has shape {tuple(mask.shape)} and {mask.dtype}; give [batch, sequence] "
             "and torch.bool"
         )
     if counted is None or mask.is_cuda or counted.is_cuda:
         return mask
     if mask.shape != counted.shape or bool((mask & (counted != 0)).any()):
-        raise ValueError(
+        raise UsageError(
             "padding_mask contradicts loss_mask: it is True at padding, where loss_mask must be 0, "
             f"and of the same shape (they are {tuple(mask.shape)} and {tuple(counted.shape)})"
         )
@@ -273,11 +274,11 @@ class _Packing:
 def _boundaries(sample: Mapping[str, Any], name: str) -> torch.Tensor:
     value = torch.as_tensor(sample[name])
     if value.is_cuda:
-        raise ValueError(f"{name} is on the device; leave it on the host, where it is read")
+        raise UsageError(f"{name} is on the device; leave it on the host, where it is read")
     if value.dim() == 2 and value.shape[0] == 1:
         value = value[0]
     if value.dim() != 1:
-        raise ValueError(
+        raise UsageError(
             f"{name} has shape {tuple(value.shape)}: packed documents fill a sequence by "
             "themselves, so set train.micro_batch_size=1 and pack more into dataset.seq_length"
         )
@@ -288,20 +289,20 @@ def _check_layout(laid_out: torch.Tensor, sample: Mapping[str, Any], shards: int
     """Refuse boundaries that do not cover the sequence or cannot be cut for context parallelism."""
     lengths = laid_out[1:] - laid_out[:-1]
     if len(laid_out) < 2 or int(laid_out[0]) != 0 or bool((lengths < 0).any()):
-        raise ValueError(
+        raise UsageError(
             f"cu_seqlens: {laid_out.tolist()} must begin with 0 and never fall: it holds the "
             "start of each packed document and the end of the last"
         )
     for name in (*_INPUTS, *_TARGETS):
         tensor = sample.get(name)
         if tensor is not None and (tensor.shape[0] != 1 or tensor.shape[1] != int(laid_out[-1])):
-            raise ValueError(
+            raise UsageError(
                 f"cu_seqlens: the packed documents end at {int(laid_out[-1])}, and {name} has "
                 f"shape {tuple(tensor.shape)}; packing needs train.micro_batch_size=1 and "
                 "documents (padding counted as one) that cover the whole sequence"
             )
     if shards > 1 and bool((lengths % (2 * shards)).any()):
-        raise ValueError(
+        raise UsageError(
             f"cu_seqlens: the lengths {lengths.tolist()} of the packed documents are not all "
             f"multiples of {2 * shards}, which model.context_parallel_size={shards} needs; pad "
             "each document and give the padded boundaries as cu_seqlens_padded"

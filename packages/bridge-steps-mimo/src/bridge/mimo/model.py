@@ -11,6 +11,7 @@ from bridge.mimo.modules import ImageModality
 from bridge.mimo.placement import LANGUAGE
 from bridge.mimo.sections import ProjectionConfig
 from bridge.training.megatron_import import expected_messages_held_back, quiet_import
+from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -244,7 +245,7 @@ class MultimodalModel(MimoModel):
         """Check the number of embeddings, and mark which sample's they are; none of a blank one."""
         numbers = self._embeddings_per_sample.get(name)
         if numbers is None:
-            raise ValueError(
+            raise UsageError(
                 f"rank {dist.get_rank()}, last stage of {name}: embeddings_per_sample is missing; "
                 "bridge.training.mimo_step.forward_step counts them"
             )
@@ -253,7 +254,7 @@ class MultimodalModel(MimoModel):
             # The slice is copied: megatron-core may free what was sent, but not a view.
             output = output[:0].clone()
         if output.shape[0] != total:
-            raise ValueError(
+            raise UsageError(
                 f"rank {dist.get_rank()}, last stage of {name}: a microbatch has {total} tokens "
                 f"that stand for embeddings and {output.shape[0]} embeddings; give a token "
                 f"(model.special_token_ids.{name}={self.special_token_ids[name]}) for each"

@@ -7,6 +7,7 @@ import torch
 
 from bridge.training.layer_specs import backend_of, encoder_block_spec
 from bridge.training.megatron_import import quiet_import
+from bridge.training.usage_error import UsageError
 from bridge.training.weights_init import draw_with
 
 with quiet_import():
@@ -73,10 +74,10 @@ class VisionTransformer(MegatronModule):
             [patches, images, hidden size], for its `further`.
 
         Raises:
-            ValueError: The images have another shape.
+            UsageError: The images have another shape.
         """
         if tuple(pixels.shape[1:]) != self.image_shape:
-            raise ValueError(
+            raise UsageError(
                 f"pixels have shape {tuple(pixels.shape)}, and the encoder takes images of "
                 f"{self.image_shape} (channels, height, width)"
             )

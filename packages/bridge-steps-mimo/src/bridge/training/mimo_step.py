@@ -20,6 +20,7 @@ import torch
 
 from bridge.training.losses import masked_token_loss
 from bridge.training.megatron_import import quiet_import
+from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.models.mimo.config.role import (
@@ -55,11 +56,11 @@ def forward_step(
         function. On other ranks the output of each module by its name, and None.
 
     Raises:
-        ValueError: The microbatch lacks what the modules of this rank need, the output is not what
+        UsageError: The microbatch lacks what the modules of this rank need, the output is not what
             this stage must give, or a plan was asked for. The message names module, stage and rank.
     """
     if return_schedule_plan:
-        raise ValueError(
+        raise UsageError(
             "return_schedule_plan: a multimodal model has no schedule plan; set "
             "model.language.overlap_moe_expert_parallel_comm=false"
         )
@@ -72,7 +73,7 @@ def forward_step(
         return output, None
     if not isinstance(output, torch.Tensor):
         kind = f"a dict ({', '.join(output)})" if isinstance(output, Mapping) else f"{output!r}"
-        raise ValueError(
+        raise UsageError(
             f"rank {_rank()}, {_stage(MIMO_LANGUAGE_MODULE_KEY, 'last')}: the model returned "
             f"{kind}; where the language model ends it must return the tokens' losses, or their "
             "mean, as a tensor"
@@ -91,7 +92,7 @@ def inputs_of(
         model: The model, as wrapped for training.
 
     Raises:
-        ValueError: The microbatch lacks what the modules of this rank need.
+        UsageError: The microbatch lacks what the modules of this rank need.
     """
     inner: Any = unwrap_model(model)
     role: RankRole = inner.role
@@ -131,10 +132,10 @@ def loss_func(
         ``{"lm loss": [sum, number]}``.
 
     Raises:
-        ValueError: There is no mask, the output is no tensor, or the shapes do not match.
+        UsageError: There is no mask, the output is no tensor, or the shapes do not match.
     """
     if not isinstance(output_tensor, torch.Tensor):
-        raise ValueError(
+        raise UsageError(
             f"output_tensor: got {type(output_tensor).__name__}; give the tokens' losses, or their "
             "mean, as a tensor"
         )
@@ -211,7 +212,7 @@ def _checked(
 ) -> dict[str, Any]:
     """Return what is wanted of a microbatch, or say what it lacks."""
     if sample is None:
-        raise ValueError(
+        raise UsageError(
             f"rank {_rank()}, {' and '.join(required)}: there is no microbatch (no data iterator, "
             "or it is exhausted); give this rank an iterator over its microbatches"
         )
@@ -219,7 +220,7 @@ def _checked(
     for stage, keys in required.items():
         missing = [key for key in keys if key not in batch]
         if missing:
-            raise ValueError(
+            raise UsageError(
                 f"rank {_rank()}, {stage}: the microbatch has no {' and no '.join(missing)} (it "
                 f"has {', '.join(batch) or 'nothing else'}); a dataset for mimo_step gives "
                 f"{', '.join(KEYS)}"

@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from bridge.training.usage_error import UsageError
+
 if TYPE_CHECKING:
     from bridge.training.config.container import ConfigContainer
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """A configuration cannot be used; `problems` has one line for each reason."""
 
     def __init__(self, problems: list[str], *, remainder: "ConfigContainer | None" = None) -> None:
@@ -20,7 +22,7 @@ class ConfigError(ValueError):
         )
 
 
-class ConversionError(ValueError):
+class ConversionError(UsageError):
     """One value does not fit its field, or cannot be written as text."""
 
 

@@ -8,6 +8,7 @@ from bridge.training.config.errors import ConversionError
 from bridge.training.config.fields import default_of, fields_of
 from bridge.training.contracts import PEFTMethod
 from bridge.training.installed import PEFT_METHODS
+from bridge.training.usage_error import UsageError
 
 METHOD = "method"
 """The field of the section that names its class."""
@@ -26,7 +27,7 @@ def method_class(name: Any) -> type:
     """
     try:
         cls: type = PEFT_METHODS.find(str(name))
-    except ValueError as error:
+    except UsageError as error:
         raise ConversionError(str(error)) from error
     return cls
 

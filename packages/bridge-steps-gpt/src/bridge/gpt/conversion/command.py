@@ -33,7 +33,7 @@ def run_import(arguments: argparse.Namespace) -> int:
     """Run ``bridge import-hf``; returns the exit code.
 
     Raises:
-        ValueError: The model is not supported or not whole, or the output exists.
+        UsageError: The model is not supported or not whole, or the output exists.
     """
     # These bring torch and megatron-core, which other commands should not wait for.
     from bridge.gpt.conversion.hf_import import import_hf

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn import functional
 
+from bridge.training.usage_error import UsageError
+
 if TYPE_CHECKING:
     from bridge.gpt.model_config import GPTModelConfig
 
@@ -78,11 +80,11 @@ def family_of(model: "GPTModelConfig") -> Family:
     """Return the family that a model belongs to: Qwen3 normalises queries and keys, Llama does not.
 
     Raises:
-        ValueError: It belongs to none; the message has a line for each field that says so.
+        UsageError: It belongs to none; the message has a line for each field that says so.
     """
     family = QWEN3 if model.qk_layernorm else LLAMA
     if problems := list(_differences(model, family)):
-        raise ValueError(
+        raise UsageError(
             f"the model has no counterpart among {SUPPORTED}:\n  " + "\n  ".join(problems)
         )
     return family

@@ -10,6 +10,7 @@ import torch
 
 from bridge.gpt.conversion.families import COMMON, FAMILIES, SUPPORTED, Family, family_of
 from bridge.gpt.model_config import GPTModelConfig
+from bridge.training.usage_error import UsageError
 
 LONGEST_SAMPLE = 4096
 """An imported model's seq_length, where it has as many positions: they may be a hundred thousand,
@@ -32,14 +33,14 @@ def read_model_config(directory: str | Path) -> GPTModelConfig:
     losses are those of the original.
 
     Raises:
-        ValueError: There is no config.json, or the architecture or something in it is not
+        UsageError: There is no config.json, or the architecture or something in it is not
             supported; the message names it, and what is.
     """
     path = Path(directory) / "config.json"
     values = read_json(path)
     family = _family(values, path)
     if problems := list(_unsupported(values, family)):
-        raise ValueError(
+        raise UsageError(
             f"{path}: this {family.architecture} is not supported:\n  " + "\n  ".join(problems)
         )
     number = _Numbers(values, path)
@@ -83,7 +84,7 @@ def config_json(
             ours has no place for, as the ids of special tokens, is taken from it.
 
     Raises:
-        ValueError: The model is of no family that Hugging Face's format has a place for.
+        UsageError: The model is of no family that Hugging Face's format has a place for.
     """
     family = family_of(model)
     heads = model.num_attention_heads
@@ -123,19 +124,19 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a JSON file holds.
 
     Raises:
-        ValueError: There is no such file, or it holds something else.
+        UsageError: There is no such file, or it holds something else.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(
+        raise UsageError(
             f"{path}: cannot be read ({error.strerror}); give the folder of a model in Hugging "
             "Face's format"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error}); fetch it again") from error
+        raise UsageError(f"{path}: is no JSON ({error}); fetch it again") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds no object but {type(values).__name__}; fetch it again")
+        raise UsageError(f"{path}: holds no object but {type(values).__name__}; fetch it again")
     return values
 
 
@@ -150,7 +151,7 @@ class _Numbers:
         if value is None:
             value = default
         if type(value) is not int or value < 1:
-            raise ValueError(
+            raise UsageError(
                 f"{self._path}: {name} is {value!r}; it must be a whole number above 0"
             )
         return value
@@ -162,7 +163,7 @@ def _family(values: Mapping[str, Any], path: Path) -> Family:
         if name in FAMILIES:
             return FAMILIES[name]
     named = ", ".join(architectures) or f"no architecture (model_type {values.get('model_type')!r})"
-    raise ValueError(f"{path}: {named} is not supported; supported are {SUPPORTED}")
+    raise UsageError(f"{path}: {named} is not supported; supported are {SUPPORTED}")
 
 
 def _unsupported(values: Mapping[str, Any], family: Family) -> Iterator[str]:

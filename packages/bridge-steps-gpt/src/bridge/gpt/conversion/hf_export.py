@@ -11,6 +11,7 @@ from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.checkpoint_weights import SavedWeights
 from bridge.training.contracts import ExportedWeight, ExportRequest
 from bridge.training.distributed import one_process
+from bridge.training.usage_error import UsageError
 
 
 def export_hf(request: ExportRequest) -> str:
@@ -24,16 +25,16 @@ def export_hf(request: ExportRequest) -> str:
         request: What to export, and how.
 
     Raises:
-        ValueError: The model has no place in the format, or the checkpoint does not hold it.
+        UsageError: The model has no place in the format, or the checkpoint does not hold it.
     """
     model = request.config.model
     if not isinstance(model, GPTModelConfig):
-        raise ValueError(
+        raise UsageError(
             f"--to hf: {request.checkpoint} holds a {type(model).__name__}; only GPT models "
             "(GPTModelConfig) are exported"
         )
     if request.config.peft is not None:
-        raise ValueError(
+        raise UsageError(
             f"--to hf: {request.checkpoint} holds adapters and not the model; export them with "
             f"--to hf-peft, or the whole model after `bridge merge {request.checkpoint} --output "
             "DIR`"
@@ -67,12 +68,12 @@ def export_hf(request: ExportRequest) -> str:
 def _check(saved: SavedWeights, name: str, weight: ExportedWeight, request: ExportRequest) -> None:
     shape = saved.shape(name)
     if shape is None:
-        raise ValueError(
+        raise UsageError(
             f"{request.checkpoint}: has no {name}, which the model of its config.yaml has"
         )
     # The vocabulary may be padded.
     if shape[1:] != weight.shape[1:] or shape[0] < weight.shape[0]:
-        raise ValueError(
+        raise UsageError(
             f"{request.checkpoint}: {name} has the shape {list(shape)}; by its config.yaml it is "
             f"{list(weight.shape)}"
         )

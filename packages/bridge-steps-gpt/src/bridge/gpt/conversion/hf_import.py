@@ -15,6 +15,7 @@ from bridge.training.config import ConfigContainer, TokenizerConfig
 from bridge.training.contracts import ExportedWeight
 from bridge.training.distributed import one_process
 from bridge.training.run_directory import new_folder
+from bridge.training.usage_error import UsageError
 
 _NAMES_IN_A_MESSAGE = 5
 
@@ -34,7 +35,7 @@ def import_hf(directory: Path, checkpoint: Path, *, dtype: torch.dtype | None = 
         A line that says what was written.
 
     Raises:
-        ValueError: The architecture is not supported, the files do not hold that model, or
+        UsageError: The architecture is not supported, the files do not hold that model, or
             `checkpoint` exists.
     """
     model = read_model_config(directory)
@@ -61,7 +62,7 @@ def read_weights(
         dtype: Type of the weights; None keeps theirs.
 
     Raises:
-        ValueError: A tensor is missing, or there is one too many, or one has another shape.
+        UsageError: A tensor is missing, or there is one too many, or one has another shape.
     """
     expected = model.exported_weights()
     with TensorFolder(directory) as tensors:
@@ -76,7 +77,7 @@ def _check(tensors: TensorFolder, weights: Mapping[str, ExportedWeight], directo
     expected = {name: weight.shape_of(name) for weight in weights.values() for name in weight.parts}
     found = tensors.names()
     if missing := sorted(expected.keys() - found):
-        raise ValueError(
+        raise UsageError(
             f"{directory}: the files have no {_listed(missing)}, which config.json asks for"
         )
     surplus = {name for name in found - expected.keys() if not _is_derived(name)}
@@ -84,13 +85,13 @@ def _check(tensors: TensorFolder, weights: Mapping[str, ExportedWeight], directo
         _check_tied(tensors, directory)
         surplus.remove("lm_head.weight")
     if surplus:
-        raise ValueError(
+        raise UsageError(
             f"{directory}: the files have {_listed(sorted(surplus))}, for which the model of "
             "config.json has no place"
         )
     for name, shape in expected.items():
         if tensors.shape(name) != shape:
-            raise ValueError(
+            raise UsageError(
                 f"{directory}: {name} has the shape {list(tensors.shape(name))}; by config.json it "
                 f"is {list(shape)}"
             )
@@ -98,7 +99,7 @@ def _check(tensors: TensorFolder, weights: Mapping[str, ExportedWeight], directo
 
 def _check_tied(tensors: TensorFolder, directory: Path) -> None:
     if not torch.equal(tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")):
-        raise ValueError(
+        raise UsageError(
             f"{directory}: lm_head.weight differs from model.embed_tokens.weight, and "
             "tie_word_embeddings is true; correct config.json"
         )

@@ -10,6 +10,7 @@ from bridge.gpt.conversion.safetensors_files import write_json
 from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.contracts import AdaptedLayer, ExportedWeight, ExportRequest, LowRankUpdate
 from bridge.training.merging import adapted_model
+from bridge.training.usage_error import UsageError
 
 _PREFIX = "base_model.model."
 
@@ -24,11 +25,11 @@ def export_hf_peft(request: ExportRequest) -> str:
         request: What to export, and how; the tensors are written to one file.
 
     Raises:
-        ValueError: The checkpoint has no adapters, or the model has no place in the format.
+        UsageError: The checkpoint has no adapters, or the model has no place in the format.
     """
     model = request.config.model
     if not isinstance(model, GPTModelConfig):
-        raise ValueError(
+        raise UsageError(
             f"--to hf-peft: {request.checkpoint} holds a {type(model).__name__}; only GPT models "
             "(GPTModelConfig) are exported"
         )
@@ -69,11 +70,11 @@ def _in_modules(
     """Yield the modules there that an update changes, each with its rows of B (None: all).
 
     Raises:
-        ValueError: The layer has no counterpart there.
+        UsageError: The layer has no counterpart there.
     """
     weight = weights.get(f"{layer.name}.weight")
     if weight is None:
-        raise ValueError(
+        raise UsageError(
             f"--to hf-peft: {layer.name} has no counterpart in Hugging Face's format; leave it out "
             "with peft.exclude_modules, or merge the adapters (bridge merge)"
         )

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bridge.gpt.conversion.hf_config import read_json
+from bridge.training.usage_error import UsageError
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -23,7 +24,7 @@ class TensorFolder:
     A context manager: files stay open within the block. Nothing is loaded before it is asked for.
 
     Raises:
-        ValueError: The folder has no such files, one of them is not there, or it is damaged.
+        UsageError: The folder has no such files, one of them is not there, or it is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,10 +59,10 @@ class TensorFolder:
         if (self._folder / _INDEX).exists():
             index = read_json(self._folder / _INDEX).get("weight_map")
             if not isinstance(index, dict):
-                raise ValueError(f"{self._folder / _INDEX}: has no weight_map; fetch it again")
+                raise UsageError(f"{self._folder / _INDEX}: has no weight_map; fetch it again")
             return index
         if not (self._folder / _SINGLE).exists():
-            raise ValueError(
+            raise UsageError(
                 f"{self._folder}: has neither {_SINGLE} nor {_INDEX}; only weights in safetensors "
                 "files can be read"
             )
@@ -80,9 +81,9 @@ class TensorFolder:
                 self._files[file_name] = self._stack.enter_context(file)
             yield self._files[file_name]
         except FileNotFoundError as error:
-            raise ValueError(f"{path}: is not there, and {_INDEX} names it; fetch it") from error
+            raise UsageError(f"{path}: is not there, and {_INDEX} names it; fetch it") from error
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: is damaged ({error}); fetch it again") from error
+            raise UsageError(f"{path}: is damaged ({error}); fetch it again") from error
 
 
 @dataclass

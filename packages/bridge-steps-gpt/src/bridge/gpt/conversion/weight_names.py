@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bridge.training.contracts import ExportedWeight
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from bridge.gpt.model_config import GPTModelConfig
@@ -18,7 +19,7 @@ def weights_in_hugging_face(model: "GPTModelConfig") -> dict[str, ExportedWeight
         model: With its vocab_size.
     """
     if model.vocab_size is None:
-        raise ValueError("model.vocab_size: None; give the number of tokens")
+        raise UsageError("model.vocab_size: None; give the number of tokens")
     hidden, vocabulary = model.hidden_size, (model.vocab_size, model.hidden_size)
     weights = {"embedding.word_embeddings.weight": _whole("model.embed_tokens.weight", vocabulary)}
     for layer in range(model.num_layers):

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.training.contracts import SizedDataset
+from bridge.training.usage_error import UsageError
 
 
 def bigram_entropy(previous: NDArray[Any], following: NDArray[Any]) -> float:
@@ -22,10 +23,10 @@ def bigram_entropy(previous: NDArray[Any], following: NDArray[Any]) -> float:
         following: The ids that came next, the same shape.
 
     Raises:
-        ValueError: The shapes differ or nothing is there.
+        UsageError: The shapes differ or nothing is there.
     """
     if previous.shape != following.shape or previous.size == 0:
-        raise ValueError(
+        raise UsageError(
             f"bigram entropy of shapes {previous.shape} and {following.shape}: "
             "as many tokens as successors are needed, and at least one"
         )
@@ -51,5 +52,5 @@ def bigram_entropy_of(dataset: SizedDataset) -> float:
         previous.append(np.asarray(sample["tokens"])[kept])
         following.append(np.asarray(sample["labels"])[kept])
     if not previous:
-        raise ValueError("bigram entropy of an empty dataset: at least one sample is needed")
+        raise UsageError("bigram entropy of an empty dataset: at least one sample is needed")
     return bigram_entropy(np.concatenate(previous), np.concatenate(following))

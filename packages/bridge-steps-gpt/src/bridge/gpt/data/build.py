@@ -19,6 +19,7 @@ from bridge.gpt.data.documents import TextFile, read_documents
 from bridge.gpt.data.tokenizers import Encoder, Tokenizer, build_tokenizer, identity
 from bridge.training.config import TokenizerConfig
 from bridge.training.megatron_import import quiet_import
+from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -72,7 +73,7 @@ def write_tokens(
     """Write documents to ``prefix.bin`` and ``prefix.idx`` in megatron-core's format.
 
     Raises:
-        ValueError: There is no document.
+        UsageError: There is no document.
     """
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
@@ -90,7 +91,7 @@ def write_tokens(
     finally:
         builder.data_file.close()
     if not written:
-        raise ValueError("the files hold no text (binary files in directories are skipped)")
+        raise UsageError("the files hold no text (binary files in directories are skipped)")
     builder.finalize(f"{prefix}.idx")
     if encode.repaired_documents:
         logger.warning(
@@ -112,18 +113,18 @@ def build_index(
     """Tokenize files into a new ``prefix.bin`` and ``prefix.idx``; both appear, or neither.
 
     Raises:
-        ValueError: One of them exists, their directory does not, or there is no text.
+        UsageError: One of them exists, their directory does not, or there is no text.
     """
     target = Path(os.path.abspath(os.path.expanduser(prefix)))
     halves = [target.with_name(target.name + suffix) for suffix in (".bin", ".idx")]
     existing = [str(half) for half in halves if half.exists()]
     if existing:
-        raise ValueError(
+        raise UsageError(
             f"--output={prefix!r}: {' and '.join(existing)} exist and are not overwritten; "
             "choose another prefix or remove them"
         )
     if not target.parent.is_dir():
-        raise ValueError(f"--output={prefix!r}: create the directory {target.parent} first")
+        raise UsageError(f"--output={prefix!r}: create the directory {target.parent} first")
     with _directory_for_parts(target.parent, target.name) as parts:
         documents = read_documents(files, json_key=json_key)
         counts = write_tokens(documents, tokenizer, str(parts / _TOKENS), append_eod=append_eod)
@@ -147,7 +148,7 @@ def cached_tokens(
     was written enters the cache when the block ends; if the block raises, it is thrown away.
 
     Raises:
-        ValueError: There is no text, or the cache cannot be written.
+        UsageError: There is no text, or the cache cannot be written.
     """
     key = digest(
         {
@@ -189,7 +190,7 @@ def published(final: Path) -> Iterator[Path]:
     fills a directory of its own and the first one to end wins.
 
     Raises:
-        ValueError: The cache cannot be written.
+        UsageError: The cache cannot be written.
     """
     if final.is_dir():
         yield final
@@ -198,7 +199,7 @@ def published(final: Path) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(final)
     except OSError as error:
-        raise ValueError(
+        raise UsageError(
             f"dataset.cache_dir: {final.parent} cannot be written ({error}); "
             "name a directory that can with dataset.cache_dir=DIR"
         ) from error
@@ -252,7 +253,7 @@ def on_first_rank[T](function: Callable[[], T]) -> T:
     # Only what every rank can surely unpickle travels.
     known = (
         failure
-        if failure is None or type(failure) is ValueError
+        if failure is None or type(failure) is UsageError
         else RuntimeError(f"rank 0: {failure!r}")
     )
     outcome: list[Any] = [result, known]

@@ -5,6 +5,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from bridge.training.usage_error import UsageError
+
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -50,7 +52,7 @@ def run_build(arguments: argparse.Namespace) -> int:
     """Run ``bridge data build``; returns the exit code.
 
     Raises:
-        ValueError: Input is missing or empty, or the output exists.
+        UsageError: Input is missing or empty, or the output exists.
     """
     # These bring torch and megatron-core, which other commands should not wait for.
     from bridge.gpt.data.build import build_index
@@ -62,7 +64,7 @@ def run_build(arguments: argparse.Namespace) -> int:
     sources = [find_source(entry, field="INPUT") for entry in arguments.inputs]
     for source in sources:
         if source.prefixes:
-            raise ValueError(
+            raise UsageError(
                 f"INPUT={source.entry!r} holds token files ({source.prefixes[0]}), not text; "
                 "give them to training as they are: dataset.path=PREFIX"
             )

@@ -28,6 +28,7 @@ from bridge.gpt.data.split_plan import (
 from bridge.gpt.data.tokenizers import Tokenizer, build_tokenizer, identity, vocab_size
 from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, wrong_set_name
 from bridge.training.megatron_import import quiet_import
+from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.datasets.blended_megatron_dataset_builder import (
@@ -108,7 +109,7 @@ class GPTDatasetConfig:
         ):
             try:
                 check()
-            except ValueError as error:
+            except UsageError as error:
                 yield str(error)
 
     def build(self, request: DataRequest) -> DataSplits:
@@ -120,12 +121,12 @@ class GPTDatasetConfig:
         count twice.
 
         Raises:
-            ValueError: Data is missing, empty, damaged, or too short for one sample of a split.
+            UsageError: Data is missing, empty, damaged, or too short for one sample of a split.
         """
         if self.mock:
             return self._build_mock(request)
         if request.config.tokenizer is None:
-            raise ValueError("tokenizer: real data needs one; set tokenizer.type")
+            raise UsageError("tokenizer: real data needs one; set tokenizer.type")
         plans, indices_key = index_files.on_first_rank(lambda: self._plan_with_key(request))
         for plan in plans.values():
             for prefix in plan.prefixes:
@@ -150,16 +151,16 @@ class GPTDatasetConfig:
         """Tokens of a sample.
 
         Raises:
-            ValueError: Neither the model nor this section has it, or they differ.
+            UsageError: Neither the model nor this section has it, or they differ.
         """
         of_model = getattr(config.model, "seq_length", None)
         length = of_model if self.seq_length is None else self.seq_length
         if length is None:
-            raise ValueError("dataset.seq_length: the model has no seq_length; give it here")
+            raise UsageError("dataset.seq_length: the model has no seq_length; give it here")
         if length < 1:
-            raise ValueError(f"dataset.seq_length={length}: a sample has at least one token")
+            raise UsageError(f"dataset.seq_length={length}: a sample has at least one token")
         if of_model is not None and length != of_model:
-            raise ValueError(
+            raise UsageError(
                 f"dataset.seq_length={length} and model.seq_length={of_model}: they must be "
                 "equal; set model.seq_length alone"
             )
@@ -195,7 +196,7 @@ class GPTDatasetConfig:
             for entry in entries:
                 try:
                     find_source(entry, field=field)
-                except ValueError as error:
+                except UsageError as error:
                     yield str(error)
 
     def _given(self) -> dict[str, tuple[str, list[str]]]:
@@ -222,7 +223,7 @@ class GPTDatasetConfig:
         }
         if "train" not in found:
             if not self.standard_library:
-                raise ValueError("dataset.path: nothing to train on")
+                raise UsageError("dataset.path: nothing to train on")
             found = {"train": [python_standard_library()], **found}
         return found
 
@@ -287,7 +288,7 @@ class GPTDatasetConfig:
             for source in sources:
                 parts: list[Any] = [*source.prefixes, *([source.files] if source.files else [])]
                 if len(parts) != 1:
-                    raise ValueError(
+                    raise UsageError(
                         f"dataset.weights: {source.entry!r} stands for {len(parts)} corpora and "
                         "has one weight; list them one by one"
                     )
@@ -300,7 +301,7 @@ class GPTDatasetConfig:
                 check_vocabulary(part, vocabulary)
                 continue
             if config.tokenizer.type == "null":
-                raise ValueError(
+                raise UsageError(
                     "tokenizer.type=null is for mock data and token files, not for text; set "
                     "tokenizer.type=bytes"
                 )
@@ -392,7 +393,7 @@ class GPTDatasetConfig:
         else:
             vocabulary = getattr(config.model, "vocab_size", None) or 0
         if vocabulary < 1:
-            raise ValueError(
+            raise UsageError(
                 "dataset.mock=true: neither tokenizer nor model.vocab_size tells the number of "
                 "tokens; set tokenizer.type=null tokenizer.vocab_size=N"
             )

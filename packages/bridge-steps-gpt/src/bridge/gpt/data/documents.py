@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bridge.training.usage_error import UsageError
+
 logger = logging.getLogger(__name__)
 
 LARGEST_TARGET_BYTES = 16 * 1024
@@ -71,11 +73,11 @@ def find_source(entry: str, *, field: str = "dataset.path") -> Source:
         field: What the user calls the entry, for error messages.
 
     Raises:
-        ValueError: Nothing is there, or all of it is empty.
+        UsageError: Nothing is there, or all of it is empty.
     """
     path = Path(entry).expanduser()
     if not entry.strip():
-        raise ValueError(f"{field}: an empty string is no path; give a file, directory or glob")
+        raise UsageError(f"{field}: an empty string is no path; give a file, directory or glob")
     if _is_prefix(path):
         return Source(entry=entry, prefixes=(_absolute(path),))
     if path.is_dir():
@@ -87,7 +89,7 @@ def find_source(entry: str, *, field: str = "dataset.path") -> Source:
     if glob.has_magic(entry):
         found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
         return _source_of_many(entry, [p for p in found if p.is_file()], field)
-    raise ValueError(
+    raise UsageError(
         f"{field}={entry!r}: there is no such file, directory or .bin/.idx pair (looked for "
         f"{_absolute(path)}); give a text file, a directory, a glob, a .jsonl file, or the prefix "
         "of a .bin/.idx pair"
@@ -100,7 +102,7 @@ def python_standard_library() -> Source:
     Installed packages and the library's own test suites are not part of it. About 10 MB.
 
     Raises:
-        ValueError: The interpreter came without its sources.
+        UsageError: The interpreter came without its sources.
     """
     root = Path(sysconfig.get_path("stdlib")).resolve()
     files = [
@@ -118,7 +120,7 @@ def read_documents(files: Sequence[TextFile], *, json_key: str = "text") -> Iter
     between two UTF-8 characters. A line of JSON Lines is a document and is not cut.
 
     Raises:
-        ValueError: A line of JSON Lines is not an object with text under `json_key`.
+        UsageError: A line of JSON Lines is not an object with text under `json_key`.
     """
     target = target_bytes(sum(file.size for file in files if not file.is_json_lines))
     skipped = []
@@ -188,11 +190,11 @@ def _read_json_lines(path: Path, key: str) -> Iterator[bytes]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+                raise UsageError(f"{path}, line {number}: not JSON ({error})") from None
             text = record.get(key) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 keys = ", ".join(record) if isinstance(record, dict) else "no object"
-                raise ValueError(
+                raise UsageError(
                     f"{path}, line {number}: no text under the key {key!r} (there is: {keys}); "
                     "name the right one with dataset.json_key (bridge data build: --json-key)"
                 )
@@ -217,10 +219,10 @@ def _source_of_many(entry: str, paths: Sequence[Path], field: str) -> Source:
 
 def _source_of_files(entry: str, files: Sequence[TextFile], field: str) -> Source:
     if not files:
-        raise ValueError(f"{field}={entry!r}: no file is there; give files that hold text")
+        raise UsageError(f"{field}={entry!r}: no file is there; give files that hold text")
     if not any(file.size for file in files):
         what = "the file is empty" if len(files) == 1 else f"all {len(files)} files are empty"
-        raise ValueError(f"{field}={entry!r}: {what}; give files that hold text")
+        raise UsageError(f"{field}={entry!r}: {what}; give files that hold text")
     return Source(entry=entry, files=tuple(files))
 
 
@@ -250,7 +252,7 @@ def _prefix_of_half(path: Path, field: str) -> str:
     prefix = path.with_suffix("")
     missing = [half for half in (f"{prefix}.bin", f"{prefix}.idx") if not Path(half).is_file()]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{field}={str(path)!r}: {' and '.join(missing)} missing; token files come in pairs, "
             "made by 'bridge data build'"
         )

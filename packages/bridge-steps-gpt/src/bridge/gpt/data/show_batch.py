@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from bridge.training.usage_error import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -41,14 +43,14 @@ def run(options: argparse.Namespace) -> int:
     """Run ``bridge show-batch``; returns the exit code.
 
     Raises:
-        ValueError: The configuration has problems, or the recipe's samples are none of a GPT.
+        UsageError: The configuration has problems, or the recipe's samples are none of a GPT.
     """
     from bridge.gpt.data.tokenizers import build_tokenizer
     from bridge.training.megatron_import import expected_messages_held_back
     from bridge.training.recipes import checked_ranks, configure, find_recipe, read_documents
 
     if options.samples is not None and options.samples < 1:
-        raise ValueError(f"--samples: {options.samples} samples show nothing; give 1 or more")
+        raise UsageError(f"--samples: {options.samples} samples show nothing; give 1 or more")
     config = configure(
         find_recipe(options.recipe),
         read_documents(options.config),
@@ -73,7 +75,7 @@ def microbatches(config: "ConfigContainer") -> Iterator["Batch"]:
     """Yield the microbatches of a run of one data-parallel rank from the first step on.
 
     Raises:
-        ValueError: They have none of what `bridge.training.gpt_step` needs.
+        UsageError: They have none of what `bridge.training.gpt_step` needs.
     """
     from torch.utils.data import default_collate
 
@@ -98,7 +100,7 @@ def microbatches(config: "ConfigContainer") -> Iterator["Batch"]:
         batch = (splits.collate or default_collate)([train[index] for index in indices])
         names = batch if isinstance(batch, Mapping) else {}
         if missing := [name for name in _NEEDED if name not in names]:
-            raise ValueError(
+            raise UsageError(
                 f"show-batch: the recipe's samples have no {' and no '.join(missing)}; it shows "
                 "those of GPT recipes"
             )

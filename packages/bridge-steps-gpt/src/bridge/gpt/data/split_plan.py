@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.training.megatron_import import quiet_import
+from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -68,7 +69,7 @@ def parse_split(split: str) -> list[Bounds | None]:
     """Turn ``"99,1,0"`` into the bounds of train, validation and test; None for no share.
 
     Raises:
-        ValueError: It is not one to three numbers, none negative and the first above 0.
+        UsageError: It is not one to three numbers, none negative and the first above 0.
     """
     parts = [part.strip() for part in split.split(",")]
     try:
@@ -77,7 +78,7 @@ def parse_split(split: str) -> list[Bounds | None]:
         shares = []
     wrong = not 1 <= len(shares) <= 3 or shares[0] <= 0
     if wrong or any(not 0 <= share < float("inf") for share in shares):
-        raise ValueError(
+        raise UsageError(
             f"dataset.split={split!r}: give the shares of train, validation and test as up to "
             "three numbers, the first above 0, such as 99,1,0"
         )
@@ -105,23 +106,23 @@ def read_corpus(prefix: str, *, name: str | None = None) -> Corpus:
         name: The prefix to record, if the files are to be moved there.
 
     Raises:
-        ValueError: The files are missing, empty, damaged or of another format.
+        UsageError: The files are missing, empty, damaged or of another format.
     """
     check_files(prefix)
     with open(f"{prefix}.idx", "rb") as stream:
         if stream.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
-            raise ValueError(
+            raise UsageError(
                 f"dataset.path: {prefix}.idx is not an index of megatron-core; make one with "
                 "'bridge data build'"
             )
     held = os.path.getsize(f"{prefix}.bin")
     if held == 0:
-        raise ValueError(f"dataset.path: {prefix}.bin is empty; build it from files with text")
+        raise UsageError(f"dataset.path: {prefix}.bin is empty; build it from files with text")
     index = IndexedDataset(prefix).index
     lengths = np.array(index.sequence_lengths)
     needed = int(lengths.sum(dtype=np.int64)) * index.dtype_size
     if needed > held:
-        raise ValueError(
+        raise UsageError(
             f"dataset.path: {prefix}.bin has {held} bytes and its index tells of {needed}; "
             "the files do not belong together or were cut short, build them again"
         )
@@ -132,11 +133,11 @@ def check_files(prefix: str) -> None:
     """Look whether this rank sees the files that rank 0 planned with.
 
     Raises:
-        ValueError: It does not.
+        UsageError: It does not.
     """
     for suffix in (".bin", ".idx"):
         if not os.path.isfile(prefix + suffix):
-            raise ValueError(
+            raise UsageError(
                 f"dataset.path: {prefix}{suffix} cannot be seen from this rank; on several nodes "
                 "data and dataset.cache_dir must be on a file system that all of them share"
             )
@@ -146,14 +147,14 @@ def check_vocabulary(prefix: str, vocab_size: int) -> None:
     """Look whether the first tokens of a corpus are in the vocabulary.
 
     Raises:
-        ValueError: One is not: the files were made with another tokenizer.
+        UsageError: One is not: the files were made with another tokenizer.
     """
     dtype: Any = IndexedDataset(prefix).index.dtype
     tokens = np.fromfile(f"{prefix}.bin", dtype=dtype, count=_TOKENS_PROBED)
     largest, smallest = int(tokens.max()), int(tokens.min())
     if largest >= vocab_size or smallest < 0:
         wrong = largest if largest >= vocab_size else smallest
-        raise ValueError(
+        raise UsageError(
             f"dataset.path: {prefix}.bin holds token {wrong}, and the tokenizer has {vocab_size} "
             "tokens; set tokenizer.type and tokenizer.model to those that made the files"
         )
@@ -183,16 +184,16 @@ def plan_split(
         size: Samples that will be drawn; None for one pass.
 
     Raises:
-        ValueError: There is not one sample, or not one of a corpus that has a weight.
+        UsageError: There is not one sample, or not one of a corpus that has a weight.
     """
     shares = [corpus.documents_within(bounds) for corpus in corpora]
     tokens = [int(share.sum(dtype=np.int64)) for share in shares]
     samples = [max(0, count - 1) // seq_length for count in tokens]
     if not any(samples):
-        raise ValueError(_too_little(name, corpora, bounds, seq_length, split))
+        raise UsageError(_too_little(name, corpora, bounds, seq_length, split))
     if weights is not None and not all(samples):
         prefix = corpora[samples.index(0)].prefix
-        raise ValueError(
+        raise UsageError(
             f"dataset.weights: the {name} split of {prefix} has no sample of "
             f"model.seq_length={seq_length} tokens; leave that path out"
         )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bridge.training.config import TokenizerConfig
 from bridge.training.megatron_import import quiet_import
+from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.tokenizers import MegatronTokenizer
@@ -114,7 +115,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Build the tokenizer that the configuration names; reads local files only.
 
     Raises:
-        ValueError: A library or a file is missing, or the tokenizer cannot mark the end of a
+        UsageError: A library or a file is missing, or the tokenizer cannot mark the end of a
             document.
     """
     if config.type == "bytes":
@@ -124,7 +125,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     library, module = _LIBRARIES[config.type]
     model = _existing_model(config)
     if importlib.util.find_spec(module) is None:
-        raise ValueError(
+        raise UsageError(
             f"tokenizer.type={config.type} needs the package {module}, which is not installed; "
             f"install it with: pip install {module} (with uv: uv run --with {module} bridge ...)"
         )
@@ -133,7 +134,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         options["vocab_size"] = config.vocab_size or _tiktoken_vocab_size(model)
     tokenizer = _from_megatron(library, tokenizer_path=model, **options)
     if _end_of_document(tokenizer) is None:
-        raise ValueError(
+        raise UsageError(
             f"tokenizer.model={config.model!r} has no end-of-sequence token, which marks the end "
             "of a document; use a tokenizer that has one"
         )
@@ -144,7 +145,7 @@ def vocab_size(config: TokenizerConfig) -> int:
     """Number of tokens; cheap for bytes and null, else the tokenizer is loaded.
 
     Raises:
-        ValueError: As `build_tokenizer`.
+        UsageError: As `build_tokenizer`.
     """
     if config.type == "bytes":
         return BYTE_VALUES + 1
@@ -244,7 +245,7 @@ def _end_of_document(tokenizer: Tokenizer) -> int | None:
 
 def _given_vocab_size(config: TokenizerConfig) -> int:
     if config.vocab_size is None or config.vocab_size < 1:
-        raise ValueError(
+        raise UsageError(
             f"tokenizer.vocab_size={config.vocab_size}: the null tokenizer has no files to take "
             "it from; give the number of tokens, such as tokenizer.vocab_size=32000"
         )
@@ -254,13 +255,13 @@ def _given_vocab_size(config: TokenizerConfig) -> int:
 def _existing_model(config: TokenizerConfig) -> str:
     what = "directory or file" if config.type == "huggingface" else "file"
     if not config.model:
-        raise ValueError(
+        raise UsageError(
             f"tokenizer.model: tokenizer.type={config.type} needs the {what} of the tokenizer; "
             "give tokenizer.model=PATH"
         )
     path = os.path.abspath(os.path.expanduser(config.model))
     if not os.path.exists(path) or (config.type != "huggingface" and not os.path.isfile(path)):
-        raise ValueError(
+        raise UsageError(
             f"tokenizer.model={config.model!r}: there is no such {what} ({path}); it is not "
             "downloaded for you, fetch it first"
         )

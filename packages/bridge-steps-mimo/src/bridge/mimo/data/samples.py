@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from bridge.mimo.model import ENCODER
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from bridge.mimo.model_config import MultimodalModelConfig
@@ -41,15 +42,15 @@ def next_token_sample(
         items: What the special tokens stand for, by modality.
 
     Raises:
-        ValueError: The text is too long, or the first token is to be predicted.
+        UsageError: The text is too long, or the first token is to be predicted.
     """
     if not 2 <= len(tokens) <= seq_length + 1:
-        raise ValueError(
+        raise UsageError(
             f"a sample of {len(tokens)} tokens does not fit model.language.seq_length={seq_length}:"
             f" it takes 2 to {seq_length + 1}"
         )
     if not all(1 <= position < len(tokens) for position in counted):
-        raise ValueError(
+        raise UsageError(
             f"counted: {sorted(counted)} must be positions from 1 to {len(tokens) - 1}"
         )
     text = torch.tensor(tokens, dtype=torch.int64)
@@ -154,7 +155,7 @@ class Collate:
         """Make a microbatch.
 
         Raises:
-            ValueError: A sample has items of an unknown modality, or another number of special
+            UsageError: A sample has items of an unknown modality, or another number of special
                 tokens than its items are embeddings.
         """
         counts = {name: [self._count(sample, name) for sample in samples] for name in self._names()}
@@ -181,7 +182,7 @@ class Collate:
 
     def _check(self, sample: Mapping[str, Any], index: int) -> None:
         if unknown := sorted(sample["items"].keys() - self.tokens_per_item.keys()):
-            raise ValueError(
+            raise UsageError(
                 f"sample {index} of a microbatch has items of {unknown[0]!r}, and the model has "
                 f"encoders of {', '.join(self._names())}; rename the one or add the other"
             )
@@ -189,7 +190,7 @@ class Collate:
             items, token = self._count(sample, name), self.special_token_ids[name]
             places = int((sample["input_ids"] == token).sum())
             if places != items * each:
-                raise ValueError(
+                raise UsageError(
                     f"sample {index} of a microbatch has {items} items of {name!r}, and {places} "
                     f"tokens {token} for them; give {each} for each item"
                 )

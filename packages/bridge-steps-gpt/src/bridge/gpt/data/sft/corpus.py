@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.gpt.data.sft.rendering import Rendered
+from bridge.training.usage_error import UsageError
 
 _FACTS = "corpus.json"
 
@@ -129,7 +130,7 @@ def read_corpus(directory: Path) -> Corpus:
     """Open what `CorpusWriter` wrote; the arrays stay on disk.
 
     Raises:
-        ValueError: It cannot be seen from this rank.
+        UsageError: It cannot be seen from this rank.
     """
     try:
         facts = json.loads((directory / _FACTS).read_text())
@@ -138,7 +139,7 @@ def read_corpus(directory: Path) -> Corpus:
             for name in ("ids", "counts", "starts")
         )
     except OSError as error:
-        raise ValueError(
+        raise UsageError(
             f"dataset.cache_dir: {directory} cannot be seen from this rank ({error}); on several "
             "nodes it must be on a file system that all of them share"
         ) from error

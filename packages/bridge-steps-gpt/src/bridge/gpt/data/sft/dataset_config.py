@@ -43,6 +43,7 @@ from bridge.gpt.data.sft.told import notes_of, warnings_of
 from bridge.gpt.data.tokenizers import build_tokenizer, identity
 from bridge.training.config import TokenizerConfig
 from bridge.training.contracts import TOKENS, DataRequest, DataSplits, SizedDataset
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
@@ -104,7 +105,7 @@ class SFTDatasetConfig:
             )
         try:
             self._sources()
-        except ValueError as error:
+        except UsageError as error:
             yield str(error)
         yield from self._length_problems(config)
         if self.packing:
@@ -117,7 +118,7 @@ class SFTDatasetConfig:
         The loop shuffles them anew each epoch.
 
         Raises:
-            ValueError: A row is malformed, or no row of a split is left.
+            UsageError: A row is malformed, or no row of a split is left.
         """
         config = request.config
         wanted = {"validation": request.validation_samples, "test": request.test_samples}
@@ -167,7 +168,7 @@ class SFTDatasetConfig:
         """Find the rows of each split; those of training are there.
 
         Raises:
-            ValueError: They are not, or only a package that is missing can read them.
+            UsageError: They are not, or only a package that is missing can read them.
         """
         if self.path is None:
             found: dict[str, RowSource] = {
@@ -182,10 +183,10 @@ class SFTDatasetConfig:
                 stored = self._stored(path, field)
                 source = stored.get(split) or stored.get("train")
                 if source is None:
-                    raise ValueError(f"{field}={path!r}: holds neither {split} nor training rows")
+                    raise UsageError(f"{field}={path!r}: holds neither {split} nor training rows")
                 found[split] = source
         if "train" not in found:
-            raise ValueError(
+            raise UsageError(
                 f"dataset.path={self.path!r}: holds rows for {' and '.join(found)} and none for "
                 "training; add training.jsonl"
             )
@@ -204,7 +205,7 @@ class SFTDatasetConfig:
         """Return the samples of a split, from the cache if the same were made before.
 
         Raises:
-            ValueError: A row is malformed, none is left, or this rank does not see the cache.
+            UsageError: A row is malformed, none is left, or this rank does not see the cache.
         """
         key = index_files.on_first_rank(lambda: self._key(source, config))
         directory = index_files.cache_directory(self.cache_dir) / "sft" / key
@@ -239,7 +240,7 @@ class SFTDatasetConfig:
         for conversation in source.conversations():
             writer.add(render(conversation))
         if writer.report.samples == 0:
-            raise ValueError(_nothing_left(source, writer.report, sequence_length(config)))
+            raise UsageError(_nothing_left(source, writer.report, sequence_length(config)))
         writer.write(directory)
 
     def _fingerprint(
@@ -257,7 +258,7 @@ class SFTDatasetConfig:
     def _length_problems(self, config: "ConfigContainer") -> Iterator[str]:
         try:
             length = sequence_length(config)
-        except ValueError as error:
+        except UsageError as error:
             yield str(error)
             return
         multiple = self.pad_to_multiple_of
@@ -270,7 +271,7 @@ class SFTDatasetConfig:
 
 def _tokenizer_of(config: "ConfigContainer") -> TokenizerConfig:
     if config.tokenizer is None:
-        raise ValueError("tokenizer: rows of text need one; set tokenizer.type")
+        raise UsageError("tokenizer: rows of text need one; set tokenizer.type")
     return config.tokenizer
 
 

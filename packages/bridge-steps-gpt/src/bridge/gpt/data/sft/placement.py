@@ -5,6 +5,7 @@ from math import lcm
 from typing import TYPE_CHECKING
 
 from bridge.training.megatron_import import quiet_import
+from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.model_parallel_config import ModelParallelConfig
@@ -18,11 +19,11 @@ def sequence_length(config: "ConfigContainer") -> int:
     """Return the tokens of the longest sample.
 
     Raises:
-        ValueError: The model has none.
+        UsageError: The model has none.
     """
     length = getattr(config.model, "seq_length", None)
     if not isinstance(length, int) or length < 1:
-        raise ValueError(f"model.seq_length={length}: samples are cut to it; give a number above 0")
+        raise UsageError(f"model.seq_length={length}: samples are cut to it; give a number above 0")
     return length
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from bridge.gpt.data.sft.rows import ASSISTANT, Conversation
 from bridge.gpt.data.tokenizers import Tokenizer, first_tokens, hugging_face_tokenizer, piece_ids
+from bridge.training.usage_error import UsageError
 
 type LossOn = Literal["assistant", "answer", "all"]
 
@@ -49,7 +50,7 @@ class Renderer:
         loss_on: What counts: every turn of the assistant, its last one, or all.
 
     Raises:
-        ValueError: The tokenizer has no chat template.
+        UsageError: The tokenizer has no chat template.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Renderer:
         if template == "tokenizer":
             self._template = hugging_face_tokenizer(tokenizer)
             if self._template is None or not self._template.chat_template:
-                raise ValueError(
+                raise UsageError(
                     "dataset.chat_template=tokenizer: the tokenizer has no chat template; set "
                     "dataset.chat_template=plain, or take a tokenizer whose files have one"
                 )
@@ -70,11 +71,11 @@ class Renderer:
         """Render a conversation.
 
         Raises:
-            ValueError: Nothing in it would count, or the chat template does not serve.
+            UsageError: Nothing in it would count, or the chat template does not serve.
         """
         answers = [n for n, turn in enumerate(conversation.turns) if turn.role == ASSISTANT]
         if not answers and self._loss_on != "all":
-            raise ValueError(
+            raise UsageError(
                 f"{conversation.place}: no turn is the assistant's, so nothing counts with "
                 f"dataset.loss_on={self._loss_on}; remove the row, or set dataset.loss_on=all"
             )
@@ -104,10 +105,10 @@ class Renderer:
                 return self._by_marks(messages)
             return self._joined(self._between_prefixes(messages, sorted(counted)))
         except ValueError as error:
-            raise ValueError(f"{conversation.place}: {error}") from error
+            raise UsageError(f"{conversation.place}: {error}") from error
         except Exception as error:
             # Whatever a template raises: jinja's errors, those of missing keys, its own.
-            raise ValueError(
+            raise UsageError(
                 f"{conversation.place}: the tokenizer's chat template refuses it ({error}); mend "
                 "the row, or set dataset.chat_template=plain"
             ) from error
@@ -144,7 +145,7 @@ class Renderer:
             before = self._text(messages[:number], asks=True)
             after = self._text(messages[: number + 1])
             if not (whole.startswith(after) and after.startswith(before) and done <= len(before)):
-                raise ValueError(
+                raise UsageError(
                     f"the tokenizer's chat template writes the conversation up to turn {number} "
                     "otherwise than as the beginning of the whole, so its tokens cannot be told "
                     "apart; set dataset.loss_on=answer or all, or dataset.chat_template=plain, or "

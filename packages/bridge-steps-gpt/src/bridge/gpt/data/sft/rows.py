@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from bridge.training.spelling import did_you_mean
+from bridge.training.usage_error import UsageError
 
 JSON_LINES = {"train": "training.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
 """The files of a directory, by split."""
@@ -73,7 +74,7 @@ class RowSource(Protocol):
         """Read all rows, in their order.
 
         Raises:
-            ValueError: A row is malformed; the message says where it stands and why.
+            UsageError: A row is malformed; the message says where it stands and why.
         """
         ...
 
@@ -114,15 +115,15 @@ def find_rows(path: str, field: str, keys: RowKeys) -> dict[str, StoredRows]:
         keys: What the rows have where.
 
     Raises:
-        ValueError: No rows are there; the message says what is.
+        UsageError: No rows are there; the message says what is.
     """
     place = Path(path).expanduser().absolute()
     if place.is_file():
         if place.stat().st_size == 0:
-            raise ValueError(f"{field}={path!r}: the file is empty; give one with a row a line")
+            raise UsageError(f"{field}={path!r}: the file is empty; give one with a row a line")
         return {"train": StoredRows(kind="json lines", path=place, keys=keys)}
     if not place.is_dir():
-        raise ValueError(
+        raise UsageError(
             f"{field}={path!r}: there is no such file or directory (looked for {place}); give a "
             f"JSON Lines file, or a directory with {JSON_LINES['train']}"
         )
@@ -137,7 +138,7 @@ def find_rows(path: str, field: str, keys: RowKeys) -> dict[str, StoredRows]:
     }
     if not found:
         present = sorted(entry.name for entry in place.iterdir())
-        raise ValueError(
+        raise UsageError(
             f"{field}={path!r}: neither {', '.join(JSON_LINES.values())} nor a Hugging Face "
             f"dataset is in this directory (there is {', '.join(present[:8]) or 'nothing'}); give "
             "the files those names, or the path of one file"
@@ -156,7 +157,7 @@ def _splits_of_hugging_face(
         if name in names
     }
     if not found:
-        raise ValueError(
+        raise UsageError(
             f"{field}={path!r}: the Hugging Face dataset has the splits {', '.join(names)}; it "
             f"needs {', '.join(_SPLITS_OF_HUGGING_FACE)}"
         )
@@ -167,10 +168,10 @@ def refuse_missing_library(source: StoredRows, field: str) -> None:
     """Refuse rows that only the package datasets can read, where it is not installed.
 
     Raises:
-        ValueError: With the line that installs it.
+        UsageError: With the line that installs it.
     """
     if source.kind == "hugging face" and importlib.util.find_spec("datasets") is None:
-        raise ValueError(
+        raise UsageError(
             f"{field}: {source.path} is a Hugging Face dataset, which needs the package datasets, "
             "and it is not installed; install it with: pip install datasets (with uv: uv run "
             "--with datasets bridge ...), or write the rows to JSON Lines"
@@ -186,11 +187,11 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise ValueError(
+                raise UsageError(
                     f"{place}: not JSON ({_reason(error)}); write an object a line, in UTF-8"
                 ) from None
             if not isinstance(record, dict):
-                raise ValueError(
+                raise UsageError(
                     f"{place}: expected an object with keys, got {_shown(record)}; write an object "
                     "a line"
                 )
@@ -219,7 +220,7 @@ def conversation_of(record: Mapping[str, Any], place: str, keys: RowKeys) -> Con
     """Read a row.
 
     Raises:
-        ValueError: It is malformed; the message says where it stands and why.
+        UsageError: It is malformed; the message says where it stands and why.
     """
     if record.get(keys.messages) is not None:
         turns = _turns(record[keys.messages], f"{place}: {keys.messages}", "role", "content")
@@ -229,7 +230,7 @@ def conversation_of(record: Mapping[str, Any], place: str, keys: RowKeys) -> Con
         return Conversation(place=place, turns=turns, is_chat=True)
     missing = [key for key in (keys.prompt, keys.completion) if key not in record]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{place}: no {' and no '.join(map(repr, missing))} (there is "
             f"{', '.join(map(repr, record)) or 'nothing'}"
             f"{did_you_mean(missing[0], record)}); a row has {keys.prompt!r} and "
@@ -243,7 +244,7 @@ def conversation_of(record: Mapping[str, Any], place: str, keys: RowKeys) -> Con
 
 def _turns(messages: Any, place: str, role_key: str, text_key: str) -> tuple[Turn, ...]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"{place}: expected a list of messages, got {_shown(messages)}")
+        raise UsageError(f"{place}: expected a list of messages, got {_shown(messages)}")
     return tuple(
         _turn(message, f"{place}[{number}]", role_key, text_key)
         for number, message in enumerate(messages)
@@ -252,17 +253,17 @@ def _turns(messages: Any, place: str, role_key: str, text_key: str) -> tuple[Tur
 
 def _turn(message: Any, place: str, role_key: str, text_key: str) -> Turn:
     if not isinstance(message, Mapping) or message.get(role_key) is None:
-        raise ValueError(
+        raise UsageError(
             f"{place}: expected an object with {role_key!r} and {text_key!r}, got {_shown(message)}"
         )
     for key in _NOT_SUPPORTED:
         if message.get(key):
-            raise ValueError(
+            raise UsageError(
                 f"{place}: has {key!r}, which is not supported; write it into {text_key!r}"
             )
     role = _SHAREGPT_ROLES.get(message[role_key], message[role_key])
     if role not in ROLES:
-        raise ValueError(
+        raise UsageError(
             f"{place}: the role {role!r} is none of {', '.join((*ROLES, *_SHAREGPT_ROLES))}"
             f"{did_you_mean(str(role), ROLES)}"
         )
@@ -271,7 +272,7 @@ def _turn(message: Any, place: str, role_key: str, text_key: str) -> Turn:
 
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{place}: expected text, got {_shown(value)}")
+        raise UsageError(f"{place}: expected text, got {_shown(value)}")
     # JSON can hold lone surrogates, which UTF-8 cannot.
     return value.encode("utf-8", errors="replace").decode("utf-8")
 
