@@ -31,10 +31,12 @@ def chat(*turns: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": text} for role, _, text in pairs]}
 
 
-def word_tokenizer(directory: Path, template: str | None, *, begins: bool = False) -> Any:
+def word_tokenizer(
+    directory: Path, template: str | None, *, begins: bool = False, pad: str | None = None
+) -> Any:
     """Write a tokenizer of `WORDS` with a chat template; return its section.
 
-    With `begins` it puts ``<s>`` before a text by itself.
+    With `begins` it puts ``<s>`` before a text by itself. `pad` is its pad token.
     """
     directory.mkdir(parents=True, exist_ok=True)
     vocabulary = {word: number for number, word in enumerate(WORDS)}
@@ -62,6 +64,7 @@ def word_tokenizer(directory: Path, template: str | None, *, begins: bool = Fals
         "unk_token": "<unk>",
         "eos_token": "<eos>",
         "chat_template": template,
+        **({} if pad is None else {"pad_token": pad}),
     }
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))

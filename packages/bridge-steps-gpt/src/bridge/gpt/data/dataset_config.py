@@ -1,6 +1,7 @@
 """The data of a GPT run: from a path, or none at all, to megatron-core's datasets."""
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from bridge.gpt.data import build as index_files
 from bridge.gpt.data.documents import Source, find_source, python_standard_library
+from bridge.gpt.data.samples import TokenSamples
 from bridge.gpt.data.split_plan import (
     SPLIT_NAMES,
     WHOLE,
@@ -34,7 +36,6 @@ with quiet_import():
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
-    from megatron.core.datasets.gpt_dataset import GPTDataset
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig as MegatronDatasetConfig
 
 if TYPE_CHECKING:
@@ -346,8 +347,11 @@ class GPTDatasetConfig:
         config.split_matrix = matrix
         sizes: list[Any] = [0] * len(SPLIT_NAMES)
         sizes[index] = plan.size
-        builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
-        dataset: Any = builder.build()[index]
+        builder = BlendedMegatronDatasetBuilder(TokenSamples, sizes, lambda: True, config)
+        with warnings.catch_warnings():
+            # Of padding, which `TokenSamples` does not know by its id.
+            warnings.filterwarnings("ignore", "The pad token id")
+            dataset: Any = builder.build()[index]
         built: SizedDataset = dataset
         return built
 
@@ -356,6 +360,7 @@ class GPTDatasetConfig:
         assert request.config.tokenizer is not None
         return index_files.digest(
             {
+                "class": TokenSamples.__name__,
                 "plans": {
                     name: [plan.prefixes, plan.bounds, plan.weights, plan.size]
                     for name, plan in plans.items()
@@ -431,8 +436,6 @@ class RandomTokens:
         self.seq_length = seq_length
         self.vocab_size = vocab_size
         self.seed = seed
-        self.loss_mask = torch.ones(seq_length)
-        self.position_ids = torch.arange(seq_length)
 
     def __len__(self) -> int:
         return self.samples
@@ -445,8 +448,8 @@ class RandomTokens:
         return {
             "tokens": text[:-1].contiguous(),
             "labels": text[1:].contiguous(),
-            "loss_mask": self.loss_mask,
-            "position_ids": self.position_ids,
+            "loss_mask": torch.ones(self.seq_length),
+            "position_ids": torch.arange(self.seq_length),
         }
 
 

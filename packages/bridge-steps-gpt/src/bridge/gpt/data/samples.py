@@ -1,0 +1,50 @@
+"""Next-token samples of token files, each with masks and positions of its own."""
+
+from typing import Any, override
+
+import torch
+
+from bridge.training.megatron_import import quiet_import
+
+with quiet_import():
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+
+class TokenSamples(GPTDataset):
+    """megatron-core's samples, in its order, with every token as it is in the files.
+
+    megatron-core finds padding by the tokenizer's pad id: such a token within a document becomes
+    token 0, and the loss mask of the first sample that is served, its padding included, is that of
+    all later ones (NVIDIA/Megatron-LM#6981). Here padding is what the dataset itself puts behind
+    the end of the data, told by its position. A pad token within a document is data as any other.
+    """
+
+    @override
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        """Return tokens, labels, loss mask and position ids of a sample: [sequence] each.
+
+        None stands for a sample that fills a batch up: the first one, with a loss mask of zeros.
+        """
+        config: Any = self.config  # a GPTDatasetConfig, as the class before it does not say
+        text, _, lengths = self._query_document_sample_shuffle_indices(0 if idx is None else idx)
+        tokens, labels = torch.from_numpy(text[:-1].copy()), torch.from_numpy(text[1:].copy())
+        position_ids = torch.arange(len(tokens))
+        ends = tokens == config.tokenizer.eod
+        # The last token of the data has no successor; all behind it is padding, whose id need not
+        # be one that the embedding has.
+        predictions = sum(lengths) - 1
+        tokens[predictions + 1 :] = 0
+        labels[predictions:] = 0
+        loss_mask = (position_ids < (0 if idx is None else predictions)).float()
+        if config.eod_mask_loss:
+            loss_mask[ends] = 0.0
+        if config.reset_position_ids:
+            starts = torch.zeros_like(tokens)
+            starts[1:] = torch.where(ends[:-1], position_ids[1:], 0)
+            position_ids = position_ids - starts.cummax(0).values
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "position_ids": position_ids,
+        }
