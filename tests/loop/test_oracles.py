@@ -557,6 +557,6 @@ def test_a_float_count_ends_every_rank_before_the_first_backward(tmp_path: Path,
         pretrain(config, partial(forward_step, float_count))
 
     # A rank that ends with an error takes the others along, as a launcher's ranks do.
-    with pytest.raises(RankFailure, match=r"ValueError: .* return num_tokens.to\(torch.int\)"):
+    with pytest.raises(RankFailure, match=r"UsageError: .* return num_tokens.to\(torch.int\)"):
         run_ranks(2, body, timeout=100)
     assert not (tmp_path / "backward").exists()

@@ -157,7 +157,8 @@ def test_a_nan_is_reported_at_the_next_logged_step_by_its_step_and_microbatch(
 
     for rank, (message, notes) in enumerate(run_ranks(2, body, timeout=120)):
         assert "rank 1: nan at step 6, microbatch 1" in message
-        assert notes == [f"rank {rank}, in step 8"]
+        # A rank that is slower may have heard of the other's failure first.
+        assert notes[-1] == f"rank {rank}, in step 8"
     assert [row["step"] for row in rows(tmp_path / "run")] == [4]
 
 

@@ -1,6 +1,7 @@
 import os
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from bridge.gpt.data.build import (
 from bridge.gpt.data.documents import find_source, read_documents
 from bridge.gpt.data.tokenizers import ByteTokenizer
 from bridge.training.config import TokenizerConfig
+from bridge.training.usage_error import UsageError
 from gpt_data import read_pair, tree, write_story
-from ranks import RankFailure, run_ranks
+from ranks import run_ranks
 
 
 def text_of(prefix: str | Path) -> bytes:
@@ -149,26 +151,43 @@ def test_the_default_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache_dir() == Path.home() / ".cache" / "bridge" / "data"
 
 
-def test_rank_zero_works_for_all_and_its_mistake_reaches_all() -> None:
-    def rank() -> tuple[int, str]:
+class Unusual(Exception):
+    """Takes two arguments and tells its base class of one: pickle cannot make it again."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def fail_with(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "elsewhere"),
+    [
+        (ValueError("seven"), "ValueError"),
+        (UsageError("dataset.path: seven"), "UsageError"),
+        (Unusual(6, 7), "RuntimeError"),
+    ],
+)
+def test_rank_zero_works_for_all_and_its_exception_reaches_all(
+    error: Exception, elsewhere: str
+) -> None:
+    def rank() -> tuple[int, str, str]:
         agreed = on_first_rank(os.getpid)
         try:
-            on_first_rank(lambda: int("seven"))
-        except ValueError as error:
-            return agreed, str(error)
-        return agreed, "no error"
+            on_first_rank(lambda: fail_with(error))
+        except Exception as found:
+            return agreed, type(found).__name__, "".join(traceback.format_exception(found))
+        return agreed, "no error", ""
 
-    results = run_ranks(2, rank)
-    assert len(set(results)) == 1
-    assert "seven" in results[0][1]
-
-
-def test_another_failure_of_rank_zero_ends_the_others_too() -> None:
-    def rank() -> None:
-        on_first_rank(lambda: 1 // 0)
-
-    with pytest.raises(RankFailure, match="ZeroDivisionError"):
-        run_ranks(2, rank, timeout=30)
+    (agreed, first, _), (same, second, trace) = run_ranks(2, rank)
+    assert agreed == same
+    assert (first, second) == (type(error).__name__, elsewhere)
+    # The traceback on another rank leads to the line on rank 0.
+    assert "raised on rank 0:" in trace
+    assert "in fail_with" in trace
+    assert str(error) in trace
 
 
 def test_a_shared_directory_appears_when_every_rank_is_done(tmp_path: Path) -> None:

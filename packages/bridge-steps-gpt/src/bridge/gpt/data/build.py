@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -250,20 +252,33 @@ def on_first_rank[T](function: Callable[[], T]) -> T:
             result = function()
         except Exception as error:
             failure = error
-    # Only what every rank can surely unpickle travels.
-    known = (
-        failure
-        if failure is None or type(failure) is UsageError
-        else RuntimeError(f"rank 0: {failure!r}")
-    )
-    outcome: list[Any] = [result, known]
+    outcome: list[Any] = [result, None if failure is None else _told(failure)]
     torch.distributed.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
     if outcome[1] is not None:
-        raise outcome[1]
+        raise _retold(*outcome[1])
     agreed: T = outcome[0]
     return agreed
+
+
+def _told(failure: Exception) -> tuple[bytes, str]:
+    """Return an exception of rank 0 pickled, if it can be, and its traceback."""
+    try:
+        pickled = pickle.dumps(failure)
+    except Exception:
+        pickled = b""
+    return pickled, "".join(traceback.format_exception(failure))
+
+
+def _retold(pickled: bytes, trace: str) -> Exception:
+    """Return the exception that was pickled; a RuntimeError if it cannot be made again here."""
+    try:
+        failure: Exception = pickle.loads(pickled)
+    except Exception:
+        failure = RuntimeError("rank 0 failed")
+    failure.add_note(f"raised on rank 0:\n{trace.rstrip()}")
+    return failure
 
 
 @contextmanager
