@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launch.flush_output()
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command, with the commands of all installed packages."""
     parser = argparse.ArgumentParser(
         prog="bridge", description="Train Megatron-core models, on GPUs or rehearsed on a CPU."
     )
@@ -41,6 +42,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.register(commands)
     for entry_point in COMMANDS.entries().values():
         entry_point.load()(commands)
+    return parser
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positional arguments in one piece only: overrides after an option come here.
     unknown = [argument for argument in rest if argument.startswith("-") or "=" not in argument]

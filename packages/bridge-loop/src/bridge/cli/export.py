@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge.training.installed import EXPORTERS
+from bridge.training.local_paths import PathOption
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -21,10 +22,19 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="write a checkpoint in another format",
         description="Write a checkpoint in another format, such as Hugging Face's (--to hf).",
     )
-    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="saved under any layout")
+    parser.add_argument(
+        "checkpoint",
+        metavar="RUN_OR_CHECKPOINT",
+        action=PathOption,
+        help="saved under any layout",
+    )
     parser.add_argument("--to", required=True, metavar="TARGET", help="the format, such as hf")
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="a new folder; never overwritten"
+        "--output",
+        required=True,
+        metavar="DIR",
+        action=PathOption,
+        help="a new folder; never overwritten",
     )
     parser.add_argument(
         "--dtype",

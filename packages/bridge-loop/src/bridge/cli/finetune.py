@@ -3,6 +3,7 @@
 import argparse
 
 from bridge.cli import training
+from bridge.training.local_paths import PathOption
 from bridge.training.usage_error import UsageError
 
 
@@ -13,6 +14,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "--from",
         dest="source",
         metavar="RUN_OR_CHECKPOINT",
+        action=PathOption,
         help="the run or checkpoint whose model is fine-tuned; its tokenizer comes with it",
     )
     parser.set_defaults(run=_run)

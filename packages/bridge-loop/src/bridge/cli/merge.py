@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from bridge.training.local_paths import PathOption
+
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command."""
@@ -12,13 +14,20 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="fold trained adapters into the model's weights",
         description="Write a checkpoint of the whole model from a run that trained adapters.",
     )
-    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="that has the adapters")
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="a new folder; never overwritten"
+        "checkpoint", metavar="RUN_OR_CHECKPOINT", action=PathOption, help="that has the adapters"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        action=PathOption,
+        help="a new folder; never overwritten",
     )
     parser.add_argument(
         "--base",
         metavar="RUN_OR_CHECKPOINT",
+        action=PathOption,
         help="the model they were trained beside, if it was moved",
     )
     parser.set_defaults(run=run)

@@ -13,6 +13,7 @@ from bridge.cli import launch
 from bridge.cli.base import find_base
 from bridge.cli.recipes import layout_lines, print_keys
 from bridge.cli.resume import refuse_another_run
+from bridge.training.local_paths import PathOption
 from bridge.training.recipes import (
     add_configuration_arguments,
     checked_ranks,
@@ -42,7 +43,7 @@ def add_parser(
     )
     add_configuration_arguments(parser)
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
-    parser.add_argument("--run-dir", metavar="DIR", help="the run's directory")
+    parser.add_argument("--run-dir", metavar="DIR", action=PathOption, help="the run's directory")
     parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
     parser.add_argument(
         "--dry-run", action="store_true", help="check the configuration of all ranks; build nothing"

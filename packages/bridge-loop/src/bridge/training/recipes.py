@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge.training.installed import RECIPES
+from bridge.training.local_paths import PathOption
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def add_configuration_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE.yaml",
-        action="append",
+        action=PathOption,
         default=[],
         help="values that replace the recipe's, section by section; may be given again",
     )

@@ -7,6 +7,8 @@ reads does not exist. megatron-core's own dataclasses (optimizer, DDP, model) ar
 from dataclasses import dataclass
 from typing import Literal
 
+from bridge.training.local_paths import local_path
+
 type AnomalyAction = Literal["raise", "raise_at_once", "skip", "log"]
 
 
@@ -95,7 +97,7 @@ class TokenizerConfig:
 
     type: Literal["bytes", "huggingface", "sentencepiece", "tiktoken", "null"] = "bytes"
     """bytes needs no files; null is for mock data."""
-    model: str | None = None
+    model: str | None = local_path()
     """Directory or file of the tokenizer (huggingface, sentencepiece, tiktoken)."""
     vocab_size: int | None = None
     """Number of tokens, for the null tokenizer."""
@@ -123,7 +125,7 @@ class LoggerConfig:
 class CheckpointConfig:
     """Where the run lives on disk, and what it saves and loads."""
 
-    run_dir: str | None = None
+    run_dir: str | None = local_path()
     """The run's directory; a new runs/RECIPE-TIMESTAMP if None."""
     resume: bool = False
     """Continue the run in run_dir; without it an existing run is refused."""
@@ -133,7 +135,7 @@ class CheckpointConfig:
     """Save a checkpoint when the run ends or is asked to stop."""
     keep_last: int = 2
     """Newest checkpoints that are kept; 0 keeps all."""
-    pretrained_checkpoint: str | None = None
+    pretrained_checkpoint: str | None = local_path()
     """A run or a checkpoint whose weights a new run starts from (nothing else is taken)."""
 
 

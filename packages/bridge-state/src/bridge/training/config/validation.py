@@ -1,6 +1,7 @@
 """Contradictions within and across sections. Every check adds lines; none stops the others."""
 
 import dataclasses
+import itertools
 import re
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.layout import Layout, layout_of
 from bridge.training.config.parts import parts_of
+from bridge.training.config.urls import url_problems
 from bridge.training.contracts import ArrangesRanks, ChecksItself, DerivesFields, DrawsLayout
 
 
@@ -37,6 +39,8 @@ def validate(config: ConfigContainer, *, world_size: int, refused: set[str]) -> 
     `refused` names fields whose values had the wrong type; lines about those are left out, since
     they would speak of a value that nobody gave.
     """
+    urls = url_problems(config)
+    refused = refused | urls.keys()
     lines = [
         *_train(config),
         *_validation(config),
@@ -46,7 +50,8 @@ def validate(config: ConfigContainer, *, world_size: int, refused: set[str]) -> 
         *_model(config, world_size, refused),
         *_own_checks(config, refused),
     ]
-    return [line for line in lines if not any(_mentions(line, path) for path in refused)]
+    others = [line for line in lines if not any(_mentions(line, path) for path in refused)]
+    return [*itertools.chain(*urls.values()), *others]
 
 
 def _mentions(line: str, path: str) -> bool:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.training.local_paths import PathOption
+
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -17,9 +19,15 @@ def register(subparsers: "Subparsers") -> None:
         description="Make a checkpoint of a Llama or Qwen3 model in Hugging Face's format, which "
         "runs under any parallel layout start from.",
     )
-    parser.add_argument("directory", metavar="DIR", help="with config.json and *.safetensors")
     parser.add_argument(
-        "--output", required=True, metavar="CHECKPOINT", help="a new folder; never overwritten"
+        "directory", metavar="DIR", action=PathOption, help="with config.json and *.safetensors"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="CHECKPOINT",
+        action=PathOption,
+        help="a new folder; never overwritten",
     )
     parser.add_argument(
         "--dtype",

@@ -5,6 +5,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from bridge.training.local_paths import PathOption
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -24,9 +25,12 @@ def register(subparsers: "Subparsers") -> None:
         "inputs",
         nargs="+",
         metavar="INPUT",
+        action=PathOption,
         help="a text file, a directory, a glob in quotes, or JSON Lines (.jsonl)",
     )
-    build.add_argument("--output", required=True, metavar="PREFIX", help="never overwritten")
+    build.add_argument(
+        "--output", required=True, metavar="PREFIX", action=PathOption, help="never overwritten"
+    )
     build.add_argument(
         "--tokenizer",
         default="bytes",
@@ -34,7 +38,10 @@ def register(subparsers: "Subparsers") -> None:
         help="kind of tokenizer (default: bytes)",
     )
     build.add_argument(
-        "--tokenizer-model", metavar="PATH", help="the tokenizer's file or directory"
+        "--tokenizer-model",
+        metavar="PATH",
+        action=PathOption,
+        help="the tokenizer's file or directory",
     )
     build.add_argument(
         "--json-key", default="text", metavar="KEY", help="where JSON Lines hold the text"

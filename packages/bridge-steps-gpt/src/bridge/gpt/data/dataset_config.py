@@ -29,6 +29,7 @@ from bridge.gpt.data.split_plan import (
 )
 from bridge.gpt.data.tokenizers import Tokenizer, build_tokenizer, identity, vocab_size
 from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, wrong_set_name
+from bridge.training.local_paths import local_path
 from bridge.training.megatron_import import quiet_import
 from bridge.training.usage_error import UsageError
 
@@ -51,7 +52,7 @@ MOCK_EVALUATION_SAMPLES = 64
 class GPTDatasetConfig:
     """Next-token samples from text, from token files, or of random tokens."""
 
-    path: str | list[str] | None = None
+    path: str | list[str] | None = local_path()
     """A text file, a directory, a glob, JSON Lines (.jsonl), the prefix of a .bin/.idx pair, or a
     list of them. Text is tokenized once and cached. Goes before standard_library."""
     standard_library: bool = False
@@ -65,11 +66,11 @@ class GPTDatasetConfig:
     """Shares of train, validation and test, such as 99,1,0; whole documents go to one of them, in
     order. If None two percent are for validation, and more of a small text: what fills a global
     batch, half at most."""
-    validation_path: str | list[str] | dict[str, str | list[str]] | None = None
+    validation_path: str | list[str] | dict[str, str | list[str]] | None = local_path()
     """As path, for validation alone; split is then not used, all of path is for training. A
     mapping makes several sets: {wiki: wiki.txt, code: [a.py, b.py]} is evaluated as wiki and as
     code."""
-    test_path: str | list[str] | dict[str, str | list[str]] | None = None
+    test_path: str | list[str] | dict[str, str | list[str]] | None = local_path()
     """As validation_path, for test."""
     json_key: str = "text"
     """Where a line of JSON Lines holds its text."""
@@ -79,7 +80,7 @@ class GPTDatasetConfig:
     """Count positions from 0 again after each end of document."""
     eod_mask_loss: bool = False
     """Leave the token after an end of document out of the loss."""
-    cache_dir: str | None = None
+    cache_dir: str | None = local_path()
     """Where tokens and indices are kept; bridge/data in the user's cache directory if None. On
     several nodes a directory that all share."""
     num_dataset_builder_threads: int = 1

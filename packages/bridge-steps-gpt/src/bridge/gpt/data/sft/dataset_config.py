@@ -43,6 +43,7 @@ from bridge.gpt.data.sft.told import notes_of, warnings_of
 from bridge.gpt.data.tokenizers import build_tokenizer, identity
 from bridge.training.config import TokenizerConfig
 from bridge.training.contracts import TOKENS, DataRequest, DataSplits, SizedDataset
+from bridge.training.local_paths import local_path
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -53,13 +54,13 @@ if TYPE_CHECKING:
 class SFTDatasetConfig:
     """Samples of prompts and answers, or of chats; the loss is on what the assistant says."""
 
-    path: str | None = None
+    path: str | None = local_path()
     """A JSON Lines file; a directory with training.jsonl, validation.jsonl and test.jsonl, of which
     the first is needed; or a Hugging Face dataset as save_to_disk wrote it. Goes before
     standard_library."""
-    validation_path: str | None = None
+    validation_path: str | None = local_path()
     """Rows for validation, in place of those in path; a file or what has a training split."""
-    test_path: str | None = None
+    test_path: str | None = local_path()
     """As validation_path, for test."""
     standard_library: bool = False
     """Without a path: signatures and summaries of this Python's standard library."""
@@ -85,7 +86,7 @@ class SFTDatasetConfig:
     pad_to_multiple_of: int = 1
     """Pad microbatches, and each document of a packed sequence, to a multiple of so many tokens;
     more where the parallel layout needs it."""
-    cache_dir: str | None = None
+    cache_dir: str | None = local_path()
     """Where tokens are kept; bridge/data in the user's cache directory if None. On several nodes a
     directory that all share."""
 
