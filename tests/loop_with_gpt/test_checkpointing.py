@@ -76,7 +76,10 @@ def noisy_step(data_iterator: Any, model: Any) -> Any:
 
 
 def own(directory: Path) -> tuple[ConfigContainer, Callable[..., Any]]:
-    return own_run(directory, model=OwnModel(dropout=0.3)), noisy_step
+    config = own_run(directory, model=OwnModel(dropout=0.3))
+    # Each parameter in a bucket of its own, with padding.
+    config.ddp.bucket_size = 1
+    return config, noisy_step
 
 
 def gpt(**layout: Any) -> Callable[[Path], tuple[ConfigContainer, Callable[..., Any]]]:
@@ -296,6 +299,8 @@ def experts_run(directory: Path, until: int, **layout: Any) -> ConfigContainer:
     """Return a run of 6 steps up to one of them, which goes on where it was saved."""
     sizes = {"num_layers": 2, "num_moe_experts": 4, "moe_router_topk": 2}
     config = gpt_run(directory, tiny_gpt(**sizes, moe_grouped_gemm=False, **layout))
+    # Several buckets in each gradient buffer, with padding.
+    config.ddp.bucket_size = 2000
     config.train.train_iters = until
     config.scheduler.lr_decay_iters = 6
     config.checkpoint.resume = directory.exists()

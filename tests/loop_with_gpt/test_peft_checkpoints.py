@@ -29,6 +29,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def saving_run(directory: Path, base: Path, kind: str = "dense", **options: Any) -> ConfigContainer:
     config = adapted_run(directory, base, kind, **options)
     config.checkpoint.save_interval = 2
+    # Several buckets in each gradient buffer, with padding.
+    config.ddp.bucket_size = 100
     return config
 
 

@@ -216,6 +216,8 @@ def test_a_run_goes_on_bit_for_bit_and_its_weights_serve_the_other_placement(
         made.train.train_iters = 4
         made.checkpoint.save_interval = 2
         made.checkpoint.keep_last = 0
+        # Several buckets in each module's gradient buffer, with padding.
+        made.ddp.bucket_size = 1000
         return made
 
     def twice() -> Any:

@@ -30,13 +30,20 @@ from bridge.training.config import ConfigContainer
 from bridge.training.distributed import Ranks, is_logging_rank, rank, world_size
 from bridge.training.loss_watch import LossWatch
 from bridge.training.model_building import parameters_in_sync, without_ddp
-from bridge.training.optimizer_state import fitted_to
+from bridge.training.optimizer_state import fitted_to, is_shifted, offsets_without_padding
 from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
 from bridge.training.trainable import load_trained, only_trained
 from bridge.training.usage_error import UsageError
 
 _logger = logging.getLogger(__name__)
 
+FORMAT_VERSION = 2
+"""Of the checkpoints that are saved, under the key ``format_version``.
+
+1 (without the key): the state of a distributed optimizer with padding between its gradient buckets
+  is that of other weights.
+2: it is that of each weight.
+"""
 _PARTIAL = ".partial"
 _WARNINGS_OF_READING = (
     r"torch\.distributed is disabled, unavailable",
@@ -142,6 +149,8 @@ class Checkpointer:
             checkpoint, self._sharded_state(is_loading=True, with_state_of_ranks=same_ranks)
         )
         self._load_model(state)
+        if _format_version(common) < 2:
+            self._reject_shifted_optimizer(checkpoint, state["optimizer"])
         self._load_optimizer(state["optimizer"], state["scheduler"])
         self._scheduler.load_state_dict(state["scheduler"])
         self._train_state.load_state_dict(state["train_state"])
@@ -168,6 +177,17 @@ class Checkpointer:
                 inner.load_state_dict(state[name])
             else:
                 load_trained(inner, state.get(name, {}))
+
+    def _reject_shifted_optimizer(self, checkpoint: Path, state: Any) -> None:
+        shifted = torch.tensor(is_shifted(self._optimizer, fitted_to(self._optimizer, state)))
+        dist.all_reduce(shifted, op=dist.ReduceOp.MAX, group=self._ranks.control_group)
+        if shifted:
+            raise UsageError(
+                f"{checkpoint}: its optimizer state belongs to other weights, as it was once saved "
+                "where gradient buckets have padding; its weights are whole: start a new run from "
+                f"them with checkpoint.pretrained_checkpoint={checkpoint} (the command: "
+                "bridge finetune RECIPE --from CHECKPOINT)"
+            )
 
     def _load_optimizer(self, state: Any, schedule: Mapping[str, Any]) -> None:
         """Load the optimizer's state, and keep the settings that this start was configured with.
@@ -217,12 +237,14 @@ class Checkpointer:
         from megatron.core.dist_checkpointing.mapping import ShardedObject
 
         state = self._model_state()
-        # The optimizer finds its parameters in the chunks' dictionaries, of one chunk or of many.
-        state["optimizer"] = self._optimizer.sharded_state_dict(
-            dict(state) if len(self._model) > 1 else state["model"],
-            is_loading=is_loading,
-            metadata=self._metadata(),
-        )
+        with offsets_without_padding(self._optimizer):
+            # It finds its parameters in the chunks' dictionaries, of one chunk or of many.
+            state["optimizer"] = self._optimizer.sharded_state_dict(
+                dict(state) if len(self._model) > 1 else state["model"],
+                is_loading=is_loading,
+                metadata=self._metadata(),
+            )
+        state["format_version"] = FORMAT_VERSION
         state["scheduler"] = self._scheduler.state_dict()
         state["train_state"] = self._train_state.state_dict()
         state["data_fingerprint"] = self._data_fingerprint
@@ -357,8 +379,11 @@ def save_model_weights(
     with writing_in_this_process():
         dist_checkpointing.save(
             {
-                _chunk_name(index, len(chunks)): chunk.sharded_state_dict(metadata=metadata)
-                for index, chunk in enumerate(chunks)
+                "format_version": FORMAT_VERSION,
+                **{
+                    _chunk_name(index, len(chunks)): chunk.sharded_state_dict(metadata=metadata)
+                    for index, chunk in enumerate(chunks)
+                },
             },
             str(checkpoint),
             async_sharded_save=False,
@@ -378,7 +403,16 @@ def _read_common(checkpoint: Path) -> dict[str, Any]:
 
     with reading(checkpoint, "it is no checkpoint of a run, or it is damaged"):
         common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(checkpoint))
-        return common
+    if _format_version(common) > FORMAT_VERSION:
+        raise UsageError(
+            f"{checkpoint}: has format version {_format_version(common)}, and this version of "
+            f"bridge reads versions up to {FORMAT_VERSION}; install the one that saved it"
+        )
+    return common
+
+
+def _format_version(common: Mapping[str, Any]) -> int:
+    return int(common.get("format_version", 1))
 
 
 def _load(checkpoint: Path, wanted: dict[str, Any]) -> Any:

@@ -1,14 +1,64 @@
-"""The optimizer's part of a checkpoint, fitted to another layout of the experts.
+"""The optimizer's part of a checkpoint: corrections to what megatron-core saves, and resharding.
 
 megatron-core keeps one optimizer for all weights, or a second one for the experts where they are
-spread over ranks. The tensors of a checkpoint are found by the names of their weights; what stands
-beside them, the settings of the parameter groups and the number of steps, stands by optimizer.
+spread over ranks. The tensors of a checkpoint are found by the names of their weights; the rest,
+the settings of the parameter groups and the number of steps, is saved for each optimizer.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
+import torch
+
 from bridge.training.usage_error import UsageError
+
+
+@contextlib.contextmanager
+def offsets_without_padding(optimizer: Any) -> Iterator[None]:
+    """Take the padding between buckets out of the distributed optimizer's offsets in the block.
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable gathers the state of a gradient
+    buffer without the padding at the end of its buckets, and cuts the state of each parameter out
+    of that by the parameter's offset in the padded buffer. With buckets [a a a . | b b .] it takes
+    for b what begins at 4, and that of b begins at 3: it saves the state of other parameters, and
+    zeros after the end. Fixed in megatron-core after 0.19.2
+    (https://github.com/NVIDIA/Megatron-LM/pull/5077). Loading goes by parameter and is right.
+
+    Args:
+        optimizer: megatron-core's optimizer, of any kind.
+    """
+    buffers = [buffer for part in _single_optimizers(optimizer) for buffer in _buffers_of(part)]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        buffer.param_index_map = _without_padding(buffer)
+    try:
+        yield
+    finally:
+        for buffer, offsets in zip(buffers, padded, strict=True):
+            buffer.param_index_map = offsets
+
+
+def is_shifted(optimizer: Any, state: Any) -> bool:
+    """Whether a loaded state of the distributed optimizer is that of other weights than the model.
+
+    The state holds the weights in float32, which round to those of the model. Where
+    `offsets_without_padding` was missing when it was saved, they are those of other parameters.
+
+    Args:
+        optimizer: megatron-core's optimizer, over a model that has the checkpoint's weights.
+        state: What was loaded for it, with one part for each of its parts (`fitted_to`).
+    """
+    return any(
+        not _rounds_to(weight, tensors["param"])
+        for part, loaded in _single_states(optimizer, state)
+        for weight, tensors in zip(
+            [weight for buffer in _buffers_of(part) for weight in buffer.param_index_map],
+            loaded.get("param_state", {}).values(),
+            strict=True,
+        )
+    )
 
 
 def fitted_to(optimizer: Any, state: Any) -> Any:
@@ -56,6 +106,55 @@ def fitted_to(optimizer: Any, state: Any) -> Any:
         for part, tensors in zip(parts, wanted, strict=True)
     ]
     return fitted[0] if len(parts) == 1 else dict(enumerate(fitted))
+
+
+def _single_optimizers(optimizer: Any) -> list[Any]:
+    """Return the optimizers of one kind of weights each, of which an optimizer consists."""
+    parts = getattr(optimizer, "chained_optimizers", None)
+    if parts is None and hasattr(optimizer, "module_infos"):
+        parts = [info.optimizer for info in optimizer.module_infos.values() if info.optimizer]
+    if parts is None:
+        return [optimizer]
+    return [single for part in parts for single in _single_optimizers(part)]
+
+
+def _single_states(optimizer: Any, state: Any) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Yield each optimizer of `_single_optimizers` with its part of a state."""
+    parts = getattr(optimizer, "chained_optimizers", None)
+    if hasattr(optimizer, "module_infos"):
+        for name, info in optimizer.module_infos.items():
+            if info.optimizer:
+                yield from _single_states(info.optimizer, state[name])
+    elif parts is None:
+        yield optimizer, state
+    elif len(parts) == 1:
+        yield from _single_states(parts[0], state)
+    else:
+        for index, part in enumerate(parts):
+            yield from _single_states(part, state[index])
+
+
+def _buffers_of(single: Any) -> list[Any]:
+    """Return the gradient buffers of a distributed optimizer; none of another one."""
+    return getattr(single, "buffers", [])
+
+
+def _without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    """Return the offsets of a buffer's parameters if its buckets had no padding at their ends."""
+    padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+    before = list(accumulate(padding, initial=0))
+    return {
+        parameter: (start - before[bucket], end - before[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
+
+
+def _rounds_to(weight: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Whether a weight is what a float32 tensor of its shape becomes in the weight's type."""
+    precision = torch.finfo(weight.dtype).eps
+    return torch.allclose(
+        weight.detach().float().cpu(), exact.float().cpu(), rtol=precision, atol=0.0
+    )
 
 
 def _numbers(state: Mapping[Any, Any]) -> list[int]:
