@@ -167,6 +167,7 @@ FIELDS = {
     ],
     "bridge.training.config.ConfigContainer": [
         "recipe",
+        "command",
         "model",
         "peft",
         "train",

@@ -73,6 +73,7 @@ def on_local_ranks(
     from torch.distributed.launcher.api import LaunchConfig
 
     from bridge.training.run_directory import new_run_name
+    from bridge.training.run_lock import claimed
 
     # The ranks could not agree on a time of day.
     config.checkpoint.run_dir = config.checkpoint.run_dir or new_run_name(config.recipe)
@@ -96,7 +97,7 @@ def on_local_ranks(
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             signals_to_handle="SIGHUP,SIGQUIT",
         )
-        with _signals_passed_on(launcher):
+        with claimed(Path(config.checkpoint.run_dir)), _signals_passed_on(launcher):
             return _launch(settings, launcher, command, recipe, config)
 
 
@@ -163,11 +164,14 @@ def train_as_rank(
 ) -> int:
     """Train as one of the local ranks of `launcher`; return the exit code."""
     from bridge.cli.training import RankFailed, train_here
+    from bridge.training.run_lock import claimed_by_launcher
     from bridge.training.usage_error import is_usage_error
 
     _end_with(launcher)
+    assert config.checkpoint.run_dir is not None
     try:
-        return train_here(command, recipe, config)
+        with claimed_by_launcher(Path(config.checkpoint.run_dir)):
+            return train_here(command, recipe, config)
     except ValueError as error:
         if not is_usage_error(error):
             raise

@@ -1,11 +1,12 @@
 """What ``bridge pretrain`` and ``bridge finetune`` share: a run, on one rank or on several."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ from bridge.training.recipes import (
     find_recipe,
     read_documents,
 )
+from bridge.training.run_lock import claimed
 from bridge.training.usage_error import UsageError, is_usage_error
 
 if TYPE_CHECKING:
@@ -77,6 +79,11 @@ def run(options: argparse.Namespace, command: "Command", *, source: str | None =
         command: Its name.
         source: The run or checkpoint whose model a new run starts from, None for random weights.
     """
+    with _claimed_directory(options):
+        return _run(options, command, source)
+
+
+def _run(options: argparse.Namespace, command: "Command", source: str | None) -> int:
     overrides = list(options.overrides)
     if options.run_dir is not None:
         overrides.append(f"checkpoint.run_dir={options.run_dir}")
@@ -104,6 +111,7 @@ def run(options: argparse.Namespace, command: "Command", *, source: str | None =
         refuse_another_run(_as_saved(recipe, saved, ranks), config)
     if base is not None:
         base.refuse_another_model(config)
+    config.command = command
     _check_directory(config)
     if options.dry_run:
         for line in layout_lines(config, ranks):
@@ -168,6 +176,27 @@ class RankFailed(Exception):
         self.code = code
 
 
+@contextlib.contextmanager
+def _claimed_directory(options: argparse.Namespace) -> Iterator[None]:
+    """Claim the run's directory before anything slow is imported, if the command line names it.
+
+    `pretrain` takes the claim over; it makes its own where the directory is named elsewhere.
+    """
+    with contextlib.ExitStack() as stack:
+        path = options.run_dir
+        for override in options.overrides if path is None else ():
+            key, _, value = override.partition("=")
+            path = value if key == "checkpoint.run_dir" else path
+        # What is wrong with a run that is not there is said later.
+        there = path and (not options.resume or Path(path).is_dir())
+        if there and not options.dry_run and int(os.environ.get("RANK", 0)) == 0:
+            # Under a launcher `pretrain` tries again and tells all ranks.
+            problems = (UsageError,) if "RANK" in os.environ else ()
+            with contextlib.suppress(*problems):
+                stack.enter_context(claimed(Path(path)))
+        yield
+
+
 def _saved_configuration(options: argparse.Namespace) -> list[str]:
     """Return the configuration that a resumed run starts from; none for a new run."""
     if not options.resume:
@@ -199,10 +228,15 @@ def _as_saved(recipe: "Recipe", saved: Sequence[str], ranks: int) -> "ConfigCont
 
 
 def _check_directory(config: "ConfigContainer") -> None:
-    from bridge.training.run_directory import RunDirectory, refuse_wrong_directory
+    from bridge.training.run_directory import (
+        RunDirectory,
+        refuse_another_command,
+        refuse_wrong_directory,
+    )
 
     if config.checkpoint.run_dir is not None:
         directory = RunDirectory(Path(config.checkpoint.run_dir))
         refuse_wrong_directory(
             directory, resume=config.checkpoint.resume, holds_a_run=directory.holds_a_run()
         )
+        refuse_another_command(directory, config)

@@ -84,6 +84,7 @@ def carry_out(
         with peers.told_at_once(), Progress(enabled=is_logging_rank()) as progress:
             device = choose_device(config.dist.device)
             config = resolve(config, device=device, world_size=world_size())
+            config.command = command
             with progress.phase("process groups"):
                 peers.join()
                 ranks = stack.enter_context(ranks_of(config, device))

@@ -4,6 +4,7 @@ config.yaml          the resolved configuration
 metrics.jsonl        one JSON object a logged step
 tensorboard/         the same values
 checkpoints/step-0000100/, latest
+run.lock             while a process trains there (`bridge.training.run_lock`)
 """
 
 import contextlib
@@ -12,12 +13,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bridge.training.usage_error import UsageError
+
+if TYPE_CHECKING:
+    from bridge.training.config import ConfigContainer
 
 _STEP = re.compile(r"step-(\d{7,})")
 
@@ -48,13 +52,28 @@ class RunDirectory:
         """One folder a checkpoint, and the file `latest`."""
         return self.path / "checkpoints"
 
+    @property
+    def lock(self) -> Path:
+        """What the process holds that trains there."""
+        return self.path / "run.lock"
+
     def checkpoint(self, step: int) -> Path:
         """Return the folder of the checkpoint that was taken after `step` steps."""
         return self.checkpoints / f"step-{step:07d}"
 
     def holds_a_run(self) -> bool:
-        """Whether something is there already; an empty folder is free."""
-        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        """Whether something is there already; an empty folder is free, also one that is claimed."""
+        if not self.path.is_dir():
+            return self.path.exists()
+        return any(entry != self.lock for entry in self.path.iterdir())
+
+    def clear(self) -> None:
+        """Remove what a new run that did not come to its start has written; the claim remains."""
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry != self.lock:
+                entry.unlink(missing_ok=True)
 
     def latest(self) -> Path | None:
         """Return the newest durable checkpoint, None when the run has saved none.
@@ -116,6 +135,34 @@ def refuse_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run
         raise UsageError(
             f"checkpoint.run_dir: {place!r} holds no run to resume; check the path, or start a new "
             "run without --resume"
+        )
+
+
+def refuse_another_command(directory: RunDirectory, config: "ConfigContainer") -> None:
+    """Reject the continuation of a run by another entry point than the one that made it.
+
+    Args:
+        directory: Where the run is.
+        config: The configuration of this start; its `command` is the entry point.
+
+    Raises:
+        UsageError: With the remedy, or the run's configuration cannot be read.
+    """
+    from bridge.training.config.yaml_text import load_yaml
+
+    if not config.checkpoint.resume or config.command is None or not directory.config.exists():
+        return
+    try:
+        saved = load_yaml(directory.config.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{directory.config}: cannot be read ({error})") from error
+    made_by = saved.get("command") if isinstance(saved, Mapping) else None
+    # Runs from before this was recorded tell nothing.
+    if made_by not in (None, config.command):
+        raise UsageError(
+            f"checkpoint.run_dir={str(directory.path)!r}: it holds a run of {made_by}, and "
+            f"{config.command} would continue it as another; use `bridge {made_by}`, or start a "
+            "new run"
         )
 
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import gc
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -51,13 +50,16 @@ from bridge.training.run_directory import (
     RunDirectory,
     find_checkpoint,
     new_run_name,
+    refuse_another_command,
     refuse_wrong_directory,
     replace_durably,
 )
+from bridge.training.run_lock import claimed, joined
 from bridge.training.state import GlobalState
 from bridge.training.stop_signals import stop_signals
 from bridge.training.trainable import gradients_reach_recomputed_layers, size_of_whole_model
 from bridge.training.training_log import TrainingLog
+from bridge.training.usage_error import UsageError
 
 
 @contextlib.contextmanager
@@ -85,7 +87,8 @@ def training_parts(
     config = resolve(config, device=device, world_size=world_size())
     with (
         ranks_of(config, device) as ranks,
-        _built(config, ranks, forward_step_func, Progress(enabled=False)) as parts,
+        _chosen_directory(config, ranks, claim=False) as directory,
+        _built(config, ranks, forward_step_func, Progress(enabled=False), directory) as parts,
     ):
         yield parts
         # Only after a success: it is a collective.
@@ -114,7 +117,8 @@ def set_up(
     ends_at = None if limit is None else time.monotonic() + 60 * limit
     listeners = Callbacks(callbacks)
     with (
-        _built(config, ranks, forward_step_func, progress) as parts,
+        _chosen_directory(config, ranks, claim=True) as directory,
+        _built(config, ranks, forward_step_func, progress, directory) as parts,
         contextlib.ExitStack() as stack,
     ):
         with _nothing_left_on_failure(config, parts.directory):
@@ -151,9 +155,9 @@ def _built(
     ranks: Ranks,
     forward_step_func: Callable[..., Any],
     progress: Progress,
+    directory: RunDirectory,
 ) -> Iterator[TrainingParts]:
     """Build what is trained, with a checkpoint loaded; writes nothing to disk."""
-    directory = _choose_directory(config, ranks)
     checkpoint, pretrained = _find_checkpoints(config, directory)
     with contextlib.ExitStack() as stack:
         stack.enter_context(expected_messages_held_back())
@@ -267,17 +271,42 @@ def build_reducer(config: ConfigContainer, ranks: Ranks) -> MetricReducer:
     )
 
 
-def _choose_directory(config: ConfigContainer, ranks: Ranks) -> RunDirectory:
-    """Settle the run's directory, the same on every rank, and refuse one that is in use."""
+@contextlib.contextmanager
+def _chosen_directory(
+    config: ConfigContainer, ranks: Ranks, *, claim: bool
+) -> Iterator[RunDirectory]:
+    """Settle the run's directory, the same on every rank, and reject one that does not fit.
+
+    Args:
+        config: Its run directory is filled in.
+        ranks: The process groups.
+        claim: Whether the run is alone there, until the block is left.
+    """
     chosen = [config.checkpoint.run_dir or new_run_name(config.recipe)]
     dist.broadcast_object_list(chosen, src=0, group=ranks.control_group)
     config.checkpoint.run_dir = chosen[0]
     directory = RunDirectory(Path(chosen[0]))
-    # Rank 0 looks: other ranks may see a shared file system a moment later.
-    held = [directory.holds_a_run()]
-    dist.broadcast_object_list(held, src=0, group=ranks.control_group)
-    refuse_wrong_directory(directory, resume=config.checkpoint.resume, holds_a_run=held[0])
-    return directory
+    with contextlib.ExitStack() as stack:
+        # Rank 0 looks: other ranks may see a shared file system a moment later.
+        problem: list[str | None] = [None]
+        if is_logging_rank():
+            try:
+                if claim:
+                    stack.enter_context(claimed(directory.path))
+                refuse_wrong_directory(
+                    directory,
+                    resume=config.checkpoint.resume,
+                    holds_a_run=directory.holds_a_run(),
+                )
+                refuse_another_command(directory, config)
+            except UsageError as error:
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=0, group=ranks.control_group)
+        if problem[0] is not None:
+            raise UsageError(problem[0])
+        if claim and not is_logging_rank():
+            stack.enter_context(joined(directory.path))
+        yield directory
 
 
 def _find_checkpoints(
@@ -359,7 +388,7 @@ def _nothing_left_on_failure(config: ConfigContainer, directory: RunDirectory) -
     except BaseException:
         # It was free: a directory that holds anything is refused for a new run.
         if not config.checkpoint.resume and is_logging_rank():
-            shutil.rmtree(directory.path, ignore_errors=True)
+            directory.clear()
         raise
 
 

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
@@ -58,6 +58,8 @@ class ConfigContainer:
 
     recipe: str | None = None
     """The recipe that the configuration started from."""
+    command: Literal["pretrain", "finetune"] | None = None
+    """The entry point that made the run, which alone continues it; None before there is one."""
     model: ModelConfig
     """What is trained, and its parallel layout."""
     peft: PEFTMethod | None = None
@@ -183,4 +185,6 @@ def peft_method(method: str, **fields: Any) -> PEFTMethod:
     return section
 
 
-SECTIONS = tuple(f.name for f in dataclasses.fields(ConfigContainer) if f.name != "recipe")
+SECTIONS = tuple(
+    f.name for f in dataclasses.fields(ConfigContainer) if f.name not in ("recipe", "command")
+)

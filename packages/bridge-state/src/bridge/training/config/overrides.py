@@ -151,8 +151,8 @@ class _Merge:
         for section, content in plain.items():
             if section == "recipe":
                 self._recipe(content)
-            elif section == DERIVED:
-                continue
+            elif section in (DERIVED, "command"):
+                continue  # The entry point that is called says which it is.
             elif section not in SECTIONS:
                 self._unknown(str(section))
             elif content is None or isinstance(content, Mapping):
@@ -242,6 +242,8 @@ class _Merge:
             self.problems.append(f"{override!r}: expected section.field=value")
         elif section == "recipe":
             self.problems.append("recipe: it is chosen by its name, not by an override")
+        elif section == "command":
+            self.problems.append("command: it is chosen by its name, not by an override")
         elif section not in SECTIONS or not all(keys):
             self._unknown(path)
         elif not keys and text != "null":

@@ -1,0 +1,176 @@
+"""One run at a time in a directory: who holds it is named, and its death releases it."""
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import yaml
+
+import own_recipe
+from bridge.training import run_lock
+from bridge.training.run_lock import claimed, joined
+from bridge.training.usage_error import UsageError
+from commands import Command, start
+from commands import run as run_command
+
+SLOW = ("dataset.seconds_per_sample=0.02", "train.train_iters=400")
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a package of recipes installed and no launcher around."""
+    return own_recipe.work_folder(tmp_path, monkeypatch)
+
+
+@contextlib.contextmanager
+def held_elsewhere(hold: AbstractContextManager[None]) -> Iterator[int]:
+    """Enter `hold` in another process, which the block may end; yields its process."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with hold:
+                os.write(writer, b"held")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writer)
+    try:
+        assert os.read(reader, 4) == b"held"
+        yield pid
+    finally:
+        os.close(reader)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_directory_that_another_process_holds_is_rejected_until_that_is_killed(
+    work: Path,
+) -> None:
+    place = work / "runs" / "R"
+    with held_elsewhere(claimed(place)) as pid:
+        holder = f"process {pid} on host {socket.gethostname()} "
+        with pytest.raises(UsageError, match=f"checkpoint.run_dir='{place}': {holder}"):
+            claimed(place).__enter__()
+    # The killed process has left its file.
+    assert (place / "run.lock").exists()
+    with claimed(place):
+        pass
+    assert list(place.iterdir()) == []
+
+
+def test_what_a_claim_has_made_goes_with_it_and_nothing_else_does(work: Path) -> None:
+    with claimed(work / "runs" / "R"):
+        assert [path.name for path in (work / "runs" / "R").iterdir()] == ["run.lock"]
+    assert list(work.iterdir()) == []
+    with claimed(work / "runs" / "R"):
+        (work / "runs" / "R" / "config.yaml").touch()
+    assert [path.name for path in (work / "runs" / "R").iterdir()] == ["config.yaml"]
+
+
+def test_a_claim_is_taken_over_once_within_a_process(work: Path) -> None:
+    with claimed(work / "R"):
+        for _ in range(2):
+            with claimed(work / "R"):
+                with pytest.raises(UsageError, match=f"process {os.getpid()} on host"):
+                    claimed(work / "R").__enter__()
+                assert (work / "R" / "run.lock").exists()
+
+
+def test_a_rank_that_outlives_the_holder_keeps_others_away(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "SECONDS_FOR_RANKS_TO_END", 0.1)
+    with held_elsewhere(claimed(work / "R")) as holder, held_elsewhere(joined(work / "R")):
+        os.kill(holder, signal.SIGKILL)
+        os.waitid(os.P_PID, holder, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(
+            UsageError, match=f"ranks of the run of process {holder} on host .* not"
+        ):
+            claimed(work / "R").__enter__()
+    with claimed(work / "R"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("file", "is no directory"), ("link", "is a broken link"), ("file/R", r"\(Not a directory: ")],
+)
+def test_a_path_that_can_be_no_directory_is_rejected(work: Path, name: str, complaint: str) -> None:
+    (work / "file").touch()
+    (work / "link").symlink_to(work / "nowhere")
+    with pytest.raises(UsageError, match=f"checkpoint.run_dir='{work / name}': .*{complaint}"):
+        claimed(work / name).__enter__()
+
+
+def test_of_two_starts_at_once_one_trains_and_the_other_is_told_by_whom(work: Path) -> None:
+    arguments = (
+        "pretrain",
+        "sine",
+        "dataset.seconds_per_sample=0.02",
+        "--run-dir",
+        str(work / "R"),
+    )
+    commands = [
+        start(*arguments, *more, folder=work / str(number))
+        for number, more in enumerate(((), (), ("--nproc", "2")))
+    ]
+    ended = [command.wait() for command in commands]
+    assert sorted(end.code for end in ended) == [0, 2, 2]
+    winner = next(c for c, end in zip(commands, ended, strict=True) if end.code == 0)
+    for end in ended:
+        if end.code == 2:
+            assert f"process {winner.pid} on host" in end.err
+            assert end.out == ""
+    assert yaml.safe_load((work / "R" / "config.yaml").read_text())["command"] == "pretrain"
+    assert not (work / "R" / "run.lock").exists()
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_run_is_not_resumed_beside_itself_and_is_at_once_when_it_was_killed(
+    work: Path, ranks: str
+) -> None:
+    running = start("pretrain", "sine", *SLOW, "--run-dir", "R", "--nproc", ranks, folder=work)
+    running.wait_for(work / "R" / "checkpoints" / "latest", 1)
+    resume = ("pretrain", "sine", "--run-dir", "../R", "--resume")
+    for beside in _as_two_ranks(resume, work) if ranks == "1" else [run_of(resume, work)]:
+        ended = beside.wait()
+        assert ended.code == 2
+        assert f"process {running.pid} on host {socket.gethostname()}" in ended.err
+    assert running.is_running()
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    latest = (work / "R" / "checkpoints" / "latest").read_text()
+    step = int(latest.removeprefix("step-"))
+    ended = run_of((*resume, f"train.train_iters={step + 20}"), work).wait()
+    assert ended.code == 0, ended.err
+    assert "continues after step" in ended.out
+
+
+def run_of(arguments: tuple[str, ...], work: Path) -> Command:
+    return start(*arguments, folder=work / "beside")
+
+
+def _as_two_ranks(arguments: tuple[str, ...], work: Path) -> list[Command]:
+    port = str(21000 + os.getpid() % 20000)
+    addresses = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(*arguments, folder=work / str(rank), environment={"RANK": str(rank), **addresses})
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.parametrize(("made_by", "other"), [("pretrain", "finetune"), ("finetune", "pretrain")])
+def test_a_run_is_continued_by_the_command_that_made_it(
+    work: Path, made_by: str, other: str
+) -> None:
+    (work / "R").mkdir()
+    (work / "R" / "config.yaml").write_text(f"command: {made_by}\n")
+    ended = run_command(other, "sine", "--run-dir", "R", "--resume", folder=work)
+    assert ended.code == 2
+    assert f"checkpoint.run_dir='R': it holds a run of {made_by}, and {other} would" in ended.err
