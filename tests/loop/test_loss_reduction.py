@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -433,3 +434,130 @@ def test_every_rank_contributes_to_a_metric_of_all_ranks(normalization: Any) -> 
     # (1 + 2) / (4 + 4), also where token means are means of ratios.
     wanted = {"m": 2.0, "r": 0.375, "none": None, "own": 1.5}
     assert run_ranks(2, body) == [(["all_reduce"], wanted)] * 2
+
+
+STEPS = 5
+"""Of an interval, of which step 1 is skipped."""
+
+
+def a_cell(rank: int, step: int, microbatch: int) -> tuple[float, int]:
+    """Return the sum and the count of a microbatch: step 3 has no token anywhere."""
+    count = 0 if step == 3 else (3 * rank + 2 * step + microbatch) % 4
+    return count * (1.0 + rank + 10 * step + microbatch**2), count
+
+
+def an_interval(normalization: Any, average: Any = "interval") -> tuple[Any, Any, list[str], int]:
+    """Reduce five steps of two microbatches at once, on three ranks, and then one step alone."""
+    rank = dist.get_rank()
+    groups = [dist.new_group([0, 1]), dist.new_group([2])]
+    reducer = alone(
+        normalization=normalization,
+        average=average,
+        context_parallel_size=2 if rank < 2 else 1,
+        context_parallel_group=groups[rank // 2],
+    )
+    found = []
+    for _ in range(2):
+        for step in range(STEPS):
+            records = []
+            for microbatch in range(2):
+                value, count = a_cell(rank, step, microbatch)
+                metrics = {"t": pair(value, count), "n": total(count), "x": maximum(value)}
+                if step == 4 and rank != 1:
+                    metrics["late"] = token_mean(4.0, 2)
+                metrics["m"] = mean(float("nan") if step == 1 else step + rank)
+                metrics["o"] = local(float(rank + step))
+                records.append(replace(record(**metrics), count=torch.tensor(count)))
+            shared = {"r": ratio(1.0 + rank + step, 2.0)} if step != 2 else {}
+            reducer.add_step(records, of_all_ranks=shared, is_skipped=step == 1)
+        with Collectives() as calls:
+            reduced = reducer.reduce()
+            found.append(reduced.to_dict())
+    tokens = reduced.tokens
+    assert tokens is not None
+    reducer.add_step([record(t=pair(3, 1), m=NAN)], is_skipped=True)
+    return found, reducer.reduce().to_dict(), calls, tokens
+
+
+def values_of_steps(normalization: str) -> dict[int, float]:
+    """Return each step's token mean, written out; none for a step without tokens."""
+    values = {}
+    for step in (0, 2, 3, 4):
+        cells = [[a_cell(rank, step, m) for m in range(2)] for rank in range(3)]
+        if not any(count for rank in cells for _, count in rank):
+            continue
+        if normalization == "token":
+            flat = [cell for rank in cells for cell in rank]
+            values[step] = sum(value for value, _ in flat) / sum(count for _, count in flat)
+            continue
+        ratios = []
+        for microbatch in range(2):
+            for ranks in ((0, 1), (2,)):  # context-parallel ranks share a microbatch
+                value, count = map(sum, zip(*(cells[r][microbatch] for r in ranks), strict=True))
+                ratios += [value / (count or 1)] * len(ranks)
+        values[step] = sum(ratios) / len(ratios)
+    return values
+
+
+@pytest.mark.parametrize("normalization", ["token", "microbatch"])
+def test_an_interval_is_the_mean_of_its_steps_in_one_collective(normalization: str) -> None:
+    by_step = values_of_steps(normalization)
+    assert sorted(by_step) == [0, 2, 4]
+    cells = {step: [a_cell(r, step, m) for r in range(3) for m in range(2)] for step in range(5)}
+    del cells[1]
+    wanted = {
+        "t": pytest.approx(sum(by_step.values()) / 3, rel=1e-15),
+        "n": sum(count for step in cells.values() for _, count in step),
+        "x": max(value for step in cells.values() for value, _ in step),
+        "late": 2.0,
+        "m": pytest.approx((0 + 2 + 3 + 4) / 4 + 1),
+        "r": pytest.approx(((6 + 15 + 18) / 6) / 3),
+    }
+    tokens = sum(a_cell(r, s, m)[1] for r in range(3) for s in range(STEPS) for m in range(2))
+    for rank, (found, alone_, calls, counted_) in enumerate(
+        run_ranks(3, an_interval, normalization)
+    ):
+        assert found == [wanted | {"o": 9 / 4 + rank}] * 2
+        shares_microbatches = normalization == "microbatch" and rank < 2
+        assert calls == ["all_reduce"] * (2 if shares_microbatches else 1)
+        assert counted_ == tokens  # of the skipped step too
+        # A step that is reduced alone is told, skipped or not.
+        assert alone_["t"] == 3.0
+        assert math.isnan(alone_["m"])
+
+
+def test_without_an_average_a_logged_step_is_told_alone_and_all_tokens_are_counted() -> None:
+    ((found, _, _, tokens),) = run_ranks(1, _alone_of_an_interval)
+    sums = [a_cell(0, 4, microbatch) for microbatch in range(2)]
+    assert found[1]["t"] == sum(value for value, _ in sums) / sum(count for _, count in sums)
+    assert found[1]["m"] == 4.0
+    assert tokens == sum(a_cell(0, step, m)[1] for step in range(STEPS) for m in range(2))
+
+
+def _alone_of_an_interval() -> tuple[Any, Any, list[str], int]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", lambda ranks: None)
+        return an_interval("token", "step")
+
+
+def test_a_long_interval_keeps_few_tensors_and_its_exact_value() -> None:
+    reducer = alone()
+    for step in range(600):
+        reducer.add_step([replace(record(t=pair(step, 1 + step % 2)), count=torch.tensor(1))])
+    (group,) = reducer._taken.groups
+    assert len(group._values) < 256 > len(reducer._counts)
+    reduced = reducer.reduce()
+    exact = sum(step / (1 + step % 2) for step in range(600)) / 600
+    assert reduced.to_dict() == {"t": pytest.approx(exact, rel=1e-14)}
+    assert reduced.tokens == 600
+
+
+def test_tokens_can_be_taken_between_two_reductions() -> None:
+    def body() -> list[int | None]:
+        reducer = alone(contributes=dist.get_rank() > 0)
+        reducer.add_step([counted(3 + dist.get_rank())])
+        taken = reducer.take_tokens()
+        reducer.add_step([counted(5)])
+        return [taken, reducer.reduce().tokens, reducer.take_tokens()]
+
+    assert run_ranks(2, body) == [[4, 5, None]] * 2

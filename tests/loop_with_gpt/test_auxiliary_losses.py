@@ -136,29 +136,34 @@ def test_the_bias_that_balances_experts_counts_real_tokens() -> None:
     assert counts == [2 * real] * 4
 
 
-def test_a_logged_step_has_its_own_values_only(tmp_path: Path) -> None:
-    def run(folder: str, interval: int) -> None:
+def test_a_logged_step_has_the_mean_of_its_interval_or_its_own_values(tmp_path: Path) -> None:
+    def run(folder: str, interval: int, average: Any) -> None:
         model = ALL.model()
-        config = gpt_run(tmp_path / folder, model, dataset=TokenData(validation=8))
-        config.train.train_iters, config.validation.eval_interval = 4, 1
-        config.logger.log_interval = interval
+        # What an evaluation finds is nobody else's.
+        validation = 4 if folder == "mean" else 0
+        config = gpt_run(tmp_path / folder, model, dataset=TokenData(validation=validation))
+        config.train.train_iters, config.validation.eval_interval = 4, 2
+        config.logger.log_interval, config.logger.average = interval, average
         pretrain(config, forward_step)
 
     def body() -> None:
-        run("each", 1)
-        run("some", 2)
+        run("each", 1, "interval")
+        run("mean", 3, "interval")
+        run("own", 3, "step")
 
     run_ranks(1, body)
-    names = ["z_loss", "seq_load_balancing_loss", "mtp_1 loss", "mtp_2 loss"]
-    each, some = (
+    names = ["lm loss", "z_loss", "seq_load_balancing_loss", "mtp_1 loss", "mtp_2 loss"]
+    each, mean, own = (
         {
             row["step"]: {name: row[name] for name in names}
             for row in rows(tmp_path / folder)
             if "lm loss" in row
         }
-        for folder in ("each", "some")
+        for folder in ("each", "mean", "own")
     )
-    assert some == {step: each[step] for step in (2, 4)}
+    assert own == {step: each[step] for step in (3, 4)}
+    first = {name: sum(each[step][name] for step in (1, 2, 3)) / 3 for name in names}
+    assert mean == {3: pytest.approx(first, rel=1e-12), 4: each[4]}
     for values in each.values():
         assert values["seq_load_balancing_loss"] == pytest.approx(1.0, rel=0.3)
         assert values["mtp_2 loss"] == pytest.approx(math.log(VOCABULARY), rel=0.3)

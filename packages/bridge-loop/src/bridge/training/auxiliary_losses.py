@@ -62,10 +62,9 @@ def own_trackers() -> Iterator[None]:
 
 
 def clear() -> None:
-    """Forget the values of earlier steps, ahead of a step whose values will be asked for.
+    """Forget the values of earlier steps, ahead of a step whose values are kept for the log.
 
-    Steps that nobody asks about add to the same few numbers on the device; an evaluation adds
-    nothing.
+    An evaluation adds nothing.
     """
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper

@@ -1,6 +1,7 @@
-"""Reduces a step's metrics over microbatches and ranks, in one collective, to what was optimised.
+"""Reduces metrics over microbatches, ranks and steps, in one collective.
 
-Each metric declares how it is reduced. Over microbatches m and the contributing ranks r:
+Each metric declares how it is reduced. The value v_s of a step s over its microbatches m and the
+contributing ranks r is
 
     token_mean    sum_mr value / sum_mr count         (train.loss_normalization=token)
                   mean over microbatches and data-parallel ranks of sum_c value / sum_c count,
@@ -8,21 +9,34 @@ Each metric declares how it is reduced. Over microbatches m and the contributing
     mean          sum_mr value / number of values
     total         sum_mr value
     maximum       max_mr value
+    ratio         sum_mr value / sum_mr count, in either normalization (the loop's own metrics)
     local         mean over this rank's microbatches; a rank that reported none has that of the
                   first rank that did
-    ratio         sum_mr value / sum_mr count, in either normalisation (the loop's own metrics)
+
+so a token mean is the loss that was optimized in that step. Over the S steps of an interval
+(logger.average=interval) the value is
+
+    token_mean, mean, ratio    sum_s v_s / S    over the S steps that have a value
+    total                      sum_s v_s
+    maximum                    max_s v_s
+    local                      mean over this rank's microbatches of all S steps
+
+which for a loss is what Megatron-LM logs: the mean of the steps' losses, each step with the same
+weight however many tokens it has. Skipped steps are left out, unless all of them were skipped.
+An evaluation is reduced as one step, whatever its number of batches.
 
 Everything is added in float64, so that counts are exact beyond 2**24.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from bridge.training.interval_metrics import FOLD_AT, Block, Group, Steps
 from bridge.training.metric_kinds import (
     Kind,
     Metric,
@@ -53,21 +67,10 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
-    """Metrics of some microbatches, stacked. K keys, M microbatches."""
-
-    keys: tuple[tuple[str, Kind], ...]
-    values: torch.Tensor
-    """float64 [2, K, M]: values and counts; where absent 0, or -inf for a maximum."""
-    present: torch.Tensor
-    """float64 [K, M] in host memory: 1 where the microbatch reported the key."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Pending:
     """This rank's part of a reduction, kept until the result is read."""
 
-    blocks: list[_Block]
+    steps: Steps
     alarm: torch.Tensor | None
     conflicts: set[str]
     patterns: set[str]
@@ -79,7 +82,9 @@ class _Pending:
 class MetricReducer:
     """Turns the records of a step, or of several, into numbers that are equal on every rank.
 
-    All ranks of the group call `reduce`, those without a record too. One all-reduce carries the
+    All ranks of the group call the same methods, those without a record too. A program's loop calls
+    `add_step` after each step and `reduce` where it logs; an evaluation calls `accumulate` for each
+    batch, which all belong to one step, and then `reduce`. One all-reduce carries all steps of the
     agreed keys (in ``microbatch`` normalisation with context parallelism another one, within the
     context-parallel group). When some rank reports a key that was not agreed, the result says so
     to all, and reading it exchanges the keys and reduces once more.
@@ -94,6 +99,7 @@ class MetricReducer:
         group: dist.ProcessGroup | None = None,
         context_parallel_size: int = 1,
         context_parallel_group: dist.ProcessGroup | None = None,
+        average: Literal["interval", "step"] = "interval",
     ) -> None:
         """Set up a reducer.
 
@@ -106,7 +112,10 @@ class MetricReducer:
                 torch.distributed this process alone, if None.
             context_parallel_size: Ranks that share a microbatch's sequences.
             context_parallel_group: Those ranks.
+            average: ``logger.average``: over all steps that were added since the last reduction,
+                or over the newest alone.
         """
+        self.average = average
         self._normalization = normalization
         self._contributes = contributes
         self._device = device
@@ -116,7 +125,11 @@ class MetricReducer:
         self._cp_size = context_parallel_size
         self._cp_group = context_parallel_group
         self._agreed: dict[str, Kind] = {}
-        self._blocks: list[_Block] = []
+        # The current step's blocks and number of microbatches, then whole steps.
+        self._open: list[Block] = []
+        self._open_columns = 0
+        self._is_open = False
+        self._taken, self._skipped = Steps(), Steps()
         self._conflicts: set[str] = set()
         self._patterns: set[str] = set()
         self._microbatches = 0
@@ -135,7 +148,7 @@ class MetricReducer:
         return reducer
 
     def accumulate(self, records: Iterable[MicrobatchRecord]) -> None:
-        """Add microbatches to the next reduction; no collective, no wait for the device."""
+        """Add microbatches to the current step; no collective, no host-device sync."""
         records = list(records)
         kinds: dict[str, Kind] = {}
         for record in records:
@@ -147,53 +160,115 @@ class MetricReducer:
                 if kinds.setdefault(key, metric.kind) != metric.kind:
                     self._conflicts.add(f"{key!r} ({kinds[key]} and {metric.kind})")
         if kinds:
-            self._blocks.append(self._stack([record.metrics for record in records], kinds))
+            block = self._stack([record.metrics for record in records], kinds)
+            self._open.append(replace(block, column=self._open_columns))
+        self._open_columns += len(records)
+        self._is_open = True
         self.count(len(records))
         if self._contributes:
-            counts = [record.count for record in records if record.count is not None]
-            if counts:
-                self._counts.append(torch.stack(counts).sum())
+            self._counts += [record.count for record in records if record.count is not None]
+            if len(self._counts) >= FOLD_AT:
+                self._counts = [torch.stack(self._counts).sum()]
 
     def count(self, microbatches: int) -> None:
         """Count microbatches that have no metrics, such as those whose data was collected."""
         if self._contributes:
             self._microbatches += microbatches
 
+    def add_step(
+        self,
+        records: Iterable[MicrobatchRecord],
+        *,
+        of_all_ranks: Mapping[str, Metric] | None = None,
+        is_skipped: bool = False,
+    ) -> None:
+        """Add a whole training step to the next reduction; no collective, no host-device sync.
+
+        Args:
+            records: The step's records, one for each microbatch; what the schedule returned.
+            of_all_ranks: As `reduce` takes it.
+            is_skipped: Whether the step was left out, which must be the same on every rank. It is
+                left out of the average too, but for the tokens and microbatches.
+        """
+        self.accumulate(records)
+        self._accumulate_of_all_ranks(of_all_ranks or {})
+        if self.average == "step":
+            self._taken, self._skipped = Steps(), Steps()
+        self._close_step(self._skipped if is_skipped else self._taken)
+
     def reduce(
         self,
-        records: Iterable[MicrobatchRecord] = (),
+        records: Iterable[MicrobatchRecord] | None = None,
         *,
         alarm: torch.Tensor | None = None,
         of_all_ranks: Mapping[str, Metric] | None = None,
     ) -> "ReducedMetrics":
-        """Reduce the records, and those accumulated before them, over the group; start afresh.
+        """Reduce what was added since the last reduction over the group, and start afresh.
 
         Collective, but it does not wait for the device.
 
         Args:
-            records: A step's records, one for each microbatch; what the schedule returned.
+            records: More records of the current step, the last one; of a step of their own after
+                `add_step`. None where there are none on any rank.
             alarm: `LossWatch.alarm` of this rank.
-            of_all_ranks: Metrics to which every rank that has them contributes, also one whose
-                records do not count; totals and ratios.
+            of_all_ranks: Metrics of that step to which every rank that has them contributes, also
+                one whose records do not count; totals and ratios.
         """
-        self.accumulate(records)
-        if of_all_ranks:
-            shared = {key: snapshot(m, self._device) for key, m in of_all_ranks.items()}
-            self._blocks.append(
-                self._stack([shared], {key: metric.kind for key, metric in shared.items()})
-            )
+        if records is not None:
+            self.accumulate(records)
+        self._accumulate_of_all_ranks(of_all_ranks or {})
+        if self._is_open or not (self._taken.number or self._skipped.number):
+            self._close_step(self._taken)
         pending = _Pending(
-            self._blocks, alarm, self._conflicts, self._patterns, self._microbatches, self._counts
+            self._taken if self._taken.number else self._skipped,
+            alarm,
+            self._conflicts,
+            self._patterns,
+            self._microbatches,
+            self._counts,
         )
         self._start_afresh()
         return self._launch(pending)
 
+    def take_tokens(self) -> int | None:
+        """Return the tokens in the losses since the last reduction; the next one has later ones.
+
+        A collective over all ranks that waits for the device.
+
+        Returns:
+            The number over all ranks; None if no loss function returned one.
+        """
+        numbers = torch.zeros(2, dtype=torch.float64, device=self._device)
+        if self._counts:
+            numbers[0] += 1.0
+            numbers[1] += torch.stack(self._counts).sum()
+            self._counts = []
+        if self._size > 1:
+            dist.all_reduce(numbers, group=self._group)
+        counted, tokens = numbers.tolist()
+        return int(tokens) if counted else None
+
+    def _accumulate_of_all_ranks(self, metrics: Mapping[str, Metric]) -> None:
+        if metrics:
+            shared = {key: snapshot(metric, self._device) for key, metric in metrics.items()}
+            kinds = {key: metric.kind for key, metric in shared.items()}
+            self._open.append(self._stack([shared], kinds))
+            self._is_open = True
+
+    def _close_step(self, steps: Steps) -> None:
+        steps.add(self._open, self._open_columns)
+        self._open, self._open_columns, self._is_open = [], 0, False
+
     def _start_afresh(self) -> None:
-        self._blocks, self._conflicts, self._patterns = [], set(), set()
+        self._open, self._open_columns, self._is_open = [], 0, False
+        self._taken, self._skipped = Steps(), Steps()
+        self._conflicts, self._patterns = set(), set()
         self._microbatches, self._counts = 0, []
 
     def _launch(self, pending: _Pending) -> "ReducedMetrics":
-        layout = _Layout(dict(self._agreed), self._size, self._normalization)
+        layout = _Layout(
+            dict(self._agreed), self._size, self._normalization, steps=pending.steps.number
+        )
         vector = self._pack(layout, pending)
         if self._size > 1:
             dist.all_reduce(vector, group=self._group)
@@ -202,7 +277,7 @@ class MetricReducer:
     def _agree_and_repeat(self, pending: _Pending) -> "ReducedMetrics":
         """Exchange the keys over the group, extend the agreed ones, and reduce once more."""
         mine = (
-            [item for block in pending.blocks for item in block.keys],
+            [item for group in pending.steps.groups for item in group.keys],
             sorted(pending.conflicts),
             sorted(pending.patterns),
         )
@@ -230,7 +305,7 @@ class MetricReducer:
             )
         return self._launch(pending)
 
-    def _stack(self, records: Sequence[Mapping[str, Metric]], kinds: dict[str, Kind]) -> _Block:
+    def _stack(self, records: Sequence[Mapping[str, Metric]], kinds: dict[str, Kind]) -> Block:
         """Stack K keys of M records' metrics with one kernel, Python numbers aside."""
         host = torch.zeros(2, len(kinds), len(records), dtype=torch.float64)
         present = torch.zeros(len(kinds), len(records), dtype=torch.float64)
@@ -255,90 +330,103 @@ class MetricReducer:
         values = torch.stack(cells).view_as(host)
         if host.any():
             values += _to_device(host, self._device)
-        return _Block(tuple(kinds.items()), values, present)
+        return Block(tuple(kinds.items()), values, present)
 
     def _pack(self, layout: "_Layout", pending: _Pending) -> torch.Tensor:
-        """Put this rank's sums in the agreed places of a vector of zeros."""
+        """Put this rank's sums at the registered keys' offsets in a vector of zeros."""
         host = torch.zeros(layout.length, dtype=torch.float64)
-        known = all(layout.kinds.get(k) == kind for b in pending.blocks for k, kind in b.keys)
+        groups = pending.steps.groups
+        known = all(layout.kinds.get(k) == kind for group in groups for k, kind in group.keys)
         host[layout.CHANGED] = float(not known or bool(pending.conflicts))
         host[layout.MICROBATCHES] = pending.microbatches
         host[layout.COUNTED] = float(bool(pending.counts))
         for first in layout.maxima.values():
             host[first + self._rank] = -torch.inf
-        in_microbatches = self._normalization == "microbatch"
-        for block in pending.blocks:
-            for row, reports in enumerate(block.present.sum(dim=1).tolist()):
-                key, kind = block.keys[row]
-                place = layout.place(key, kind)
-                if place is not None and not (in_microbatches and kind == "token_mean"):
-                    host[place] += reports
-                    if kind == "local":
-                        host[layout.locals[key] + self._rank] += reports
+        for group in groups:
+            self._count_reports(layout, group, host)
         vector = _to_device(host, self._device)
-        for block in pending.blocks:
-            self._add_sums(layout, block, vector)
-            self._add_maxima(layout, block, vector)
-        if in_microbatches and self._contributes:
-            self._add_ratios(layout, pending.blocks, vector)
+        for group in groups:
+            values = group.values()
+            self._add_sums(layout, group, values, vector)
+            self._add_maxima(layout, group, values, vector)
+        if layout.by_ratio and self._contributes:
+            self._add_ratios(layout, pending.steps, vector)
         if pending.alarm is not None:
             vector[layout.ALARM] += pending.alarm
         if pending.counts:
             vector[layout.TOKENS] += torch.stack(pending.counts).sum()
         return vector
 
-    def _add_sums(self, layout: "_Layout", block: _Block, vector: torch.Tensor) -> None:
-        rows: list[int] = []
-        places: list[int] = []
-        for row, (key, kind) in enumerate(block.keys):
-            place = layout.place(key, kind)
-            by_ratio = kind == "token_mean" and self._normalization == "microbatch"
-            if place is None or kind == "maximum" or by_ratio:
-                continue
-            if kind == "local":
-                rows.append(row)
-                places.append(layout.locals[key] + layout.size + self._rank)
-                continue
-            rows += [row, len(block.keys) + row]
-            places += [place + 1, place + 2]
-        if rows:
-            sums = block.values.sum(dim=2).view(-1)
-            vector.index_add_(0, self._index(places), sums.index_select(0, self._index(rows)))
+    def _count_reports(self, layout: "_Layout", group: Group, host: torch.Tensor) -> None:
+        reports = group.present().sum(dim=2)
+        rows = layout.rows(group.keys, lambda kind: not (layout.by_ratio and kind == "token_mean"))
+        places = [layout.place(step, key) for step in group.steps for _, key in rows]
+        host.index_add_(0, torch.tensor(places, dtype=torch.int64), reports[:, _of(rows)].flatten())
+        for row, (key, kind) in enumerate(group.keys):
+            if kind == "local" and key in layout.locals:
+                host[layout.locals[key] + self._rank] += reports[:, row].sum()
 
-    def _add_maxima(self, layout: "_Layout", block: _Block, vector: torch.Tensor) -> None:
-        for row, (key, kind) in enumerate(block.keys):
-            if kind == "maximum" and layout.place(key, kind) is not None:
-                mine = vector[layout.maxima[key] + self._rank]
-                torch.maximum(mine, block.values[0, row].amax(), out=mine)
-
-    def _add_ratios(
-        self, layout: "_Layout", blocks: Sequence[_Block], vector: torch.Tensor
+    def _add_sums(
+        self, layout: "_Layout", group: Group, values: torch.Tensor, vector: torch.Tensor
     ) -> None:
+        def is_sum(kind: Kind) -> bool:
+            by_ratio = kind == "token_mean" and layout.by_ratio
+            return kind not in ("maximum", "local") and not by_ratio
+
+        sums = values.sum(dim=3)
+        if rows := layout.rows(group.keys, is_sum):
+            places = [
+                layout.place(step, key) + part
+                for step in group.steps
+                for part in (1, 2)
+                for _, key in rows
+            ]
+            found = sums if len(rows) == len(group.keys) else sums[:, :, self._index(_of(rows))]
+            vector.index_add_(0, self._index(places), found.flatten())
+        for row, (key, kind) in enumerate(group.keys):
+            if kind == "local" and key in layout.locals:
+                vector[layout.locals[key] + layout.size + self._rank] += sums[:, 0, row].sum()
+
+    def _add_maxima(
+        self, layout: "_Layout", group: Group, values: torch.Tensor, vector: torch.Tensor
+    ) -> None:
+        for row, (key, kind) in enumerate(group.keys):
+            if kind == "maximum" and key in layout.maxima:
+                mine = vector[layout.maxima[key] + self._rank]
+                torch.maximum(mine, values[:, 0, row].amax(), out=mine)
+
+    def _add_ratios(self, layout: "_Layout", steps: Steps, vector: torch.Tensor) -> None:
         """Divide each microbatch's sums over the context-parallel ranks, then add the ratios."""
         keys = [key for key, kind in layout.kinds.items() if kind == "token_mean"]
-        if not keys or not blocks:
+        if not keys or not steps.step_of_column:
             return
-        parts = []
-        for block in blocks:
-            part = block.values.new_zeros(3, len(keys), block.values.shape[2])
-            row_of = {
-                key: row for row, (key, kind) in enumerate(block.keys) if kind == "token_mean"
-            }
-            to = [index for index, key in enumerate(keys) if key in row_of]
-            if to:
-                rows = self._index([row_of[keys[index]] for index in to])
-                present = _to_device(block.present, self._device)
-                stacked = torch.cat((block.values, present[None])).index_select(1, rows)
-                part.index_add_(1, self._index(to), stacked)
-            parts.append(part)
-        sums, counts, present = together = torch.cat(parts, dim=2)
+        # Context-parallel ranks have the same microbatches, and each perhaps other keys.
+        together = vector.new_zeros(3, len(keys), len(steps.step_of_column))
+        for group in steps.groups:
+            present = group.present()
+            columns = [first + m for first in group.columns for m in range(present.shape[2])]
+            rows = {key: row for row, (key, kind) in enumerate(group.keys) if kind == "token_mean"}
+            found = [(index, rows[key]) for index, key in enumerate(keys) if key in rows]
+            if not found:
+                continue
+            stacked = torch.cat((group.values(), _to_device(present, self._device)[:, None]), dim=1)
+            of_keys = stacked.permute(1, 2, 0, 3).flatten(2)[:, self._index(_of(found, 1))]
+            part = torch.zeros_like(together[:, : len(found)])
+            part.index_copy_(2, self._index(columns), of_keys)
+            together.index_add_(1, self._index(_of(found)), part)
         if self._cp_size > 1:
             dist.all_reduce(together, group=self._cp_group)
+        sums, counts, present = together
         # As the objective has it: a microbatch without tokens is a loss of sum / 1.
         ratios = torch.where(counts == 0, sums, sums / counts)
-        rows3 = ((present > 0).sum(dim=1), ratios.sum(dim=1), counts.sum(dim=1))
-        places = [layout.places[key] + part for part in range(3) for key in keys]
-        vector.index_add_(0, self._index(places), torch.cat([row.double() for row in rows3]))
+        numbers = torch.stack(((present > 0).double(), ratios, counts))
+        places = [
+            layout.place(step, layout.index[key]) + part
+            for part in range(3)
+            for key in keys
+            for step in steps.step_of_column
+        ]
+        vector.index_add_(0, self._index(places), numbers.flatten())
 
     def _index(self, numbers: Sequence[int]) -> torch.Tensor:
         key = tuple(numbers)
@@ -348,11 +436,12 @@ class MetricReducer:
 
 
 class _Layout:
-    """Places of the agreed keys in the vector that is all-reduced.
+    """Offsets of the registered keys in the vector that is all-reduced.
 
-    ``[changed, alarm, microbatches, counted, tokens, (reports, sum, count) for each key, slots per
-    rank]``. A maximum has one slot per rank and a local metric two, of all ranks' reports and then
-    of their sums: each rank fills its own, so that they travel in a sum unchanged.
+    ``[changed, alarm, microbatches, counted, tokens, (reports, sum, count) for each step and key,
+    slots per rank]``. A maximum has one slot per rank and a local metric two, of all ranks' reports
+    and then of their sums: each rank fills its own, so that they travel in a sum unchanged. These
+    are of all steps together.
     """
 
     CHANGED = 0
@@ -362,14 +451,15 @@ class _Layout:
     TOKENS = 4
     FIRST_KEY = 5
 
-    def __init__(self, kinds: dict[str, Kind], size: int, normalization: str) -> None:
+    def __init__(self, kinds: dict[str, Kind], size: int, normalization: str, *, steps: int):
         self.kinds = kinds
         self.by_ratio = normalization == "microbatch"
         self.size = size
-        self.places = {key: self.FIRST_KEY + 3 * index for index, key in enumerate(kinds)}
+        self.steps = steps
+        self.index = {key: index for index, key in enumerate(kinds)}
         self.maxima: dict[str, int] = {}
         self.locals: dict[str, int] = {}
-        self.length = self.FIRST_KEY + 3 * len(kinds)
+        self.length = self.FIRST_KEY + 3 * steps * len(kinds)
         for key, kind in kinds.items():
             if kind == "maximum":
                 self.maxima[key] = self.length
@@ -378,9 +468,24 @@ class _Layout:
                 self.locals[key] = self.length
                 self.length += 2 * size
 
-    def place(self, key: str, kind: Kind) -> int | None:
-        """First slot of a key, None if it is not agreed with this kind."""
-        return self.places[key] if self.kinds.get(key) == kind else None
+    def place(self, step: int, index: int) -> int:
+        """Return the offset of a key's numbers of a step."""
+        return self.FIRST_KEY + 3 * (step * len(self.kinds) + index)
+
+    def rows(
+        self, keys: Sequence[tuple[str, Kind]], is_wanted: Callable[[Kind], bool]
+    ) -> list[tuple[int, int]]:
+        """Return the number among `keys` and the registered number, of wanted registered keys."""
+        return [
+            (row, self.index[key])
+            for row, (key, kind) in enumerate(keys)
+            if self.kinds.get(key) == kind and is_wanted(kind)
+        ]
+
+    def cells(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return the numbers of all steps and keys, [steps, keys, 3]."""
+        end = self.FIRST_KEY + 3 * self.steps * len(self.kinds)
+        return vector[self.FIRST_KEY : end].view(self.steps, len(self.kinds), 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,8 +512,9 @@ class ReducedMetrics:
         """Wait for the device and return each metric's value, equal on every rank.
 
         A collective if some rank reported a new key: call it on all ranks of the group or none.
-        A token mean over no token is None. A key that nobody reported is left out. Only `local`
-        ones differ: each rank that reported one has its own, the others that of the first.
+        A token mean over no token is None; a NaN is what some rank reported. A key that nobody
+        reported is left out. Only `local` ones differ: each rank that reported one has its own, the
+        others that of the first.
 
         Raises:
             UsageError: A metric was declared with different reductions; on every rank.
@@ -435,53 +541,69 @@ class ReducedMetrics:
 
     def _resolve(self) -> "_Read":
         if self._read is None:
-            numbers = self._vector.tolist()
-            if numbers[_Layout.CHANGED]:
+            vector = self._vector.cpu()
+            header = vector[: _Layout.FIRST_KEY].tolist()
+            if header[_Layout.CHANGED]:
                 self._read = self._repeat()._resolve()
             else:
                 self._read = _Read(
-                    values=self._values(numbers),
-                    alarm=numbers[_Layout.ALARM] != 0,
-                    microbatches=int(numbers[_Layout.MICROBATCHES]),
-                    tokens=int(numbers[_Layout.TOKENS]) if numbers[_Layout.COUNTED] else None,
+                    values=self._values(vector),
+                    alarm=header[_Layout.ALARM] != 0,
+                    microbatches=int(header[_Layout.MICROBATCHES]),
+                    tokens=int(header[_Layout.TOKENS]) if header[_Layout.COUNTED] else None,
                 )
         return self._read
 
-    def _values(self, numbers: list[float]) -> dict[str, float | None]:
-        values: dict[str, float | None] = {}
-        for key, place in self._layout.places.items():
-            kind = self._layout.kinds[key]
-            reports, value, count = numbers[place : place + 3]
-            if not reports:
+    def _values(self, vector: torch.Tensor) -> dict[str, float | None]:
+        layout, values = self._layout, dict[str, float | None]()
+        cells = layout.cells(vector)
+        for index, (key, kind) in enumerate(layout.kinds.items()):
+            reports, value, count = cells[:, index].unbind(dim=1)
+            if not reports.any():
                 continue
             if kind == "local":
-                values[key] = self._own_or_first(numbers, self._layout.locals[key])
-            elif kind == "token_mean":
-                weight = reports if self._layout.by_ratio else count
-                values[key] = value / weight if count else None
-            elif kind == "ratio":
-                values[key] = value / count if count else None
-            elif kind == "mean":
-                values[key] = value / reports
+                first = layout.locals[key]
+                values[key] = self._own_or_first(vector[first : first + 2 * layout.size].tolist())
+            elif kind == "maximum":
+                first = layout.maxima[key]
+                values[key] = _largest(vector[first : first + layout.size].tolist())
             elif kind == "total":
-                values[key] = value
+                values[key] = float(value.sum())
+            elif kind == "mean":
+                values[key] = _mean_over_steps(value, reports, reports)
+            elif kind == "ratio":
+                values[key] = _mean_over_steps(value, count, count)
             else:
-                first = self._layout.maxima[key]
-                values[key] = _largest(numbers[first : first + self._layout.size])
+                weight = reports if self._layout.by_ratio else count
+                values[key] = _mean_over_steps(value, weight, count)
         return values
 
-    def _own_or_first(self, numbers: list[float], first: int) -> float:
+    def _own_or_first(self, numbers: list[float]) -> float:
         """Return the mean over this rank's reports of a local metric, else the first rank's."""
         size = self._layout.size
-        reports, sums = numbers[first : first + size], numbers[first + size : first + 2 * size]
+        reports, sums = numbers[:size], numbers[size:]
         reporter = self._rank
         if not reports[reporter]:
             reporter = next(rank for rank in range(size) if reports[rank])
         return sums[reporter] / reports[reporter]
 
 
+def _mean_over_steps(
+    values: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor
+) -> float | None:
+    """Return the mean of value / weight over the steps whose count is not 0; None without one."""
+    counted = counts != 0
+    if not counted.any():
+        return None
+    return float((values[counted] / weights[counted]).mean())
+
+
 def _largest(numbers: Sequence[float]) -> float:
     return float("nan") if any(n != n for n in numbers) else max(numbers)
+
+
+def _of(pairs: Sequence[tuple[int, int]], part: int = 0) -> list[int]:
+    return [pair[part] for pair in pairs]
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

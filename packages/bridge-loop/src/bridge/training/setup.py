@@ -268,6 +268,7 @@ def build_reducer(config: ConfigContainer, ranks: Ranks) -> MetricReducer:
         device=torch.device(ranks.device),
         context_parallel_size=ranks.layout.context,
         context_parallel_group=groups.cp,
+        average=config.logger.average,
     )
 
 

@@ -49,11 +49,14 @@ class StepResult:
     tokens: int
     """Token positions of the step, over all ranks, padding included."""
     reduced: ReducedMetrics | None
-    """The step's metrics on the device; None when they were not asked for."""
+    """The metrics on the device, of this step and of those before it that the reducer has kept;
+    None when they were not asked for."""
 
     @property
     def metrics(self) -> Mapping[str, float | None]:
-        """The step's metrics by name, equal on every rank; None where no token counted.
+        """The metrics by name, equal on every rank; None where no token counted.
+
+        They are those of this step, where `train_step` was not called with is_logged=False before.
 
         Waits for the device, and is a collective when some rank reported a new key: ask for it on
         every rank or on none.
@@ -72,6 +75,7 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     pg_collection: "ProcessGroupCollection | ModuleRanks",
     num_microbatches: int | None = None,
     reducer: MetricReducer | None = None,
+    is_logged: bool = True,
     before_optimizer_step: Callable[[], None] | None = None,
 ) -> StepResult:
     """Train on one global batch; a collective over all ranks.
@@ -95,6 +99,9 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         pg_collection: The process groups.
         num_microbatches: Microbatches of this rank; from the batch sizes if None.
         reducer: Reduces the metrics; None leaves them, which saves the collective.
+        is_logged: Whether the metrics are asked for. If not, the reducer keeps this step's, with
+            neither a collective nor a host-device sync, and the result of the next step that is
+            logged is over both, as `bridge.training.loss_reduction` says.
         before_optimizer_step: Called when the reduced gradients are in ``main_grad``, whole on
             every rank (which takes a collective of its own), unless the step is left out for its
             losses.
@@ -141,8 +148,12 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     counters.consumed_tokens += tokens
     reduced = None
     if reducer is not None:
-        auxiliary = auxiliary_losses.metrics(model, num_microbatches, own_groups(pg_collection))
-        reduced = reducer.reduce(records, alarm=watch.alarm(), of_all_ranks=auxiliary)
+        auxiliary = None
+        if is_logged or reducer.average == "interval":
+            auxiliary = auxiliary_losses.metrics(model, num_microbatches, own_groups(pg_collection))
+        reducer.add_step(records, of_all_ranks=auxiliary, is_skipped=not succeeded)
+        if is_logged:
+            reduced = reducer.reduce(alarm=watch.alarm())
     return StepResult(
         learning_rate=rate,
         grad_norm=grad_norm,
@@ -166,7 +177,9 @@ def train(run: "Run") -> StopReason:
     with _collected_by_hand(settings.train.manual_gc_interval) as collect_garbage:
         while counters.step < run.data.train_iters and run.stop.cause is None:
             run.phase = f"step {counters.step + 1}"
-            logs = _is_due(counters.step + 1, settings.logger.log_interval, run.data.train_iters)
+            is_logged = _is_due(
+                counters.step + 1, settings.logger.log_interval, run.data.train_iters
+            )
             run.callbacks.fire("on_step_start", run.context)
             with run.saved_before_a_suspicious_step():
                 result = train_step(
@@ -178,7 +191,8 @@ def train(run: "Run") -> StopReason:
                     run.state,
                     pg_collection=run.ranks.pg_collection,
                     num_microbatches=run.num_microbatches(),
-                    reducer=run.reducer if logs else None,
+                    reducer=run.reducer,
+                    is_logged=is_logged,
                     before_optimizer_step=run.before_optimizer_step,
                 )
             run.callbacks.fire("on_step_end", run.context, result)

@@ -52,13 +52,13 @@ class TrainingLog:
     """Collects steps until one is logged, and writes its row.
 
     A row has, in this order: ``consumed_samples`` and ``consumed_tokens`` of the whole run; each
-    metric of the step by its name; ``learning_rate``; ``grad_norm`` (None if the step was skipped
-    or nothing clips); ``loss_scale`` (fp16 only); ``skipped_steps`` since the row before;
-    ``step_time_s``, the mean over the steps since then; ``tokens_per_s``, ``samples_per_s`` and
-    ``NAME_per_s`` of what else the data counts (images); ``mfu`` where the model's FLOPs and the
-    device's peak are known; ``memory_gb`` on a GPU, rank 0's highest allocation so far in 1e9
-    bytes; and, with logger.timing_log_level, megatron-core's timers as ``NAME-time``: seconds a
-    step, on the slowest rank.
+    metric by its name, as logger.average says; ``learning_rate`` and ``grad_norm`` of the newest
+    step (the norm None if it was skipped or nothing clips); ``loss_scale`` (fp16 only);
+    ``skipped_steps`` since the row before; ``step_time_s``, the mean over the steps since then;
+    ``tokens_per_s``, ``samples_per_s`` and ``NAME_per_s`` of what else the data counts (images);
+    ``mfu`` where the model's FLOPs and the device's peak are known; ``memory_gb`` on a GPU, rank
+    0's highest allocation so far in 1e9 bytes; and, with logger.timing_log_level, megatron-core's
+    timers as ``NAME-time``: seconds a step, on the slowest rank.
 
     Steps are timed on the host without waiting for the device; a row's metrics have waited.
     """

@@ -109,6 +109,10 @@ class LoggerConfig:
 
     log_interval: int = 10
     """Steps between logged steps."""
+    average: Literal["interval", "step"] = "interval"
+    """interval: a logged metric is the mean of the values of all steps since the logged step
+    before (as Megatron-LM's), a maximum the largest, a total the sum; skipped steps are left out.
+    step: the value of the logged step alone."""
     tensorboard: bool = True
     """Write the same values for TensorBoard."""
     wandb_project: str | None = None
