@@ -1,5 +1,6 @@
 """Weights of a checkpoint outside of a run, and a run that starts from weights alone."""
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from bridge.training.config import CheckpointConfig
 from bridge.training.distributed import one_process
 from bridge.training.pretrain import pretrain
 from bridge.training.run_directory import find_checkpoint, new_folder
+from bridge.training.safe_loading import RejectedType
 from bridge.training.setup import training_parts
+from bridge.training.usage_error import UsageError
+from poisoned_checkpoints import POISON_TYPE, Poison
 from ranks import run_ranks
 from training_runs import OwnModel, OwnModule, own_run, parameters_of, token_step
 
@@ -40,6 +44,17 @@ def test_weights_are_read_as_they_were_written(tmp_path: Path) -> None:
             for absent in ("other", "block.layers.2.a", "block.layers.0.b"):
                 assert saved.shape(absent) is None
         assert not torch.distributed.is_initialized()
+
+        index = tmp_path / "made" / "checkpoint" / ".metadata"
+        whole = index.read_bytes()
+        for damaged, says in (
+            (whole[:-9], r".metadata: .metadata cannot be read \(.*; the file is damaged"),
+            (pickle.dumps([1]), "is no index of a checkpoint"),
+            (whole.replace(b"__0_0.distcp", b"../../../run"), "which is not a file of the check"),
+        ):
+            index.write_bytes(damaged)
+            with one_process(), pytest.raises(UsageError, match=says):
+                SavedWeights(tmp_path / "made" / "checkpoint")
 
     run_ranks(1, body, process_group=False)
     assert find_checkpoint(tmp_path / "made" / "checkpoint", "--from").name == "checkpoint"
@@ -82,24 +97,26 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 class ModuleWithExtraState(OwnModule):
-    """Has something beside its tensors, as Transformer Engine's modules have."""
+    """Pickles something beside its tensors, as Transformer Engine's modules do."""
 
     extra: Any = "own"
 
     def get_extra_state(self) -> torch.Tensor:
-        return torch.tensor(list(self.extra.encode()), dtype=torch.uint8)
+        return torch.tensor(list(pickle.dumps(self.extra)), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        self.extra = bytes(state.tolist()).decode()
+        self.extra = pickle.loads(state.numpy().tobytes())
 
 
 @dataclass(kw_only=True)
 class ModelWithExtraState(OwnModel):
     extra: str = "own"
+    """An absolute path makes it poison that makes that folder."""
 
     def build(self, *arguments: Any, **keywords: Any) -> torch.nn.Module:
         module = ModuleWithExtraState(self.width, self.dropout)
-        module.extra = self.extra
+        path = Path(self.extra)
+        module.extra = Poison(path) if path.is_absolute() else self.extra
         return module
 
 
@@ -109,8 +126,14 @@ def extra_of(chunk: Any) -> str:
 
 
 def test_modules_keep_their_extra_states_where_a_checkpoint_has_none(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+
     def body() -> list[str]:
-        for name, model in (("without", OwnModel()), ("with", ModelWithExtraState(extra="saved"))):
+        for name, model in (
+            ("without", OwnModel()),
+            ("with", ModelWithExtraState(extra="saved")),
+            ("poisoned", ModelWithExtraState(extra=str(marker))),
+        ):
             config = own_run(tmp_path / name, model=model)
             config.checkpoint.save_at_end = True
             config.train.train_iters = 1
@@ -124,6 +147,15 @@ def test_modules_keep_their_extra_states_where_a_checkpoint_has_none(tmp_path: P
                 parameters = parameters_of(parts.model)
                 assert torch.equal(parameters["inner.weight"], saved.read("module.inner.weight"))
                 found.append(extra_of(parts.model[0]))
+        config.checkpoint.pretrained_checkpoint = str(tmp_path / "poisoned")
+        with pytest.raises(RejectedType) as error, training_parts(config, token_step):
+            pass
+        found += [error.value.entry, *error.value.types]
+        # Outside of a checkpoint everything is unpickled as ever.
+        pickle.loads(pickle.dumps(Poison(marker)))
         return found
 
-    assert run_ranks(1, body, process_group=False) == [["own", "saved"]]
+    assert run_ranks(1, body, process_group=False) == [
+        ["own", "saved", "module._extra_state", POISON_TYPE]
+    ]
+    assert marker.exists()

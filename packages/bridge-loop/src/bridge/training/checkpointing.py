@@ -9,9 +9,15 @@ losses, the counters of TrainState (the data's position is one of them) and the 
 configuration. The optimizer is
 saved fully reshardable, so that another layout can read it. Of a run that trains adapters the model
 is the adapters alone, and which weights they stand beside.
+
+What is no tensor and ours goes to run_state.json. megatron-core pickles what remains (settings of
+the optimizer's groups, random-number states). All reading, and giving to the model what was read,
+takes place within `restricted_loading`, which unpickles listed types alone.
 """
 
 import contextlib
+import dataclasses
+import json
 import logging
 import queue
 import random
@@ -32,6 +38,7 @@ from bridge.training.loss_watch import LossWatch
 from bridge.training.model_building import parameters_in_sync, without_ddp
 from bridge.training.optimizer_state import fitted_to, is_shifted, offsets_without_padding
 from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
+from bridge.training.safe_loading import restricted_loading
 from bridge.training.trainable import load_trained, only_trained
 from bridge.training.usage_error import UsageError
 
@@ -45,6 +52,7 @@ FORMAT_VERSION = 2
 2: it is that of each weight.
 """
 _PARTIAL = ".partial"
+_RUN_STATE = "run_state.json"
 _WARNINGS_OF_READING = (
     r"torch\.distributed is disabled, unavailable",
     "The argument order of load has been changed",
@@ -122,6 +130,7 @@ class Checkpointer:
         self._wait_for_all()
         if is_logging_rank():
             (partial / "config.yaml").write_text(self._config.to_yaml())
+            (partial / _RUN_STATE).write_text(json.dumps(self._run_state(), indent=2) + "\n")
             sync_tree(partial)
             if final.exists():
                 # Left by a run that died after the rename and before `latest` was replaced.
@@ -148,12 +157,15 @@ class Checkpointer:
         state = _load(
             checkpoint, self._sharded_state(is_loading=True, with_state_of_ranks=same_ranks)
         )
-        self._load_model(state)
+        with restricted_loading(checkpoint, _extra_states(state)):
+            self._load_model(state)
         if _format_version(common) < 2:
             self._reject_shifted_optimizer(checkpoint, state["optimizer"])
-        self._load_optimizer(state["optimizer"], state["scheduler"])
-        self._scheduler.load_state_dict(state["scheduler"])
-        self._train_state.load_state_dict(state["train_state"])
+        self._load_optimizer(state["optimizer"], common["scheduler"])
+        self._scheduler.load_state_dict(common["scheduler"])
+        self._train_state.load_state_dict(
+            {name: _counter(value) for name, value in common["train_state"].items()}
+        )
         if same_ranks:
             of_rank = state[_rng_key()]
             _restore_random_state(of_rank)
@@ -244,19 +256,23 @@ class Checkpointer:
                 is_loading=is_loading,
                 metadata=self._metadata(),
             )
-        state["format_version"] = FORMAT_VERSION
-        state["scheduler"] = self._scheduler.state_dict()
-        state["train_state"] = self._train_state.state_dict()
-        state["data_fingerprint"] = self._data_fingerprint
-        state["world_size"] = world_size()
-        if self._base is not None:
-            state["base"] = self._base.record()
         if with_state_of_ranks:
             of_rank = {**_random_state(), "loss_watch": self._loss_watch.state_dict()}
             state[_rng_key()] = ShardedObject(
                 "rng", of_rank, (world_size(),), (rank(),), replica_id=0
             )
         return state
+
+    def _run_state(self) -> dict[str, Any]:
+        """Return what JSON has types for, of all ranks alike."""
+        state = {
+            "format_version": FORMAT_VERSION,
+            "scheduler": self._scheduler.state_dict(),
+            "train_state": dataclasses.asdict(self._train_state),
+            "data_fingerprint": self._data_fingerprint,
+            "world_size": world_size(),
+        }
+        return state if self._base is None else {**state, "base": self._base.record()}
 
     def _check_same_data(self, checkpoint: Path, saved: str) -> None:
         if saved != self._data_fingerprint:
@@ -326,8 +342,9 @@ def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> Non
     for entries in wanted.values():
         _keep_extra_states(entries, checkpoint)
     state = _load(checkpoint, wanted)
-    for name, chunk in zip(names, chunks, strict=True):
-        chunk.load_state_dict(state[name])
+    with restricted_loading(checkpoint, _extra_states(state)):
+        for name, chunk in zip(names, chunks, strict=True):
+            chunk.load_state_dict(state[name])
 
 
 def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks: Ranks) -> str:
@@ -356,8 +373,9 @@ def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks:
             for name, chunk in zip(names, chunks, strict=True)
         },
     )
-    for name, chunk in zip(names, chunks, strict=True):
-        load_trained(chunk, state.get(name, {}))
+    with restricted_loading(checkpoint, _extra_states(state)):
+        for name, chunk in zip(names, chunks, strict=True):
+            load_trained(chunk, state.get(name, {}))
     return str(saved["place"])
 
 
@@ -403,6 +421,10 @@ def _read_common(checkpoint: Path) -> dict[str, Any]:
 
     with reading(checkpoint, "it is no checkpoint of a run, or it is damaged"):
         common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    # Weights alone have no such file, and of checkpoints of an older form all is in the other.
+    path = checkpoint / _RUN_STATE
+    if path.exists():
+        common |= _read_run_state(path)
     if _format_version(common) > FORMAT_VERSION:
         raise UsageError(
             f"{checkpoint}: has format version {_format_version(common)}, and this version of "
@@ -413,6 +435,22 @@ def _read_common(checkpoint: Path) -> dict[str, Any]:
 
 def _format_version(common: Mapping[str, Any]) -> int:
     return int(common.get("format_version", 1))
+
+
+def _read_run_state(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); the file is damaged, take "
+            "another checkpoint"
+        ) from error
+
+
+def _counter(value: Any) -> torch.Tensor:
+    """Return a counter of `TrainState` in the form in which it is loaded."""
+    dtype = torch.float64 if isinstance(value, float) else torch.int64
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype)
 
 
 def _load(checkpoint: Path, wanted: dict[str, Any]) -> Any:
@@ -441,16 +479,21 @@ def writing_in_this_process() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(checkpoint: Path, meaning: str) -> Iterator[None]:
-    """Say of which checkpoint an error is and what it means; hold back torch's own warnings.
+    """Read a checkpoint that may come from anybody; hold back torch's own warnings.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+        meaning: What it means if reading fails.
 
     Raises:
-        UsageError: In place of what megatron-core and torch raise.
+        UsageError: In place of what megatron-core and torch raise; or the checkpoint holds what is
+            not to be unpickled.
     """
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint import CheckpointException
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), restricted_loading(checkpoint):
             # What torch has against the way in which megatron-core calls it.
             for message in _WARNINGS_OF_READING:
                 warnings.filterwarnings("ignore", message)
@@ -469,6 +512,17 @@ def _first_reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error, _ = next(iter(error.failures.values()))
     return f"{type(error).__name__}: {error}"
+
+
+def _extra_states(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what modules unpickle themselves, in the states of all chunks."""
+    return {
+        name: value
+        for chunk in state.values()
+        if isinstance(chunk, Mapping)
+        for name, value in chunk.items()
+        if str(name).endswith("_extra_state")
+    }
 
 
 def _keep_extra_states(wanted: dict[str, Any], checkpoint: Path) -> None:

@@ -1,0 +1,54 @@
+"""Checkpoints as an attacker would make them: what is unpickled makes a folder."""
+
+import io
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+
+class Poison:
+    """Whoever unpickles it makes a folder, as it could do anything else."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+POISON_TYPE = f"{os.mkdir.__module__}.mkdir"
+
+
+def poison(checkpoint: Path, where: str, marker: Path) -> None:
+    """Put `Poison` into a checkpoint.
+
+    Args:
+        checkpoint: Its folder.
+        where: "index" (.metadata), "common.pt" (of older forms), or a part of an entry's name.
+        marker: What unpickling makes.
+    """
+    if where == "common.pt":
+        torch.save(Poison(marker), checkpoint / "common.pt")
+        return
+    path = checkpoint / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    if where == "index":
+        metadata.planner_data = Poison(marker)
+    else:
+        data = io.BytesIO()
+        torch.save(Poison(marker), data)
+        replace_entry(metadata, checkpoint, where, data.getvalue())
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def replace_entry(metadata: Any, checkpoint: Path, where: str, data: bytes) -> None:
+    """Let an entry lie in a file of its own, with other content."""
+    indices = [index for index in metadata.storage_data if where in index.fqn]
+    assert indices, [index.fqn for index in metadata.storage_data]
+    (checkpoint / "poison.distcp").write_bytes(data)
+    metadata.storage_data[indices[0]] = _StorageInfo("poison.distcp", 0, len(data))
