@@ -20,6 +20,7 @@ from bridge.training.gpt_step import forward_step as gpt_forward_step
 from bridge.training.model_building import parameters_in_sync
 from bridge.training.pretrain import pretrain
 from bridge.training.run_directory import RunDirectory
+from bridge.training.state import GlobalState
 from gpt_models import tiny_gpt
 from ranks import run_ranks
 from training_runs import (
@@ -27,6 +28,7 @@ from training_runs import (
     Killer,
     OwnData,
     OwnModel,
+    Weights,
     gpt_run,
     own_run,
     parameters_of,
@@ -342,3 +344,80 @@ def test_without_the_distributed_optimizer_experts_stay_where_they_were(tmp_path
     assert run_ranks(1, train) == [""]
     for message in run_ranks(2, lambda: train(expert_model_parallel_size=2)):
         assert "model.expert_model_parallel_size that the checkpoint was saved with" in message
+
+
+def surging(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward step whose losses are huge in steps 1, 2 and 4."""
+
+    def forward(state: GlobalState, data_iterator: Any, model: Any) -> Any:
+        output, loss_function = step(state, data_iterator, model)
+        factor = 1e6 if state.train_state.step in (0, 1, 3) else 1.0
+
+        def scaled(out: torch.Tensor) -> Any:
+            total, *rest = loss_function(out)
+            return total * factor, *rest
+
+        return output, scaled
+
+    return forward
+
+
+SKIPPING: dict[str, dict[str, Any]] = {
+    # Each parameter has a bucket of its own, and all of it is on the first rank.
+    "the distributed optimizer": {"bucket_size": 1},
+    "another optimizer": {"use_distributed_optimizer": False, "overlap_param_gather": False},
+    "experts": {},
+    "fp16": {},
+}
+
+
+def skipping_run(directory: Path, kind: str) -> tuple[ConfigContainer, Callable[..., Any]]:
+    """Return a run that skips its steps 1, 2 and 4."""
+    if kind == "experts":
+        sizes = {"num_layers": 1, "num_moe_experts": 2, "moe_router_topk": 2}
+        model = tiny_gpt(**sizes, moe_grouped_gemm=False, expert_model_parallel_size=2)
+        config, step = gpt_run(directory, model), surging(gpt_forward_step)
+    else:
+        config, step = own_run(directory), surging(lambda _, *arguments: token_step(*arguments))
+    if kind == "fp16":
+        config.mixed_precision.precision = "fp16"
+        config.optimizer.initial_loss_scale, config.optimizer.hysteresis = 128.0, 1
+    else:
+        config.optimizer.grad_norm_skip_threshold = 1000.0
+    for name, value in SKIPPING[kind].items():
+        setattr(config.ddp, name, value)
+    config.scheduler.lr_decay_iters, config.scheduler.lr_warmup_fraction = 5, 0.0
+    config.checkpoint.save_at_end = True
+    return config, step
+
+
+@pytest.mark.parametrize("kind", SKIPPING)
+def test_a_run_whose_first_steps_were_skipped_is_saved_and_goes_on_bit_for_bit(
+    tmp_path: Path, kind: str
+) -> None:
+    def train(name: str, until: int, resume: bool) -> tuple[dict[str, torch.Tensor], list[int]]:
+        config, step = skipping_run(tmp_path / name, kind)
+        config.train.train_iters, config.checkpoint.resume = until, resume
+        weights, skipped = Weights(), []
+
+        class Listen:
+            def on_step_end(self, context: Any, result: Any) -> None:
+                if result.skipped:
+                    skipped.append(context.state.train_state.step)
+
+        pretrain(config, step, [weights, Listen()])
+        return weights.parameters, skipped
+
+    def both() -> Any:
+        whole, skipped = train("whole", 5, False)
+        before = train("cut", 2, False)[1]
+        cut, after = train("cut", 5, True)
+        return [name for name in whole if not torch.equal(whole[name], cut[name])], [
+            skipped,
+            before + after,
+        ]
+
+    assert run_ranks(2, both, timeout=120) == [([], [[1, 2, 4], [1, 2, 4]])] * 2
+    rates = [[row["learning_rate"] for row in rows(tmp_path / name)] for name in ("whole", "cut")]
+    assert len(set(rates[0])) == 2
+    assert rates[0] == rates[1]

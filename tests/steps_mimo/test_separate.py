@@ -1,5 +1,6 @@
 """Modules on ranks of their own: the gradients, losses and samples of one process."""
 
+import math
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,10 @@ def test_frozen_modules_stay_and_others_learn_at_their_rates(
         config.scheduler.lr_warmup_fraction = None
         with a_run(config, forward_step) as run:
             before = parameters_of(run.model)
+            # A step whose gradients are too large is skipped on every rank.
+            run.optimizer.config.grad_norm_skip_threshold = 1e-9
+            assert one_step(run).skipped
+            run.optimizer.config.grad_norm_skip_threshold = math.inf
             result = one_step(run)
             with parameters_in_sync(run.model):
                 after = parameters_of(run.model)

@@ -36,7 +36,12 @@ from bridge.training.config import ConfigContainer
 from bridge.training.distributed import Ranks, is_logging_rank, rank, world_size
 from bridge.training.loss_watch import LossWatch
 from bridge.training.model_building import parameters_in_sync, without_ddp
-from bridge.training.optimizer_state import fitted_to, is_shifted, offsets_without_padding
+from bridge.training.optimizer_state import (
+    fitted_to,
+    is_shifted,
+    make_state,
+    offsets_without_padding,
+)
 from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
 from bridge.training.safe_loading import restricted_loading
 from bridge.training.trainable import load_trained, only_trained
@@ -249,6 +254,8 @@ class Checkpointer:
         from megatron.core.dist_checkpointing.mapping import ShardedObject
 
         state = self._model_state()
+        if not is_loading:
+            make_state(self._optimizer)
         with offsets_without_padding(self._optimizer):
             # It finds its parameters in the chunks' dictionaries, of one chunk or of many.
             state["optimizer"] = self._optimizer.sharded_state_dict(

@@ -5,6 +5,7 @@ consumed, so a resumed run continues it exactly. Step k uses the rate of k steps
 warm-up from 0 the first step has rate `scheduler.lr_warmup_init`, as in Megatron-LM.
 """
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -160,21 +161,30 @@ def learning_rate(optimizer: Any, scheduler: Any) -> float:
 def step_optimizer(optimizer: Any) -> "tuple[bool, torch.Tensor | float | None]":
     """Step with the gradients in ``main_grad``; return whether it was done, and their norm.
 
-    After an overflow (fp16) it is not done, on any rank. megatron-core chains one optimizer for
-    the experts to that for the other weights, each with a scaler; the loss is multiplied by the
-    first's scale and gradients are divided by their own. So all of them follow the one that found
-    the overflow, else the experts' gradients would be wrong from then on.
+    After an overflow (fp16), or where the norm is above optimizer.grad_norm_skip_threshold, it is
+    not done, on any rank. megatron-core chains one optimizer for the experts to that for the other
+    weights, each with a scaler; the loss is multiplied by the first's scale and gradients are
+    divided by their own. So all of them follow the one that found the overflow, else the experts'
+    gradients would be wrong from then on.
     """
     succeeded, grad_norm, _ = optimizer.step()
-    if succeeded:
+    # A rank that holds no weights takes its step whatever the norm is.
+    if succeeded and not _is_too_large(grad_norm, optimizer.config.grad_norm_skip_threshold):
         return True, grad_norm
-    scalers = [part.grad_scaler for part in getattr(optimizer, "chained_optimizers", ())]
+    parts = getattr(optimizer, "chained_optimizers", ())
+    # Only fp16 has scalers.
+    scalers = [part.grad_scaler for part in parts if getattr(part, "grad_scaler", None)]
     if len(scalers) > 1:
         # They were equal before the step, and an overflow alone lowers the count.
         found = min((scaler.state_dict() for scaler in scalers), key=_overflows_left)
         for scaler in scalers:
             scaler.load_state_dict(found)
     return False, None
+
+
+def _is_too_large(grad_norm: "torch.Tensor | float | None", threshold: float) -> bool:
+    # Without a threshold nothing waits for the norm.
+    return grad_norm is not None and math.isfinite(threshold) and bool(grad_norm > threshold)
 
 
 def _overflows_left(scaler_state: Mapping[str, Any]) -> int:

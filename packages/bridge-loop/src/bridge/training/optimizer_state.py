@@ -40,6 +40,24 @@ def offsets_without_padding(optimizer: Any) -> Iterator[None]:
             buffer.param_index_map = offsets
 
 
+def make_state(optimizer: Any) -> None:
+    """Make the state of weights that were never updated, as their first update would begin.
+
+    Without it there is nothing to save while every step was skipped, and megatron-core raises.
+
+    Args:
+        optimizer: megatron-core's optimizer, of any kind.
+    """
+    for single in _single_optimizers(optimizer):
+        if single.optimizer is None or single.init_state_fn is None:
+            continue
+        single.init_state_fn(single.optimizer, single.config)
+        if isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            # Those of megatron-core and Transformer Engine count steps by group.
+            for state in single.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+
+
 def is_shifted(optimizer: Any, state: Any) -> bool:
     """Whether a loaded state of the distributed optimizer is that of other weights than the model.
 

@@ -204,7 +204,7 @@ def train(run: "Run") -> StopReason:
                 run.validate()
             if _is_due(counters.step, settings.checkpoint.save_interval):
                 run.save()
-    # Before its first step the optimizer has no state, and the run nothing to save.
+    # Before its first step a run has nothing to save.
     if settings.checkpoint.save_at_end and counters.step:
         run.save()
     return run.stop.cause or "finished"

@@ -3,6 +3,7 @@
 The norm of the gradients is that of all modules, and each is clipped by it.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -70,9 +71,18 @@ class ModulesOptimizer(MimoOptimizer):
 
     @torch.no_grad()
     def step(self) -> tuple[bool, Any, int | None]:
-        """Clip by the norm of all gradients and step; return True, the norm, and zeros if asked."""
+        """Clip by the norm of all gradients and step, unless it is too large.
+
+        Returns:
+            Whether the step was taken (optimizer.grad_norm_skip_threshold), the norm, and the
+            number of zeros if it is asked for.
+        """
         self.prepare_grads()
         norm = self.get_grad_norm()
+        threshold = self.config.grad_norm_skip_threshold
+        # Without a threshold nothing waits for the norm.
+        if math.isfinite(threshold) and norm > threshold:
+            return False, norm, None
         for optimizer in self._active_optimizers:
             parameters: list[torch.Tensor] = list(optimizer.get_parameters())
             if parameters and self.config.clip_grad > 0.0:
