@@ -1,5 +1,4 @@
 import json
-import logging
 import sysconfig
 from pathlib import Path
 
@@ -70,17 +69,19 @@ def test_empty_files_are_an_error_only_when_all_are(tmp_path: Path) -> None:
     assert list(read_documents(find_source(str(tmp_path)).files)) == [b"text"]
 
 
-def test_binary_files_of_a_directory_are_skipped_aloud_and_a_named_one_is_read(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_files_of_a_directory_that_are_not_text_are_skipped_and_named(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "old.txt").write_bytes("Grüße".encode("latin1"))
+    (tmp_path / "raw").write_bytes(b"x" * 10_000_000 + b"\0")
     (tmp_path / "story.txt").write_text("text")
-    with caplog.at_level(logging.WARNING):
-        documents = list(read_documents(find_source(str(tmp_path)).files))
+    skipped: list[str] = []
+    documents = list(read_documents(find_source(str(tmp_path)).files, skipped=skipped))
     assert documents == [b"text"]
-    assert "1 binary files were skipped" in caplog.text
-    named = find_source(str(tmp_path / "image.png"))
-    assert list(read_documents(named.files)) == [b"\x89PNG\0\0"]
+    assert skipped == [
+        f"{tmp_path}/image.png (a PNG image)",
+        f"{tmp_path}/old.txt (not UTF-8)",
+        f"{tmp_path}/raw (binary data)",
+    ]
 
 
 def test_a_large_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:

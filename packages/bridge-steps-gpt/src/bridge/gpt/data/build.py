@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ with quiet_import():
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of every cache key: raise it when documents are cut or encoded differently."""
 _ABANDONED_AFTER_S = 3600.0
 _TOKENS = "tokens"
@@ -36,10 +36,21 @@ _TOKENS = "tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCounts:
-    """What was written."""
+    """What was written, and what was noticed."""
 
     documents: int
     tokens: int
+    skipped: list[str]
+    """Files of directories that are not text, each with what it is."""
+
+    def warnings(self) -> list[str]:
+        """Return a line for each thing that a user should know of."""
+        if not self.skipped:
+            return []
+        shown, more = self.skipped[:3], len(self.skipped) - 3
+        what = "1 file is" if len(self.skipped) == 1 else f"{len(self.skipped)} files are"
+        listed = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+        return [f"{what} not text and skipped: {listed}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +61,8 @@ class CachedTokens:
     """Where they are once the block that made them has ended."""
     readable_prefix: str
     """Where they are inside that block."""
+    counts: TokenCounts
+    """What is in them."""
 
 
 def default_cache_dir() -> Path:
@@ -71,8 +84,16 @@ def write_tokens(
     prefix: str,
     *,
     append_eod: bool = True,
+    skipped: Sequence[str] = (),
 ) -> TokenCounts:
     """Write documents to ``prefix.bin`` and ``prefix.idx`` in megatron-core's format.
+
+    Args:
+        documents: Texts in UTF-8.
+        tokenizer: Makes ids of them.
+        prefix: The files, without their suffixes.
+        append_eod: Whether the end-of-document token follows each document.
+        skipped: The files that `documents` leaves out, once it has been read.
 
     Raises:
         UsageError: There is no document.
@@ -93,7 +114,8 @@ def write_tokens(
     finally:
         builder.data_file.close()
     if not written:
-        raise UsageError("the files hold no text (binary files in directories are skipped)")
+        why = TokenCounts(documents=0, tokens=0, skipped=list(skipped)).warnings()
+        raise UsageError(": ".join(["the files hold no text", *why]) + "; give files of text")
     builder.finalize(f"{prefix}.idx")
     if encode.repaired_documents:
         logger.warning(
@@ -101,7 +123,7 @@ def write_tokens(
             encode.repaired_documents,
             written,
         )
-    return TokenCounts(documents=written, tokens=tokens)
+    return TokenCounts(documents=written, tokens=tokens, skipped=list(skipped))
 
 
 def build_index(
@@ -128,8 +150,14 @@ def build_index(
     if not target.parent.is_dir():
         raise UsageError(f"--output={prefix!r}: create the directory {target.parent} first")
     with _directory_for_parts(target.parent, target.name) as parts:
-        documents = read_documents(files, json_key=json_key)
-        counts = write_tokens(documents, tokenizer, str(parts / _TOKENS), append_eod=append_eod)
+        skipped: list[str] = []
+        counts = write_tokens(
+            read_documents(files, json_key=json_key, skipped=skipped),
+            tokenizer,
+            str(parts / _TOKENS),
+            append_eod=append_eod,
+            skipped=skipped,
+        )
         for half in halves:
             # Unlike a rename, a link fails where another process has written in the meantime.
             os.link(parts / f"{_TOKENS}{half.suffix}", half)
@@ -165,7 +193,11 @@ def cached_tokens(
         readable = directory / _TOKENS
         if not readable.with_suffix(".idx").exists():
             _tokenize_into(readable, files, tokenizer_config, json_key)
-        yield CachedTokens(prefix=str(final / _TOKENS), readable_prefix=str(readable))
+        yield CachedTokens(
+            prefix=str(final / _TOKENS),
+            readable_prefix=str(readable),
+            counts=TokenCounts(**json.loads(readable.with_suffix(".json").read_text())),
+        )
 
 
 def _tokenize_into(
@@ -175,7 +207,10 @@ def _tokenize_into(
     logger.info("tokenizing %d files, %.1f MB", len(files), size / 1e6)
     start = time.monotonic()
     tokenizer = build_tokenizer(tokenizer_config)
-    counts = write_tokens(read_documents(files, json_key=json_key), tokenizer, str(prefix))
+    skipped: list[str] = []
+    documents = read_documents(files, json_key=json_key, skipped=skipped)
+    counts = write_tokens(documents, tokenizer, str(prefix), skipped=skipped)
+    prefix.with_suffix(".json").write_text(json.dumps(asdict(counts)))
     logger.info(
         "tokenized %d documents into %d tokens in %.1f s",
         counts.documents,

@@ -26,7 +26,8 @@ def register(subparsers: "Subparsers") -> None:
         nargs="+",
         metavar="INPUT",
         action=PathOption,
-        help="a text file, a directory, a glob in quotes, or JSON Lines (.jsonl)",
+        help="a text file, a directory, a glob in quotes, or JSON Lines (.jsonl, --json-key); "
+        "also compressed (.gz, .bz2, .xz)",
     )
     build.add_argument(
         "--output", required=True, metavar="PREFIX", action=PathOption, help="never overwritten"
@@ -91,4 +92,5 @@ def run_build(arguments: argparse.Namespace) -> int:
         f"in {time.monotonic() - start:.1f} s\n"
         f"wrote {arguments.output}.bin and {arguments.output}.idx\n"
     )
+    sys.stdout.writelines(f"warning: {line}\n" for line in counts.warnings())
     return 0

@@ -53,8 +53,9 @@ class GPTDatasetConfig:
     """Next-token samples from text, from token files, or of random tokens."""
 
     path: str | list[str] | None = local_path()
-    """A text file, a directory, a glob, JSON Lines (.jsonl), the prefix of a .bin/.idx pair, or a
-    list of them. Text is tokenized once and cached. Goes before standard_library."""
+    """A text file, a directory, a glob, JSON Lines (.jsonl), each also compressed (.gz, .bz2, .xz),
+    the prefix of a .bin/.idx pair, or a list of them. Text is tokenized once and cached. Goes
+    before standard_library."""
     standard_library: bool = False
     """Without a path: the sources of this Python's standard library, real text on any machine."""
     mock: bool = False
@@ -73,7 +74,7 @@ class GPTDatasetConfig:
     test_path: str | list[str] | dict[str, str | list[str]] | None = local_path()
     """As validation_path, for test."""
     json_key: str = "text"
-    """Where a line of JSON Lines holds its text."""
+    """Where a line of JSON Lines holds its text; its other keys are not read."""
     seq_length: int | None = None
     """Tokens of a sample; model.seq_length if None."""
     reset_position_ids: bool = False
@@ -129,7 +130,9 @@ class GPTDatasetConfig:
             return self._build_mock(request)
         if request.config.tokenizer is None:
             raise UsageError("tokenizer: real data needs one; set tokenizer.type")
-        plans, indices_key = index_files.on_first_rank(lambda: self._plan_with_key(request))
+        plans, indices_key, warnings_of_text = index_files.on_first_rank(
+            lambda: self._plan_with_key(request)
+        )
         for plan in plans.values():
             for prefix in plan.prefixes:
                 check_files(prefix)
@@ -147,6 +150,7 @@ class GPTDatasetConfig:
             shuffle=request.train_samples is None,
             fingerprint=self._fingerprint(request, plans["train"]),
             notes=_notes(plans),
+            warnings=warnings_of_text,
         )
 
     def sequence_length(self, config: "ConfigContainer") -> int:
@@ -229,16 +233,20 @@ class GPTDatasetConfig:
             found = {"train": [python_standard_library()], **found}
         return found
 
-    def _plan_with_key(self, request: DataRequest) -> tuple[dict[str, SplitPlan], str]:
-        """Tokenize what is not cached, plan the splits and name their indices. Runs on rank 0."""
-        plans = self._plan(request)
-        return plans, self._indices_key(request, plans)
+    def _plan_with_key(self, request: DataRequest) -> tuple[dict[str, SplitPlan], str, list[str]]:
+        """Tokenize what is not cached, plan the splits and name their indices. Runs on rank 0.
 
-    def _plan(self, request: DataRequest) -> dict[str, SplitPlan]:
+        The third is what the start-up lines warn of.
+        """
+        noticed: list[str] = []
+        plans = self._plan(request, noticed)
+        return plans, self._indices_key(request, plans), noticed
+
+    def _plan(self, request: DataRequest, noticed: list[str]) -> dict[str, SplitPlan]:
         found = self._find_all()
         with ExitStack() as stack:
             corpora = {
-                name: self._corpora(name, sources, request.config, stack)
+                name: self._corpora(name, sources, request.config, stack, noticed)
                 for name, sources in found.items()
             }
             # Too little data ends the block with an error, and then enters no cache.
@@ -277,9 +285,17 @@ class GPTDatasetConfig:
         return plans
 
     def _corpora(
-        self, name: str, sources: Sequence[Source], config: "ConfigContainer", stack: ExitStack
+        self,
+        name: str,
+        sources: Sequence[Source],
+        config: "ConfigContainer",
+        stack: ExitStack,
+        noticed: list[str],
     ) -> list[Corpus]:
-        """One corpus for each weight; without weights one for all text and one for each pair."""
+        """One corpus for each weight; without weights one for all text and one for each pair.
+
+        `noticed` takes what the start-up lines are to warn of.
+        """
         assert config.tokenizer is not None
         if name != "train" or self.weights is None:
             prefixes = [prefix for source in sources for prefix in source.prefixes]
@@ -315,6 +331,7 @@ class GPTDatasetConfig:
                     json_key=self.json_key,
                 )
             )
+            noticed += [f"warning: {name} data: {line}" for line in cached.counts.warnings()]
             corpora.append(read_corpus(cached.readable_prefix, name=cached.prefix))
         return corpora
 

@@ -6,7 +6,6 @@ to become many. Everything is sorted: the same files give the same documents in 
 
 import glob
 import json
-import logging
 import mmap
 import os
 import re
@@ -14,10 +13,19 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from bridge.gpt.data.text_files import (
+    HOLDS_ROWS,
+    beginning_not_text,
+    conversion_of_folder,
+    mapped_text,
+    not_text,
+    open_text,
+    reject_what_is_not_text,
+    text_suffix,
+)
 from bridge.training.usage_error import UsageError
-
-logger = logging.getLogger(__name__)
 
 LARGEST_TARGET_BYTES = 16 * 1024
 """Size that the documents of a large corpus are cut to."""
@@ -27,8 +35,10 @@ DOCUMENTS_WANTED = 200
 """A small corpus is cut finer to reach this many, so that a split of one percent is not empty."""
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
-_BINARY_PROBE_BYTES = 8 * 1024
 _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+# Their first bytes are looked at in directories too, before the run starts.
+_SUFFIXES_OF_ROWS = (".parquet", ".arrow", ".feather", ".orc", ".avro", ".zst")
+_LONGEST_FIRST_LINE = 1 << 24
 # Test suites are left out because some distributions package them apart: without them every
 # machine with the same Python has the same text.
 _NOT_STANDARD_LIBRARY = frozenset(
@@ -44,12 +54,21 @@ class TextFile:
     size: int
     modified_ns: int
     chosen: bool = False
-    """Named by the user, not found in a directory or by a glob: read even if it looks binary."""
+    """Named by the user, not found in a directory or by a glob: it must be text."""
 
-    @property
-    def is_json_lines(self) -> bool:
-        """Whether each line is a JSON object that holds one document."""
-        return self.path.suffix.lower() in _JSON_LINES_SUFFIXES
+    def is_json_lines(self, key: str) -> bool:
+        """Whether each line is a JSON object that holds one document under `key`.
+
+        A .json file has one document a line too often to be taken for text by its name: one that
+        the user named, or whose first line has a text under the key, is JSON Lines.
+        """
+        suffix = text_suffix(self.path)
+        if suffix in _JSON_LINES_SUFFIXES:
+            return True
+        if suffix != ".json":
+            return False
+        first = _first_object(self.path)
+        return self.chosen or (first is not None and isinstance(first.get(key), str))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +83,16 @@ class Source:
 
 
 def find_source(entry: str, *, field: str = "dataset.path") -> Source:
-    """Find the files that an entry stands for; reads no contents.
+    """Find the files that an entry stands for; reads no more of them than their beginnings.
 
     Args:
         entry: A text file, a directory (searched through, without hidden files), a glob, a JSON
-            Lines file (.jsonl), or the prefix of a .bin/.idx pair. A directory or glob that holds
-            such pairs stands for them alone.
+            Lines file (.jsonl), each also compressed with gzip, bzip2 or xz, or the prefix of a
+            .bin/.idx pair. A directory or glob that holds such pairs stands for them alone.
         field: What the user calls the entry, for error messages.
 
     Raises:
-        UsageError: Nothing is there, or all of it is empty.
+        UsageError: Nothing is there, all of it is empty, or a file that is named is not text.
     """
     path = Path(entry).expanduser()
     if not entry.strip():
@@ -85,10 +104,15 @@ def find_source(entry: str, *, field: str = "dataset.path") -> Source:
     if path.suffix in (".bin", ".idx"):
         return Source(entry=entry, prefixes=(_prefix_of_half(path, field),))
     if path.is_file():
+        reject_what_is_not_text(path, f"{field}={entry!r}")
+        _reject_json_document(path, f"{field}={entry!r}")
         return _source_of_files(entry, [_text_file(path, chosen=True)], field)
     if glob.has_magic(entry):
         found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
         return _source_of_many(entry, [p for p in found if p.is_file()], field)
+    for half in (Path(f"{path}.bin"), Path(f"{path}.idx")):
+        if half.is_file():
+            _prefix_of_half(half, field)
     raise UsageError(
         f"{field}={entry!r}: there is no such file, directory or .bin/.idx pair (looked for "
         f"{_absolute(path)}); give a text file, a directory, a glob, a .jsonl file, or the prefix "
@@ -113,28 +137,38 @@ def python_standard_library() -> Source:
     return _source_of_files(str(root), files, "dataset.standard_library: " + str(root))
 
 
-def read_documents(files: Sequence[TextFile], *, json_key: str = "text") -> Iterator[bytes]:
+def read_documents(
+    files: Sequence[TextFile], *, json_key: str = "text", skipped: list[str] | None = None
+) -> Iterator[bytes]:
     """Read the files one after the other and yield their documents; none is empty.
 
     A file is a document; a large one is cut at blank lines, else at line ends, else anywhere
     between two UTF-8 characters. A line of JSON Lines is a document and is not cut.
 
+    Args:
+        files: What `find_source` found.
+        json_key: Where a line of JSON Lines holds its text; its other keys are not read.
+        skipped: Takes the paths of files in directories that are not text, with what they are.
+
     Raises:
-        UsageError: A line of JSON Lines is not an object with text under `json_key`.
+        UsageError: A file that is named is not text, or one in a directory holds rows in a form
+            that is not read; or a line of JSON Lines is not an object with text under `json_key`.
     """
-    target = target_bytes(sum(file.size for file in files if not file.is_json_lines))
-    skipped = []
-    for file in files:
-        if file.size == 0:
-            continue
-        if file.is_json_lines:
+    files = [file for file in files if file.size > 0]
+    of_lines = [file.is_json_lines(json_key) for file in files]
+    plain = [file.size for file, has_lines in zip(files, of_lines, strict=True) if not has_lines]
+    target = target_bytes(sum(plain))
+    for file, has_lines in zip(files, of_lines, strict=True):
+        # What json.loads takes is text.
+        if found := (beginning_not_text if has_lines else not_text)(file.path):
+            if file.chosen or found.kind in HOLDS_ROWS:
+                raise UsageError(found.problem(str(file.path)))
+            if skipped is not None:
+                skipped.append(f"{file.path} ({found.what()})")
+        elif has_lines:
             yield from _read_json_lines(file.path, json_key)
-        elif not file.chosen and _looks_binary(file.path):
-            skipped.append(file.path)
         else:
             yield from _read_text(file.path, target)
-    if skipped:
-        logger.warning("%d binary files were skipped, the first is %s", len(skipped), skipped[0])
 
 
 def count_documents(files: Sequence[TextFile]) -> list[int]:
@@ -177,13 +211,12 @@ def _cut_position(text: bytes | mmap.mmap, start: int, target: int) -> int:
 
 
 def _read_text(path: Path, target: int) -> Iterator[bytes]:
-    with path.open("rb") as stream:
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            yield from cut(text, target)
+    with mapped_text(path) as text:
+        yield from cut(text, target)
 
 
 def _read_json_lines(path: Path, key: str) -> Iterator[bytes]:
-    with path.open("rb") as stream:
+    with open_text(path) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
@@ -203,15 +236,41 @@ def _read_json_lines(path: Path, key: str) -> Iterator[bytes]:
                 yield text.encode("utf-8", errors="replace")
 
 
-def _looks_binary(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return b"\0" in stream.read(_BINARY_PROBE_BYTES)
+def _first_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object that the first line of a file is, None if it is none."""
+    with open_text(path) as stream:
+        try:
+            first = json.loads(stream.readline(_LONGEST_FIRST_LINE))
+        except ValueError:
+            return None
+    return first if isinstance(first, dict) else None
+
+
+def _reject_json_document(path: Path, name: str) -> None:
+    """Reject a .json file that holds one document of JSON, not a row a line."""
+    if text_suffix(path) == ".json" and path.stat().st_size and _first_object(path) is None:
+        raise UsageError(
+            f"{name}: is JSON and not JSON Lines; write a row a line, as with: jq -c '.[]' {path} "
+            f"> {path.stem}.jsonl (or call it .txt to train on it as it stands)"
+        )
 
 
 def _source_of_many(entry: str, paths: Sequence[Path], field: str) -> Source:
     """Take token files alone where there are any: what lies beside them is seldom text."""
+    for folder in sorted({path.parent for path in paths}):
+        if conversion := conversion_of_folder(folder):
+            raise UsageError(
+                f"{field}={entry!r}: {folder} is a dataset of Hugging Face's save_to_disk, not "
+                f"text; {conversion}"
+            )
+    for path in paths:
+        if path.suffix in _SUFFIXES_OF_ROWS:
+            reject_what_is_not_text(path, f"{field}={entry!r}: {path}")
     pairs = [path for path in paths if path.suffix == ".bin" and path.with_suffix(".idx").is_file()]
     if pairs:
+        for path in paths:
+            if path.suffix in (".bin", ".idx"):
+                _prefix_of_half(path, field)
         prefixes = tuple(_absolute(path.with_suffix("")) for path in pairs)
         return Source(entry=entry, prefixes=prefixes)
     return _source_of_files(entry, [_text_file(path) for path in paths], field)

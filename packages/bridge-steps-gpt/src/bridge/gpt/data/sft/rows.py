@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from bridge.gpt.data.text_files import open_text, reject_what_is_not_text
+from bridge.training.file_kinds import HEAD_BYTES
 from bridge.training.spelling import did_you_mean
 from bridge.training.usage_error import UsageError
 
@@ -106,7 +108,8 @@ class StoredRows:
 def find_rows(path: str, field: str, keys: RowKeys) -> dict[str, StoredRows]:
     """Find the rows that a user's path means, by the split that they are for.
 
-    A file is for training. A directory has files by the names of `JSON_LINES`, or is a Hugging
+    A file is for training: JSON Lines or a JSON list of rows, also compressed with gzip, bzip2 or
+    xz. A directory has files by the names of `JSON_LINES`, or is a Hugging
     Face dataset as its ``save_to_disk`` writes it, of several splits or of one, for training.
 
     Args:
@@ -121,6 +124,7 @@ def find_rows(path: str, field: str, keys: RowKeys) -> dict[str, StoredRows]:
     if place.is_file():
         if place.stat().st_size == 0:
             raise UsageError(f"{field}={path!r}: the file is empty; give one with a row a line")
+        reject_what_is_not_text(place, f"{field}={path!r}")
         return {"train": StoredRows(kind="json lines", path=place, keys=keys)}
     if not place.is_dir():
         raise UsageError(
@@ -138,6 +142,8 @@ def find_rows(path: str, field: str, keys: RowKeys) -> dict[str, StoredRows]:
     }
     if not found:
         present = sorted(entry.name for entry in place.iterdir())
+        for entry in sorted(place.glob("*.parquet")):
+            reject_what_is_not_text(entry, f"{field}={path!r}: {entry.name}")
         raise UsageError(
             f"{field}={path!r}: neither {', '.join(JSON_LINES.values())} nor a Hugging Face "
             f"dataset is in this directory (there is {', '.join(present[:8]) or 'nothing'}); give "
@@ -179,7 +185,13 @@ def refuse_missing_library(source: StoredRows, field: str) -> None:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open("rb") as stream:
+    """Yield the rows of a file, a line each or items of one list, each with its place."""
+    with open_text(path) as stream:
+        beginning = stream.read(HEAD_BYTES).lstrip()
+    if beginning.startswith(b"["):
+        yield from _json_list(path)
+        return
+    with open_text(path) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
@@ -196,6 +208,23 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     "a line"
                 )
             yield place, record
+
+
+def _json_list(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with open_text(path) as stream:
+        try:
+            records = json.load(stream)
+        except ValueError as error:
+            raise UsageError(
+                f"{path}: not a list of rows in JSON ({error}); write one, or an object a line"
+            ) from None
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise UsageError(
+                f"{path}, item {number}: expected an object with keys, got {_shown(record)}; write "
+                "a list of objects"
+            )
+        yield f"{path}, item {number}", record
 
 
 def _reason(error: ValueError) -> str:
