@@ -34,6 +34,7 @@ def checkpoint(folder: Path, text: str | None) -> None:
         ("finetune sine", "--from: fine-tuning needs weights to start from"),
         ("finetune sine --from nowhere", "--from: 'nowhere' does not exist"),
         ("finetune sine --from .", "--from: '.' holds no checkpoint"),
+        ("finetune sine --from /etc/passwd", "/etc/passwd' is a file; give the directory"),
         ("finetune sine --from . --run-dir R --resume", "leave --from away"),
         ("finetune sine --resume --run-dir nowhere", "'nowhere' holds no run"),
         ("pretrain sine --from .", "unrecognized arguments: --from"),

@@ -56,6 +56,9 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(
 def test_a_configuration_file_that_is_no_mapping_is_refused(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (work / "bad.yaml").write_bytes(b"\x1f\x8b\x08")
+    assert bridge("pretrain", "sine", "--config", "bad.yaml") == 2
+    assert capsys.readouterr().err.startswith("bridge: --config='bad.yaml': is a gzip file; give")
     for text in ("- a\n- list\n", "just words", "train: 5", "train: {train_iters: [}"):
         (work / "bad.yaml").write_text(text)
         assert bridge("pretrain", "sine", "--config", "bad.yaml", "--dry-run") == 2

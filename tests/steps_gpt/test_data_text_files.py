@@ -79,6 +79,11 @@ KINDS: list[tuple[str, Callable[[Path], object], str]] = [
     ("tokens.idx.copy", write_index, "half of a .bin/.idx pair"),
     ("data.zst", holding(b"\x28\xb5\x2f\xfd\x04\0abc"), "is a zstd file.*zstd -d"),
     ("a.pdf", holding(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj"), "is a PDF document"),
+    (
+        "a.txt",
+        holding(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
+        "is Git LFS's pointer to a file.*git lfs pull --include",
+    ),
     ("a.png", holding(b"\x89PNG\r\n\x1a\n\0"), "is a PNG image"),
     ("a.jpg", holding(b"\xff\xd8\xff\xe0\0\x10JFIF"), "is a JPEG image"),
     ("utf16.txt", holding("text".encode("utf-16")), "is text in UTF-16.*iconv -f UTF-16"),

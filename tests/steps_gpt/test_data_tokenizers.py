@@ -1,6 +1,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,28 @@ def test_a_missing_model_is_an_error_that_names_the_path(kind: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("kind", "content", "complaint"),
+    [
+        (
+            "huggingface",
+            b"\x1f\x8b\x08",
+            "is a gzip file, and tokenizer.type=huggingface reads JSON",
+        ),
+        ("tiktoken", b"\n\x0e\n\0<unk>", "is binary data, and tokenizer.type=tiktoken reads JSON"),
+        ("sentencepiece", b"{}", "is text, and .* reads a sentencepiece model; set the type"),
+        ("sentencepiece", b"PK\x03\x04\0", "is a zip archive .*reads a sentencepiece model"),
+    ],
+)
+def test_a_file_of_another_kind_is_rejected_by_what_it_is(
+    kind: Any, content: bytes, complaint: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(content)
+    with pytest.raises(ValueError, match=f"tokenizer.model='.*': {complaint}"):
+        identity(TokenizerConfig(type=kind, model=str(model)))
+
+
+@pytest.mark.parametrize(
     ("kind", "module"),
     [
         ("huggingface", "transformers"),
@@ -64,7 +87,7 @@ def test_a_missing_library_is_an_error_with_the_line_that_installs_it(
     if importlib.util.find_spec(module) is not None:
         pytest.skip(f"{module} is installed")
     model = tmp_path / "tokenizer.model"
-    model.write_text("[]")
+    model.write_bytes(b"\n\0" if kind == "sentencepiece" else b"[]")
     with pytest.raises(ValueError, match=f"pip install {module}"):
         build_tokenizer(TokenizerConfig(type=kind, model=str(model)))  # type: ignore[arg-type]
 
@@ -145,11 +168,11 @@ def _write_hugging_face(directory: Path, *, eos: str | None) -> None:
 
 def test_the_identity_follows_the_tokenizers_files(tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.model"
-    model.write_text("one")
+    model.write_bytes(b"\n\0one")
     config = TokenizerConfig(type="sentencepiece", model=str(model))
     before = identity(config)
     assert identity(config) == before
-    model.write_text("another")
+    model.write_bytes(b"\n\0another")
     assert identity(config) != before
 
 

@@ -104,6 +104,7 @@ def test_a_path_without_rows_is_refused_with_what_is_there(
         find_rows(str(make(tmp_path)), "dataset.path", KEYS)
 
 
+@pytest.mark.xdist_group("datasets")
 def test_a_hugging_face_dataset_on_disk_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [{**chat("user: u", f"assistant: a{n}"), "prompt": None} for n in range(3)]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.training.file_kinds import head_of, kind_of
 from bridge.training.installed import RECIPES
 from bridge.training.local_paths import PathOption
 from bridge.training.usage_error import UsageError
@@ -57,8 +58,11 @@ def read_documents(paths: Sequence[str]) -> "list[YamlText]":
     for path in paths:
         try:
             texts.append(YamlText(text=Path(path).read_text(), source=path))
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise UsageError(f"--config: cannot read {path!r} ({error}); check the path") from error
+        except UnicodeDecodeError as error:
+            what = kind_of(head_of(Path(path))) or f"not text ({error})"
+            raise UsageError(f"--config={path!r}: is {what}; give a file of YAML") from error
     return texts
 
 

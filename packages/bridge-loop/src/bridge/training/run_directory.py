@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridge.training.file_kinds import head_of, kind_of
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -189,6 +190,11 @@ def find_checkpoint(path: str | Path, field: str) -> Path:
     place = Path(path)
     if not place.exists():
         raise UsageError(f"{field}: {str(path)!r} does not exist; give a run or a checkpoint")
+    if place.is_file():
+        what = kind_of(head_of(place)) or "a file"
+        raise UsageError(
+            f"{field}: {str(path)!r} is {what}; give the directory of a run or of a checkpoint"
+        )
     if (place / ".metadata").exists():
         return place
     latest = RunDirectory(place).latest()

@@ -19,7 +19,7 @@ class FileKind(StrEnum):
     XZ = "an xz file"
     ZSTD = "a zstd file"
     LZ4 = "an lz4 file"
-    ZIP = "a zip archive, as .npz, .docx and torch's .pt are"
+    ZIP = "a zip archive (.zip, .npz, .pt, .docx)"
     SEVEN_ZIP = "a 7z archive"
     TAR = "a tar archive"
     PARQUET = "a Parquet file"
@@ -47,6 +47,7 @@ class FileKind(StrEnum):
     BYTECODE = "compiled Python"
     UTF_32 = "text in UTF-32"
     UTF_16 = "text in UTF-16"
+    LFS_POINTER = "Git LFS's pointer to a file"
 
 
 _MAGIC: tuple[tuple[int, bytes, FileKind], ...] = (
@@ -111,7 +112,9 @@ def head_of(path: Path) -> bytes:
 
 
 def kind_of(head: bytes) -> FileKind | None:
-    """Return what a file is that begins with `head`; None if that is text, or unknown bytes."""
+    """Return what a file is that begins with `head`; None for text and for unknown bytes."""
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return FileKind.LFS_POINTER
     if is_text(head):
         return None
     # Eight bytes that tell the length of a header in JSON.

@@ -135,7 +135,7 @@ def beginning_not_text(path: Path) -> NotText | None:
             head = stream.read(HEAD_BYTES)
     else:
         packed = None
-    if is_text(head):
+    if is_text(head) and kind_of(head) is None:
         return None
     with open_text(path) as stream:
         wrong = first_wrong_byte(stream)
@@ -146,10 +146,10 @@ def not_text(path: Path) -> NotText | None:
     """Return why a file is not text, None if all of it is."""
     with open_text(path) as stream:
         wrong = first_wrong_byte(stream)
-    if wrong is None:
-        return None
     if found := beginning_not_text(path):
         return found
+    if wrong is None:
+        return None
     return NotText(path=path, kind=None, packed=None, wrong=wrong)
 
 
@@ -195,10 +195,11 @@ def _remedy(kind: FileKind, path: str) -> str:
                 FileKind.ZIP: f"unzip {path}",
                 FileKind.SEVEN_ZIP: f"7z x {path}",
                 FileKind.TAR: f"tar -xf {path}",
+                FileKind.LFS_POINTER: f"git lfs pull --include {path}",
                 FileKind.UTF_16: f"iconv -f UTF-16 -t UTF-8 {path} > {Path(path).stem}-utf8.txt",
                 FileKind.UTF_32: f"iconv -f UTF-32 -t UTF-8 {path} > {Path(path).stem}-utf8.txt",
             }
             if kind in unpack:
-                return f"convert it and give what comes of it: {unpack[kind]}"
+                return f"give what comes of it: {unpack[kind]}"
             return "give text, or JSON Lines with a text a line"
     return f'convert it and give {lines}: python -c "{code}" (with pandas and pyarrow)'

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.training.config import TokenizerConfig
+from bridge.training.file_kinds import head_of, is_text, kind_of
 from bridge.training.megatron_import import quiet_import
 from bridge.training.usage_error import UsageError
 
@@ -265,7 +266,23 @@ def _existing_model(config: TokenizerConfig) -> str:
             f"tokenizer.model={config.model!r}: there is no such {what} ({path}); it is not "
             "downloaded for you, fetch it first"
         )
+    if os.path.isfile(path):
+        _reject_other_files(config, Path(path))
     return path
+
+
+def _reject_other_files(config: TokenizerConfig, path: Path) -> None:
+    """Reject a file that is no tokenizer of the type, as its first bytes tell."""
+    head = head_of(path)
+    kind = kind_of(head)
+    wanted = "a sentencepiece model" if config.type == "sentencepiece" else "JSON"
+    if kind is None and is_text(head) == (config.type != "sentencepiece"):
+        return
+    what = kind or ("text" if is_text(head) else "binary data")
+    raise UsageError(
+        f"tokenizer.model={config.model!r}: is {what}, and tokenizer.type={config.type} reads "
+        f"{wanted}; set the type that goes with the file, or give another"
+    )
 
 
 def _tiktoken_vocab_size(model: str) -> int:
