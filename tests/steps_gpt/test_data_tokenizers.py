@@ -14,6 +14,7 @@ from bridge.gpt.data.tokenizers import (
     vocab_size,
 )
 from bridge.training.config import TokenizerConfig
+from bridge.training.usage_error import UsageError
 
 
 def test_the_byte_tokenizer_returns_exactly_what_went_in() -> None:
@@ -164,6 +165,28 @@ def _write_hugging_face(directory: Path, *, eos: str | None) -> None:
         settings["eos_token"] = eos
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.xdist_group("transformers")
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_a_tokenizer_of_code_is_rejected_without_advice_that_has_no_setting(
+    tmp_path: Path, file: str
+) -> None:
+    pytest.importorskip("transformers")
+    code = {"auto_map": {"AutoTokenizer": ["own.Own", None], "AutoConfig": "own.OwnConfig"}}
+    (tmp_path / file).write_text(json.dumps(code))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    config = TokenizerConfig(type="huggingface", model=str(tmp_path))
+    with pytest.raises(UsageError, match=rf"is Python code .* \(auto_map in .*/{file}\)") as error:
+        build_tokenizer(config)
+    assert "trust" not in str(error.value)
+    assert not (tmp_path / "marker").exists()
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(
+        UsageError, match="tokenizer.model=.*: transformers cannot load it"
+    ) as error:
+        build_tokenizer(config)
+    assert "\n" not in str(error.value)
 
 
 def test_the_identity_follows_the_tokenizers_files(tmp_path: Path) -> None:

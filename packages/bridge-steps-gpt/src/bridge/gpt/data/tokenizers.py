@@ -1,5 +1,6 @@
 """megatron-core's tokenizers by name, and one for plain bytes."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -133,7 +134,12 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     options: dict[str, Any] = {}
     if config.type == "tiktoken":
         options["vocab_size"] = config.vocab_size or _tiktoken_vocab_size(model)
-    tokenizer = _from_megatron(library, tokenizer_path=model, **options)
+    try:
+        tokenizer = _from_megatron(library, tokenizer_path=model, **options)
+    except ValueError as error:
+        if config.type != "huggingface":
+            raise
+        raise UsageError(_cannot_be_loaded(config, Path(model), error)) from error
     if _end_of_document(tokenizer) is None:
         raise UsageError(
             f"tokenizer.model={config.model!r} has no end-of-sequence token, which marks the end "
@@ -233,6 +239,26 @@ def _from_megatron(library: str, **options: Any) -> Tokenizer:
     )
     found: Tokenizer = tokenizer
     return found
+
+
+def _cannot_be_loaded(config: TokenizerConfig, model: Path, error: ValueError) -> str:
+    """Say why transformers did not load a tokenizer; its own words advise what has no setting."""
+    named = f"tokenizer.model={config.model!r}"
+    for file in (model / "tokenizer_config.json", model / "config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if "auto_map" in json.loads(file.read_text()):
+                return (
+                    f"{named}: its tokenizer is Python code of the folder (auto_map in {file}), "
+                    "which is not run; give a tokenizer that transformers knows, such as a "
+                    "tokenizer.json of its own in a folder without that code"
+                )
+    # megatron-core raises its error while it handles that of transformers.
+    cause = error.__context__ or error
+    reason = next(iter(str(cause).splitlines()), "")
+    return (
+        f"{named}: transformers cannot load it ({type(cause).__name__}: {reason}); give a folder "
+        "with tokenizer.json and tokenizer_config.json"
+    )
 
 
 def _end_of_document(tokenizer: Tokenizer) -> int | None:
