@@ -14,7 +14,9 @@ if __name__ == "__main__":
     launcher, command, name, path = sys.argv[1:]
     # Imported after the environment is as the launcher made it.
     from bridge.training.config import ConfigContainer
+    from bridge.training.config.importable import files_of_this_program
 
     parent = Launcher(int(launcher), Path(path).parent)
-    config = ConfigContainer.from_yaml(Path(path).read_text())
+    with files_of_this_program():
+        config = ConfigContainer.from_yaml(Path(path).read_text())
     sys.exit(train_as_rank(parent, cast("Command", command), find_recipe(name), config))

@@ -17,6 +17,7 @@ from bridge.training.config.derived import (
     note_derived_values,
 )
 from bridge.training.config.errors import ConfigError, ConversionError, FieldProblems
+from bridge.training.config.importable import names_of_a_file
 from bridge.training.config.methods import METHOD
 from bridge.training.config.plain import to_plain
 from bridge.training.config.sections import (
@@ -129,14 +130,18 @@ class ConfigContainer:
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
         """Build the configuration that `to_dict` wrote.
 
-        Sections that are Protocols (model, dataset) name their class in ``_target_``.
+        Sections that are Protocols (model, dataset) name their class in ``_target_``: one of torch,
+        megatron-core, bridge or a package with entry points of bridge, or of a module of the
+        program's own that is imported already.
 
         Raises:
-            ConfigError: With every unknown key, wrong type and missing value.
+            ConfigError: With every unknown key, wrong type and missing value, and every name that
+                is not imported for a file.
         """
         try:
             sections = {key: value for key, value in plain.items() if key != DERIVED}
-            config: Self = build_dataclass(cls, sections, "")
+            with names_of_a_file():
+                config: Self = build_dataclass(cls, sections, "")
         except FieldProblems as error:
             raise ConfigError(error.lines) from error
         listed, problems = listed_as_derived(plain)

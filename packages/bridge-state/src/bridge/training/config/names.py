@@ -11,6 +11,7 @@ from megatron.core.activations import fast_gelu, squared_relu
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
 from bridge.training.config.errors import ConversionError
+from bridge.training.config.importable import check_found, check_name
 from bridge.training.spelling import did_you_mean
 
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
@@ -84,8 +85,16 @@ def import_by_name(name: str) -> Any:
     """Import 'package.module.Name', or a name nested in a class.
 
     Raises:
-        ConversionError: There is no such module or no such name in it.
+        ConversionError: There is no such module or no such name in it, or a file names what it may
+            not.
     """
+    check_name(name)
+    found = _import(name)
+    check_found(name, found)
+    return found
+
+
+def _import(name: str) -> Any:
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:length])
@@ -122,7 +131,7 @@ def name_of(thing: Any) -> str:
         raise no_name
     name = f"{module}.{qualified_name}"
     try:
-        found = import_by_name(name)
+        found = _import(name)
     except ConversionError:
         raise no_name from None
     if found is not thing:

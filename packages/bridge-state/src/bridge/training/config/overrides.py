@@ -1,7 +1,8 @@
 """What YAML files and the command line change in a configuration."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from bridge.training.config.fields import (
     is_runtime_hook,
     join,
 )
+from bridge.training.config.importable import names_of_a_file
 from bridge.training.config.methods import (
     METHOD,
     changed_method,
@@ -129,13 +131,21 @@ class _Merge:
                 source = str(document)
             elif isinstance(document, YamlText):
                 source = document.source
-            self._document(document)
+            with names_of_a_file(lambda: self._names_given(overrides)):
+                self._document(document)
             self.problems[before:] = [f"{p} ({source})" for p in self.problems[before:]]
         # The fields that there are depend on the method, wherever it is named.
         for override in sorted(overrides, key=lambda text: not _chooses_method(text)):
             self._override(override)
 
     # --- YAML documents
+
+    def _names_given(self, overrides: Sequence[str]) -> set[str]:
+        """Return what the command line and the recipe name, so that a document may name it too."""
+        given = {text.partition("=")[2].strip() for text in overrides}
+        with contextlib.suppress(ConfigError):  # A recipe may hold what has no name.
+            given.update(_texts_in(self.config.to_dict()))
+        return given
 
     def _document(self, document: YamlDocument) -> None:
         try:
@@ -373,6 +383,14 @@ class _Merge:
 
 def _chooses_method(override: str) -> bool:
     return override.partition("=")[0].strip() == _METHOD_PATH
+
+
+def _texts_in(plain: Any) -> Iterator[str]:
+    if isinstance(plain, str):
+        yield plain
+    elif isinstance(plain, Mapping):
+        for value in plain.values():
+            yield from _texts_in(value)
 
 
 def _has_parts(value: Any, annotation: Any) -> bool:
