@@ -3,17 +3,24 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from bridge.training.config import TrainConfig, ValidationConfig
-from bridge.training.loss_reduction import MetricReducer
+from bridge.training.loss_reduction import (
+    MetricReducer,
+    local,
+    maximum,
+    mean,
+    token_mean,
+    total,
+)
 from evaluation_runs import FIRST, NamedData, error_of, evaluated, tokens_of
 from ranks import run_ranks
-from training_runs import OwnData, a_run, mean_step, one_step, own_run, token_step
+from training_runs import OwnData, Samples, a_run, mean_step, one_step, own_run, token_step
 
 WIKI = FIRST["wiki"]
 
@@ -23,17 +30,21 @@ def batches(*, micro: int, batch: int) -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micro", "batch"), [(1, 1, 8), (1, 4, 8), (1, 2, 24), (2, 1, 4), (2, 4, 24)]
+    ("world_size", "micro", "batch", "samples"),
+    [(1, 4, 8, 24), (1, 25, 100, 156), (2, 25, 100, 156), (3, 4, 24, 25), (3, 4, 24, 1)],
 )
-def test_the_value_depends_on_neither_batch_size_nor_ranks(
-    tmp_path: Path, world_size: int, micro: int, batch: int
+def test_every_sample_of_the_set_counts_once_for_any_batch_size_and_number_of_ranks(
+    tmp_path: Path, world_size: int, micro: int, batch: int, samples: int
 ) -> None:
     def body() -> list[Any]:
-        config = own_run(tmp_path / "run", dataset=OwnData(validation=24))
-        config.train = batches(micro=micro, batch=batch)
+        config = own_run(
+            tmp_path / "run",
+            dataset=OwnData(train=batch, validation=samples),
+            train=batches(micro=micro, batch=batch),
+        )
         with a_run(config, token_step) as run:
             result = evaluated(run)
-            assert run.state.train_state.consumed_validation_samples == 24
+            assert run.state.train_state.consumed_validation_samples == samples
             return [
                 result.metrics["error"],
                 result.tokens,
@@ -41,9 +52,107 @@ def test_the_value_depends_on_neither_batch_size_nor_ranks(
             ]
 
     for error, tokens, counts in run_ranks(world_size, body, timeout=120):
-        assert error == pytest.approx(error_of(7, WIKI, 24), rel=1e-6)
-        assert tokens == tokens_of(WIKI, 24)
-        assert counts == (24, 24, True, [])
+        assert error == pytest.approx(error_of(7, WIKI, samples), rel=1e-6)
+        assert tokens == tokens_of(WIKI, samples)
+        assert counts == (samples, samples, True, [])
+
+
+def metrics_step(data_iterator: Iterator[Any], model: Any) -> Any:
+    """Pattern 1 with a metric of every kind, of the samples of a microbatch."""
+    x = next(data_iterator)["x"]
+    of_sample = model(x).mean(dim=1)
+
+    def loss_function(output: torch.Tensor) -> Any:
+        metrics = {
+            "mean": mean(output.mean()),
+            "tokens": token_mean(output.sum(), 3 * len(output)),
+            "total": total(output.sum()),
+            "maximum": maximum(output.max()),
+            "local": local(output.mean()),
+        }
+        if dist.get_rank() == 1:
+            metrics["rank 1"] = mean(output.mean())
+        return output.mean(), metrics
+
+    return of_sample, loss_function
+
+
+@pytest.mark.parametrize("normalization", ["token", "microbatch"])
+def test_every_kind_of_metric_is_that_of_the_samples(
+    tmp_path: Path, normalization: Literal["token", "microbatch"]
+) -> None:
+    """Two ranks: a batch, a microbatch of 2 samples on each, and one sample on one of them."""
+
+    def body() -> Any:
+        config = own_run(tmp_path / "run", dataset=OwnData(validation=17))
+        config.train = batches(micro=3, batch=12)
+        config.train.loss_normalization = normalization
+        with a_run(config, metrics_step) as run:
+            with torch.no_grad():
+                inputs = [Samples(1, WIKI + index)[0]["x"][None] for index in range(17)]
+                outputs = [float(run.model[0](x).mean()) for x in inputs]
+            return outputs, evaluated(run).metrics
+
+    ((outputs, first), (_, second)) = run_ranks(2, body, timeout=120)
+    whole, part = torch.tensor(outputs, dtype=torch.float64)[:12], outputs[12:]
+    # Microbatches in turn, and in the end one sample more on rank 0.
+    of_ranks = [
+        [*whole[0:3], *whole[6:9], *part[:2], part[4]],
+        [*whole[3:6], *whole[9:12], *part[2:4]],
+    ]
+    averages = [float(sum(values) / len(values)) for values in of_ranks]
+    everything = sum(outputs) / 17
+    for metrics, average in zip((first, second), averages, strict=True):
+        wanted = {
+            "mean": everything,
+            "tokens": everything / 3,
+            "total": 17 * everything,
+            "maximum": max(outputs),
+            "local": average,
+            "rank 1": averages[1],
+        }
+        assert metrics == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_does_not_count_is_neither_watched_nor_collected(tmp_path: Path) -> None:
+    """Two batches, a sample on each rank, two more samples: the fourth microbatch of rank 2."""
+
+    def body() -> Any:
+        calls = [0]
+
+        def step(data_iterator: Iterator[Any], model: Any) -> Any:
+            calls[0] += 1
+            output, loss_function = token_step(data_iterator, model)
+            is_filled = dist.get_rank() == 2 and calls[0] == 4
+            return output * (torch.nan if is_filled else 1), loss_function
+
+        def numbers_step(data_iterator: Iterator[Any], model: Any) -> Any:
+            x = next(data_iterator)["x"]
+            return model(x), lambda output, non_loss_data: [round(float(v), 4) for v in x[:, 0, 0]]
+
+        config = own_run(
+            tmp_path / "run",
+            dataset=OwnData(train=12, validation=17),
+            train=batches(micro=2, batch=6),
+        )
+        with a_run(config, step) as run:
+            result = evaluated(run)
+            warnings = run.forward_step.watch.check(config.train, run.ranks.control_group)
+            collected = run.context.collect_non_loss_data(numbers_step)
+            return result.metrics["error"], warnings, collected
+
+    everyone = run_ranks(3, body, timeout=120)
+    for error, warnings, _ in everyone:
+        assert error == pytest.approx(error_of(7, WIKI, 17), rel=1e-6)
+        assert warnings == []
+    data = Samples(17, WIKI)
+    wanted = [round(float(data[index]["x"][0, 0]), 4) for index in range(17)]
+    assert sorted(v for *_, items in everyone for item in items for v in item) == sorted(wanted)
+    assert [item for *_, items in everyone for item in items[:1]] == [
+        wanted[0:2],
+        wanted[2:4],
+        wanted[4:6],
+    ]
 
 
 def test_a_last_batch_of_few_microbatches_weighs_by_its_tokens(tmp_path: Path) -> None:
@@ -78,7 +187,7 @@ def test_eval_iters_counts_global_batches_of_each_set(tmp_path: Path, world_size
                 found.append([(r.samples, r.tokens, r.metrics["error"]) for r in results])
         return found
 
-    sizes = [(24, 8), (8, 8), (16, 8), (24, 8)]
+    sizes = [(27, 13), (8, 8), (16, 13), (27, 13)]
     for found in run_ranks(world_size, body, timeout=120):
         for of_run, (wiki, code) in zip(found, sizes, strict=True):
             for result, name, size in zip(of_run, ("wiki", "code"), (wiki, code), strict=True):

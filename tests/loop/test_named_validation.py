@@ -56,7 +56,7 @@ def test_every_set_is_evaluated_from_its_beginning_each_time(
 
     for validation, parameters in run_ranks(world_size, body, timeout=120):
         assert list(validation) == ["wiki/error", "code/error"]
-        for name, size in (("wiki", 24), ("code", 8)):
+        for name, size in SETS.items():
             value = error_with(parameters, name, size)
             assert validation[f"{name}/error"] == pytest.approx(value, rel=1e-6)
     found = [row for row in rows(tmp_path / "run") if "validation/wiki/error" in row]
@@ -64,7 +64,7 @@ def test_every_set_is_evaluated_from_its_beginning_each_time(
         ["step", "validation/wiki/error", "validation/code/error"]
     ] * 4
     assert [row["step"] for row in found] == [0, 2, 4, 5]
-    for name, size in (("wiki", 24), ("code", 8)):
+    for name, size in SETS.items():
         value = error_of(7, FIRST[name], size)
         assert found[0][f"validation/{name}/error"] == pytest.approx(value, rel=1e-6)
     assert len(series(tmp_path / "run", "test/held out/error")) == 1

@@ -242,10 +242,10 @@ def test_all_ranks_end_an_evaluation_when_one_has_to(tmp_path: Path) -> None:
             )
 
     for counts, error, whole, consumed, asked in run_ranks(2, body, timeout=120):
-        assert counts == (16, 24, False, tokens_of(FIRST["wiki"], 16))
+        assert counts == (16, 27, False, tokens_of(FIRST["wiki"], 16))
         assert error == pytest.approx(error_of(7, FIRST["wiki"], 16), rel=1e-6)
-        assert whole == (24, True)
-        assert consumed == 16 + 24
+        assert whole == (27, True)
+        assert consumed == 16 + 27
         assert asked == 2
 
 

@@ -7,21 +7,26 @@ import pytest
 import torch
 from torch.nn import functional
 
-from bridge.mimo.accuracy import AnswerAccuracy
+from bridge.mimo.accuracy import AnswerAccuracy, count_step
 from bridge.training.mimo_step import forward_step
 from bridge.training.pretrain import pretrain
+from bridge.training.usage_error import UsageError
+from evaluation_runs import evaluated
 from mimo_layout_runs import ALONE, MIXED, Chosen, MimoLayout, Sizes, run_in_layout
 from mimo_models import microbatch, sample
 from ranks import run_ranks
 from training_runs import a_run
 
+IMAGES = MIXED + MIXED[:7]
+"""Of a global batch of 16 samples, and of 7 more."""
 
-def by_hand(place: Path) -> tuple[float, float]:
-    """Return the accuracy of the untrained model and its loss, from its logits."""
+
+def by_hand(place: Path, samples: int) -> tuple[float, float, int]:
+    """Return the accuracy of the untrained model and its loss, from its logits, and the answers."""
     with a_run(config(place, ALONE), forward_step) as run:
         run.model[0].eval()
         right, asked, loss = 0, 0, 0.0
-        for number, images in enumerate(MIXED):
+        for number, images in enumerate(IMAGES[:samples]):
             one = microbatch(sample(images, 4 + (number % 4) * (images == 0), seed=number))
             inputs = {key: value for key, value in one.items() if key != "item_counts"}
             with torch.no_grad():
@@ -33,12 +38,12 @@ def by_hand(place: Path) -> tuple[float, float]:
                 logits[counts], one["labels"][counts], reduction="sum"
             )
             loss += float(losses)
-    return right / asked, loss / asked
+    return right / asked, loss / asked, asked
 
 
-def config(place: Path, layout: MimoLayout) -> Any:
+def config(place: Path, layout: MimoLayout, samples: int = 0) -> Any:
     made = run_in_layout(place, layout)
-    made.dataset = Chosen(MIXED, validation=16)
+    made.dataset = Chosen(IMAGES, validation=samples)
     made.train.train_iters = 1
     # It stays as it is.
     made.optimizer.lr = made.optimizer.min_lr = 0.0
@@ -47,22 +52,47 @@ def config(place: Path, layout: MimoLayout) -> Any:
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "samples"),
     [
-        ALONE,
-        MimoLayout(vision=Sizes(data=2), language=Sizes(pipeline=2)),
-        MimoLayout(vision=Sizes(), language=Sizes(tensor=2)),
+        (ALONE, 23),
+        (MimoLayout(language=Sizes(data=2)), 23),
+        (MimoLayout(vision=Sizes(data=2), language=Sizes(pipeline=2)), 22),
+        (MimoLayout(vision=Sizes(), language=Sizes(tensor=2)), 23),
     ],
-    ids=lambda layout: layout.name,
+    ids=lambda value: value.name if isinstance(value, MimoLayout) else "",
 )
 def test_it_is_the_part_of_right_answers_beside_the_loss(
-    layout: MimoLayout, tmp_path: Path
+    layout: MimoLayout, samples: int, tmp_path: Path
 ) -> None:
     def body() -> Any:
-        return pretrain(config(tmp_path / "run", layout), forward_step, [AnswerAccuracy()])
+        made = config(tmp_path / "run", layout, samples)
+        return pretrain(made, forward_step, [AnswerAccuracy()])
 
-    [(expected, loss)] = run_ranks(1, by_hand, tmp_path / "by hand", timeout=60)
+    [(expected, loss, _)] = run_ranks(1, by_hand, tmp_path / "by hand", samples, timeout=60)
     assert expected > 0
     for result in run_ranks(layout.ranks, body, timeout=90):
         assert result.validation["accuracy"] == pytest.approx(expected)
         assert result.validation["lm loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_an_odd_sample_of_two_encoders_counts_once_in_the_loss_and_cannot_be_collected(
+    tmp_path: Path,
+) -> None:
+    """Each microbatch of the language model is divided between the two."""
+
+    def body() -> Any:
+        layout = MimoLayout(vision=Sizes(data=2), language=Sizes())
+        made = config(tmp_path / "run", layout, 23)
+        with a_run(made, forward_step) as run:
+            result = evaluated(run)
+            with pytest.raises(UsageError, match="collect from 22 samples"):
+                run.context.collect_non_loss_data(count_step)
+        made = config(tmp_path / "accuracy", layout, 23)
+        with pytest.raises(UsageError, match="validation data: 23 samples"):
+            pretrain(made, forward_step, [AnswerAccuracy()])
+        return result.metrics["lm loss"], result.tokens, result.samples
+
+    [(_, loss, answers)] = run_ranks(1, by_hand, tmp_path / "by hand", 23, timeout=60)
+    for found, tokens, samples in run_ranks(3, body, timeout=90):
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert (tokens, samples) == (answers, 23)

@@ -75,17 +75,20 @@ class CallbackContext:
             forward_step_func: A forward step in any form that `pretrain` takes; the run's own if
                 None.
             name: "validation" or "test", or one of several sets: "validation/NAME".
-            num_samples: Samples to draw over all ranks, from the set's beginning: a multiple of
-                micro batch size x data-parallel size. As many as an evaluation draws if None.
+            num_samples: Samples to draw over all ranks, from the set's beginning. As many as an
+                evaluation draws if None.
 
         Returns:
             One item for each microbatch of this rank, in the order of the data, on the last
             pipeline stage; an empty list on the others. Of the set's microbatches, consecutive
-            samples each, data-parallel rank r of D has numbers r, r + D, r + 2 D and so on.
+            samples each, data-parallel rank r of D has numbers r, r + D, r + 2 D and so on. The
+            last ones may hold fewer samples than train.micro_batch_size, and some ranks have one
+            less; each sample is in one of them.
             Tensor- and context-parallel ranks have an item each for the same microbatch.
 
         Raises:
-            UsageError: There is no such set, or `num_samples` does not fit it.
+            UsageError: There is no such set, it has fewer samples, or microbatches of the layout
+                cannot hold each of them once (`bridge.training.evaluation_plan`).
         """
         if self.collect is None:
             raise RuntimeError("this context belongs to no run, so there is no data to collect")

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler, Subset
 
-from bridge.training.config import ConfigContainer, TrainConfig
+from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, named_sets
 from bridge.training.distributed import Ranks
+from bridge.training.evaluation_plan import EvaluationCall, plan_of_run, smallest_microbatch
 from bridge.training.usage_error import UsageError
 
 
@@ -186,32 +187,22 @@ class MicrobatchSampler(Sampler[list[int]]):
             yield [self._order[first + i] for i in range(self._micro_batch_size)]
 
 
-def evaluation_samples(
-    size: int,
-    *,
-    global_batch_size: int,
-    replica_batch_size: int,
-    eval_iters: int | None,
-    name: str = "validation",
-) -> int:
-    """Return how many samples of a set one evaluation draws: the same under every layout.
+class EvaluationSampler(Sampler[list[int]]):
+    """Yields the indices of this rank's microbatches of an evaluation.
 
-    Whole global batches are taken. Only a set smaller than one global batch is cut to a multiple of
-    `replica_batch_size` (micro batch size x data-parallel size), since every rank must take part.
-
-    Raises:
-        UsageError: The set is smaller than that.
+    Args:
+        batches: What `bridge.training.evaluation_plan.plan_of_run` says.
+        ranks: The process groups.
     """
-    wanted = size if eval_iters is None else min(size, eval_iters * global_batch_size)
-    unit = global_batch_size if wanted >= global_batch_size else replica_batch_size
-    samples = wanted // unit * unit
-    if samples == 0 and eval_iters != 0:
-        raise UsageError(
-            f"{name} data: {size} samples are fewer than the {replica_batch_size} of one "
-            "microbatch on every data-parallel rank; lower train.micro_batch_size, enlarge the "
-            f"{name} data, or turn evaluation off with validation.eval_iters=0"
-        )
-    return samples
+
+    def __init__(self, batches: Sequence[Sequence[EvaluationCall]], ranks: Ranks) -> None:
+        self._batches = batches
+        self._ranks = ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._batches:
+            for call in batch:
+                yield from call.positions(self._ranks.share(call.size))
 
 
 class RunData:
@@ -240,7 +231,11 @@ class RunData:
         # A set that cannot be evaluated is found now, not when training is over.
         for split in ("validation", "test"):
             for name, dataset in self.sets(split).items():
-                self.evaluation_samples(dataset, name=name)
+                if len(dataset) == 0 and config.validation.eval_iters != 0:
+                    raise UsageError(
+                        f"{name} data: it has no samples; enlarge it or leave it away, or turn "
+                        "evaluation off with validation.eval_iters=0"
+                    )
 
     @property
     def fingerprint(self) -> str:
@@ -251,7 +246,7 @@ class RunData:
         """Return one endless iterator a model chunk over this rank's training microbatches."""
         iterators = [
             self._iterator(
-                self.splits.train, self._order, consumed_samples, None, self._config.train
+                self.splits.train, self._training_sampler(consumed_samples), consumed_samples
             )
             for _ in range(self._ranks.layout.virtual_pipeline or 1)
         ]
@@ -297,25 +292,17 @@ class RunData:
             raise UsageError(f"there is no {name!r} data; there is {', '.join(sets) or 'none'}")
         return sets[name]
 
-    def evaluation_samples(self, dataset: SizedDataset, *, name: str = "validation") -> int:
+    def evaluation_samples(self, dataset: SizedDataset) -> int:
         """Return how many samples one evaluation of a set draws, over all ranks."""
-        train = self._config.train
-        return evaluation_samples(
-            len(dataset),
-            global_batch_size=train.global_batch_size,
-            replica_batch_size=self._samples_that_fill_the_ranks(),
-            eval_iters=self._config.validation.eval_iters,
-            name=name,
-        )
+        eval_iters, size = self._config.validation.eval_iters, len(dataset)
+        if eval_iters is None:
+            return size
+        return min(size, eval_iters * self._config.train.global_batch_size)
 
-    def _samples_that_fill_the_ranks(self) -> int:
-        """Samples of which every rank has work: an interleaved pipeline takes whole groups."""
-        train, layout = self._config.train, self._ranks.layout
-        microbatches = 1
-        if layout.virtual_pipeline is not None:
-            group = getattr(self._config.model, "microbatch_group_size_per_vp_stage", None)
-            microbatches = group or layout.pipeline
-        return train.micro_batch_size * layout.data * microbatches
+    @property
+    def smallest_microbatch(self) -> int:
+        """Samples of which every microbatch of a replica holds a multiple, 1 in most layouts."""
+        return smallest_microbatch(self._config, self._ranks.pg_collection)
 
     def evaluation(
         self, dataset: SizedDataset, num_samples: int | None = None
@@ -327,54 +314,44 @@ class RunData:
             num_samples: Samples over all ranks; those of an evaluation if None.
 
         Raises:
-            UsageError: The set has fewer samples, or they do not fill every rank.
+            UsageError: The set has fewer samples.
         """
-        train = self._config.train
         if num_samples is None:
-            samples = self.evaluation_samples(dataset)
-        else:
-            samples = self._checked_samples(dataset, num_samples)
-        order = SampleOrder(len(dataset), shuffle=False, seed=0)
-        iterators = [
-            self._iterator(dataset, order, 0, samples, train)
-            for _ in range(self._ranks.layout.virtual_pipeline or 1)
-        ]
-        return iterators, samples
-
-    def _checked_samples(self, dataset: SizedDataset, num_samples: int) -> int:
-        batch, unit = self._config.train.global_batch_size, self._samples_that_fill_the_ranks()
-        # Global batches come first, and every rank must have work in what is left.
-        if not 0 < num_samples <= len(dataset) or num_samples % batch % unit:
+            num_samples = self.evaluation_samples(dataset)
+        elif not 0 < num_samples <= len(dataset):
             raise UsageError(
-                f"num_samples={num_samples}: the set has {len(dataset)} samples and every rank "
-                f"must take part; give a multiple of {unit}, at most {len(dataset)}"
+                f"num_samples={num_samples}: the set has {len(dataset)} samples; give a number "
+                f"from 1 to {len(dataset)}"
             )
-        return num_samples
+        chunks = self._ranks.layout.virtual_pipeline or 1
+        batches = plan_of_run(
+            self._config, self._ranks.pg_collection, num_samples, is_interleaved=chunks > 1
+        )
+        sampler = EvaluationSampler(batches, self._ranks)
+        return [self._iterator(dataset, sampler, 0) for _ in range(chunks)], num_samples
+
+    def _training_sampler(self, consumed_samples: int) -> MicrobatchSampler:
+        share = self._ranks.share(self._config.train.micro_batch_size)
+        return MicrobatchSampler(
+            self._order,
+            start=consumed_samples,
+            stop=None,
+            micro_batch_size=share.samples,
+            data_parallel_rank=share.rank,
+            data_parallel_size=share.size,
+        )
 
     def _iterator(
-        self,
-        dataset: SizedDataset | None,
-        order: SampleOrder,
-        start: int,
-        stop: int | None,
-        train: TrainConfig,
+        self, dataset: SizedDataset | None, sampler: Sampler[list[int]], position: int
     ) -> Iterator[Any]:
         assert dataset is not None
-        share = self._ranks.share(train.micro_batch_size)
         loader: DataLoader[Any] = DataLoader(
             dataset,  # type: ignore[arg-type]  # any sized, indexable object serves
-            batch_sampler=MicrobatchSampler(
-                order,
-                start=start,
-                stop=stop,
-                micro_batch_size=share.samples,
-                data_parallel_rank=share.rank,
-                data_parallel_size=share.size,
-            ),
-            num_workers=train.num_workers,
+            batch_sampler=sampler,
+            num_workers=self._config.train.num_workers,
             # A generator of its own: the loader's draw would move the stream that a resumed run
             # continues. It seeds the workers, otherwise from each position on.
-            generator=torch.Generator().manual_seed(self._config.rng.seed + start),
+            generator=torch.Generator().manual_seed(self._config.rng.seed + position),
             pin_memory=self._ranks.device == "cuda",
             collate_fn=self.splits.collate,
         )

@@ -1,7 +1,9 @@
 """Evaluation: the training schedule, forward only, and the same reduction as in training.
 
 The value of a metric is the sum over the whole set of its sums, divided by the sum of its counts:
-it does not depend on batch sizes or on the layout.
+it does not depend on batch sizes or on the layout. A mean of pattern 1 weighs each microbatch by
+its samples, and so does the mean of microbatches' means of train.loss_normalization=microbatch,
+which depends on train.micro_batch_size as it does in training.
 """
 
 import contextlib
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from bridge.training.contracts import ModuleRanks, own_groups, replicas_of
+from bridge.training.contracts import ModuleRanks, own_groups
+from bridge.training.evaluation_plan import EvaluationCall, plan_of_run, smallest_microbatch
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer
 from bridge.training.model_building import parameters_in_sync
@@ -31,7 +34,8 @@ class EvaluationResult:
     metrics: Mapping[str, float | None]
     """By name; None where no token counted."""
     samples: int
-    """Samples that were evaluated, over all ranks: those of the microbatches that were reduced."""
+    """Samples that were evaluated, over all ranks, each once: those of the microbatches that were
+    reduced."""
     planned_samples: int
     """Samples that were asked for."""
     tokens: int | None
@@ -62,10 +66,14 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
 
     Args:
         forward_step: The user's forward step, adapted (`bridge.training.setup`).
-        data_iterator: One iterator of this rank's microbatches for each model chunk.
+        data_iterator: One iterator of this rank's microbatches for each model chunk, as
+            `bridge.training.data_loading.RunData.evaluation` gives them: of
+            `train.micro_batch_size` samples, where `num_samples` is a multiple of micro batch size
+            x data-parallel size; else smaller ones come last, as
+            `bridge.training.evaluation_plan.plan_of_run` says.
         model: This rank's model chunks.
         state: The run's state.
-        num_samples: Samples over all ranks: a multiple of micro batch size x data-parallel size.
+        num_samples: Samples over all ranks.
         pg_collection: The process groups.
         reducer: Knows how the metrics are reduced; what is accumulated in it stays as it is.
         collect_non_loss_data: Call the loss function for its data instead of its loss (pattern 3);
@@ -76,72 +84,84 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
         name: What messages call the data.
 
     Raises:
-        UsageError: The ranks would not end together.
+        UsageError: `collect_non_loss_data` would return a sample several times, as microbatches of
+            this layout hold several.
         RuntimeError: Not every planned sample was observed, or the forward step drew neither none
             nor all of a rank's microbatches; on every rank.
     """
-    train = state.cfg.train
-    replica_batch = train.micro_batch_size * replicas_of(pg_collection)
-    if num_samples % replica_batch:
+    batches = plan_of_run(state.cfg, pg_collection, num_samples, is_interleaved=len(model) > 1)
+    if collect_non_loss_data and any(call.copies > 1 for batch in batches for call in batch):
+        unit = smallest_microbatch(state.cfg, pg_collection)
         raise UsageError(
-            f"evaluate: {num_samples} samples are not a multiple of {replica_batch} (micro batch "
-            "size x data-parallel size), so the ranks would not end together"
+            f"num_samples={num_samples}: microbatches of this layout hold {unit} samples or a "
+            f"multiple, and {num_samples} is none; collect from {num_samples // unit * unit} "
+            "samples, or with a number of replicas that is no larger than the language model's"
         )
-    planned, done = num_samples // replica_batch, 0
-    per_batch = max(1, train.global_batch_size // replica_batch)
+    planned = _microbatches(batches)
+    counted = [_Counted(iterator, planned) for iterator in data_iterator]
+    groups = own_groups(pg_collection)
     # One of its own: what an evaluation that raises leaves in it must not reach a training step.
     reducer = reducer.fresh()
-    counted = [_Counted(iterator, planned) for iterator in data_iterator]
     collected: list[Any] = []
     if not collect_non_loss_data:
         forward_step.watch.start(f"{name} at step {state.train_state.step}")
+    done = 0
     with _evaluation_mode(model):
-        while done < planned:
-            number = min(per_batch, planned - done)
-            outputs = run_schedule(
-                forward_step,
-                counted,
-                model,
-                state,
-                num_microbatches=number,
-                pg_collection=pg_collection,
-                forward_only=True,
-                collect_non_loss_data=collect_non_loss_data,
-            )
-            done += number
-            if collect_non_loss_data:
-                collected.extend(outputs)
-                reducer.count(len(outputs))
-            else:
-                reducer.accumulate(outputs)
-            if stop is not None and done < planned and largest_of_all(stop(), control_group):
+        for batch in batches:
+            for call in batch:
+                real = call.counted(groups.dp.rank(), groups.dp.size())
+                with forward_step.only_first(real):
+                    outputs = run_schedule(
+                        forward_step,
+                        counted,
+                        model,
+                        state,
+                        num_microbatches=call.microbatches,
+                        micro_batch_size=call.size,
+                        pg_collection=pg_collection,
+                        forward_only=True,
+                        collect_non_loss_data=collect_non_loss_data,
+                    )[:real]
+                if collect_non_loss_data:
+                    collected.extend(outputs)
+                    reducer.count(len(outputs), weight=call.weight)
+                else:
+                    reducer.accumulate(outputs, weight=call.weight, copies=call.copies)
+            done += 1
+            if stop is not None and done < len(batches) and largest_of_all(stop(), control_group):
                 break
-    problems = [iterator.problem(done) for iterator in counted]
+    is_complete, batches = done == len(batches), batches[:done]
+    drawn = _microbatches(batches)
+    problems = [iterator.problem(drawn) for iterator in counted]
     problem = next(filter(None, problems), None)
     reduced = reducer.reduce(alarm=torch.tensor(float(problem is not None)))
     if reduced.alarm:
         raise RuntimeError(
             f"evaluate: the forward step {problem or 'on another rank drew another number'} of the "
-            f"{done} planned microbatches; draw one with each call, or none on this rank at all"
+            f"{drawn} planned microbatches; draw one with each call, or none on this rank at all"
         )
     # Context-parallel ranks share a microbatch and report it each.
-    observed = reduced.microbatches * train.micro_batch_size / own_groups(pg_collection).cp.size()
-    if observed != done * replica_batch:
+    observed = reduced.samples / groups.cp.size()
+    expected = sum(call.samples for batch in batches for call in batch)
+    if observed != expected:
         raise RuntimeError(
-            f"evaluate: {observed:g} samples were observed and {done * replica_batch} planned; the "
-            "ranks that the reducer reduces over are not those that the data is divided over"
+            f"evaluate: {observed:g} samples were observed and {expected} planned; the ranks that "
+            "the reducer reduces over are not those that the data is divided over"
         )
-    samples = int(observed)
     if not collect_non_loss_data:
-        state.train_state.consumed_validation_samples += samples
+        state.train_state.consumed_validation_samples += expected
     return EvaluationResult(
         metrics=reduced.to_dict(),
-        samples=samples,
+        samples=expected,
         planned_samples=num_samples,
         tokens=reduced.tokens,
-        complete=done == planned,
+        complete=is_complete,
         non_loss_data=collected,
     )
+
+
+def _microbatches(batches: Sequence[Sequence[EvaluationCall]]) -> int:
+    return sum(call.microbatches for batch in batches for call in batch)
 
 
 class _Counted(Iterator[Any]):
@@ -195,7 +215,7 @@ def _evaluation_mode(model: list[torch.nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
-def run_schedule(
+def run_schedule(  # noqa: PLR0913  # what a schedule needs
     forward_step: LossAdapter,
     data_iterator: Sequence[Iterator[Any]],
     model: list[torch.nn.Module],
@@ -205,8 +225,20 @@ def run_schedule(
     pg_collection: "ProcessGroupCollection | ModuleRanks",
     forward_only: bool,
     collect_non_loss_data: bool = False,
+    micro_batch_size: int | None = None,
 ) -> list[Any]:
     """Run megatron-core's schedule for the layout over one batch.
+
+    Args:
+        forward_step: The user's forward step, adapted.
+        data_iterator: One iterator of this rank's microbatches for each model chunk.
+        model: This rank's model chunks.
+        state: The run's state.
+        num_microbatches: On every rank.
+        pg_collection: The process groups.
+        forward_only: Without gradients.
+        collect_non_loss_data: As for `evaluate`.
+        micro_batch_size: Samples of a microbatch; train.micro_batch_size if None.
 
     Returns:
         What the loss functions returned for reporting, one item a microbatch, on the last pipeline
@@ -233,7 +265,7 @@ def run_schedule(
         model=model if vp_size else model[0],
         num_microbatches=num_microbatches,
         seq_length=sequence_length(state.cfg.model),
-        micro_batch_size=state.cfg.train.micro_batch_size,
+        micro_batch_size=micro_batch_size or state.cfg.train.micro_batch_size,
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
         pg_collection=pg_collection,

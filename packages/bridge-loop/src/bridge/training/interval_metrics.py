@@ -24,7 +24,8 @@ class Block:
     values: torch.Tensor
     """float64 [2, K, M]: values and counts; where absent 0, or -inf for a maximum."""
     present: torch.Tensor
-    """float64 [K, M] in host memory: 1 where the microbatch reported the key."""
+    """float64 [K, M] in host memory: the microbatch's weight in a mean where it reported the key,
+    else 0. The values of means bear it too."""
     column: int = 0
     """Number of the block's first microbatch within its step."""
 
@@ -66,6 +67,8 @@ class Steps:
         self.number = 0
         self.step_of_column: list[int] = []
         """For each microbatch the number of its step."""
+        self.weights: list[int] = []
+        """For each microbatch its weight in a mean."""
         self._groups: dict[tuple[Any, int], Group] = {}
 
     @property
@@ -73,11 +76,12 @@ class Steps:
         """The blocks of all steps."""
         return list(self._groups.values())
 
-    def add(self, blocks: Sequence[Block], microbatches: int) -> None:
-        """Append a step."""
+    def add(self, blocks: Sequence[Block], weights: Sequence[int]) -> None:
+        """Append a step, of so many microbatches with these weights."""
         for block in blocks:
             kind = block.keys, block.present.shape[1]
             group = self._groups.setdefault(kind, Group(block.keys))
             group.add(block, self.number, len(self.step_of_column) + block.column)
-        self.step_of_column += [self.number] * microbatches
+        self.step_of_column += [self.number] * len(weights)
+        self.weights += weights
         self.number += 1

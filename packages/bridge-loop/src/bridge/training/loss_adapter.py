@@ -11,6 +11,7 @@ What the schedules and DDP do to a returned pair or triple, and what we return s
 is the objective, stands beside each conversion below.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -76,6 +77,19 @@ class LossAdapter:
         self._context_parallel_group = context_parallel_group
         self._on_loss = on_loss
         self._pattern: int | None = None
+        self._left: int | None = None
+
+    @contextlib.contextmanager
+    def only_first(self, microbatches: int) -> Iterator[None]:
+        """Watch no losses but those of the first microbatches whose loss is known in this block.
+
+        The loss functions of the others are called all the same, as they may hold collectives.
+        """
+        self._left = microbatches
+        try:
+            yield
+        finally:
+            self._left = None
 
     def __call__(
         self,
@@ -121,12 +135,19 @@ class LossAdapter:
             loss=optimized,
             count=count,
         )
-        self.watch.add(optimized, count)
-        if self._on_loss is not None:
-            self._on_loss(optimized)
+        if self._is_watched():
+            self.watch.add(optimized, count)
+            if self._on_loss is not None:
+                self._on_loss(optimized)
         if self.normalization == "token":
             return (*self._for_token_mode(loss, count), record)
         return self._for_microbatch_mode(loss, count), record
+
+    def _is_watched(self) -> bool:
+        if self._left is None:
+            return True
+        self._left -= 1
+        return self._left >= 0
 
     def _for_token_mode(
         self, loss: torch.Tensor, count: torch.Tensor | None

@@ -75,6 +75,7 @@ class _Pending:
     conflicts: set[str]
     patterns: set[str]
     microbatches: int
+    samples: int
     counts: list[torch.Tensor]
     """Tokens of the microbatches that have a count, in sums."""
 
@@ -125,14 +126,14 @@ class MetricReducer:
         self._cp_size = context_parallel_size
         self._cp_group = context_parallel_group
         self._agreed: dict[str, Kind] = {}
-        # The current step's blocks and number of microbatches, then whole steps.
+        # The current step's blocks and weights of microbatches, then whole steps.
         self._open: list[Block] = []
-        self._open_columns = 0
+        self._open_weights: list[int] = []
         self._is_open = False
         self._taken, self._skipped = Steps(), Steps()
         self._conflicts: set[str] = set()
         self._patterns: set[str] = set()
-        self._microbatches = 0
+        self._microbatches = self._samples = 0
         self._counts: list[torch.Tensor] = []
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -147,8 +148,17 @@ class MetricReducer:
         reducer._start_afresh()
         return reducer
 
-    def accumulate(self, records: Iterable[MicrobatchRecord]) -> None:
-        """Add microbatches to the current step; no collective, no host-device sync."""
+    def accumulate(
+        self, records: Iterable[MicrobatchRecord], *, weight: int = 1, copies: int = 1
+    ) -> None:
+        """Add microbatches to the current step; no collective, no host-device sync.
+
+        Args:
+            records: What the microbatches reported.
+            weight: That of each of them in a mean over microbatches; its samples, where
+                microbatches have several sizes.
+            copies: How often each sample stands in its microbatch: what sums are divided by.
+        """
         records = list(records)
         kinds: dict[str, Kind] = {}
         for record in records:
@@ -161,19 +171,24 @@ class MetricReducer:
                     self._conflicts.add(f"{key!r} ({kinds[key]} and {metric.kind})")
         if kinds:
             block = self._stack([record.metrics for record in records], kinds)
-            self._open.append(replace(block, column=self._open_columns))
-        self._open_columns += len(records)
+            block = self._weighted(block, weight, copies)
+            self._open.append(replace(block, column=len(self._open_weights)))
+        self._open_weights += [weight] * len(records)
         self._is_open = True
-        self.count(len(records))
+        self.count(len(records), weight=weight)
         if self._contributes:
-            self._counts += [record.count for record in records if record.count is not None]
+            counts = [record.count for record in records if record.count is not None]
+            if counts and copies > 1:
+                counts = [torch.stack(counts).sum() // copies]
+            self._counts += counts
             if len(self._counts) >= FOLD_AT:
                 self._counts = [torch.stack(self._counts).sum()]
 
-    def count(self, microbatches: int) -> None:
+    def count(self, microbatches: int, *, weight: int = 1) -> None:
         """Count microbatches that have no metrics, such as those whose data was collected."""
         if self._contributes:
             self._microbatches += microbatches
+            self._samples += microbatches * weight
 
     def add_step(
         self,
@@ -225,6 +240,7 @@ class MetricReducer:
             self._conflicts,
             self._patterns,
             self._microbatches,
+            self._samples,
             self._counts,
         )
         self._start_afresh()
@@ -256,14 +272,14 @@ class MetricReducer:
             self._is_open = True
 
     def _close_step(self, steps: Steps) -> None:
-        steps.add(self._open, self._open_columns)
-        self._open, self._open_columns, self._is_open = [], 0, False
+        steps.add(self._open, self._open_weights)
+        self._open, self._open_weights, self._is_open = [], [], False
 
     def _start_afresh(self) -> None:
-        self._open, self._open_columns, self._is_open = [], 0, False
+        self._open, self._open_weights, self._is_open = [], [], False
         self._taken, self._skipped = Steps(), Steps()
         self._conflicts, self._patterns = set(), set()
-        self._microbatches, self._counts = 0, []
+        self._microbatches, self._samples, self._counts = 0, 0, []
 
     def _launch(self, pending: _Pending) -> "ReducedMetrics":
         layout = _Layout(
@@ -332,6 +348,17 @@ class MetricReducer:
             values += _to_device(host, self._device)
         return Block(tuple(kinds.items()), values, present)
 
+    def _weighted(self, block: Block, weight: int, copies: int) -> Block:
+        """Give the microbatches of a block their weight in means, and count their samples once."""
+        if weight == copies == 1:
+            return block
+        factors = [
+            1.0 if kind == "maximum" else weight if kind in ("mean", "local") else 1 / copies
+            for _, kind in block.keys
+        ]
+        factor = _to_device(torch.tensor(factors, dtype=torch.float64), self._device)
+        return Block(block.keys, block.values * factor[:, None], block.present * weight)
+
     def _pack(self, layout: "_Layout", pending: _Pending) -> torch.Tensor:
         """Put this rank's sums at the registered keys' offsets in a vector of zeros."""
         host = torch.zeros(layout.length, dtype=torch.float64)
@@ -339,6 +366,7 @@ class MetricReducer:
         known = all(layout.kinds.get(k) == kind for group in groups for k, kind in group.keys)
         host[layout.CHANGED] = float(not known or bool(pending.conflicts))
         host[layout.MICROBATCHES] = pending.microbatches
+        host[layout.SAMPLES] = pending.samples
         host[layout.COUNTED] = float(bool(pending.counts))
         for first in layout.maxima.values():
             host[first + self._rank] = -torch.inf
@@ -420,6 +448,8 @@ class MetricReducer:
         # As the objective has it: a microbatch without tokens is a loss of sum / 1.
         ratios = torch.where(counts == 0, sums, sums / counts)
         numbers = torch.stack(((present > 0).double(), ratios, counts))
+        if set(steps.weights) != {1}:
+            numbers = numbers * self._index(steps.weights)
         places = [
             layout.place(step, layout.index[key]) + part
             for part in range(3)
@@ -438,18 +468,19 @@ class MetricReducer:
 class _Layout:
     """Offsets of the registered keys in the vector that is all-reduced.
 
-    ``[changed, alarm, microbatches, counted, tokens, (reports, sum, count) for each step and key,
-    slots per rank]``. A maximum has one slot per rank and a local metric two, of all ranks' reports
-    and then of their sums: each rank fills its own, so that they travel in a sum unchanged. These
-    are of all steps together.
+    ``[changed, alarm, microbatches, samples, counted, tokens, (reports, sum, count) for each step
+    and key, slots per rank]``. A maximum has one slot per rank and a local metric two, of all
+    ranks' reports and then of their sums: each rank fills its own, so that they travel in a sum
+    unchanged. These are of all steps together.
     """
 
     CHANGED = 0
     ALARM = 1
     MICROBATCHES = 2
-    COUNTED = 3
-    TOKENS = 4
-    FIRST_KEY = 5
+    SAMPLES = 3
+    COUNTED = 4
+    TOKENS = 5
+    FIRST_KEY = 6
 
     def __init__(self, kinds: dict[str, Kind], size: int, normalization: str, *, steps: int):
         self.kinds = kinds
@@ -495,6 +526,7 @@ class _Read:
     values: dict[str, float | None]
     alarm: bool
     microbatches: int
+    samples: int
     tokens: int | None
 
 
@@ -535,6 +567,11 @@ class ReducedMetrics:
         return self._resolve().microbatches
 
     @property
+    def samples(self) -> int:
+        """The weights that `MetricReducer.accumulate` gave them, in sum; waits, as `to_dict`."""
+        return self._resolve().samples
+
+    @property
     def tokens(self) -> int | None:
         """Tokens in their losses; None if the loss functions count none. It waits, as `to_dict`."""
         return self._resolve().tokens
@@ -550,6 +587,7 @@ class ReducedMetrics:
                     values=self._values(vector),
                     alarm=header[_Layout.ALARM] != 0,
                     microbatches=int(header[_Layout.MICROBATCHES]),
+                    samples=int(header[_Layout.SAMPLES]),
                     tokens=int(header[_Layout.TOKENS]) if header[_Layout.COUNTED] else None,
                 )
         return self._read

@@ -200,8 +200,8 @@ class DrawsLayout(Protocol):
 class DataShare:
     """Which part of each global microbatch a rank reads: consecutive samples.
 
-    A global microbatch is what all copies of the model take at once, train.micro_batch_size samples
-    each. It is cut into `size` parts of equal length, of which the rank reads number `rank`.
+    A global microbatch is what all copies of the model take at once, a microbatch each. It is cut
+    into `size` parts of equal length, of which the rank reads number `rank`.
     """
 
     rank: int
@@ -231,6 +231,11 @@ class ModuleRanks(Protocol):
 
     def share(self, micro_batch_size: int) -> DataShare:
         """Return what this rank reads of the samples."""
+        ...
+
+    @property
+    def smallest_microbatch(self) -> int:
+        """Samples of which a microbatch holds a multiple, so that every module gets whole ones."""
         ...
 
     def communicator(self, model_config: Any) -> Any:

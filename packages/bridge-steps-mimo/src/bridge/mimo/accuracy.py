@@ -10,6 +10,7 @@ import torch.distributed as dist
 from bridge.training.callbacks import Callback, CallbackContext
 from bridge.training.megatron_import import quiet_import
 from bridge.training.mimo_step import inputs_of
+from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -22,6 +23,24 @@ class AnswerAccuracy(Callback):
     It is the part of the tokens with a loss mask that the model gives the highest probability, of
     all tokens of its vocabulary; one pass over the data more, without labels.
     """
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        """See that the accuracy of every set can be measured.
+
+        Raises:
+            UsageError: Encoders have more replicas than the language model, and a set has another
+                number of samples than they can divide.
+        """
+        assert context.data is not None
+        unit = context.data.smallest_microbatch
+        for name, dataset in context.data.sets("validation").items():
+            samples = context.data.evaluation_samples(dataset)
+            if samples % unit:
+                raise UsageError(
+                    f"{name} data: {samples} samples; their accuracy is measured on a multiple of "
+                    f"{unit}, as microbatches of this layout hold no fewer: change the number of "
+                    "samples, validation.eval_iters, or the data_parallel_size of the encoders"
+                )
 
     def on_evaluate_end(self, context: CallbackContext, results: dict[str, float | None]) -> None:
         """Collect the counts of all ranks, and add their quotient."""

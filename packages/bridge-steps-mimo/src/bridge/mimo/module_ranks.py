@@ -143,6 +143,14 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
         samples = micro_batch_size * self.replicas // copies
         return DataShare(rank=self.own.dp.rank(), size=copies, samples=samples)
 
+    @property
+    def smallest_microbatch(self) -> int:
+        """Samples of which a microbatch of the language model holds a multiple.
+
+        Modules with more replicas divide it among them.
+        """
+        return max(1, *(place.data // self.replicas for place in self._places.values()))
+
     def communicator(self, model_config: Any) -> MultiModulePipelineCommunicator:
         """Return what sends tensors between stages and modules; the first call is a collective."""
         if self._communicator is None:

@@ -57,7 +57,8 @@ class ValidationConfig:
     eval_interval: int | None = None
     """Steps between evaluations; None evaluates only at the end."""
     eval_iters: int | None = None
-    """Global batches of one evaluation; None takes the whole validation set, 0 turns it off."""
+    """Global batches of one evaluation of a set, or all its samples if they are fewer; None takes
+    the whole set, 0 turns evaluation off."""
     eval_at_start: bool = False
     """Evaluate before the first step too."""
     time_limit_minutes: float | None = None

@@ -1,0 +1,174 @@
+"""The microbatches of an evaluation, in which every sample counts once under every layout.
+
+All data-parallel ranks run the same number of microbatches, and an interleaved pipeline runs whole
+groups of them, so the number of samples rarely fits. What is left after the microbatches of
+train.micro_batch_size runs as
+
+1. one group of smaller microbatches on every rank, as large as the samples fill,
+2. one group of microbatches as small as the layout allows: of 1 sample, but for what
+   `smallest_microbatch` names. Those that are left over hold the last sample again and do not
+   count, so that no microbatch holds samples of which a part counts,
+3. where that is more than 1 sample, the last ones each in a microbatch that holds it several times:
+   means are the same, sums are divided by the number of times.
+
+No loss function needs to know. A mean over microbatches weighs each of them by its samples.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bridge.training.contracts import DataShare, ModuleRanks, own_groups, replicas_of
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from bridge.training.config import ConfigContainer
+
+
+@dataclass(kw_only=True, frozen=True)
+class EvaluationCall:
+    """What the schedule runs at once: on every rank as many microbatches of one size."""
+
+    first: int
+    """Position of the first sample in the set."""
+    samples: int
+    """Samples that count, over all ranks; those after them in the microbatches do not."""
+    size: int
+    """Samples of a microbatch of one replica, each time that one of them stands there."""
+    microbatches: int
+    """On every rank."""
+    copies: int = 1
+    """How often each sample stands in its microbatch."""
+
+    @property
+    def weight(self) -> int:
+        """Samples that a microbatch counts for."""
+        return self.size // self.copies
+
+    def counted(self, replica: int, replicas: int) -> int:
+        """Return how many of a replica's microbatches count: the first ones.
+
+        Args:
+            replica: Number of the replica, from 0 on.
+            replicas: Number of replicas.
+        """
+        left = self.samples - replica * self.weight
+        return max(0, min(self.microbatches, -(-left // (replicas * self.weight))))
+
+    def positions(self, share: DataShare) -> Iterator[list[int]]:
+        """Yield the positions of the samples in each of a rank's microbatches.
+
+        Args:
+            share: The rank's part of each global microbatch, for microbatches of `size`.
+        """
+        last = self.first + self.samples - 1
+        for number in range(self.microbatches):
+            start = (number * share.size + share.rank) * share.samples
+            places = range(start, start + share.samples)
+            yield [min(self.first + place // self.copies, last) for place in places]
+
+
+def plan_evaluation(
+    num_samples: int,
+    *,
+    micro_batch_size: int,
+    global_batch_size: int,
+    replicas: int,
+    group: int = 1,
+    smallest: int = 1,
+) -> list[list[EvaluationCall]]:
+    """Return the calls of the schedule for each global batch of an evaluation.
+
+    Args:
+        num_samples: Samples from the set's beginning.
+        micro_batch_size: Samples of a whole microbatch.
+        global_batch_size: Samples of a whole batch.
+        replicas: Replicas of the model that a batch is divided over.
+        group: Microbatches of which a call runs a multiple.
+        smallest: Samples of which each microbatch holds a multiple; a divisor of the size of a
+            whole one.
+    """
+    batches = []
+    for first in range(0, num_samples, global_batch_size):
+        end = min(first + global_batch_size, num_samples)
+        batches.append(
+            _calls_of_batch(
+                first, end, size=micro_batch_size, lane=replicas * group, group=group, unit=smallest
+            )
+        )
+    return batches
+
+
+def _calls_of_batch(
+    first: int, end: int, *, size: int, lane: int, group: int, unit: int
+) -> list[EvaluationCall]:
+    """Divide the samples from first to end; `lane` microbatches run in a group, on all ranks."""
+    calls: list[EvaluationCall] = []
+
+    def add(samples: int, size: int, copies: int = 1) -> None:
+        nonlocal first
+        if samples:
+            groups = -(-samples * copies // (lane * size))
+            calls.append(
+                EvaluationCall(
+                    first=first,
+                    samples=samples,
+                    size=size,
+                    microbatches=groups * group,
+                    copies=copies,
+                )
+            )
+            first += samples
+
+    add((end - first) // (lane * size) * (lane * size), size)
+    if smaller := (end - first) // (lane * unit) * unit:
+        add(lane * smaller, smaller)
+    add((end - first) // unit * unit, unit)
+    add(end - first, unit, copies=unit)
+    return calls
+
+
+def plan_of_run(
+    config: "ConfigContainer",
+    pg_collection: "ProcessGroupCollection | ModuleRanks",
+    num_samples: int,
+    *,
+    is_interleaved: bool,
+) -> list[list[EvaluationCall]]:
+    """Return the calls of an evaluation in a run.
+
+    Args:
+        config: The run's configuration, resolved.
+        pg_collection: The process groups.
+        num_samples: Samples from the set's beginning.
+        is_interleaved: Whether each rank has several model chunks.
+    """
+    group = 1
+    if is_interleaved:
+        group = getattr(config.model, "microbatch_group_size_per_vp_stage", None) or 0
+        group = group or int(own_groups(pg_collection).pp.size())
+    return plan_evaluation(
+        num_samples,
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        replicas=replicas_of(pg_collection),
+        group=group,
+        smallest=smallest_microbatch(config, pg_collection),
+    )
+
+
+def smallest_microbatch(
+    config: "ConfigContainer", pg_collection: "ProcessGroupCollection | ModuleRanks"
+) -> int:
+    """Return the samples of which a replica's microbatch holds a multiple.
+
+    That is 1, but for modules on ranks of their own with more replicas than the language model,
+    which divide its microbatches among them, and for CUDA graphs, which know one size.
+    """
+    model: Any = config.model
+    if getattr(model, "cuda_graph_impl", "none") not in (None, "none"):
+        return config.train.micro_batch_size
+    if isinstance(pg_collection, ModuleRanks):
+        return pg_collection.smallest_microbatch
+    return 1
