@@ -15,6 +15,8 @@ from commands import Command, Ended, run, start
 
 SLOW = ("dataset.seconds_per_sample=0.05", "train.train_iters=400", "checkpoint.save_interval=null")
 
+TWELVE_STEPS = "train.train_iters=12"
+
 
 @pytest.fixture(autouse=True)
 def _folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -72,42 +74,66 @@ def test_a_mistake_that_only_another_rank_finds_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "R").exists()
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a run that nobody stops, by the number of its ranks."""
+    found = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        own_recipe.install(tmp_path_factory.mktemp("site"), monkeypatch)
+        for ranks in ("1", "2"):
+            folder = tmp_path_factory.mktemp("undisturbed")
+            ended = run(
+                "pretrain", "sine", TWELVE_STEPS, "--run-dir", "R", "--nproc", ranks, folder=folder
+            )
+            assert ended.code == 0, ended.err
+            found[ranks] = _rows(folder)
+    return found
+
+
 @pytest.mark.parametrize(
-    ("ranks", "number", "to_group"),
+    ("ranks", "number", "to", "workers"),
     [
-        ("1", signal.SIGINT, True),
-        ("1", signal.SIGTERM, False),
-        ("2", signal.SIGINT, False),
-        ("2", signal.SIGINT, True),
-        ("2", signal.SIGTERM, False),
+        ("1", signal.SIGINT, "group", 2),
+        ("1", signal.SIGTERM, "group", 2),
+        ("1", signal.SIGUSR1, "process", 0),
+        ("2", signal.SIGINT, "group", 0),
+        ("2", signal.SIGTERM, "all", 2),
+        ("2", signal.SIGHUP, "process", 0),
     ],
 )
-def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(
-    tmp_path: Path, ranks: str, number: signal.Signals, to_group: bool
+def test_a_signal_lets_the_step_end_saves_and_the_run_goes_on_bit_for_bit(
+    tmp_path: Path,
+    undisturbed: dict[str, list[dict[str, Any]]],
+    ranks: str,
+    number: signal.Signals,
+    to: str,
+    workers: int,
 ) -> None:
-    command = _started(tmp_path, *SLOW, ranks=ranks, lines=2)
+    settings = (TWELVE_STEPS, "dataset.seconds_per_sample=0.05", f"train.num_workers={workers}")
+    command = _started(tmp_path, *settings, ranks=ranks, lines=2)
     processes = command.descendants()
-    command.send(number, to_group=to_group)
+    assert len(processes) >= int(ranks) * workers
+    command.send(number, to_group=to == "group")
+    for process in processes if to == "all" else ():  # As a scheduler does.
+        os.kill(process, number)
     time.sleep(0.2)
     if number == signal.SIGINT and command.is_running():
         command.send(number)  # `uv run` passes on what the group has received already.
     ended = command.wait()
-    assert ended.code == 128 + number
-    assert ended.err == ""
-    step = _steps(tmp_path)[-1]
-    assert step < 100
-    assert f"stopped by {number.name} at step {step}/400" in ended.out
+    assert (ended.code, ended.err) == (128 + number, "")
+    step = len(_steps(tmp_path))
+    assert step < 12
+    assert f"stopped by {number.name} at step {step}/12" in ended.out
     assert "bridge pretrain sine --run-dir R --resume" in ended.out
     assert _latest(tmp_path) == f"step-{step:07d}"
     assert not any(psutil.pid_exists(pid) for pid in processes)
 
     resumed = run(
-        "pretrain", "sine", "--run-dir", "R", "--resume", "--nproc", ranks, "dataset.seconds_per_"
-        "sample=0.05", f"train.train_iters={step + 2}", folder=tmp_path,
-    )  # fmt: skip
+        "pretrain", "sine", "--run-dir", "R", "--resume", "--nproc", ranks, folder=tmp_path
+    )
     assert resumed.code == 0
     assert f"continues after step {step}" in resumed.out
-    assert _steps(tmp_path) == list(range(1, step + 3))
+    assert _rows(tmp_path) == undisturbed[ranks]
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
@@ -220,6 +246,16 @@ def _started(folder: Path, *arguments: str, ranks: str, lines: int = 0, **settin
 def _steps(folder: Path) -> list[int]:
     lines = (folder / "R" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines]
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """Return what was logged of each step, but for the time that it took."""
+    lines = (folder / "R" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [
+        {key: value for key, value in row.items() if not key.endswith(("_s", "_per_s"))}
+        for row in rows
+    ]
 
 
 def _latest(folder: Path) -> str:

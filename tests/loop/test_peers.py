@@ -302,6 +302,35 @@ def test_an_error_of_all_ranks_is_an_exception_on_each_and_the_next_run_trains(
     assert [row["step"] for row in rows(tmp_path / "good")] == [1, 2, 3, 4, 5]
 
 
+def test_a_rank_that_waits_too_long_for_another_names_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "SECONDS_TO_NOTICE", 30.0)
+    told: list[str] = []
+
+    def step(state: Any, data_iterator: Iterator[Any], model: Any) -> Any:
+        if state.train_state.step == 2 and rank() == 1:
+            time.sleep(3)
+        return token_step(data_iterator, model)
+
+    def body() -> tuple[float, list[str], list[str]]:
+        config = own_run(tmp_path / "run")
+        config.dist.timeout_minutes = 0.03
+        began = time.monotonic()
+        try:
+            pretrain(config, step, on_failure=lambda error, line: told.append(line))
+        except RuntimeError as error:
+            _kept.append(error)
+            return time.monotonic() - began, error.__notes__, told
+        raise AssertionError("no rank waited too long")
+
+    seconds, notes, lines = run_ranks(2, body)[0]
+    assert 1.8 < seconds < 30
+    named = "dist.timeout_minutes=0.03: a collective waits no longer for the other ranks"
+    assert named in notes[0]
+    assert named in lines[0]
+
+
 def test_an_exception_that_follows_from_another_ranks_says_so(tmp_path: Path) -> None:
     def body() -> list[str]:
         if rank() == 1:

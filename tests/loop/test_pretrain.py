@@ -17,6 +17,7 @@ from megatron.core import num_microbatches_calculator, parallel_state, rerun_sta
 from bridge.training import cpu
 from bridge.training.config import TrainConfig, ValidationConfig
 from bridge.training.pretrain import pretrain
+from bridge.training.stop_signals import STOP_SIGNALS
 from ranks import run_ranks
 from training_runs import OwnData, own_run, rows, series, token_step
 
@@ -29,7 +30,7 @@ def footprint() -> dict[str, Any]:
         "parallel state": parallel_state.model_parallel_is_initialized(),
         "microbatches": num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR,
         "rerun machine": rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE,
-        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "signals": [signal.getsignal(number) for number in STOP_SIGNALS],
         "garbage": gc.isenabled(),
         "streams": [
             random.getstate(),

@@ -177,7 +177,7 @@ def _be_command(
         for name in _LAUNCHER_VARIABLES:
             os.environ.pop(name, None)
         os.environ.update(environment)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             default = number == signal.SIGINT
             signal.signal(number, signal.default_int_handler if default else signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 0)

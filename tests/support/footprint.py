@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from bridge.training import cpu
+from bridge.training.stop_signals import STOP_SIGNALS
 
 _COUNTERS = {
     # Numbers that torch gives out, and never a second time.
@@ -97,7 +98,7 @@ def _rest() -> dict[str, Any]:
             torch.cuda.get_rng_state().tolist() if cpu.is_active() else None,
         ),
         "environment": dict(os.environ),
-        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "signals": [signal.getsignal(number) for number in STOP_SIGNALS],
         "warnings": list(warnings.filters),
         "root logger": (logging.root.level, list(logging.root.handlers), logging.root.filters[:]),
         "loggers": {

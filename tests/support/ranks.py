@@ -131,7 +131,7 @@ class _Family:
             gc.freeze()
             _die_with_parent()
             with open(self.directory / f"stack-{rank}", "w") as stack:
-                faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+                faulthandler.register(signal.SIGUSR2, file=stack, all_threads=True)
                 report = self._run(rank, function, args)
                 with open(writer, "wb") as pipe:
                     pipe.write(report)
@@ -178,7 +178,7 @@ class _Family:
 
     def _timeout_message(self, running: set[int]) -> str:
         for rank in running:
-            os.kill(self.pids[rank], signal.SIGUSR1)
+            os.kill(self.pids[rank], signal.SIGUSR2)
         time.sleep(0.3)
         stacks = [
             f"rank {rank} stood at:\n{(self.directory / f'stack-{rank}').read_text()}"

@@ -7,6 +7,7 @@ passes on the signals that it gets. When it dies without a chance to do so, they
 """
 
 import contextlib
+import errno
 import gc
 import json
 import logging
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
     from bridge.training.contracts import Recipe
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM)
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 1.0
 
@@ -57,12 +57,14 @@ def hide_gpus_for_rehearsal(documents: Sequence[str], overrides: Sequence[str]) 
 
 def flush_output() -> None:
     """Write out what was said; nobody need be there any more to read it."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Else Python would complain about the rest at its exit, and change the exit code.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # A pipe's reader, or the terminal.
+                raise
+            # Else Python would complain about the rest at its exit, and change the exit code.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def on_local_ranks(
@@ -95,7 +97,7 @@ def on_local_ranks(
             start_method="fork",
             # A directory that it makes by itself it leaves behind.
             logs_specs=DefaultLogsSpecs(log_dir=folder),
-            signals_to_handle="SIGHUP,SIGQUIT",
+            signals_to_handle="SIGQUIT",
         )
         with claimed(Path(config.checkpoint.run_dir)), _signals_passed_on(launcher):
             return _launch(settings, launcher, command, recipe, config)
@@ -220,12 +222,14 @@ def _forked_rank(
 ) -> None:
     import torch
 
+    from bridge.training.stop_signals import signals_to_catch
+
     # A collection would copy every page that the imported modules' objects are on, in each rank.
     gc.freeze()
     try:
         # A process of its own, as on GPUs, is the leader of a session of its own already.
         os.setpgid(0, 0)
-        for number in _FORWARDED:
+        for number in signals_to_catch():
             signal.signal(
                 number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             )
@@ -246,7 +250,7 @@ def _forked_rank(
 def _signals_passed_on(launcher: Launcher) -> Iterator[None]:
     import psutil
 
-    from bridge.training.stop_signals import SECONDS_OF_ONE_INTERRUPT
+    from bridge.training.stop_signals import SECONDS_OF_ONE_INTERRUPT, signals_to_catch
 
     this = psutil.Process()
 
@@ -277,7 +281,7 @@ def _signals_passed_on(launcher: Launcher) -> Iterator[None]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in _FORWARDED}
+    previous = {number: signal.signal(number, pass_on) for number in signals_to_catch()}
     try:
         yield
     finally:

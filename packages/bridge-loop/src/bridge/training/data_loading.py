@@ -21,6 +21,7 @@ from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, named_sets
 from bridge.training.distributed import Ranks
 from bridge.training.evaluation_plan import EvaluationCall, plan_of_run, smallest_microbatch
+from bridge.training.loader_workers import LoaderWorkers, ignore_stop_signals
 from bridge.training.usage_error import UsageError
 
 
@@ -218,6 +219,8 @@ class RunData:
         splits, cuts = cut_to_the_smallest(splits, ranks.control_group)
         self.warnings = [*splits.warnings, *cuts]
         self.splits = splits
+        self.workers = LoaderWorkers()
+        """The data loading processes of this rank."""
         self._config = config
         self._ranks = ranks
         if splits.train is None or len(splits.train) == 0:
@@ -354,8 +357,9 @@ class RunData:
             generator=torch.Generator().manual_seed(self._config.rng.seed + position),
             pin_memory=self._ranks.device == "cuda",
             collate_fn=self.splits.collate,
+            worker_init_fn=ignore_stop_signals,
         )
-        return iter(loader)
+        return self.workers.iterate(loader)
 
     def _resolve_train_iters(self, size: int) -> int:
         train = self._config.train

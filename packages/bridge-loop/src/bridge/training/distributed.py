@@ -161,7 +161,8 @@ def _megatrons_groups(
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        distributed_timeout_minutes=max(1, round(timeout / datetime.timedelta(minutes=1))),
+        # A timedelta is made of it, so it may be a fraction, whatever its annotation says.
+        distributed_timeout_minutes=timeout / datetime.timedelta(minutes=1),  # type: ignore[arg-type]
     )
     try:
         yield ProcessGroupCollection.use_mpu_process_groups()

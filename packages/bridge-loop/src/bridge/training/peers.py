@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
@@ -62,6 +63,11 @@ class PeerWatch:
         """
         self.phase: Callable[[], str] = lambda: "set-up"
         """What this rank is doing."""
+        self.timeout_minutes: float | None = None
+        """dist.timeout_minutes, once it is known."""
+        began = time.monotonic()
+        self.met_at: Callable[[], float] = lambda: began
+        """When all ranks last took part in something, on the clock of `time.monotonic`."""
         self._rank, self._world_size = rank(), world_size()
         self._on_failure = on_failure
         self._store: dist.Store | None = None
@@ -140,6 +146,9 @@ class PeerWatch:
         what = f"{type(error).__name__}: {message}" if message else type(error).__name__
         if self._heard is not None:
             error.add_note(f"after {self._heard}")
+        if (note := self._note_of_timeout(error)) is not None:
+            error.add_note(note)
+            what = f"{what}; {note}"
         error.add_note(f"rank {self._rank}, in {phase}")
         # Whoever pressed Ctrl-C need not be told.
         if not isinstance(error, KeyboardInterrupt):
@@ -153,6 +162,27 @@ class PeerWatch:
                 self._tell(f"rank {self._rank} failed in {phase}: {what}")
             except Exception as trouble:  # It must not take the place of what ended the run.
                 _say(f"rank {self._rank}: cannot tell the other ranks: {trouble}")
+
+    def _note_of_timeout(self, error: BaseException) -> str | None:
+        """Name the setting, if an exception looks like the end of a wait for other ranks.
+
+        torch's backends raise plain RuntimeErrors for it. So it is told by its place, which is
+        torch's or megatron-core's code for collectives, and by the time that it took.
+        """
+        waited = time.monotonic() - self.met_at()
+        if (
+            self._world_size == 1
+            or self.timeout_minutes is None
+            or waited < 60 * self.timeout_minutes
+            or not isinstance(error, RuntimeError)
+            or not _module_that_raised(error).startswith(("torch.distributed", "megatron.core"))
+        ):
+            return None
+        return (
+            f"dist.timeout_minutes={self.timeout_minutes:g}: a collective waits no longer for the "
+            f"other ranks, and the last that all took part in was {waited:.0f} s ago; raise it if "
+            "a rank may take so long"
+        )
 
     def _tell(self, word: str) -> None:
         """Leave word for the other ranks, unless one of them has."""
@@ -209,6 +239,13 @@ def _innermost(store: dist.Store) -> dist.Store:
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     return store
+
+
+def _module_that_raised(error: BaseException) -> str:
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__", ""))
+    return module
 
 
 def _bell(rank: int) -> str:

@@ -20,7 +20,8 @@ class TrainResult:
     """What a run came to, equal on every rank."""
 
     reason: StopReason
-    """"finished", the signal that asked it to stop, or "time limit" (train.time_limit_minutes)."""
+    """"finished", the signal that asked it to stop (SIGINT, SIGTERM, SIGHUP or SIGUSR1), or
+    "time limit" (train.time_limit_minutes)."""
     step: int
     """Steps done."""
     consumed_samples: int
@@ -85,6 +86,7 @@ def carry_out(
             device = choose_device(config.dist.device)
             config = resolve(config, device=device, world_size=world_size())
             config.command = command
+            peers.timeout_minutes = config.dist.timeout_minutes
             with progress.phase("process groups"):
                 peers.join()
                 ranks = stack.enter_context(ranks_of(config, device))
@@ -92,6 +94,7 @@ def carry_out(
                 set_up(config, ranks, forward_step_func, callbacks or (), progress)
             )
         peers.phase = lambda: run.phase
+        peers.met_at = lambda: run.stop.agreed_at
         return _run(run, peers, command)
 
 
@@ -102,6 +105,7 @@ def _run(run: Run, peers: PeerWatch, command: str) -> TrainResult:
         # Before on_train_end, which may wait for other ranks.
         peers.told_at_once(),
         run.progress,
+        run.data.workers.explained(),
     ):
         reason = train(run)
         if reason == "finished":

@@ -1,6 +1,7 @@
 """What a run tells its user: a live line on a terminal, plain lines anywhere else."""
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -172,8 +173,11 @@ class Progress:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except BrokenPipeError:
-            # The reader has gone, as `tee` does on the Ctrl-C that asks the run to stop and save.
+        except OSError as error:
+            # The reader has gone, as `tee` does on the Ctrl-C that asks the run to stop and save;
+            # or the terminal, whose SIGHUP does the same.
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
             self._enabled = False
 
     def _width(self) -> int:

@@ -170,6 +170,7 @@ def _built(
             # Every rank builds the same data, also where building it draws random numbers.
             _seed(config.rng.seed)
             data = _build_data(config, ranks)
+            stack.callback(data.workers.close)
         with progress.phase("model"):
             # An earlier model hangs in reference cycles; its memory is needed for this one.
             gc.collect()

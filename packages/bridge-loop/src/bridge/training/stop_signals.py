@@ -1,4 +1,7 @@
-"""Ctrl-C, SIGTERM and the run's time limit: finish the step, save, say how to go on.
+"""Signals and the run's time limit: finish the step, save, say how to go on.
+
+Ctrl-C (SIGINT), SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (what schedulers send some time
+before the end) ask for the same. SIGHUP stays ignored where it was, as under ``nohup``.
 
 The first signal asks the loop to stop at the end of the step. A second Ctrl-C ends the process at
 once; one that follows within half a second is the same one, passed on by a program in between
@@ -12,18 +15,20 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
 
-type StopCause = Literal["time limit", "SIGINT", "SIGTERM"]
+type StopCause = Literal["time limit", "SIGUSR1", "SIGHUP", "SIGINT", "SIGTERM"]
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 SECONDS_OF_ONE_INTERRUPT = 0.5
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What ranks tell each other. Where they have several causes the last of these counts.
-_CAUSES: tuple[StopCause | None, ...] = (None, "time limit", "SIGINT", "SIGTERM")
+_ORDER: tuple[StopCause, ...] = ("time limit", "SIGUSR1", "SIGHUP", "SIGINT", "SIGTERM")
+_CAUSES = (None, *_ORDER)
 
 
 class StopRequest:
@@ -37,6 +42,8 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self.cause: StopCause | None = None
         """Why the run stops, once all ranks have agreed on it."""
+        self.agreed_at = time.monotonic()
+        """When the ranks last agreed, on the clock of `time.monotonic`."""
         self._ends_at = ends_at
         self._interrupted_at: float | None = None
 
@@ -57,11 +64,12 @@ class StopRequest:
         if self.cause is None:
             mine = _CAUSES.index(self._own_cause())
             self.cause = _CAUSES[largest_of_all(mine, control_group)]
+            self.agreed_at = time.monotonic()
         return self.cause
 
     def _own_cause(self) -> StopCause | None:
         if self.signal is not None:
-            return "SIGINT" if self.signal == signal.SIGINT else "SIGTERM"
+            return cast(StopCause, self.signal.name)
         is_over = self._ends_at is not None and time.monotonic() >= self._ends_at
         return "time limit" if is_over else None
 
@@ -90,9 +98,15 @@ def largest_of_all(number: int, control_group: dist.ProcessGroup | None) -> int:
     return int(largest.item())
 
 
+def signals_to_catch() -> list[signal.Signals]:
+    """Return `STOP_SIGNALS`, without SIGHUP where it is ignored, as under ``nohup``."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not is_ignored]
+
+
 @contextlib.contextmanager
 def stop_signals(ends_at: float | None = None) -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM while the run lasts; in another thread than the main one, do not.
+    """Catch `STOP_SIGNALS` while the run lasts; in another thread than the main one, do not.
 
     Args:
         ends_at: As for `StopRequest`.
@@ -101,7 +115,7 @@ def stop_signals(ends_at: float | None = None) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {number: signal.signal(number, request._receive) for number in _SIGNALS}
+    previous = {number: signal.signal(number, request._receive) for number in signals_to_catch()}
     try:
         yield request
     finally:
