@@ -277,7 +277,7 @@ def test_tensorboard_has_the_same_numbers(runs: Runs) -> None:
 
 def test_wandb_has_the_same_numbers(runs: Runs) -> None:
     [records] = read_wandb(runs.place / "whole")
-    logged = {row["_step"]: row["lm loss"] for row in history(records) if "lm loss" in row}
+    logged = {row["step"]: row["lm loss"] for row in history(records) if "lm loss" in row}
     assert logged == losses_of(runs)
 
 

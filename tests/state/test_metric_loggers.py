@@ -15,6 +15,7 @@ from bridge.training.metric_loggers import (
     MetricLoggers,
     TensorBoardLogger,
     WandbLogger,
+    as_logged,
     truncate_jsonl,
 )
 from wandb_files import history, read_wandb
@@ -60,6 +61,8 @@ def test_every_backend_has_the_same_names_and_values(tmp_path: Path) -> None:
         loggers.log(TRAIN, 10)
         loggers.log(VALIDATION, 10)
         loggers.log({**TRAIN, "lm loss": 2.0, "accuracy": None}, 20)
+        loggers.sync()
+        loggers.log({"a": math.nan, "b": -math.inf}, 30)
 
     expected = {
         (name, step): value
@@ -69,7 +72,7 @@ def test_every_backend_has_the_same_names_and_values(tmp_path: Path) -> None:
     in_json = {
         (name, row["step"]): value
         for row in read_jsonl(tmp_path / "metrics.jsonl")
-        for name, value in row.items()
+        for name, value in as_logged(row).items()
         if name != "step" and value is not None
     }
     in_tensorboard = {
@@ -80,15 +83,18 @@ def test_every_backend_has_the_same_names_and_values(tmp_path: Path) -> None:
     (records,) = read_wandb(tmp_path)
     commits = history(records)
     in_wandb = {
-        (name, row["_step"]): value
+        (name, row["step"]): float(value)
         for row in commits
         for name, value in row.items()
-        if not name.startswith("_")
+        if not name.startswith("_") and name != "step"
     }
+    for found in (in_json, in_wandb, in_tensorboard):
+        assert math.isnan(found.pop(("a", 30)))
+        assert found.pop(("b", 30)) == -math.inf
     assert in_json == expected
     assert in_wandb == expected
     assert in_tensorboard == pytest.approx(expected, rel=1e-6)  # TensorBoard holds float32.
-    assert [row["_step"] for row in commits] == [10, 20]
+    assert [row["step"] for row in commits] == [10, 10, 20, 30]
     (run,) = (record["run"] for record in records if record["type"] == "run")
     assert run["config"]["update"]["seed"] == 1
     assert run["display_name"] == tmp_path.name
@@ -108,7 +114,8 @@ def test_a_resumed_run_continues_its_wandb_run(tmp_path: Path) -> None:
     runs = [r["run"] for records in (first, second) for r in records if r["type"] == "run"]
     assert runs[0]["run_id"] == runs[1]["run_id"]
     assert [run["display_name"] for run in runs] == ["mine", "mine"]
-    assert [history(records)[0]["_step"] for records in (first, second)] == [10, 11]
+    assert [history(records)[0]["step"] for records in (first, second)] == [10, 11]
+    assert [history(records)[0]["_step"] for records in (first, second)] == [0, 1]
     codes = [
         record["exit"].get("exit_code", 0)
         for records in (first, second)
@@ -156,17 +163,28 @@ def test_a_row_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     logger.close()
 
 
-def test_values_that_json_does_not_have_become_null(tmp_path: Path) -> None:
+def test_a_value_that_json_does_not_have_is_told_from_none(tmp_path: Path) -> None:
     logger = JsonlLogger(tmp_path / "metrics.jsonl")
-    logger.log({"a": math.nan, "b": math.inf, "c": None, "d": 2**60 + 1}, 1)
+    logged = {"a": -math.inf, "b": math.inf, "c": None, "d": 2**60 + 1}
+    logger.log({**logged, "e": math.nan}, 1)
+    logger.log(logged | {"a": 1.0, "b": 2.0}, 2)
     logger.close()
-    assert read_jsonl(logger.path) == [{"step": 1, "a": None, "b": None, "c": None, "d": 2**60 + 1}]
+    first, second = read_jsonl(logger.path)
+    named = {"a": "-inf", "b": "inf", "e": "nan"}
+    empty = {"step": 1, "a": None, "b": None, "c": None, "d": 2**60 + 1, "e": None}
+    assert first == {**empty, "not_finite": named}
+    assert second == {"step": 2, "a": 1.0, "b": 2.0, "c": None, "d": 2**60 + 1}
+    assert as_logged(second) == second
+    restored = as_logged(first)
+    assert math.isnan(restored.pop("e"))
+    assert restored == {"step": 1, **logged}
 
 
-def test_a_metric_cannot_take_the_name_of_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["step", "not_finite"])
+def test_a_metric_cannot_take_the_name_of_a_key_of_the_row(name: str, tmp_path: Path) -> None:
     logger = JsonlLogger(tmp_path / "metrics.jsonl")
-    with pytest.raises(ValueError, match='"step"'):
-        logger.log({"step": 3.0}, 1)
+    with pytest.raises(ValueError, match=f'"{name}"'):
+        logger.log({name: 3.0}, 1)
     logger.close()
 
 
@@ -198,6 +216,9 @@ def test_a_step_never_goes_back() -> None:
 
 def test_all_loggers_are_closed_even_if_one_fails(tmp_path: Path) -> None:
     class Broken:
+        def sync(self) -> None:
+            pass
+
         def log(self, metrics: object, step: int) -> None: ...
         def close(self) -> None:
             raise OSError("disk full")

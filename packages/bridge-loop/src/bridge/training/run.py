@@ -186,6 +186,8 @@ class Run(TrainingParts):
         self.training_log.add_items(self.data.take_items())
         phase, self.phase = self.phase, f"checkpoint at step {self.state.train_state.step}"
         with self.training_log.pause():
+            # Whatever is saved has its rows.
+            self.state.metric_loggers.sync()
             path = self.checkpointer.save()
         if path is not None:
             self.progress.note(f"saved {path}")

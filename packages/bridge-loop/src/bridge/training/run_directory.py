@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.training.file_kinds import head_of, kind_of
+from bridge.training.metric_loggers import as_logged
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -105,13 +106,13 @@ class RunDirectory:
         return sorted(found, key=lambda path: step_of(path))
 
     def rows_of(self, step: int) -> list[dict[str, Any]]:
-        """Return what metrics.jsonl holds of a step; a torn last line is none."""
+        """Return what was logged of a step (`as_logged`); a torn last line is none."""
         if not self.metrics.exists():
             return []
         rows = []
         for line in self.metrics.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+                rows.append(as_logged(json.loads(line)))
         return [row for row in rows if row["step"] == step]
 
 

@@ -2,7 +2,7 @@
 
 Each backend gets the same names and values. A step may have several rows (its training metrics,
 then its validation metrics) as long as no name repeats; a step never goes back. JSONL writes one
-line a row; TensorBoard one point a name; W&B merges the rows of a step into one commit.
+line a row; TensorBoard one point a name; W&B one row a row, with the step in its column "step".
 
 The trackers are imported only by the class that needs them.
 """
@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,11 +20,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from bridge.training.usage_error import UsageError
+from bridge.training.wandb_history import written_rows
 
 if TYPE_CHECKING:
     from wandb import Run
 
 log = logging.getLogger(__name__)
+
+NOT_FINITE = "not_finite"
+"""The key in a row of metrics.jsonl of the values that JSON does not have."""
 
 
 class MetricLogger(Protocol):
@@ -36,6 +41,10 @@ class MetricLogger(Protocol):
         """
         ...
 
+    def sync(self) -> None:
+        """Return when the rows so far outlive this process."""
+        ...
+
     def close(self) -> None:
         """Write out what is held back and release the files; a second call does nothing."""
         ...
@@ -44,9 +53,10 @@ class MetricLogger(Protocol):
 class JsonlLogger:
     """One strict JSON object a line: ``{"step": 10, "lm loss": 2.5, ...}``.
 
-    None is null, and so are NaN and infinities, which JSON does not have. Each row is
-    flushed as a whole line. A file that ends in a torn line (its writer was killed) loses that
-    line when it is opened.
+    None is null, and so are NaN and infinities, which JSON does not have: a row that has some
+    ends with ``"not_finite": {"lm loss": "nan"}`` (or "inf", "-inf"), and `as_logged` puts them
+    back. Each row is flushed as a whole line. A file that ends in a torn line (its writer was
+    killed) loses that line when it is opened.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -57,16 +67,24 @@ class JsonlLogger:
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
-        """Append one line; raises UsageError if a metric is called "step"."""
-        if "step" in metrics:
-            raise UsageError('a metric cannot be called "step": that is the key of the row')
-        row = {
-            name: value if value is not None and math.isfinite(value) else None
+        """Append one line; raises UsageError if a metric is called "step" or "not_finite"."""
+        if taken := {"step", NOT_FINITE} & metrics.keys():
+            raise UsageError(f'a metric cannot be called "{taken.pop()}": the row has that key')
+        row: dict[str, Any] = {"step": step, **metrics}
+        not_finite = {
+            name: str(float(value))
             for name, value in metrics.items()
+            if value is not None and not math.isfinite(value)
         }
-        line = json.dumps({"step": step, **row}, allow_nan=False, ensure_ascii=False)
+        if not_finite:
+            row |= {**dict.fromkeys(not_finite), NOT_FINITE: not_finite}
+        line = json.dumps(row, allow_nan=False, ensure_ascii=False)
         self._file.write(line + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Make the rows durable."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Make the rows durable and close the file."""
@@ -108,6 +126,9 @@ class TensorBoardLogger:
         # A row comes once in many steps, and whoever watches a curve wants its last point.
         self.writer.flush()
 
+    def sync(self) -> None:
+        """Do nothing: every row is flushed."""
+
     def close(self) -> None:
         """Write out the last points and close the event file."""
         if not self._closed:
@@ -119,9 +140,12 @@ class WandbLogger:
     """Rows of one Weights & Biases run, which a resumed run continues under the same id.
 
     The id stands in ``run_dir/wandb/run_id``. ``WANDB_MODE=offline`` works, also on resume; each
-    start then has its own folder under ``run_dir/wandb``. W&B keeps rows that it has already
-    received: the steps that a resumed run repeats are not written twice.
+    start has its own folder under ``run_dir/wandb``. A row is committed when it is logged, so a run
+    that is killed keeps it. Rows of steps that a resumed run repeats are in W&B already and are not
+    written twice. The axis of all curves is the column "step"; W&B's own ``_step`` counts rows.
     """
+
+    _FLUSH_SECONDS = 0.1
 
     def __init__(
         self,
@@ -164,6 +188,9 @@ class WandbLogger:
                 resume="allow" if known_id else None,
                 dir=folder,
                 config=dict(config or {}),
+                # The process that writes the files holds back 15 seconds of rows by default, and
+                # ends without writing them when this one is killed.
+                settings=wandb.Settings(x_transaction_log_flush_interval=self._FLUSH_SECONDS),
             )
         except wandb.errors.UsageError as error:
             raise UsageError(
@@ -171,20 +198,41 @@ class WandbLogger:
                 "or set WANDB_MODE=offline"
             ) from error
         _replace_bytes(id_file, f"{self.run.id}\n".encode())
+        self.run.define_metric("*", step_metric="step")
+        self._written = written_rows(folder / "wandb") if known_id else []
+        # Where the files of earlier starts are not on this machine, W&B knows how many rows it has.
+        newest = self._written[-1].number + 1 if self._written else 0
+        self._number = max(newest, self.run.step)
+        self._is_synced = True
         self._exit_code = 0
         self._closed = False
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
-        """Add the row to ``step``, which W&B commits once a later step or the end comes."""
+        """Commit one row, unless an earlier start has."""
         present = {name: value for name, value in metrics.items() if value is not None}
-        self.run.log(present, step=step)
+        if not present or self._is_written(present, step):
+            return
+        self.run.log({"step": step, **present}, step=self._number, commit=True)
+        self._number += 1
+        self._is_synced = False
+
+    def sync(self) -> None:
+        """Wait until the rows are in W&B's file, from which ``wandb sync`` can send them."""
+        if not self._is_synced:
+            # The answer comes when what was sent before has been taken up.
+            self.run.status()
+            time.sleep(2 * self._FLUSH_SECONDS)
+            self._is_synced = True
+
+    def _is_written(self, metrics: Mapping[str, float], step: int) -> bool:
+        return any(row.step == step and row.names >= metrics.keys() for row in self._written)
 
     def mark_failed(self) -> None:
         """Let W&B show the run as failed when it is closed."""
         self._exit_code = 1
 
     def close(self) -> None:
-        """Commit the last step and finish the W&B run."""
+        """Finish the W&B run."""
         if not self._closed:
             self._closed = True
             self.run.finish(exit_code=self._exit_code)
@@ -218,6 +266,11 @@ class MetricLoggers:
         for logger in self.loggers:
             logger.log(metrics, step)
 
+    def sync(self) -> None:
+        """Return when every logger's rows outlive this process."""
+        for logger in self.loggers:
+            logger.sync()
+
     def close(self) -> None:
         """Close every logger, also if one of them fails."""
         with ExitStack() as stack:
@@ -236,6 +289,16 @@ class MetricLoggers:
     ) -> None:
         """Close every logger."""
         self.close()
+
+
+def as_logged(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of metrics.jsonl with its NaN and infinities, as it was logged."""
+    not_finite = row.get(NOT_FINITE, {})
+    return {
+        name: float(not_finite[name]) if name in not_finite else value
+        for name, value in row.items()
+        if name != NOT_FINITE
+    }
 
 
 def truncate_jsonl(path: str | os.PathLike[str], after_step: int) -> int:

@@ -1,0 +1,76 @@
+"""Rows of earlier starts of a Weights & Biases run, read from the files that it leaves on disk.
+
+Each start writes ``wandb/*run-TIMESTAMP-ID/run-ID.wandb``: a header of 7 bytes and records in the
+format of LevelDB's log, each a protobuf message of wandb's. A file whose writer was killed ends
+somewhere; the records before that are whole.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_HEADER, _BLOCK, _CHUNK_HEADER = 7, 32768, 7
+_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbRow:
+    """A row that W&B has."""
+
+    number: int
+    """W&B's own ``_step``, which counts rows."""
+    step: int
+    """The optimizer step that the row is of."""
+    names: frozenset[str]
+    """What it has a value of."""
+
+
+def written_rows(folder: Path) -> list[WandbRow]:
+    """Return the rows in the files of all starts below ``folder``, in the order of their numbers.
+
+    Args:
+        folder: ``run_dir/wandb``, of one W&B run.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    messages: Any = wandb_internal_pb2
+
+    rows = []
+    for path in folder.glob("*run-*/run-*.wandb"):
+        for content in _records(path.read_bytes()):
+            record = messages.Record()
+            record.ParseFromString(content)
+            if record.WhichOneof("record_type") == "history":
+                rows.append(_row(record.history))
+    return sorted(rows, key=lambda row: row.number)
+
+
+def _row(history: Any) -> WandbRow:
+    values = {item.key or ".".join(item.nested_key): item.value_json for item in history.item}
+    number = int(values["_step"])
+    return WandbRow(
+        number=number,
+        # Rows were numbered by their steps once.
+        step=int(values.get("step", number)),
+        names=frozenset(name for name in values if not name.startswith("_")) - {"step"},
+    )
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    """Yield the whole records of a file; the last one may be torn."""
+    position, parts = _HEADER, list[bytes]()
+    while position + _CHUNK_HEADER <= len(content):
+        left = _BLOCK - position % _BLOCK
+        if left < _CHUNK_HEADER:  # The rest of a block that no chunk fits into is filled up.
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        start = position + _CHUNK_HEADER
+        position = start + length
+        if kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST) or position > len(content):
+            return
+        parts = [*([] if kind in (_WHOLE, _FIRST) else parts), content[start:position]]
+        if kind in (_WHOLE, _LAST):
+            yield b"".join(parts)
