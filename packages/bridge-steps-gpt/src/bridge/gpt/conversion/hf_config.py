@@ -24,20 +24,34 @@ _ROPE_CONSTANTS = {
 }
 _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 _SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
+# A recipe may train with others, which does not change what the model is.
+_OF_TRAINING = ("attention_dropout", "initializer_range")
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 
 def read_model_config(directory: str | Path) -> GPTModelConfig:
     """Return the model section for a folder in Hugging Face's format; no weight is read.
 
-    The vocabulary is padded only where the tensor-parallel size does not divide it, so the model's
-    losses are those of the original.
+    What the folder's config.json says goes along in ``hf_files``. The vocabulary is padded only
+    where the tensor-parallel size does not divide it, so the model's losses are those of the
+    original.
 
     Raises:
         UsageError: There is no config.json, or the architecture or something in it is not
             supported; the message names it, and what is.
     """
-    path = Path(directory) / "config.json"
-    values = read_json(path)
+    folder = Path(directory)
+    values = read_json(folder / CONFIG)
+    model = _model_of(values, folder / CONFIG)
+    model.hf_files = {CONFIG: json.dumps(values, ensure_ascii=False)}
+    if (folder / GENERATION_CONFIG).exists():
+        generation = read_json(folder / GENERATION_CONFIG)
+        model.hf_files[GENERATION_CONFIG] = json.dumps(generation, ensure_ascii=False)
+    return model
+
+
+def _model_of(values: Mapping[str, Any], path: Path) -> GPTModelConfig:
     family = _family(values, path)
     if problems := list(_unsupported(values, family)):
         raise UsageError(
@@ -77,15 +91,49 @@ def config_json(
 ) -> dict[str, Any]:
     """Return config.json for a model.
 
+    Of an imported model it is the original's, with what differs from it since.
+
     Args:
         model: The model section.
         dtype: Type of the weights.
-        known: The config.json beside the tokenizer. If it is of a model of the same size, what
-            ours has no place for, as the ids of special tokens, is taken from it.
+        known: The config.json beside the tokenizer, for a model that was not imported. If it is of
+            a model of the same size, what ours has no place for, as the ids of special tokens, is
+            taken from it.
 
     Raises:
         UsageError: The model is of no family that Hugging Face's format has a place for.
     """
+    values = _values(model, dtype)
+    if model.hf_files is not None:
+        return _changed(json.loads(model.hf_files[CONFIG]), values, dtype)
+    if any(known.get(name) != values[name] for name in _SIZES):
+        return values
+    return values | {name: known[name] for name in _KEPT if name in known}
+
+
+def _changed(
+    original: dict[str, Any], values: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return a config.json with what the model has other than the one that was imported."""
+    imported = _values(_model_of(original, Path(CONFIG)), dtype)
+    changes = {
+        name: value
+        for name, value in values.items()
+        if name not in _OF_TRAINING and value != imported.get(name)
+    }
+    # A sample may be shorter than the positions that the model knows.
+    positions = max(original["max_position_embeddings"], values["max_position_embeddings"])
+    kept = dict(original)
+    if not changes.keys().isdisjoint(_ROPE):
+        # Its own words for it may be those of newer files.
+        kept = {name: value for name, value in kept.items() if name not in _ROPE}
+        changes |= {name: values[name] for name in ("rope_theta", "rope_scaling")}
+    changes["dtype" if "dtype" in original else "torch_dtype"] = values["torch_dtype"]
+    return kept | changes | {"max_position_embeddings": positions}
+
+
+def _values(model: GPTModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what the model section says, in the words of config.json."""
     family = family_of(model)
     heads = model.num_attention_heads
     values: dict[str, Any] = {
@@ -115,9 +163,7 @@ def config_json(
     }
     if family.may_have_biases:
         values["mlp_bias"] = model.add_bias_linear
-    if any(known.get(name) != values[name] for name in _SIZES):
-        return values
-    return values | {name: known[name] for name in _KEPT if name in known}
+    return values
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """From a checkpoint to Hugging Face's format; the exporter ``hf``."""
 
+import json
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from bridge.gpt.conversion.hf_config import config_json, read_json
+from bridge.gpt.conversion.hf_config import GENERATION_CONFIG, config_json, read_json
 from bridge.gpt.conversion.safetensors_files import write_json, write_tensors
 from bridge.gpt.conversion.tokenizer_files import copy_tokenizer, folder_of
 from bridge.gpt.model_config import GPTModelConfig
@@ -18,8 +19,8 @@ def export_hf(request: ExportRequest) -> str:
     """Write a folder that transformers and others load: config.json, safetensors, tokenizer.
 
     The weights are read one by one; those of one file are held at a time. What our model section
-    does not know, as the ids of special tokens, comes from the folder of the tokenizer, if that is
-    a model's.
+    does not know, as the ids of special tokens, is what was imported with the model; else it comes
+    from the folder of the tokenizer, if that is a model's.
 
     Args:
         request: What to export, and how.
@@ -55,7 +56,10 @@ def export_hf(request: ExportRequest) -> str:
         )
     dtype = request.dtype or first
     write_json(request.output / "config.json", config_json(model, dtype, known))
+    generation = (model.hf_files or {}).get(GENERATION_CONFIG)
     copied = copy_tokenizer(source, request.output) if source else []
+    if generation is not None and GENERATION_CONFIG not in copied:
+        write_json(request.output / GENERATION_CONFIG, json.loads(generation))
     tokenizer = f"with {', '.join(copied)}" if copied else "without a tokenizer"
     if source and not source.is_dir():
         tokenizer += f" ({source} is not there any more)"
