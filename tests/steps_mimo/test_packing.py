@@ -1,10 +1,13 @@
 """Packed samples train as those that are padded, whatever the stage they are in."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from bridge.mimo.data.samples import pack
+from bridge.training.usage_error import UsageError
 from mimo_layout_runs import (
     ALONE,
     MIXED,
@@ -34,6 +37,46 @@ def test_a_packed_row_has_the_tokens_of_its_samples_and_says_where_they_end() ->
             assert torch.equal(parts[number], padded[key][number, :length])
     assert row["loss_mask"].sum() == padded["loss_mask"].sum()
     assert row["loss_mask"][0, -1] == 0
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """A sample of 2 images and 3 tokens, with other values."""
+    return sample(2, 3) | values
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("mistaken", "message"),
+    [
+        (changed(labels=torch.zeros(5, dtype=torch.int64)), r"input_ids \[12\], labels \[5\]"),
+        (changed(loss_mask=torch.ones(13)), r"loss_mask \[13\]"),
+        (changed(position_ids=torch.arange(12)[None]), r"position_ids \[1, 12\]"),
+        ({k: v for k, v in changed().items() if k != "labels"}, "has no labels; give input_ids"),
+        (changed(length=13), "length=13 of 12 tokens; give the number"),
+        (changed(length=0), "length=0 of 12 tokens"),
+        (
+            changed(items={"vision": {"pixels": torch.ones(2, 3, 8, 8), "grid": torch.ones(3)}}),
+            "with 2 of pixels, 3 of grid",
+        ),
+        (
+            changed(items={"vision": {"grid": torch.ones(2)}}),
+            "with other arguments, pixels and grid",
+        ),
+    ],
+)
+def test_a_sample_whose_tensors_do_not_belong_together_is_rejected(
+    mistaken: dict[str, Any], message: str, packed: bool
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        microbatch(sample(1, 3), mistaken, pack=packed)
+
+
+def test_special_tokens_beyond_the_length_of_a_packed_sample_are_not_counted() -> None:
+    mistaken = changed(length=4)
+    with pytest.raises(UsageError, match="sample 0 .* has 2 items of 'vision', and . tokens"):
+        microbatch(mistaken, pack=True)
+    with pytest.raises(UsageError, match="0 samples and multiple_of=1"):
+        pack([])
 
 
 @pytest.mark.parametrize(

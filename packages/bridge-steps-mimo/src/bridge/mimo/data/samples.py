@@ -85,8 +85,15 @@ def pack(
     Returns:
         ``input_ids``, ``labels``, ``loss_mask`` and ``position_ids``, each [1, tokens], and
         ``packing_kwargs``, megatron-core's boundaries of the samples.
+
+    Raises:
+        UsageError: There is no sample, or the tensors of one do not belong together.
     """
-    lengths = [int(sample.get("length", len(sample["input_ids"]))) for sample in samples]
+    if not samples or multiple_of < 1:
+        raise UsageError(
+            f"pack: {len(samples)} samples and multiple_of={multiple_of}; give at least 1 of each"
+        )
+    lengths = [_length(sample, index) for index, sample in enumerate(samples)]
     missing = -sum(lengths) % multiple_of
     row: dict[str, Any] = {
         key: functional.pad(
@@ -108,6 +115,34 @@ def pack(
         "max_seqlen_kv": max(lengths),
     }
     return row
+
+
+def _length(sample: Mapping[str, Any], index: int) -> int:
+    """Return how many tokens of a sample come before its padding.
+
+    Raises:
+        UsageError: Its tensors have several lengths, or ``length`` is beyond them.
+    """
+    if missing := [key for key in _TOKENS if key not in sample]:
+        raise UsageError(
+            f"sample {index} of a microbatch has no {' and no '.join(missing)}; give "
+            f"{', '.join(_TOKENS)}"
+        )
+    shapes = {key: tuple(sample[key].shape) for key in _TOKENS}
+    if len(set(shapes.values())) > 1 or len(shapes["input_ids"]) != 1:
+        told = ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items())
+        raise UsageError(
+            f"sample {index} of a microbatch has tensors of the shapes {told}; give all of them "
+            "one shape, [sequence]"
+        )
+    (whole,) = shapes["input_ids"]
+    length = int(sample.get("length", whole))
+    if not 1 <= length <= whole:
+        raise UsageError(
+            f"sample {index} of a microbatch: length={length} of {whole} tokens; give the number "
+            f"of tokens before the padding, from 1 to {whole}"
+        )
+    return length
 
 
 def without_content(number: int) -> dict[str, torch.Tensor]:
@@ -155,8 +190,10 @@ class Collate:
         """Make a microbatch.
 
         Raises:
-            UsageError: A sample has items of an unknown modality, or another number of special
-                tokens than its items are embeddings.
+            UsageError: A sample has items of an unknown modality, arguments of one with other
+                numbers of items or by other names than the samples before it, another number of
+                special tokens than its items are embeddings, or tensors that do not belong
+                together.
         """
         counts = {name: [self._count(sample, name) for sample in samples] for name in self._names()}
         for index, sample in enumerate(samples):
@@ -181,6 +218,7 @@ class Collate:
         return next((len(value) for value in sample["items"].get(name, {}).values()), 0)
 
     def _check(self, sample: Mapping[str, Any], index: int) -> None:
+        length = _length(sample, index)
         if unknown := sorted(sample["items"].keys() - self.tokens_per_item.keys()):
             raise UsageError(
                 f"sample {index} of a microbatch has items of {unknown[0]!r}, and the model has "
@@ -188,7 +226,16 @@ class Collate:
             )
         for name, each in self.tokens_per_item.items():
             items, token = self._count(sample, name), self.special_token_ids[name]
-            places = int((sample["input_ids"] == token).sum())
+            numbers = {key: len(value) for key, value in sample["items"].get(name, {}).items()}
+            if len(set(numbers.values())) > 1:
+                told = ", ".join(f"{number} of {key}" for key, number in numbers.items())
+                raise UsageError(
+                    f"sample {index} of a microbatch has items of {name!r} with {told}; give each "
+                    "argument of the encoder as many"
+                )
+            # A packed sample loses what lies in its padding.
+            tokens = sample["input_ids"][: length if self.pack else None]
+            places = int((tokens == token).sum())
             if places != items * each:
                 raise UsageError(
                     f"sample {index} of a microbatch has {items} items of {name!r}, and {places} "
@@ -197,4 +244,10 @@ class Collate:
 
     def _together(self, samples: Sequence[Mapping[str, Any]], name: str) -> dict[str, torch.Tensor]:
         items = [sample["items"][name] for sample in samples if self._count(sample, name)]
+        for of_sample in items:
+            if of_sample.keys() != items[0].keys():
+                raise UsageError(
+                    f"samples of a microbatch have items of {name!r} with other arguments, "
+                    f"{', '.join(items[0])} and {', '.join(of_sample)}; give each sample the same"
+                )
         return {key: torch.cat([of_sample[key] for of_sample in items]) for key in items[0]}
