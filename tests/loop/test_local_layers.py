@@ -124,6 +124,10 @@ def test_packed_sequences_are_the_sequences_apart() -> None:
         for start, end in ((0, 4), (4, 5), (5, 9))
     ]
     torch.testing.assert_close(output, torch.cat(apart))
+    with pytest.raises(ValueError, match="attention_mask: the sequences are packed"):
+        attention(
+            *(x.squeeze(1) for x in (query, key, value)), causal_mask(9), packed_seq_params=packed
+        )
 
 
 def test_dropout_leaves_out_weights_and_scales_the_others() -> None:

@@ -135,6 +135,24 @@ class TestPacking:
             ({"cu_seqlens": torch.tensor([[0, 9, 8, 16]])}, "never fall"),
             ({"cu_seqlens": torch.tensor([[2, 8, 16]])}, "begin with 0"),
             ({"cu_seqlens": torch.tensor([ENDS, ENDS])}, "micro_batch_size=1"),
+            ({"cu_seqlens_padded": torch.tensor([[0, 8, 16]])}, "no more tokens than it has"),
+            ({"cu_seqlens_unpadded": torch.tensor([[0, 3, 9, 12]])}, "no more tokens than it has"),
+            ({"cu_seqlens_unpadded": torch.tensor([[1, 2, 3, 4]])}, "must begin with 0"),
+            (
+                {
+                    "cu_seqlens_unpadded": torch.tensor([ENDS]),
+                    "cu_seqlens_padded": torch.tensor([ENDS]),
+                },
+                "one of cu_seqlens_padded and cu_seqlens_unpadded",
+            ),
+            (
+                {"cu_seqlens": None, "cu_seqlens_unpadded": torch.tensor([ENDS])},
+                "the microbatch has cu_seqlens_unpadded: give cu_seqlens",
+            ),
+            (
+                {"attention_mask": torch.zeros(1, 1, 16, 16, dtype=torch.bool)},
+                "attention_mask: the documents are packed",
+            ),
         ],
     )
     def test_boundaries_that_do_not_fit_are_refused(
@@ -142,6 +160,33 @@ class TestPacking:
     ) -> None:
         with pytest.raises(ValueError, match=message):
             read(packed(**change))
+
+    @pytest.mark.parametrize(
+        "names", [("cu_seqlens", "cu_seqlens_padded"), ("cu_seqlens_unpadded", "cu_seqlens")]
+    )
+    def test_both_names_of_the_boundaries_with_and_without_padding_have_their_meaning(
+        self, names: tuple[str, str]
+    ) -> None:
+        """Documents of 2, 5 and 6 tokens, padded to 3, 5 and 8."""
+        own = torch.tensor([[0, 2, 7, 13]], dtype=torch.int32)
+        laid_out = torch.tensor([ENDS], dtype=torch.int32)
+
+        def body() -> float:
+            model = tiny_gpt()
+            (chunk,) = build_chunks(model)
+            state, plain = state_of(model), packed()
+            sample = packed() | dict(zip(names, (own, laid_out), strict=True))
+            losses, _ = forward_step(state, iter([sample]), chunk)
+            # The tokens of a document come before its padding, so they do not see it.
+            expected, _ = forward_step(state, iter([plain]), chunk)
+            return float((losses - expected)[0, [0, 1, *range(3, 14)]].abs().max().detach())
+
+        params = read(packed() | dict(zip(names, (own, laid_out), strict=True))).packed_seq_params
+        assert params is not None
+        assert params.cu_seqlens_q.tolist() == params.cu_seqlens_kv.tolist() == own[0].tolist()
+        assert params.cu_seqlens_q_padded.tolist() == ENDS
+        assert params.max_seqlen_q == 8
+        assert run_ranks(1, body) == [0]
 
     def test_middle_stage_refuses_what_the_others_refuse(self) -> None:
         with pytest.raises(ValueError, match="end at 8"):

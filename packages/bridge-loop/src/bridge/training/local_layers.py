@@ -155,6 +155,11 @@ class LocalAttention(torch.nn.Module):
         causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
         ends = None
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            if attention_mask is not None:
+                raise UsageError(
+                    "attention_mask: the sequences are packed, and their boundaries say what each "
+                    "token sees; pass None"
+                )
             ends = _ends_of_documents(packed_seq_params, causal)
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         group = self.context_parallel_group

@@ -2,9 +2,12 @@
 
 A microbatch is a dict of host tensors: ``tokens``, ``labels`` and ``position_ids``, each
 [batch, sequence], and ``loss_mask`` of that shape (not zero where the prediction counts);
-optionally ``padding_mask`` of that shape (True where the token is padding), ``attention_mask``
-and, for documents packed into one sequence, ``cu_seqlens`` (with ``cu_seqlens_padded`` and
-``max_seqlen`` if wanted).
+optionally ``padding_mask`` of that shape (True where the token is padding), and ``attention_mask``
+or, for documents packed into one sequence, ``cu_seqlens`` (with ``max_seqlen`` if wanted).
+
+Where packed documents are padded each for itself, ``cu_seqlens_padded`` says where they begin in
+the sequence, and ``cu_seqlens`` counts their own tokens up. Megatron Bridge's names for the two are
+taken as well: ``cu_seqlens`` and ``cu_seqlens_unpadded``.
 
 The loss mask weighs predictions: the next token's, and those of multi-token prediction. The padding
 mask is for the experts' routers, whose auxiliary losses are over real tokens, those of a prompt
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 _INPUTS = ("tokens", "position_ids")
 _TARGETS = ("labels", "loss_mask")
+_PACKING = ("cu_seqlens", "cu_seqlens_padded", "cu_seqlens_unpadded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,17 +221,29 @@ class _Packing:
     @classmethod
     def of(cls, sample: Mapping[str, Any], shards: int) -> "_Packing | None":
         """Read and check the packing metadata of a microbatch; None if it is not packed."""
-        if sample.get("cu_seqlens") is None:
+        given = [name for name in _PACKING if sample.get(name) is not None]
+        if not given:
             return None
-        real = _boundaries(sample, "cu_seqlens")
-        padded = (
-            _boundaries(sample, "cu_seqlens_padded")
-            if sample.get("cu_seqlens_padded") is not None
-            else None
-        )
+        if "cu_seqlens" not in given or len(given) == len(_PACKING):
+            raise UsageError(
+                f"the microbatch has {' and '.join(given)}: give cu_seqlens and, where documents "
+                "are padded each for itself, one of cu_seqlens_padded and cu_seqlens_unpadded"
+            )
+        if sample.get("attention_mask") is not None:
+            raise UsageError(
+                "attention_mask: the documents are packed, and cu_seqlens says what each token "
+                "sees, so that a mask would have no effect; leave it out, or do not pack"
+            )
+        real, padded = _boundaries(sample, "cu_seqlens"), None
+        if "cu_seqlens_padded" in given:
+            padded = _boundaries(sample, "cu_seqlens_padded")
+        elif "cu_seqlens_unpadded" in given:
+            real, padded = _boundaries(sample, "cu_seqlens_unpadded"), real
         laid_out = real if padded is None else padded
         _check_layout(laid_out, sample, shards)
-        if padded is None:
+        if padded is not None:
+            _check_tokens(real, padded)
+        else:
             # Datasets repeat the last boundary so that samples stack: those documents are empty.
             real = laid_out = torch.unique_consecutive(real)
         longest = int((laid_out[1:] - laid_out[:-1]).max())
@@ -306,6 +322,21 @@ def _check_layout(laid_out: torch.Tensor, sample: Mapping[str, Any], shards: int
             f"cu_seqlens: the lengths {lengths.tolist()} of the packed documents are not all "
             f"multiples of {2 * shards}, which model.context_parallel_size={shards} needs; pad "
             "each document and give the padded boundaries as cu_seqlens_padded"
+        )
+
+
+def _check_tokens(real: torch.Tensor, padded: torch.Tensor) -> None:
+    """Reject documents with more tokens of their own than there is room for in the sequence."""
+    lengths = real[1:] - real[:-1]
+    if (
+        len(real) != len(padded)
+        or int(real[0]) != 0
+        or bool((lengths < 0).any())
+        or bool((lengths > padded[1:] - padded[:-1]).any())
+    ):
+        raise UsageError(
+            f"cu_seqlens: {real.tolist()} must begin with 0, never fall, and count for each "
+            f"document no more tokens than it has with its padding, {padded.tolist()}"
         )
 
 
