@@ -53,7 +53,7 @@ class Log:
             "grad_norm": torch.tensor(1.5),
             "skipped": False,
             "samples": 8,
-            "tokens": 512,
+            "padded_tokens": 512,
             "reduced": None,
         }
         counters = self.state.train_state

@@ -1,5 +1,7 @@
 """A step is what plain torch computes, under every layout, and stands alone."""
 
+import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +10,17 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
-from bridge.training.config import TrainConfig
+from bridge.training.config import ConfigContainer, TrainConfig
 from bridge.training.model_building import GradientFinalizer
 from bridge.training.pretrain import pretrain
 from ranks import run_ranks
 from training_runs import (
+    Killed,
+    Killer,
     OwnData,
     OwnModel,
     a_run,
+    drawn_sample,
     mean_step,
     one_step,
     own_run,
@@ -67,6 +72,60 @@ def test_a_program_with_its_own_loop_gets_all_it_needs_from_the_result(tmp_path:
     assert found[2] == pytest.approx(wanted.grad_norms[1], rel=1e-5)
     assert found[3] == (2, 16, 16 * 3)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@dataclass(kw_only=True)
+class NoSequences(OwnModel):
+    """A model whose samples have no length that the loop knows."""
+
+    seq_length: int = 0
+
+    def training_flops_per_token(self) -> float:
+        return 10.0
+
+
+def test_the_tokens_of_a_model_without_sequences_are_those_that_its_loss_counts(
+    tmp_path: Path,
+) -> None:
+    def config_of(folder: str, **changes: Any) -> ConfigContainer:
+        config = own_run(tmp_path / folder, model=NoSequences())
+        config.train.train_iters, config.logger.log_interval = 5, 2
+        config.checkpoint.save_interval, config.checkpoint.resume = 3, bool(changes)
+        return config
+
+    class Flops:
+        def on_train_end(self, context: Any) -> None:
+            self.number = context.state.train_state.floating_point_operations_so_far
+
+    flops = Flops()
+
+    def body() -> list[Any]:
+        # A checkpoint is saved between two logged steps, and the run continues from it.
+        with contextlib.suppress(Killed):
+            pretrain(config_of("run"), token_step, [Killer(4)])
+        pretrain(config_of("run", resume=True), token_step, [flops])
+        pretrain(config_of("means"), mean_step)
+        with a_run(config_of("own loop"), token_step) as run:
+            data = run.data.training(0)
+            results = [one_step(run, data_iterator=data, reducer=run.reducer) for _ in range(2)]
+            silent = one_step(run, data_iterator=data)
+            return [[result.tokens for result in results], silent.tokens, flops.number]
+
+    def counted(step: int) -> int:
+        """Tokens of a step: sample i has 1 + i % 3."""
+        drawn = [drawn_sample(own_run(tmp_path), 24, 8 * step + i) for i in range(8)]
+        return sum(1 + index % 3 for index in drawn)
+
+    steps = [counted(step) for step in range(5)]
+    assert run_ranks(2, body, timeout=120) == [[steps[:2], 8, 10.0 * sum(steps)]] * 2
+    found = [(row["step"], row["consumed_tokens"]) for row in rows(tmp_path / "run")]
+    assert found == [(2, sum(steps[:2])), (4, sum(steps[:4])), (5, sum(steps))]
+    ratios = {
+        row["step"]: row["tokens_per_s"] * row["step_time_s"] for row in rows(tmp_path / "run")
+    }
+    # The row of step 4 is that of the continued run, whose first interval is step 4 alone.
+    assert ratios == pytest.approx({2: sum(steps[:2]) / 2, 4: steps[3], 5: steps[4]})
+    assert series(tmp_path / "means", "consumed_tokens") == [16, 32, 40]
 
 
 class Overflows:

@@ -258,7 +258,9 @@ def plain_torch(config: ConfigContainer, *, pattern: int, steps: int) -> Referen
     batch = config.train.global_batch_size
     adam = _AdamW(config, module)
     for step in range(steps):
-        drawn = [samples[_drawn(config, len(samples), step * batch + i)] for i in range(batch)]
+        drawn = [
+            samples[drawn_sample(config, len(samples), step * batch + i)] for i in range(batch)
+        ]
         x, y, mask = (torch.stack([s[key] for s in drawn]) for key in ("x", "y", "mask"))
         errors = (module(x) - y) ** 2
         # Microbatches are of one size, so the mean of their means is the mean.
@@ -273,7 +275,8 @@ def plain_torch(config: ConfigContainer, *, pattern: int, steps: int) -> Referen
     return found
 
 
-def _drawn(config: ConfigContainer, size: int, position: int) -> int:
+def drawn_sample(config: ConfigContainer, size: int, position: int) -> int:
+    """Return the index of the sample at a position of the order of a run."""
     epoch, offset = divmod(position, size)
     generator = torch.Generator().manual_seed(config.rng.seed + epoch)
     return int(torch.randperm(size, generator=generator)[offset])

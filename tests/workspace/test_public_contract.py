@@ -31,6 +31,7 @@ FUNCTIONS = {
         "pg_collection",
         "num_microbatches",
         "reducer",
+        "is_logged",
         "before_optimizer_step",
     ],
     "bridge.training.evaluate.evaluate": [
@@ -162,7 +163,7 @@ FIELDS = {
         "grad_norm",
         "skipped",
         "samples",
-        "tokens",
+        "padded_tokens",
         "reduced",
     ],
     "bridge.training.config.ConfigContainer": [

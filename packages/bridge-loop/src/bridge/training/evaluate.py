@@ -274,6 +274,11 @@ def run_schedule(  # noqa: PLR0913  # what a schedule needs
     return outputs
 
 
+def has_sequences(model_config: Any) -> bool:
+    """Whether a sample of the model has a known number of tokens, ``seq_length``."""
+    return bool(getattr(model_config, "seq_length", None))
+
+
 def sequence_length(model_config: Any) -> int:
     """Return the tokens of a sample; 1 for a model that has no sequences."""
     return int(getattr(model_config, "seq_length", None) or 1)

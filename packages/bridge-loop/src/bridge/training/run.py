@@ -14,10 +14,10 @@ from bridge.training import rerun
 from bridge.training.callbacks import CallbackContext, Callbacks
 from bridge.training.checkpointing import Checkpointer
 from bridge.training.config import ConfigContainer
-from bridge.training.contracts import SizedDataset
+from bridge.training.contracts import TOKENS, SizedDataset
 from bridge.training.data_loading import RunData
 from bridge.training.distributed import Ranks, is_logging_rank
-from bridge.training.evaluate import EvaluationResult, evaluate
+from bridge.training.evaluate import EvaluationResult, evaluate, has_sequences
 from bridge.training.forward_step import prepare_forward_step_func
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer
@@ -105,11 +105,12 @@ class Run(TrainingParts):
     def log(self, result: StepResult) -> None:
         """Take note of a step; write its row if its metrics were asked for."""
         self.training_log.add_step(result)
-        if result.reduced is None:
+        reduced = result.reduced
+        if reduced is None:
             return
-        self.training_log.add_items(self.data.take_items())
-        metrics = dict(result.metrics)
-        self._check_losses(alarm=result.reduced.alarm)
+        self.training_log.add_items(self._items(lambda: reduced.tokens))
+        metrics = reduced.to_dict()
+        self._check_losses(alarm=reduced.alarm)
         self.metrics = self.training_log.write(
             metrics,
             on_row=lambda row: self.callbacks.fire("on_log", self.context, row),
@@ -183,7 +184,7 @@ class Run(TrainingParts):
     def save(self) -> None:
         """Save a checkpoint of this step, unless it has one; never after an unread loss."""
         self._check_losses(alarm=True)
-        self.training_log.add_items(self.data.take_items())
+        self.training_log.add_items(self._items(self.reducer.take_tokens))
         phase, self.phase = self.phase, f"checkpoint at step {self.state.train_state.step}"
         with self.training_log.pause():
             # Whatever is saved has its rows.
@@ -193,6 +194,22 @@ class Run(TrainingParts):
             self.progress.note(f"saved {path}")
             self.callbacks.fire("on_checkpoint_save", self.context, path)
         self.phase = phase
+
+    def _items(self, counted_tokens: Callable[[], int | None]) -> dict[str, int]:
+        """Return what was counted since the last call, over all ranks.
+
+        The tokens of a run are what its data counts as such, else model.seq_length of a sample,
+        else what the loss function returns as num_tokens, else the samples.
+
+        Args:
+            counted_tokens: Returns the tokens of the loss function; None if it counts none.
+        """
+        items = self.data.take_items()
+        if TOKENS not in items and not has_sequences(self.config.model):
+            tokens = counted_tokens()
+            if tokens is not None:
+                items[TOKENS] = tokens
+        return items
 
     @contextlib.contextmanager
     def saved_before_a_suspicious_step(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ import torch
 
 from bridge.training import auxiliary_losses, rerun
 from bridge.training.contracts import ModuleRanks, own_groups, replicas_of
-from bridge.training.evaluate import run_schedule, sequence_length
+from bridge.training.evaluate import has_sequences, run_schedule, sequence_length
 from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer, ReducedMetrics
 from bridge.training.loss_watch import actions_of
@@ -46,11 +46,24 @@ class StepResult:
     says, or because a gradient overflowed (fp16)."""
     samples: int
     """Samples of the step, over all ranks."""
-    tokens: int
-    """Token positions of the step, over all ranks, padding included."""
+    padded_tokens: int | None
+    """Samples times model.seq_length, padding included; None for a model without sequences."""
     reduced: ReducedMetrics | None
     """The metrics on the device, of this step and of those before it that the reducer has kept;
     None when they were not asked for."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step, over all ranks; 1 per sample where nobody counts them.
+
+        They are `padded_tokens` where the model has sequences. Else they are what the loss function
+        returned as num_tokens in all steps since the last reduction: reading them then waits for
+        the device, as `metrics`, and they are not known without a reducer.
+        """
+        if self.padded_tokens is not None:
+            return self.padded_tokens
+        counted = None if self.reduced is None else self.reduced.tokens
+        return self.samples if counted is None else counted
 
     @property
     def metrics(self) -> Mapping[str, float | None]:
@@ -88,6 +101,11 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     A step that is left out leaves parameters, buffers, optimizer, loss scale and schedule as they
     were. It counts as a step all the same: its samples and random numbers are consumed, and those
     of its losses that are no anomaly are in the mean that later spikes are measured by.
+
+    ``state.train_state.consumed_tokens`` grows by the padded tokens. For a model without sequences
+    it grows by the samples, as what a loss function counts is on the device; a program with its own
+    loop may add ``result.tokens - result.samples`` where it reads them, as `train` does where it
+    logs and saves.
 
     Args:
         forward_step: The user's forward step, adapted (`bridge.training.setup.adapt_forward_step`).
@@ -144,8 +162,8 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     counters.step += 1
     counters.consumed_train_samples += samples
     counters.skipped_train_samples += 0 if succeeded else samples
-    tokens = samples * sequence_length(state.cfg.model)
-    counters.consumed_tokens += tokens
+    padded_tokens = samples * sequence_length(state.cfg.model)
+    counters.consumed_tokens += padded_tokens
     reduced = None
     if reducer is not None:
         auxiliary = None
@@ -159,7 +177,7 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         grad_norm=grad_norm,
         skipped=not succeeded,
         samples=samples,
-        tokens=tokens,
+        padded_tokens=padded_tokens if has_sequences(state.cfg.model) else None,
         reduced=reduced,
     )
 

@@ -108,23 +108,24 @@ class TrainingLog:
         """Take note of a step that was done, without waiting for the device."""
         self._newest = result
         self._steps += 1
-        self._tokens += result.tokens
-        self._positions += result.tokens
+        tokens = result.samples if result.padded_tokens is None else result.padded_tokens
+        self._tokens += tokens
+        self._positions += tokens
         self._samples += result.samples
         self._skipped += result.skipped
         counters = self._state.train_state
         flops = self._throughput.flops_per_token or 0.0
-        counters.floating_point_operations_so_far += result.tokens * flops
+        counters.floating_point_operations_so_far += tokens * flops
         self._progress.tick(counters.step, self._total_steps)
 
     def add_items(self, items: Mapping[str, int]) -> None:
-        """Take note of what the data counted since the last call.
+        """Take note of what the data, or the loss function, counted since the last call.
 
-        Tokens that it counted take the place of the steps' positions, which have padding in them,
-        in the run's counters too.
+        Tokens that were counted take the place of the steps' padded tokens, or of the samples of a
+        model without sequences, in the run's counters too.
 
         Args:
-            items: Numbers by name over all ranks, as `RunData.take_items` gives them.
+            items: Numbers by name over all ranks, as `Run.take_items` gives them.
         """
         for name, number in items.items():
             self._items[name] = self._items.get(name, 0) + number

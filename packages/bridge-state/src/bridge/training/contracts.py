@@ -103,8 +103,9 @@ class DataSplits:
     """Lines that the user should read when the run starts."""
     items: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
     """What a training microbatch holds, by name: counts it on the host. The run then reports
-    ``NAME_per_s``, ``{"images": ...}`` its images a second. Without `TOKENS` among them, every
-    position of a sample is a token of the run, padding too. The same names on all ranks."""
+    ``NAME_per_s``, ``{"images": ...}`` its images a second. Without `TOKENS` among them, a sample
+    has model.seq_length tokens, padding included; where the model has no such field, the tokens are
+    those that the loss function counts. The same names on all ranks."""
 
 
 def named_sets(

@@ -41,7 +41,9 @@ class TrainState:
     consumed_validation_samples: int = 0
     """Validation samples evaluated, over all evaluations."""
     consumed_tokens: int = 0
-    """Tokens trained on."""
+    """Tokens trained on: what the data counts as tokens (`DataSplits.items`), else model.seq_length
+    of a sample, else what the loss function returns as num_tokens (in its steps up to the newest
+    that was logged or saved), else the samples."""
     floating_point_operations_so_far: float = 0.0
     """Model FLOPs of all training steps."""
 
