@@ -74,7 +74,7 @@ class BareLoop:
 
         self.model: list[Any] = build_model(config, ranks)
         self.optimizer: Any = build_optimizer(config, self.model)
-        self.scheduler = build_scheduler(config, self.optimizer, data.train_iters)
+        self.scheduler = build_scheduler(config, self.optimizer, data.schedule_samples)
         self.data_iterator = data.training(0)[0]
         self.samples = config.train.global_batch_size
         model_config = get_model_config(self.model[0])

@@ -36,6 +36,7 @@ from bridge.training.config import ConfigContainer
 from bridge.training.distributed import Ranks, is_logging_rank, rank, world_size
 from bridge.training.loss_watch import LossWatch
 from bridge.training.model_building import parameters_in_sync, without_ddp
+from bridge.training.optimization import resume_schedule, schedule_state
 from bridge.training.optimizer_state import (
     fitted_to,
     is_shifted,
@@ -44,6 +45,7 @@ from bridge.training.optimizer_state import (
 )
 from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
 from bridge.training.safe_loading import restricted_loading
+from bridge.training.state import TrainState
 from bridge.training.trainable import load_trained, only_trained
 from bridge.training.usage_error import UsageError
 
@@ -148,8 +150,11 @@ class Checkpointer:
         self._last_saved = step
         return final
 
-    def restore(self, checkpoint: Path) -> None:
+    def restore(self, checkpoint: Path) -> list[str]:
         """Continue from a checkpoint of this run: everything that `save` wrote comes back.
+
+        Returns:
+            Warnings of what the present configuration makes different.
 
         Raises:
             UsageError: The checkpoint belongs to another model or another order of the data.
@@ -167,9 +172,9 @@ class Checkpointer:
         if _format_version(common) < 2:
             self._reject_shifted_optimizer(checkpoint, state["optimizer"])
         self._load_optimizer(state["optimizer"], common["scheduler"])
-        self._scheduler.load_state_dict(common["scheduler"])
-        self._train_state.load_state_dict(
-            {name: _counter(value) for name, value in common["train_state"].items()}
+        self._train_state.load_state_dict(_counters(common))
+        changes = resume_schedule(
+            self._scheduler, common["scheduler"], self._config, self._train_state
         )
         if same_ranks:
             of_rank = state[_rng_key()]
@@ -178,6 +183,7 @@ class Checkpointer:
             if "loss_watch" in of_rank:
                 self._loss_watch.load_state_dict(of_rank["loss_watch"])
         self._last_saved = self._train_state.step
+        return changes
 
     def load_weights(self, checkpoint: Path) -> None:
         """Take the model's weights from a checkpoint, and nothing else.
@@ -274,7 +280,7 @@ class Checkpointer:
         """Return what JSON has types for, of all ranks alike."""
         state = {
             "format_version": FORMAT_VERSION,
-            "scheduler": self._scheduler.state_dict(),
+            "scheduler": schedule_state(self._scheduler, self._config),
             "train_state": dataclasses.asdict(self._train_state),
             "data_fingerprint": self._data_fingerprint,
             "world_size": world_size(),
@@ -322,6 +328,13 @@ def refuse_another_base(checkpoint: Path, base: Base | None) -> None:
         )
     if saved is not None and base is not None:
         base.refuse_another(saved, checkpoint)
+
+
+def counters_of(checkpoint: Path) -> TrainState:
+    """Return how far a run had come at a checkpoint."""
+    counters = TrainState()
+    counters.load_state_dict(_counters(_read_common(checkpoint)))
+    return counters
 
 
 def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> None:
@@ -452,6 +465,10 @@ def _read_run_state(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read ({type(error).__name__}: {error}); the file is damaged, take "
             "another checkpoint"
         ) from error
+
+
+def _counters(common: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: _counter(value) for name, value in common["train_state"].items()}
 
 
 def _counter(value: Any) -> torch.Tensor:

@@ -22,19 +22,26 @@ from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, nam
 from bridge.training.distributed import Ranks
 from bridge.training.evaluation_plan import EvaluationCall, plan_of_run, smallest_microbatch
 from bridge.training.loader_workers import LoaderWorkers, ignore_stop_signals
+from bridge.training.run_length import last_step, samples_to_draw, schedule_samples
+from bridge.training.state import TrainState
 from bridge.training.usage_error import UsageError
 
 
-def data_request(config: ConfigContainer) -> DataRequest:
-    """Return how much data a run draws, from its resolved configuration."""
+def data_request(config: ConfigContainer, done: TrainState | None = None) -> DataRequest:
+    """Return how much data a run draws, from its resolved configuration.
+
+    Args:
+        config: The run.
+        done: What it has done already; None for a new run.
+
+    Raises:
+        UsageError: More is done than the configuration asks for.
+    """
     train, eval_iters = config.train, config.validation.eval_iters
-    train_samples = train.train_samples
-    if train.train_iters is not None:
-        train_samples = train.train_iters * train.global_batch_size
     evaluated = None if eval_iters is None else eval_iters * train.global_batch_size
     return DataRequest(
         config=config,
-        train_samples=train_samples,
+        train_samples=samples_to_draw(train, done or TrainState()),
         validation_samples=evaluated,
         test_samples=evaluated,
     )
@@ -213,9 +220,16 @@ class RunData:
         splits: What the dataset built on this rank.
         config: The resolved configuration.
         ranks: The process groups.
+        done: What the run has done already; None for a new run.
     """
 
-    def __init__(self, splits: DataSplits, config: ConfigContainer, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        splits: DataSplits,
+        config: ConfigContainer,
+        ranks: Ranks,
+        done: TrainState | None = None,
+    ) -> None:
         splits, cuts = cut_to_the_smallest(splits, ranks.control_group)
         self.warnings = [*splits.warnings, *cuts]
         self.splits = splits
@@ -229,7 +243,9 @@ class RunData:
                 f"{config.train.global_batch_size} samples (train.global_batch_size)"
             )
         self._order = SampleOrder(len(splits.train), shuffle=splits.shuffle, seed=config.rng.seed)
-        self.train_iters = self._resolve_train_iters(len(splits.train))
+        done, size = done or TrainState(), len(splits.train)
+        self.train_iters = last_step(config.train, size, done)
+        self.schedule_samples = schedule_samples(config.train, size, done)
         self._items = dict.fromkeys(splits.items, 0)
         # A set that cannot be evaluated is found now, not when training is over.
         for split in ("validation", "test"):
@@ -360,18 +376,3 @@ class RunData:
             worker_init_fn=ignore_stop_signals,
         )
         return self.workers.iterate(loader)
-
-    def _resolve_train_iters(self, size: int) -> int:
-        train = self._config.train
-        if train.train_iters is not None:
-            return train.train_iters
-        if train.train_samples is not None:
-            return train.train_samples // train.global_batch_size
-        assert train.epochs is not None
-        iters = train.epochs * size // train.global_batch_size
-        if iters == 0:
-            raise UsageError(
-                f"train.epochs: {train.epochs} passes over {size} samples are less than one step "
-                f"of train.global_batch_size={train.global_batch_size}; lower the batch size"
-            )
-        return iters

@@ -5,13 +5,16 @@ consumed, so a resumed run continues it exactly. Step k uses the rate of k steps
 warm-up from 0 the first step has rate `scheduler.lr_warmup_init`, as in Megatron-LM.
 """
 
+import copy
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import ModuleRanks, ScalesLearningRates
 from bridge.training.model_building import ddp_parts
+from bridge.training.state import TrainState
 
 if TYPE_CHECKING:
     import torch
@@ -112,17 +115,16 @@ def _name_of(part: Any, model: list[Any]) -> str:
 
 
 def build_scheduler(
-    config: ConfigContainer, optimizer: Any, train_iters: int
+    config: ConfigContainer, optimizer: Any, samples: int
 ) -> "OptimizerParamScheduler":
-    """Build the schedule of learning rate and weight decay over `train_iters` steps."""
+    """Build the schedule of learning rate and weight decay over a run of so many samples."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     schedule, batch = config.scheduler, config.train.global_batch_size
-    decay_iters = schedule.lr_decay_iters or train_iters
+    decay_steps = schedule.lr_decay_iters * batch if schedule.lr_decay_iters else samples
     warmup_steps = (schedule.lr_warmup_iters or 0) * batch
     if schedule.lr_warmup_fraction is not None:
-        warmup_steps = int(schedule.lr_warmup_fraction * decay_iters * batch)
-    decay_steps = decay_iters * batch
+        warmup_steps = int(schedule.lr_warmup_fraction * decay_steps)
     wsd_steps = schedule.lr_wsd_decay_iters
     weight_decay = config.optimizer.weight_decay
     start_decay, end_decay = schedule.start_weight_decay, schedule.end_weight_decay
@@ -136,13 +138,66 @@ def build_scheduler(
         lr_decay_style=schedule.lr_decay_style,
         start_wd=weight_decay if start_decay is None else start_decay,
         end_wd=weight_decay if end_decay is None else end_decay,
-        wd_incr_steps=train_iters * batch,
+        wd_incr_steps=samples,
         wd_incr_style=schedule.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
         wsd_decay_steps=wsd_steps * batch if wsd_steps is not None else None,
         lr_wsd_decay_style=schedule.lr_wsd_decay_style,
     )
+
+
+def schedule_state(scheduler: "OptimizerParamScheduler", config: ConfigContainer) -> dict[str, Any]:
+    """Return what a checkpoint holds of a schedule: all that its rates are computed from."""
+    return {
+        **scheduler.state_dict(),
+        "init_lr": scheduler.init_lr,
+        "wsd_decay_steps": scheduler.wsd_decay_steps,
+        "lr_wsd_decay_style": scheduler.lr_wsd_decay_style,
+        "samples_per_step": config.train.global_batch_size,
+    }
+
+
+def resume_schedule(
+    scheduler: "OptimizerParamScheduler",
+    saved: Mapping[str, Any],
+    config: ConfigContainer,
+    done: TrainState,
+) -> list[str]:
+    """Continue a schedule where a checkpoint's ended; return a warning for each rate that jumps.
+
+    The schedule of a run over steps is a function of the step, whatever the batch size is: samples
+    of its steps so far are counted at the present batch size.
+
+    Args:
+        scheduler: The present one.
+        saved: The checkpoint's (`schedule_state`).
+        config: The present configuration.
+        done: What the run has done.
+    """
+    batch = config.train.global_batch_size
+    # Checkpoints of an older form do not say it.
+    before = saved.get("samples_per_step") or done.consumed_train_samples // max(1, done.step)
+    factor = Fraction(batch, before or batch) if config.train.train_iters is not None else 1
+    old = copy.copy(scheduler)
+    vars(old).update(saved)
+    scheduler.load_state_dict({**saved, "num_steps": int(saved["num_steps"] * factor)})
+    lengthened = int(old.lr_decay_steps * factor)
+    cause = ""
+    if scheduler.lr_decay_steps != lengthened:
+        cause = f": it decays over {scheduler.lr_decay_steps} samples, no longer {lengthened}"
+        if lengthened % batch == 0:
+            cause += f"; scheduler.lr_decay_iters={lengthened // batch} keeps that"
+    rates = (
+        ("learning rate", old.get_lr({}), scheduler.get_lr({}), cause),
+        ("weight decay", old.get_wd(), scheduler.get_wd(), ""),
+    )
+    return [
+        f"the {name} of step {done.step + 1} is {new:.6g}, and was to be {was:.6g} when the "
+        f"checkpoint was saved{why}"
+        for name, was, new, why in rates
+        if not math.isclose(was, new, rel_tol=1e-6)
+    ]
 
 
 def learning_rate(optimizer: Any, scheduler: Any) -> float:

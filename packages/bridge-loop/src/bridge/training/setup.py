@@ -20,7 +20,7 @@ import torch.distributed as dist
 from bridge.training import auxiliary_losses, rerun
 from bridge.training.adapters import attach_adapters, find_base, notes
 from bridge.training.callbacks import Callbacks
-from bridge.training.checkpointing import Checkpointer, refuse_another_base
+from bridge.training.checkpointing import Checkpointer, counters_of, refuse_another_base
 from bridge.training.config import ConfigContainer, resolve
 from bridge.training.contracts import AdaptedLayer, DrawsLayout, ModuleRanks
 from bridge.training.data_loading import RunData, as_splits, data_request
@@ -55,7 +55,7 @@ from bridge.training.run_directory import (
     replace_durably,
 )
 from bridge.training.run_lock import claimed, joined
-from bridge.training.state import GlobalState
+from bridge.training.state import GlobalState, TrainState
 from bridge.training.stop_signals import stop_signals
 from bridge.training.trainable import gradients_reach_recomputed_layers, size_of_whole_model
 from bridge.training.training_log import TrainingLog
@@ -169,7 +169,8 @@ def _built(
         with progress.phase("data"):
             # Every rank builds the same data, also where building it draws random numbers.
             _seed(config.rng.seed)
-            data = _build_data(config, ranks)
+            done = None if checkpoint is None else counters_of(checkpoint)
+            data = _build_data(config, ranks, done)
             stack.callback(data.workers.close)
         with progress.phase("model"):
             # An earlier model hangs in reference cycles; its memory is needed for this one.
@@ -202,7 +203,7 @@ def _built(
                 timers=timers,
                 module_ranks=groups if isinstance(groups, ModuleRanks) else None,
             )
-            scheduler = build_scheduler(config, optimizer, data.train_iters)
+            scheduler = build_scheduler(config, optimizer, data.schedule_samples)
             attach_hooks(config, model, optimizer, timers)
             stack.callback(detach_hooks, model)
         checkpointer = Checkpointer(
@@ -218,11 +219,15 @@ def _built(
             base=base,
         )
         if checkpoint is not None or (pretrained is not None and base is None):
+            changes: list[str] = []
             with progress.phase("checkpoint"):
                 if checkpoint is not None:
-                    checkpointer.restore(checkpoint)
+                    changes = checkpointer.restore(checkpoint)
                 elif pretrained is not None:
                     checkpointer.load_weights(pretrained)
+            if state.train_state.step < data.train_iters:
+                for change in changes:
+                    progress.note(f"warning: {change}")
         yield TrainingParts(
             config=config,
             ranks=ranks,
@@ -375,11 +380,11 @@ def _timers(config: ConfigContainer, state: GlobalState) -> Any:
     return state.timers if config.logger.timing_log_level > 0 else None
 
 
-def _build_data(config: ConfigContainer, ranks: Ranks) -> RunData:
-    request, groups = data_request(config), ranks.pg_collection
+def _build_data(config: ConfigContainer, ranks: Ranks, done: TrainState | None) -> RunData:
+    request, groups = data_request(config, done), ranks.pg_collection
     if isinstance(groups, ModuleRanks):
         request = dataclasses.replace(request, modules=groups.reads_inputs_of)
-    return RunData(as_splits(config.dataset.build(request)), config, ranks)
+    return RunData(as_splits(config.dataset.build(request)), config, ranks, done)
 
 
 @contextlib.contextmanager
@@ -415,7 +420,10 @@ def _introduce(run: Run) -> None:
         )
         if size > 1
     )
-    samples = run.data.train_iters * train.global_batch_size
+    done = run.state.train_state
+    left = run.data.train_iters - done.step
+    samples = done.consumed_train_samples + left * train.global_batch_size
+    other_batches = done.consumed_train_samples != done.step * train.global_batch_size
     notes = "".join(f", {value:,} {key}" for key, value in run.data.splits.notes.items())
     progress = run.progress
     progress.note(
@@ -431,7 +439,9 @@ def _introduce(run: Run) -> None:
     progress.note(f"model {count_parameters(run.model):,} parameters on this rank")
     progress.note(
         f"data {samples / len(run.data.splits.train or []):.3g} epochs: {run.data.train_iters} "
-        f"steps of {train.global_batch_size} samples{notes}"
+        f"steps of {train.global_batch_size} samples"
+        + (f" from step {done.step + 1} on" if other_batches else "")
+        + notes
     )
     for warning in run.data.warnings:
         progress.note(warning)
