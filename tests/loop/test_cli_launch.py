@@ -191,15 +191,15 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(
         time.sleep(0.05)
 
 
-def test_under_a_launcher_the_command_is_one_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "Slurm"])
+def test_under_a_launcher_the_command_is_one_rank(
+    tmp_path: Path, undisturbed: dict[str, list[dict[str, Any]]], launcher: str
+) -> None:
     commands = [
         start(
-            "pretrain", "sine", "--run-dir", "../R",
+            "pretrain", "sine", TWELVE_STEPS, "--run-dir", "../R",
             folder=tmp_path / str(rank),
-            environment={
-                "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(),
-            },
+            environment=_variables_of(launcher, str(rank)),
         )
         for rank in range(2)
     ]  # fmt: skip
@@ -207,7 +207,20 @@ def test_under_a_launcher_the_command_is_one_rank(tmp_path: Path) -> None:
     assert [end.code for end in ended] == [0, 0], ended
     assert "2 ranks (data 2)" in ended[0].out
     assert ended[1].out == ""
-    assert _steps(tmp_path) == list(range(1, 7))
+    assert _rows(tmp_path) == undisturbed["2"]
+
+
+def _variables_of(launcher: str, rank: str) -> dict[str, str]:
+    if launcher == "Slurm":
+        return {
+            "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NODELIST": "localhost",
+        }  # fmt: skip
+    return {
+        "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(),
+    }  # fmt: skip
 
 
 def test_ranks_can_be_processes_of_their_own_as_on_gpus(

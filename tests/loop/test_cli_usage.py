@@ -86,6 +86,22 @@ def test_under_a_launcher_nproc_is_refused_and_the_world_size_is_that_of_the_lau
     assert "leave --nproc away under torchrun" in capsys.readouterr().err
     assert bridge("pretrain", "sine", "--dry-run") == 0
     assert capsys.readouterr().out == "dry run: sine is ready for 2 ranks\n"
+    monkeypatch.delenv("WORLD_SIZE")
+    assert bridge("pretrain", "sine") == 2
+    missing = "bridge: RANK=0: WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be set too; "
+    assert capsys.readouterr().err.startswith(missing)
+
+
+def test_a_task_of_slurm_is_a_rank_of_all_of_them(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert bridge("pretrain", "sine", "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "dry run: sine is ready for 2 ranks"
+    assert bridge("pretrain", "sine") == 2
+    assert "SLURM_STEP_NODELIST: nothing says where" in capsys.readouterr().err
+    assert list(work.iterdir()) == []
 
 
 def test_a_dry_run_checks_any_number_of_ranks_and_leaves_nothing(

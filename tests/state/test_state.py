@@ -72,6 +72,7 @@ def test_rank_zero_logs_to_the_run_directory(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     state = state_for(tmp_path)
     state.metric_loggers.log({"lm loss": 2.0}, 1)
     assert state.tensorboard_logger is None

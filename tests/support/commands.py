@@ -174,7 +174,8 @@ def _be_command(
         _die_with_parent()
         _take_streams(folder, output)
         os.chdir(folder)
-        for name in _LAUNCHER_VARIABLES:
+        of_slurm = [name for name in os.environ if name.startswith("SLURM_")]
+        for name in (*_LAUNCHER_VARIABLES, *of_slurm):
             os.environ.pop(name, None)
         os.environ.update(environment)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):

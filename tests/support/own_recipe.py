@@ -145,7 +145,9 @@ def install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Go to a folder to work in, with this package installed and no launcher around."""
-    for name in ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"):
+    of_slurm = [name for name in os.environ if name.startswith("SLURM_")]
+    of_cuda = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS")
+    for name in ("RANK", "WORLD_SIZE", *of_cuda, *of_slurm):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     place = tmp_path / "site"

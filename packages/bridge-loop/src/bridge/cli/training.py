@@ -15,6 +15,7 @@ from bridge.cli.base import find_base
 from bridge.cli.recipes import layout_lines, print_keys
 from bridge.cli.resume import refuse_another_run
 from bridge.training.local_paths import PathOption
+from bridge.training.rank_environment import rank_environment, rendezvous_url
 from bridge.training.recipes import (
     add_configuration_arguments,
     checked_ranks,
@@ -91,12 +92,16 @@ def _run(options: argparse.Namespace, command: "Command", source: str | None) ->
     given = read_documents(options.config)
     # megatron-core's overlap of transfers with computing relies on it; CUDA reads it once.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    is_a_rank = "RANK" in os.environ
+    environment = rank_environment()
+    is_a_rank = environment.launcher is not None
     if is_a_rank and options.nproc is not None:
         raise UsageError(
-            "--nproc: a launcher has started this rank already; leave --nproc away under torchrun"
+            f"--nproc={options.nproc}: {environment.launcher} has started this rank already; leave "
+            f"--nproc away under {environment.launcher}"
         )
-    ranks = int(os.environ["WORLD_SIZE"]) if is_a_rank else checked_ranks(options.nproc)
+    if environment.world_size > 1 and not options.dry_run:
+        rendezvous_url()  # What is missing is said before anything slow.
+    ranks = environment.world_size if is_a_rank else checked_ranks(options.nproc)
     saved = _saved_configuration(options)
     launch.hide_gpus_for_rehearsal([*saved, *(document.text for document in given)], overrides)
     recipe = find_recipe(options.recipe)
@@ -116,6 +121,8 @@ def _run(options: argparse.Namespace, command: "Command", source: str | None) ->
     if options.dry_run:
         for line in layout_lines(config, ranks):
             print(line)
+        if environment.note is not None:
+            print(environment.note)
         print(f"dry run: {recipe.name} is ready for {ranks} rank{'s' if ranks > 1 else ''}")
         return 0
     if is_a_rank or ranks == 1:
@@ -159,7 +166,7 @@ def train_here(command: "Command", recipe: "Recipe", config: "ConfigContainer") 
             # `main` prints it in one line.
             raise
         if not failure:
-            tell(error, f"rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}")
+            tell(error, f"rank {rank_environment().rank}: {type(error).__name__}: {error}")
         # In one piece: other ranks may have something to say at the same time.
         sys.stderr.write(traceback.format_exc())
         raise RankFailed(failure, int(getattr(error, "exit_code", 1))) from error
@@ -189,9 +196,10 @@ def _claimed_directory(options: argparse.Namespace) -> Iterator[None]:
             path = value if key == "checkpoint.run_dir" else path
         # What is wrong with a run that is not there is said later.
         there = path and (not options.resume or Path(path).is_dir())
-        if there and not options.dry_run and int(os.environ.get("RANK", 0)) == 0:
+        environment = rank_environment()
+        if there and not options.dry_run and environment.rank == 0:
             # Under a launcher `pretrain` tries again and tells all ranks.
-            problems = (UsageError,) if "RANK" in os.environ else ()
+            problems = () if environment.launcher is None else (UsageError,)
             with contextlib.suppress(*problems):
                 stack.enter_context(claimed(Path(path)))
         yield

@@ -21,6 +21,7 @@ from bridge.training.config import ConfigContainer, Layout, layout_of
 from bridge.training.contracts import DataShare, ModuleRanks, PlacesModules, own_groups
 from bridge.training.megatron_globals import globals_kept
 from bridge.training.megatron_import import expected_messages_held_back
+from bridge.training.rank_environment import rank_environment, rendezvous_url
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -36,12 +37,12 @@ type Device = Literal["cuda", "cpu"]
 
 def world_size() -> int:
     """Return the number of ranks of this run, before or after torch.distributed is initialised."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if dist.is_initialized() else rank_environment().world_size
 
 
 def rank() -> int:
     """Return this process's rank, before or after torch.distributed is initialised."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_initialized() else rank_environment().rank
 
 
 def is_logging_rank() -> bool:
@@ -124,8 +125,7 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
             stack.enter_context(cpu.cpu_training())
         else:
             # Without a launcher the device is the one that the program has chosen.
-            local_rank = os.environ.get("LOCAL_RANK")
-            stack.enter_context(torch.cuda.device(None if local_rank is None else int(local_rank)))
+            stack.enter_context(torch.cuda.device(_own_gpu()))
         stack.enter_context(globals_kept())
         if not dist.is_initialized():
             _initialize_default_group(device, config.dist.timeout_minutes)
@@ -204,14 +204,22 @@ def _initialize_default_group(device: Device, timeout_minutes: float) -> None:
     )
 
 
+def _own_gpu() -> int | None:
+    """Return the index of this rank's GPU, None for the one that the program has chosen."""
+    environment = rank_environment()
+    if environment.launcher == "Slurm" and torch.cuda.device_count() == 1:
+        return 0  # Of a step with --gpus-per-task each task sees its own.
+    return environment.local_rank
+
+
 def _store(timeout: datetime.timedelta) -> dist.Store:
     """Return a store in which no earlier run of these processes has left anything.
 
     A launcher's store outlives the process groups; a second run that met the first one's keys
     would wait for peers that are gone.
     """
-    if "RANK" not in os.environ:
-        # One process without a launcher needs no port.
+    if world_size() == 1:
+        # One process needs no port.
         return dist.HashStore()
     store = meeting_store()
     store.set_timeout(timeout)
@@ -236,7 +244,9 @@ def meeting_store(patience: datetime.timedelta = MEETING_PATIENCE) -> dist.Store
 @cache
 def _launchers_store(patience: datetime.timedelta) -> dist.Store:
     # Kept: rank 0 may host it, and the others may still be at it when rank 0 starts its next run.
-    store: dist.Store = next(dist.rendezvous("env://", timeout=patience))[0]
+    own = rank_environment()
+    found = dist.rendezvous(rendezvous_url(), own.rank, own.world_size, timeout=patience)
+    store: dist.Store = next(found)[0]
     # torchrun starts failed ranks again with the store that the earlier ones have left.
     return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 

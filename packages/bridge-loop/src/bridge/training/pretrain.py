@@ -10,6 +10,7 @@ from bridge.training.config import ConfigContainer, resolve
 from bridge.training.distributed import choose_device, is_logging_rank, ranks_of, world_size
 from bridge.training.peers import PeerWatch
 from bridge.training.progress import Progress
+from bridge.training.rank_environment import rank_environment
 from bridge.training.run import Run
 from bridge.training.setup import set_up
 from bridge.training.train import StopReason, train
@@ -83,6 +84,8 @@ def carry_out(
     with PeerWatch(on_failure) as peers, contextlib.ExitStack() as stack:
         # The live line ends before a failure is told.
         with peers.told_at_once(), Progress(enabled=is_logging_rank()) as progress:
+            if (note := rank_environment().note) is not None:
+                progress.note(note)
             device = choose_device(config.dist.device)
             config = resolve(config, device=device, world_size=world_size())
             config.command = command

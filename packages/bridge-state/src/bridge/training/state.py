@@ -1,6 +1,5 @@
 """What a run knows while it trains: its counters, its configuration and where it logs."""
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -18,6 +17,7 @@ from bridge.training.metric_loggers import (
     WandbLogger,
     truncate_jsonl,
 )
+from bridge.training.rank_environment import rank_environment
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _is_logging_rank() -> bool:
     """Say whether this is rank 0, which the launcher tells before torch.distributed is up."""
     if torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"
+    return rank_environment().rank == 0
 
 
 def _dtype(name: str) -> torch.dtype:
