@@ -116,6 +116,6 @@ def test_a_missing_checkpoint_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     ended = resume(tmp_path, "train.train_iters=4")
     assert ended.code == 2
     assert "step-0000009" in ended.err
-    assert "step-0000002" in ended.err
+    assert "continue from one with --resume --step 2" in ended.err
     rows = (tmp_path / "R" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2]

@@ -55,6 +55,7 @@ def test_weights_are_read_as_they_were_written(tmp_path: Path) -> None:
             index.write_bytes(damaged)
             with one_process(), pytest.raises(UsageError, match=says):
                 SavedWeights(tmp_path / "made" / "checkpoint")
+        index.write_bytes(whole)
 
     run_ranks(1, body, process_group=False)
     assert find_checkpoint(tmp_path / "made" / "checkpoint", "--from").name == "checkpoint"
@@ -71,7 +72,7 @@ def test_one_process_is_not_one_of_several(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_folder_that_holds_no_checkpoint_is_an_error_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}: it is no checkpoint"):
         SavedWeights(tmp_path)
-    with pytest.raises(ValueError, match="config.yaml: cannot be read, so what model"):
+    with pytest.raises(ValueError, match="config.yaml: is missing; what model"):
         saved_config(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="--from: .* Hugging Face's .* `bridge import-hf"):

@@ -55,8 +55,10 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (None, "does not tell what its model is (FileNotFoundError"),
-        ("- no\n- run\n", "does not tell what its model is"),
+        (None, "config.yaml: is missing; it tells what the model is: give a checkpoint"),
+        ("- no\n- run\n", "config.yaml: holds no sections; it tells what the model is"),
+        ("model: {a: b\n", "config.yaml: is not valid YAML"),
+        ("recipe: sine\n", "config.yaml: has no section model"),
         ("model: {_target_: a.Model}\n", "is a a.Model, and the recipe sine trains a own_recipe."),
     ],
 )

@@ -170,7 +170,7 @@ def test_a_run_is_continued_by_the_command_that_made_it(
     work: Path, made_by: str, other: str
 ) -> None:
     (work / "R").mkdir()
-    (work / "R" / "config.yaml").write_text(f"command: {made_by}\n")
+    (work / "R" / "config.yaml").write_text(f"command: {made_by}\n...\n")
     ended = run_command(other, "sine", "--run-dir", "R", "--resume", folder=work)
     assert ended.code == 2
     assert f"checkpoint.run_dir='R': it holds a run of {made_by}, and {other} would" in ended.err

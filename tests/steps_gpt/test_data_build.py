@@ -10,13 +10,13 @@ from bridge.gpt.data.build import (
     build_index,
     cached_tokens,
     default_cache_dir,
-    on_first_rank,
     published,
     published_by_first_rank,
     write_tokens,
 )
 from bridge.gpt.data.documents import find_source, read_documents
 from bridge.gpt.data.tokenizers import ByteTokenizer
+from bridge.training.collectives import on_first_rank
 from bridge.training.config import TokenizerConfig
 from bridge.training.usage_error import UsageError
 from gpt_data import read_pair, tree, write_story

@@ -82,19 +82,20 @@ def find_base(source: str, recipe: "Recipe") -> Base:
     Raises:
         UsageError: There is none, or it is of another kind of model than the recipe's.
     """
+    from bridge.training.checkpoint_manifest import refuse_damage
     from bridge.training.config.fields import TARGET, class_name
     from bridge.training.config.yaml_text import load_yaml
     from bridge.training.run_directory import find_checkpoint
+    from bridge.training.run_files import read_config_text
 
     checkpoint = Path(os.path.abspath(find_checkpoint(source, "--from")))
-    try:
-        saved = load_yaml((checkpoint / "config.yaml").read_text())
-        model = saved["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--from: {checkpoint} does not tell what its model is ({type(error).__name__}: "
-            f"{error}); give a checkpoint with its config.yaml"
-        ) from error
+    refuse_damage(checkpoint)
+    path = checkpoint / "config.yaml"
+    remedy = "it tells what the model is: give a checkpoint with its config.yaml"
+    saved = load_yaml(read_config_text(path, remedy, may_lack_end=True))
+    model = saved.get("model")
+    if not isinstance(model, dict):
+        raise UsageError(f"{path}: has no section model; {remedy}")
     wanted = class_name(type(recipe().model))
     if model.get(TARGET) != wanted:
         raise UsageError(

@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
     exporter = find_exporter(options.to)
     size = parse_size(options.max_shard_size)
 
+    from bridge.training.checkpoint_manifest import verified
     from bridge.training.checkpoint_weights import saved_config
     from bridge.training.config.names import dtype_from_name
     from bridge.training.contracts import ExportRequest
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(options.checkpoint, "RUN_OR_CHECKPOINT")
     config = saved_config(checkpoint)
     output = Path(options.output)
-    with new_folder(output, "--output") as folder:
+    with new_folder(output, "--output") as folder, verified(checkpoint):
         line = exporter(
             ExportRequest(
                 checkpoint=checkpoint,

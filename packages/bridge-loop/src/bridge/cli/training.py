@@ -49,6 +49,9 @@ def add_parser(
     parser.add_argument("--run-dir", metavar="DIR", action=PathOption, help="the run's directory")
     parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
     parser.add_argument(
+        "--step", type=int, metavar="N", help="with --resume: from the checkpoint of step N"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check the configuration of all ranks; build nothing"
     )
     parser.add_argument("-h", "--help", action=_Help, nargs=0, help="list the keys and leave")
@@ -89,6 +92,7 @@ def _run(options: argparse.Namespace, command: "Command", source: str | None) ->
     if options.run_dir is not None:
         overrides.append(f"checkpoint.run_dir={options.run_dir}")
     overrides.append(f"checkpoint.resume={'true' if options.resume else 'false'}")
+    overrides += [] if options.step is None else [f"checkpoint.step={options.step}"]
     given = read_documents(options.config)
     # megatron-core's overlap of transfers with computing relies on it; CUDA reads it once.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -211,13 +215,11 @@ def _saved_configuration(options: argparse.Namespace) -> list[str]:
         return []
     if options.run_dir is None:
         raise UsageError("--resume: say which run to continue with --run-dir DIR")
-    path = Path(options.run_dir) / "config.yaml"
-    if not path.exists():
-        raise UsageError(
-            f"--resume: {options.run_dir!r} holds no run ({path.name} is missing); check the path, "
-            "or start a new run without --resume"
-        )
-    return [path.read_text()]
+    from bridge.training.run_directory import RunDirectory, refuse_wrong_directory
+
+    directory = RunDirectory(Path(options.run_dir))
+    refuse_wrong_directory(directory, resume=True, holds_a_run=directory.holds_a_run())
+    return [directory.saved_config()]
 
 
 def _as_saved(recipe: "Recipe", saved: Sequence[str], ranks: int) -> "ConfigContainer":
@@ -236,6 +238,7 @@ def _as_saved(recipe: "Recipe", saved: Sequence[str], ranks: int) -> "ConfigCont
 
 
 def _check_directory(config: "ConfigContainer") -> None:
+    from bridge.training.checkpoint_manifest import refuse_damage
     from bridge.training.run_directory import (
         RunDirectory,
         refuse_another_command,
@@ -248,3 +251,7 @@ def _check_directory(config: "ConfigContainer") -> None:
             directory, resume=config.checkpoint.resume, holds_a_run=directory.holds_a_run()
         )
         refuse_another_command(directory, config)
+        if config.checkpoint.resume:
+            checkpoint = directory.checkpoint_to_resume(config.checkpoint.step)
+            if checkpoint is not None:
+                refuse_damage(checkpoint)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from bridge.training.checkpoint_manifest import MANIFEST
 from bridge.training.config import ConfigContainer
 from bridge.training.usage_error import UsageError
 
@@ -67,7 +68,8 @@ def fingerprint(checkpoint: Path) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(checkpoint.rglob("*")):
-        if not path.is_file() or path.name == "config.yaml":
+        # The manifest has the configuration's checksum.
+        if not path.is_file() or path.name in ("config.yaml", MANIFEST):
             continue
         size = path.stat().st_size
         digest.update(f"{path.relative_to(checkpoint)} {size} ".encode())

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 
-from bridge.training.checkpointing import reading, writing_in_this_process
-from bridge.training.config import ConfigContainer
+from bridge.training.checkpoint_manifest import refuse_damage, write_manifest
+from bridge.training.checkpoint_writing import save_sharded
+from bridge.training.checkpointing import reading
+from bridge.training.config import ConfigContainer, ConfigError
+from bridge.training.run_files import read_config_text, write_config
 from bridge.training.usage_error import UsageError
 
 _OF_A_LAYER = re.compile(r"(?P<block>.*\blayers)\.(?P<layer>\d+)\.(?P<rest>.+)")
@@ -110,7 +113,6 @@ def write_weights(
         weights: Every weight of the model, whole; of each block either all layers or none.
         config: What is known of the model; saved beside the weights.
     """
-    from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     matches = {name: _OF_A_LAYER.fullmatch(name) for name in weights}
@@ -123,14 +125,9 @@ def write_weights(
         state[name] = ShardedTensor.from_rank_offsets(
             key, weight, *within, prepend_axis_num=len(within)
         )
-    with writing_in_this_process():
-        dist_checkpointing.save(
-            state,
-            str(checkpoint),
-            async_sharded_save=False,
-            content_metadata={"singleton_local_shards": False},
-        )
-    (checkpoint / "config.yaml").write_text(config.to_yaml())
+    save_sharded(state, checkpoint, {"singleton_local_shards": False})
+    write_config(checkpoint / "config.yaml", config)
+    write_manifest(checkpoint)
 
 
 def saved_config(checkpoint: Path) -> ConfigContainer:
@@ -143,9 +140,11 @@ def saved_config(checkpoint: Path) -> ConfigContainer:
         UsageError: There is none, or it cannot be read.
     """
     path = checkpoint / "config.yaml"
+    remedy = "what model the checkpoint holds is not known without it; give another checkpoint"
+    refuse_damage(checkpoint)
     try:
-        return ConfigContainer.from_yaml(path.read_text())
-    except (OSError, ValueError) as error:
+        return ConfigContainer.from_yaml(read_config_text(path, remedy, may_lack_end=True))
+    except ConfigError as error:
         raise UsageError(
             f"{path}: cannot be read, so what model the checkpoint holds is not known ({error})"
         ) from error

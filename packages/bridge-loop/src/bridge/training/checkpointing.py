@@ -19,10 +19,10 @@ import contextlib
 import dataclasses
 import json
 import logging
-import queue
 import random
 import shutil
 import warnings
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,17 @@ import torch
 import torch.distributed as dist
 
 from bridge.training.base_checkpoint import Base
+from bridge.training.checkpoint_manifest import (
+    FileRecord,
+    record_files,
+    write_manifest,
+    written_by,
+)
+from bridge.training.checkpoint_writing import save_sharded, saving
+from bridge.training.collectives import from_every_rank, on_first_rank
 from bridge.training.config import ConfigContainer
 from bridge.training.distributed import Ranks, is_logging_rank, rank, world_size
+from bridge.training.durable_files import sync_directory, sync_tree
 from bridge.training.loss_watch import LossWatch
 from bridge.training.model_building import parameters_in_sync, without_ddp
 from bridge.training.optimization import resume_schedule, schedule_state
@@ -43,7 +52,8 @@ from bridge.training.optimizer_state import (
     make_state,
     offsets_without_padding,
 )
-from bridge.training.run_directory import RunDirectory, step_of, sync_directory, sync_tree
+from bridge.training.run_directory import RunDirectory, step_of
+from bridge.training.run_files import write_config
 from bridge.training.safe_loading import restricted_loading
 from bridge.training.state import TrainState
 from bridge.training.trainable import load_trained, only_trained
@@ -114,41 +124,49 @@ class Checkpointer:
 
         A collective over all ranks. The state to be saved is that at the call.
         """
-        from megatron.core import dist_checkpointing
-
-        step = self._train_state.step
+        step, group = self._train_state.step, self._ranks.control_group
         if step == self._last_saved:
             return None
         final = self._directory.checkpoint(step)
         partial = final.with_name(final.name + _PARTIAL)
-        if is_logging_rank():
+        try:
+            on_first_rank(lambda: self._prepare(partial), group)
+            with parameters_in_sync(self._model), saving(self._directory):
+                state = self._sharded_state(is_loading=False, with_state_of_ranks=True)
+                save_sharded(state, partial, self._content(), group)
+                own = record_files(written_by(partial, rank()))
+            records = dict(ChainMap(*from_every_rank(own, group)))
+            on_first_rank(lambda: self._publish(partial, final, records), group)
+        except OSError:
+            if is_logging_rank():
+                # On a full disk it would be in the way of whatever comes next.
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self._last_saved = step
+        return final
+
+    def _prepare(self, partial: Path) -> None:
+        with saving(self._directory):
             self._directory.checkpoints.mkdir(parents=True, exist_ok=True)
             for leftover in self._directory.checkpoints.glob(f"*{_PARTIAL}"):
                 shutil.rmtree(leftover)
             partial.mkdir()
-        self._wait_for_all()
-        with parameters_in_sync(self._model), writing_in_this_process():
-            dist_checkpointing.save(
-                self._sharded_state(is_loading=False, with_state_of_ranks=True),
-                str(partial),
-                async_sharded_save=False,
-                content_metadata=self._content(),
-            )
-        self._wait_for_all()
-        if is_logging_rank():
-            (partial / "config.yaml").write_text(self._config.to_yaml())
+
+    def _publish(self, partial: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
+        run = self._directory
+        with saving(run):
+            write_config(partial / "config.yaml", self._config)
             (partial / _RUN_STATE).write_text(json.dumps(self._run_state(), indent=2) + "\n")
+            write_manifest(partial, step=step_of(final), metrics=run.metrics, known=records)
             sync_tree(partial)
             if final.exists():
                 # Left by a run that died after the rename and before `latest` was replaced.
                 shutil.rmtree(final)
             partial.rename(final)
-            sync_directory(final.parent)
-            self._directory.publish(final)
+            for folder in (run.checkpoints, run.path, run.path.parent):
+                sync_directory(folder)
+            run.publish(final)
             self._remove_old()
-        self._wait_for_all()
-        self._last_saved = step
-        return final
 
     def restore(self, checkpoint: Path) -> list[str]:
         """Continue from a checkpoint of this run: everything that `save` wrote comes back.
@@ -303,9 +321,6 @@ class Checkpointer:
         for old in known[:-keep] if keep else []:
             shutil.rmtree(old)
 
-    def _wait_for_all(self) -> None:
-        dist.barrier(group=self._ranks.control_group)
-
 
 def refuse_another_base(checkpoint: Path, base: Base | None) -> None:
     """Refuse to go on with adapters beside other weights than those they were trained beside.
@@ -410,25 +425,19 @@ def save_model_weights(
         config: Saved beside the weights.
         ranks: The process groups.
     """
-    from megatron.core import dist_checkpointing
-
     content = {"singleton_local_shards": False}
     metadata = {**content, "dp_cp_group": ranks.own_groups.dp_cp}
-    with writing_in_this_process():
-        dist_checkpointing.save(
-            {
-                "format_version": FORMAT_VERSION,
-                **{
-                    _chunk_name(index, len(chunks)): chunk.sharded_state_dict(metadata=metadata)
-                    for index, chunk in enumerate(chunks)
-                },
-            },
-            str(checkpoint),
-            async_sharded_save=False,
-            content_metadata=content,
-        )
+    state = {
+        "format_version": FORMAT_VERSION,
+        **{
+            _chunk_name(index, len(chunks)): chunk.sharded_state_dict(metadata=metadata)
+            for index, chunk in enumerate(chunks)
+        },
+    }
+    save_sharded(state, checkpoint, content, ranks.control_group)
     if is_logging_rank():
-        (checkpoint / "config.yaml").write_text(config.to_yaml())
+        write_config(checkpoint / "config.yaml", config)
+        write_manifest(checkpoint)
 
 
 def _chunk_name(index: int, chunks: int) -> str:
@@ -482,23 +491,6 @@ def _load(checkpoint: Path, wanted: dict[str, Any]) -> Any:
 
     with reading(checkpoint, "it does not fit the model that is configured, or it is damaged"):
         return dist_checkpointing.load(wanted, str(checkpoint))
-
-
-@contextlib.contextmanager
-def writing_in_this_process() -> Iterator[None]:
-    """Spare megatron-core's writer the process that it starts in every rank for its results.
-
-    A save that is waited for needs none. That process takes seconds to start, imports the user's
-    script a second time, and outlives a rank that is killed.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    found = filesystem_async._results_queue
-    filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = found
 
 
 @contextlib.contextmanager

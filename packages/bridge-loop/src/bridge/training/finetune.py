@@ -41,7 +41,7 @@ def finetune(
 def _refuse_random_weights(checkpoint: CheckpointConfig) -> None:
     if checkpoint.resume and checkpoint.run_dir is not None:
         # What the run once started from need not be there any more.
-        if RunDirectory(Path(checkpoint.run_dir)).latest() is not None:
+        if RunDirectory(Path(checkpoint.run_dir)).checkpoint_to_resume(checkpoint.step):
             return
     if checkpoint.pretrained_checkpoint is None:
         raise UsageError(

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.model_parallel_config import ModelParallelConfig
 
 from bridge.training.adapters import find_base
+from bridge.training.checkpoint_manifest import verified
 from bridge.training.checkpointing import load_adapters, load_model_weights, save_model_weights
 from bridge.training.config import ConfigContainer, ConfigError
 from bridge.training.config.resolution import resolve_collecting
@@ -74,7 +75,12 @@ def adapted_model(
     config = _of_one_rank(config)
     weights = None if adapters_alone else _find_weights(config, base)
     choose_device("cpu")
-    with expected_messages_held_back(), ranks_of(config, "cpu") as ranks:
+    read = [checkpoint] if weights is None else [checkpoint, weights]
+    with (
+        verified(*read),
+        expected_messages_held_back(),
+        ranks_of(config, "cpu") as ranks,
+    ):
         seed_stage(config.rng.seed, ranks)
         drawn = weights is None and not adapters_alone
         chunks = build_chunks(config, ranks, loaded_next=not drawn)

@@ -117,6 +117,7 @@ def _run(run: Run, peers: PeerWatch, command: str) -> TrainResult:
             run.test()
             reason = run.stop.cause or reason
         run.forget_old_validation()
+        run.check_directory()
         peers.needs_no_peers()
     run.progress.summary(_summary(run, reason, command))
     counters = run.state.train_state

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from bridge.training import rerun
 from bridge.training.callbacks import CallbackContext, Callbacks
 from bridge.training.checkpointing import Checkpointer
+from bridge.training.collectives import on_first_rank
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import TOKENS, SizedDataset
 from bridge.training.data_loading import RunData
@@ -183,6 +184,7 @@ class Run(TrainingParts):
 
     def save(self) -> None:
         """Save a checkpoint of this step, unless it has one; never after an unread loss."""
+        self.check_directory()
         self._check_losses(alarm=True)
         self.training_log.add_items(self._items(self.reducer.take_tokens))
         phase, self.phase = self.phase, f"checkpoint at step {self.state.train_state.step}"
@@ -210,6 +212,14 @@ class Run(TrainingParts):
             if tokens is not None:
                 items[TOKENS] = tokens
         return items
+
+    def check_directory(self) -> None:
+        """Look whether the run's directory is still there; on every rank.
+
+        Raises:
+            FileNotFoundError: It was deleted or moved; on every rank.
+        """
+        on_first_rank(self.directory.check_presence, self.ranks.control_group)
 
     @contextlib.contextmanager
     def saved_before_a_suspicious_step(self) -> Iterator[None]:

@@ -20,7 +20,9 @@ import torch.distributed as dist
 from bridge.training import auxiliary_losses, rerun
 from bridge.training.adapters import attach_adapters, find_base, notes
 from bridge.training.callbacks import Callbacks
+from bridge.training.checkpoint_manifest import Verification, missing_rows
 from bridge.training.checkpointing import Checkpointer, counters_of, refuse_another_base
+from bridge.training.collectives import on_first_rank
 from bridge.training.config import ConfigContainer, resolve
 from bridge.training.contracts import AdaptedLayer, DrawsLayout, ModuleRanks
 from bridge.training.data_loading import RunData, as_splits, data_request
@@ -31,6 +33,7 @@ from bridge.training.distributed import (
     ranks_of,
     world_size,
 )
+from bridge.training.durable_files import make_directory
 from bridge.training.evaluate import sequence_length
 from bridge.training.forward_step import prepare_forward_step_func
 from bridge.training.loss_adapter import LossAdapter
@@ -52,8 +55,9 @@ from bridge.training.run_directory import (
     new_run_name,
     refuse_another_command,
     refuse_wrong_directory,
-    replace_durably,
+    refusing_what_cannot_be_written,
 )
+from bridge.training.run_files import write_config
 from bridge.training.run_lock import claimed, joined
 from bridge.training.state import GlobalState, TrainState
 from bridge.training.stop_signals import stop_signals
@@ -121,8 +125,12 @@ def set_up(
         _built(config, ranks, forward_step_func, progress, directory) as parts,
         contextlib.ExitStack() as stack,
     ):
-        with _nothing_left_on_failure(config, parts.directory):
-            _write_config(config, parts.directory, ranks)
+        with (
+            _nothing_left_on_failure(config, parts.directory),
+            # Of the logs, which open their files.
+            refusing_what_cannot_be_written(parts.directory),
+        ):
+            told = _prepare_directory(config, parts, ranks)
             run = Run(
                 **vars(parts),
                 callbacks=listeners,
@@ -146,6 +154,8 @@ def set_up(
             if run.restored_from is not None:
                 run.recall_last_step()
             _introduce(run)
+            for line in told:
+                progress.note(line)
         yield run
 
 
@@ -160,6 +170,8 @@ def _built(
     """Build what is trained, with a checkpoint loaded; writes nothing to disk."""
     checkpoint, pretrained = _find_checkpoints(config, directory)
     with contextlib.ExitStack() as stack:
+        read = [path for path in (checkpoint, pretrained) if path is not None]
+        verification = stack.enter_context(Verification(read, ranks.control_group))
         stack.enter_context(expected_messages_held_back())
         _keep_the_hosts_random_streams(stack)
         state = GlobalState(config)
@@ -169,10 +181,11 @@ def _built(
         with progress.phase("data"):
             # Every rank builds the same data, also where building it draws random numbers.
             _seed(config.rng.seed)
-            done = None if checkpoint is None else counters_of(checkpoint)
+            with verification.explaining_errors():
+                done = None if checkpoint is None else counters_of(checkpoint)
             data = _build_data(config, ranks, done)
             stack.callback(data.workers.close)
-        with progress.phase("model"):
+        with progress.phase("model"), verification.explaining_errors():
             # An earlier model hangs in reference cycles; its memory is needed for this one.
             gc.collect()
             seed_stage(config.rng.seed, ranks)
@@ -220,7 +233,7 @@ def _built(
         )
         if checkpoint is not None or (pretrained is not None and base is None):
             changes: list[str] = []
-            with progress.phase("checkpoint"):
+            with progress.phase("checkpoint"), verification.explaining_errors():
                 if checkpoint is not None:
                     changes = checkpointer.restore(checkpoint)
                 elif pretrained is not None:
@@ -228,6 +241,7 @@ def _built(
             if state.train_state.step < data.train_iters:
                 for change in changes:
                     progress.note(f"warning: {change}")
+        verification.finish()
         yield TrainingParts(
             config=config,
             ranks=ranks,
@@ -319,7 +333,11 @@ def _chosen_directory(
 def _find_checkpoints(
     config: ConfigContainer, directory: RunDirectory
 ) -> tuple[Path | None, Path | None]:
-    resumed = directory.latest() if config.checkpoint.resume else None
+    resumed = None
+    if config.checkpoint.resume:
+        resumed = directory.checkpoint_to_resume(config.checkpoint.step)
+        # What is written of the configuration is for a later start, which takes the latest.
+        config.checkpoint.step = None
     path = config.checkpoint.pretrained_checkpoint
     # What a run once started from need not be there any more when it is continued, unless it
     # trains adapters beside it.
@@ -399,11 +417,32 @@ def _nothing_left_on_failure(config: ConfigContainer, directory: RunDirectory) -
         raise
 
 
-def _write_config(config: ConfigContainer, directory: RunDirectory, ranks: Ranks) -> None:
-    if is_logging_rank():
-        directory.path.mkdir(parents=True, exist_ok=True)
-        replace_durably(directory.config, config.to_yaml())
-    dist.barrier(group=ranks.control_group)
+def _prepare_directory(
+    config: ConfigContainer, parts: TrainingParts, ranks: Ranks
+) -> Sequence[str]:
+    """Write the configuration, and make the directory's files those of the checkpoint.
+
+    Returns:
+        Lines about what was found or done, on every rank.
+
+    Raises:
+        UsageError: The directory cannot be written; on every rank.
+    """
+    directory, restored = parts.directory, parts.restored_from
+
+    def prepare() -> list[str]:
+        with refusing_what_cannot_be_written(directory):
+            make_directory(directory.path)
+            write_config(directory.config, config)
+            if restored is not None:
+                # It may have been chosen; a later start goes on from here, not from a newer one.
+                directory.publish(restored)
+                return list(missing_rows(directory, restored))
+            if config.checkpoint.resume and (aside := directory.set_metrics_aside()) is not None:
+                return [f"the rows of its earlier start are in {aside}"]
+        return []
+
+    return on_first_rank(prepare, ranks.control_group)
 
 
 def _introduce(run: Run) -> None:

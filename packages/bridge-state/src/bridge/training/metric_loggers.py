@@ -7,11 +7,11 @@ line a row; TensorBoard one point a name; W&B one row a row, with the step in it
 The trackers are imported only by the class that needs them.
 """
 
+import errno
 import json
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from bridge.training.durable_files import replace_durably
 from bridge.training.usage_error import UsageError
 from bridge.training.wandb_history import written_rows
 
@@ -67,7 +68,12 @@ class JsonlLogger:
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
-        """Append one line; raises UsageError if a metric is called "step" or "not_finite"."""
+        """Append one line.
+
+        Raises:
+            UsageError: A metric is called "step" or "not_finite".
+            OSError: The line cannot be written, or the file was deleted.
+        """
         if taken := {"step", NOT_FINITE} & metrics.keys():
             raise UsageError(f'a metric cannot be called "{taken.pop()}": the row has that key')
         row: dict[str, Any] = {"step": step, **metrics}
@@ -79,6 +85,10 @@ class JsonlLogger:
         if not_finite:
             row |= {**dict.fromkeys(not_finite), NOT_FINITE: not_finite}
         line = json.dumps(row, allow_nan=False, ensure_ascii=False)
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise FileNotFoundError(
+                errno.ENOENT, "was deleted or replaced while the run goes on", str(self.path)
+            )
         self._file.write(line + "\n")
         self._file.flush()
 
@@ -197,7 +207,7 @@ class WandbLogger:
                 f"logger.wandb_project={project!r}: {error}; log in with `wandb login`, "
                 "or set WANDB_MODE=offline"
             ) from error
-        _replace_bytes(id_file, f"{self.run.id}\n".encode())
+        replace_durably(id_file, f"{self.run.id}\n")
         self.run.define_metric("*", step_metric="step")
         self._written = written_rows(folder / "wandb") if known_id else []
         # Where the files of earlier starts are not on this machine, W&B knows how many rows it has.
@@ -301,6 +311,17 @@ def as_logged(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.jsonl, without a torn last line; none if there is no file.
+
+    Raises:
+        UsageError: The file cannot be read, or a line other than the last one is no row.
+    """
+    lines = _read_lines(Path(path))
+    found = [_row(Path(path), lines, number) for number in range(len(lines))]
+    return [row for row in found if row is not None]
+
+
 def truncate_jsonl(path: str | os.PathLike[str], after_step: int) -> int:
     """Remove the rows of steps after ``after_step`` and a torn last line; return how many went.
 
@@ -308,32 +329,48 @@ def truncate_jsonl(path: str | os.PathLike[str], after_step: int) -> int:
     the file. The file is replaced atomically, or left alone when nothing is to be removed.
 
     Raises:
-        UsageError: A line other than the last one is not a row of metrics.
+        UsageError: The file cannot be read, or a line other than the last one is no row.
     """
     path = Path(path)
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for number, line in enumerate(lines) if _belongs(path, lines, number, after_step)]
+    lines = _read_lines(path)
+    found = [_row(path, lines, number) for number in range(len(lines))]
+    kept = [
+        line
+        for line, row in zip(lines, found, strict=True)
+        if row is not None and row["step"] <= after_step
+    ]
     if len(kept) < len(lines):
-        _replace_bytes(path, b"".join(kept))
+        replace_durably(path, b"".join(kept))
     return len(lines) - len(kept)
 
 
-def _belongs(path: Path, lines: list[bytes], number: int, after_step: int) -> bool:
-    """Say whether a line is a whole row of a step up to ``after_step``."""
+def _read_lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror}); repair or move the file"
+        ) from error
+
+
+def _row(path: Path, lines: list[bytes], number: int) -> dict[str, Any] | None:
+    """Return the row of a line, None for a torn last line."""
     last = number == len(lines) - 1
     if last and not lines[number].endswith(b"\n"):
-        return False
+        return None
     try:
-        step = json.loads(lines[number])["step"]
+        row: dict[str, Any] = json.loads(lines[number])
+        if not isinstance(row["step"], int):
+            raise TypeError('its "step" is no number')
     except (ValueError, KeyError, TypeError) as error:
         if last:  # After a power failure a torn line may be filled with zeros.
-            return False
+            return None
         raise UsageError(
             f"{path}, line {number + 1} is not a row of metrics: {error}; repair or move the file"
         ) from error
-    return bool(step <= after_step)
+    return row
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -345,16 +382,3 @@ def _drop_torn_line(path: Path) -> None:
     if whole < len(content):
         log.warning("%s: dropped a torn last line of %d bytes", path, len(content) - whole)
         os.truncate(path, whole)
-
-
-def _replace_bytes(path: Path, content: bytes) -> None:
-    """Replace a file so that a reader, or a crash, sees either the old or the new content."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

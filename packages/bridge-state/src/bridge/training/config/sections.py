@@ -134,6 +134,8 @@ class CheckpointConfig:
     """The run's directory; a new runs/RECIPE-TIMESTAMP if None."""
     resume: bool = False
     """Continue the run in run_dir; without it an existing run is refused."""
+    step: int | None = None
+    """Continue from the checkpoint of this step (with resume); None takes the latest."""
     save_interval: int | None = None
     """Steps between checkpoints; None saves at the end only."""
     save_at_end: bool = True

@@ -234,6 +234,11 @@ def _others(config: ConfigContainer) -> Iterator[str]:
         yield f"logger.timing_log_level={config.logger.timing_log_level} must be 0, 1 or 2"
     yield from _positive(config, "checkpoint", "save_interval")
     yield from _not_negative(config, "checkpoint", "keep_last")
+    if config.checkpoint.step is not None and not config.checkpoint.resume:
+        yield (
+            f"checkpoint.step={config.checkpoint.step} is that of a run to continue: add --resume "
+            "(checkpoint.resume=true), or leave it out"
+        )
     if config.dist.timeout_minutes <= 0:
         yield f"dist.timeout_minutes={config.dist.timeout_minutes} must be positive"
     yield from _not_negative(config, "rng", "seed")

@@ -4,12 +4,10 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import shutil
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch.distributed
 
 from bridge.gpt.data.documents import TextFile, read_documents
 from bridge.gpt.data.tokenizers import Encoder, Tokenizer, build_tokenizer, identity
+from bridge.training.collectives import on_first_rank
 from bridge.training.config import TokenizerConfig
 from bridge.training.megatron_import import quiet_import
 from bridge.training.usage_error import UsageError
@@ -271,49 +270,6 @@ def digest(description: Any) -> str:
     """A short name for anything that JSON can hold."""
     text = json.dumps(description, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def on_first_rank[T](function: Callable[[], T]) -> T:
-    """Call on global rank 0 only and return its result, or raise its exception, on every rank.
-
-    An exception that went to one rank alone would leave the others waiting for it.
-    """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return function()
-    result: T | None = None
-    failure: Exception | None = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            result = function()
-        except Exception as error:
-            failure = error
-    outcome: list[Any] = [result, None if failure is None else _told(failure)]
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if failure is not None:
-        raise failure
-    if outcome[1] is not None:
-        raise _retold(*outcome[1])
-    agreed: T = outcome[0]
-    return agreed
-
-
-def _told(failure: Exception) -> tuple[bytes, str]:
-    """Return an exception of rank 0 pickled, if it can be, and its traceback."""
-    try:
-        pickled = pickle.dumps(failure)
-    except Exception:
-        pickled = b""
-    return pickled, "".join(traceback.format_exception(failure))
-
-
-def _retold(pickled: bytes, trace: str) -> Exception:
-    """Return the exception that was pickled; a RuntimeError if it cannot be made again here."""
-    try:
-        failure: Exception = pickle.loads(pickled)
-    except Exception:
-        failure = RuntimeError("rank 0 failed")
-    failure.add_note(f"raised on rank 0:\n{trace.rstrip()}")
-    return failure
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from bridge.gpt.data.split_plan import (
     usual_split,
 )
 from bridge.gpt.data.tokenizers import Tokenizer, build_tokenizer, identity, vocab_size
+from bridge.training.collectives import on_first_rank
 from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, wrong_set_name
 from bridge.training.local_paths import local_path
 from bridge.training.megatron_import import quiet_import
@@ -130,9 +131,7 @@ class GPTDatasetConfig:
             return self._build_mock(request)
         if request.config.tokenizer is None:
             raise UsageError("tokenizer: real data needs one; set tokenizer.type")
-        plans, indices_key, warnings_of_text = index_files.on_first_rank(
-            lambda: self._plan_with_key(request)
-        )
+        plans, indices_key, warnings_of_text = on_first_rank(lambda: self._plan_with_key(request))
         for plan in plans.values():
             for prefix in plan.prefixes:
                 check_files(prefix)

@@ -41,6 +41,7 @@ from bridge.gpt.data.sft.rows import (
 )
 from bridge.gpt.data.sft.told import notes_of, warnings_of
 from bridge.gpt.data.tokenizers import build_tokenizer, identity
+from bridge.training.collectives import on_first_rank
 from bridge.training.config import TokenizerConfig
 from bridge.training.contracts import TOKENS, DataRequest, DataSplits, SizedDataset
 from bridge.training.local_paths import local_path
@@ -208,10 +209,10 @@ class SFTDatasetConfig:
         Raises:
             UsageError: A row is malformed, none is left, or this rank does not see the cache.
         """
-        key = index_files.on_first_rank(lambda: self._key(source, config))
+        key = on_first_rank(lambda: self._key(source, config))
         directory = index_files.cache_directory(self.cache_dir) / "sft" / key
         with index_files.published_by_first_rank(directory) as place:
-            index_files.on_first_rank(lambda: self._write(source, config, place))
+            on_first_rank(lambda: self._write(source, config, place))
             return read_corpus(place)
 
     def _key(self, source: RowSource, config: "ConfigContainer") -> str:

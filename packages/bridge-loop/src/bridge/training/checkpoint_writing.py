@@ -1,0 +1,136 @@
+"""megatron-core's writer of checkpoints, in this process, with errors that say what is wrong.
+
+Its own errors hold tracebacks of all ranks and not the operating system's reason.
+"""
+
+import contextlib
+import functools
+import io
+import logging
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from bridge.training.collectives import from_every_rank
+from bridge.training.distributed import rank
+from bridge.training.run_directory import RunDirectory
+
+
+class SaveError(OSError):
+    """A checkpoint cannot be written; the message has rank, path, cause and what there is."""
+
+
+def save_sharded(
+    state: dict[str, Any],
+    folder: Path,
+    content: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write a state of megatron-core's sharded tensors and objects; a collective over all ranks.
+
+    Args:
+        state: What to write; tensors are written once, by their main replica.
+        folder: An empty folder.
+        content: Goes into the checkpoint as its content metadata.
+        group: All ranks, for what went wrong; the default group if None.
+
+    Raises:
+        OSError: A rank could not write. It is raised on every rank if megatron-core's writers have
+            failed, else on that rank.
+    """
+    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import CheckpointException
+
+    failures: list[str] = []
+    try:
+        with _writing_in_this_process(failures):
+            dist_checkpointing.save(
+                state, str(folder), async_sharded_save=False, content_metadata=content
+            )
+    except CheckpointException:
+        # Every rank comes here when one has failed.
+        told = [line for lines in from_every_rank(failures, group) for line in lines]
+        if not told:
+            raise
+        raise SaveError(told[0]) from None
+
+
+@contextlib.contextmanager
+def saving(directory: RunDirectory) -> Iterator[None]:
+    """Write a checkpoint of a run in this block; say what is wrong, and what checkpoint there is.
+
+    Raises:
+        SaveError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        told = str(error) if isinstance(error, SaveError) else _line(error, None)
+        newest, _ = directory.look_up_latest()
+        remedy = (
+            "the run has no checkpoint yet"
+            if newest is None
+            else f"the newest whole checkpoint is {newest}; continue from it with --resume"
+        )
+        raise SaveError(f"{told}; {remedy}") from None
+
+
+def _line(error: OSError, path: str | None) -> str:
+    place = error.filename or path
+    cause = error.strerror or str(error)
+    return f"rank {rank()} cannot write{f' {place}' if place else ''}: {cause}"
+
+
+@contextlib.contextmanager
+def _writing_in_this_process(failures: list[str]) -> Iterator[None]:
+    """Change megatron-core's writer for one save that is waited for.
+
+    - It needs no process for its results. That process takes seconds to start, imports the user's
+      script a second time, and outlives a rank that is killed.
+    - What the operating system said is kept in `failures`.
+    - torch writes a view of a BytesIO. The traceback of an error keeps the view alive in a cycle of
+      references, whose collection is a segmentation fault in CPython 3.12.1.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer: Any = filesystem_async.FileSystemWriterAsync
+    write, write_item = writer.write_preloaded_data, filesystem_async._write_item
+    results = filesystem_async._results_queue
+    log = logging.getLogger(filesystem_async.__name__)
+
+    @functools.wraps(write)
+    def write_and_note(*arguments: Any, **keywords: Any) -> Any:
+        outcome = write(*arguments, **keywords)
+        if isinstance(outcome, tuple) and isinstance(outcome[1], OSError):
+            failures.append(_line(outcome[1], str(keywords["write_bucket"][0])))
+        return outcome
+
+    @functools.wraps(write_item)
+    def write_copied_item(transforms: Any, stream: Any, data: Any, *rest: Any, **named: Any) -> Any:
+        if isinstance(data, io.BytesIO):
+            data = _WithoutView(data.getvalue())
+        return write_item(transforms, stream, data, *rest, **named)
+
+    was_disabled = log.disabled
+    filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
+    filesystem_async._write_item = write_copied_item
+    writer.write_preloaded_data = staticmethod(write_and_note)
+    # It would report the type of the error alone.
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = was_disabled
+        writer.write_preloaded_data = staticmethod(write)
+        filesystem_async._write_item = write_item
+        filesystem_async._results_queue = results
+
+
+class _WithoutView(io.BytesIO):
+    """Gives its content as a copy."""
+
+    def getbuffer(self) -> Any:
+        return self.getvalue()

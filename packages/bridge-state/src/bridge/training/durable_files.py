@@ -1,0 +1,125 @@
+"""Files and folders that survive a crash: filled under another name, made durable, then renamed."""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_UNLOCKED_FOR_SECONDS = 2.0
+_UNTOUCHED_FOR_SECONDS = 3600.0
+
+
+def replace_durably(path: Path, content: str | bytes) -> None:
+    """Write a small file such that a reader sees the old content or the new, also after a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    sync_file(path)
+
+
+def sync_tree(path: Path) -> None:
+    """Make every file below a directory durable."""
+    for folder, _, files in os.walk(path):
+        for name in files:
+            sync_file(Path(folder) / name)
+        sync_directory(Path(folder))
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it that are missing, durably; it may be there already."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_directory(folder.parent)
+
+
+@contextlib.contextmanager
+def temporary_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder next to `final` to fill, which is removed at the end of the block.
+
+    The block may rename it to `final`. What a killed process has left next to `final` is removed:
+    a folder that nobody holds a lock on any more or, on a file system without locks of folders,
+    that nobody has touched for an hour.
+    """
+    _remove_leftovers(final.parent)
+    folder = final.with_name(f".{final.name}.partial-{secrets.token_hex(6)}")
+    folder.mkdir()
+    try:
+        with _opened(folder) as descriptor:
+            _lock(descriptor, waits=True)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish_folder(folder: Path, final: Path) -> None:
+    """Rename a folder of `temporary_folder` to its final name, once its files are durable.
+
+    Raises:
+        OSError: There is something by that name already, or the files cannot be made durable.
+    """
+    sync_tree(folder)
+    folder.rename(final)
+    sync_directory(final.parent)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    for partial in parent.glob(".*.partial-*"):
+        # Renamed or removed meanwhile, or not ours to look into.
+        with contextlib.suppress(OSError):
+            if _is_abandoned(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Whether no process fills the folder any more."""
+    made = time.time() - partial.stat().st_mtime
+    with _opened(partial) as descriptor:
+        is_locked = _lock(descriptor)
+    if is_locked is not None:
+        # A folder that was just made is about to be locked.
+        return not is_locked and made > _UNLOCKED_FOR_SECONDS
+    touched = [path.stat().st_mtime for path in (partial, *partial.iterdir())]
+    return time.time() - max(touched) > _UNTOUCHED_FOR_SECONDS
+
+
+def _lock(descriptor: int, *, waits: bool = False) -> bool | None:
+    """Take the lock of a folder; return whether another has it, None where there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

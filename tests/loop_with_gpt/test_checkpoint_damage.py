@@ -1,0 +1,254 @@
+"""Whatever happens to a checkpoint's files is found before anything of it is used."""
+
+import io
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+
+from bridge.training import checkpoint_manifest
+from bridge.training.checkpoint_manifest import Manifest, refuse_damage, verified, write_manifest
+from bridge.training.checkpoint_weights import SavedWeights
+from bridge.training.distributed import one_process
+from bridge.training.pretrain import pretrain
+from bridge.training.run_directory import RunDirectory
+from bridge.training.usage_error import UsageError
+from ranks import run_ranks
+from training_runs import own_run, token_step
+
+RANKS = 2
+
+
+def run_config(directory: Path, **checkpoint: Any) -> Any:
+    config = own_run(directory)
+    config.train.train_iters = 6 if checkpoint else 4
+    for name, value in ({"save_interval": 2} | checkpoint).items():
+        setattr(config.checkpoint, name, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks with a checkpoint after steps 2 and 4."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    run_ranks(RANKS, lambda: pretrain(run_config(run), token_step) and None, timeout=120)
+    return run
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> RunDirectory:
+    """A copy of it, to be damaged."""
+    return RunDirectory(Path(shutil.copytree(saved, tmp_path / "run")))
+
+
+def changed(change: Callable[[bytearray], None], name: str) -> Callable[[RunDirectory], str]:
+    def damage(run: RunDirectory) -> str:
+        path = run.checkpoint(4) / name
+        content = bytearray(path.read_bytes())
+        change(content)
+        path.write_bytes(content)
+        return name
+
+    return damage
+
+
+def optimizer_state_zeroed(run: RunDirectory) -> str:
+    """Make a moment of the optimizer zero, so that all of the checkpoint can still be read."""
+    place = run.checkpoint(4)
+    stored = FileSystemReader(place).read_metadata().storage_data
+    [entry] = [
+        info
+        for index, info in stored.items()
+        if "exp_avg_sq" in index.fqn and "inner.weight" in index.fqn
+    ]
+    path = place / entry.relative_path
+    content = bytearray(path.read_bytes())
+    item = content[entry.offset : entry.offset + entry.length]
+    moment = torch.load(io.BytesIO(item)).numpy().tobytes()
+    start = entry.offset + item.index(moment)
+    content[start : start + len(moment)] = bytes(len(moment))
+    path.write_bytes(content)
+    return str(path.name)
+
+
+def flipped(content: bytearray) -> None:
+    content[len(content) // 2] ^= 1
+
+
+def cut(content: bytearray) -> None:
+    del content[len(content) // 2 :]
+
+
+def removed(name: str) -> Callable[[RunDirectory], str]:
+    def damage(run: RunDirectory) -> str:
+        (run.checkpoint(4) / name).unlink()
+        return name
+
+    return damage
+
+
+def of_another_step(name: str) -> Callable[[RunDirectory], str]:
+    def damage(run: RunDirectory) -> str:
+        shutil.copy(run.checkpoint(2) / name, run.checkpoint(4) / name)
+        return name
+
+    return damage
+
+
+def added(run: RunDirectory) -> str:
+    shutil.copy(run.checkpoint(4) / "__0_0.distcp", run.checkpoint(4) / "__7_0.distcp")
+    return "__7_0.distcp"
+
+
+def whole_of_another_step(run: RunDirectory) -> str:
+    shutil.rmtree(run.checkpoint(4))
+    shutil.copytree(run.checkpoint(2), run.checkpoint(4))
+    return "manifest.json"
+
+
+# Those that are found without reading the files of tensors, and those that are not.
+AT_ONCE: dict[str, Callable[[RunDirectory], str]] = {
+    "a file is missing": removed("__1_0.distcp"),
+    "a file was added": added,
+    "a file is cut": changed(cut, "__0_0.distcp"),
+    ".metadata is missing": removed(".metadata"),
+    ".metadata is of another step": of_another_step(".metadata"),
+    "metadata.json is empty": changed(bytearray.clear, "metadata.json"),
+    "the counters are changed": changed(flipped, "run_state.json"),
+    "config.yaml is cut": changed(cut, "config.yaml"),
+    "config.yaml is missing": removed("config.yaml"),
+    "the manifest is missing": removed("manifest.json"),
+    "the manifest is empty": changed(bytearray.clear, "manifest.json"),
+    "the manifest is changed": changed(flipped, "manifest.json"),
+    "it is the checkpoint of another step": whole_of_another_step,
+}
+BY_READING: dict[str, Callable[[RunDirectory], str]] = {
+    "optimizer state is zero": optimizer_state_zeroed,
+    "a bit is flipped": changed(flipped, "__0_0.distcp"),
+    "a file is of another step": of_another_step("__0_0.distcp"),
+}
+REMEDY = "continue from it with --resume --step 2 (checkpoint.step=2)"
+
+
+def told(run: RunDirectory, name: str, message: str) -> bool:
+    """Whether a message names file, cause and the older checkpoint, in one line."""
+    first = f"{run.checkpoint(4) / name}: "
+    return (
+        message.startswith(first)
+        and ", so the checkpoint is damaged; " in message
+        and message.endswith(
+            f"the newest older whole checkpoint is {run.checkpoint(2)}: give that, or {REMEDY}"
+        )
+        and "\n" not in message
+    )
+
+
+@pytest.mark.parametrize("kind", AT_ONCE)
+def test_damage_is_told_by_file_and_cause_with_the_older_checkpoint(
+    run: RunDirectory, kind: str
+) -> None:
+    refuse_damage(run.checkpoint(4))
+    name = AT_ONCE[kind](run)
+    with pytest.raises(UsageError) as error:
+        refuse_damage(run.checkpoint(4))
+    assert told(run, name, str(error.value)), str(error.value)
+
+
+@pytest.mark.parametrize("kind", BY_READING)
+def test_changed_bytes_are_found_on_every_rank_before_a_step_is_taken(
+    run: RunDirectory, kind: str
+) -> None:
+    rows = run.metrics.read_bytes()
+    name = BY_READING[kind](run)
+    refuse_damage(run.checkpoint(4))
+
+    def body() -> list[str]:
+        found = []
+        for how in ("resume", "pretrained_checkpoint"):
+            config = run_config(run.path, resume=True)
+            if how != "resume":
+                config = run_config(run.path.parent / "new", pretrained_checkpoint=str(run.path))
+            with pytest.raises(UsageError) as error:
+                pretrain(config, token_step)
+            found.append(str(error.value))
+        return found
+
+    for messages in run_ranks(RANKS, body, timeout=120):
+        assert all(told(run, name, message) for message in messages), messages
+    assert run.metrics.read_bytes() == rows
+
+
+def test_a_run_continues_from_the_step_that_is_asked_for_and_later_from_there(
+    run: RunDirectory, saved: Path
+) -> None:
+    optimizer_state_zeroed(run)
+
+    def body() -> None:
+        steps: list[int] = []
+
+        class Listen:
+            def on_train_start(self, context: Any) -> None:
+                steps.append(context.state.train_state.step)
+
+        config = run_config(run.path, resume=True, step=2, save_interval=None, save_at_end=False)
+        config.train.train_iters = 4
+        pretrain(config, token_step, [Listen()])
+        assert run.latest() == run.checkpoint(2)
+        pretrain(run_config(run.path, resume=True), token_step, [Listen()])
+        assert steps == [2, 2]
+
+    run_ranks(RANKS, body, timeout=120)
+    assert run.latest() == run.checkpoint(6)
+    losses = [row["error"] for row in RunDirectory(saved).rows()]
+    assert [row["error"] for row in run.rows()][:2] == losses[:2]
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_read_outside_of_a_run_is_verified_too(run: RunDirectory) -> None:
+    name = BY_READING["a file is of another step"](run)
+
+    def read() -> None:
+        with verified(run.checkpoint(4)), one_process():
+            SavedWeights(run.checkpoint(4)).read("module.inner.weight")
+
+    def body() -> str:
+        with pytest.raises(UsageError) as error:
+            read()
+        return str(error.value)
+
+    [message] = run_ranks(1, body, process_group=False)
+    assert told(run, name, message), message
+
+
+def test_a_block_of_a_large_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_manifest, "_BLOCK", 1 << 20)
+    (tmp_path / "__0_0.distcp").write_bytes(bytes(range(256)) * 4096 * 3 + b"tail")
+    (tmp_path / ".metadata").write_bytes(b"index")
+    write_manifest(tmp_path)
+    manifest = Manifest.read(tmp_path)
+    assert manifest is not None
+    assert [len(manifest.files[name].crc32) for name in (".metadata", "__0_0.distcp")] == [1, 4]
+    with verified(tmp_path):
+        pass
+    with (tmp_path / "__0_0.distcp").open("r+b") as file:
+        file.seek((2 << 20) + 5)
+        file.write(b"x")
+    with pytest.raises(UsageError, match=r"__0_0.distcp: has other content .*2,097,152 to 3,145,"):
+        with verified(tmp_path):
+            pass
+
+
+def test_a_checkpoint_of_an_older_version_is_read_and_told_as_unverified(
+    run: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = run.checkpoint(4)
+    os.remove(place / "manifest.json")
+    text = (place / "config.yaml").read_text()
+    (place / "config.yaml").write_text(text.removesuffix("...\n"))
+    refuse_damage(place)
+    assert f"{place}: has no manifest.json, as an older version wrote it" in caplog.text
