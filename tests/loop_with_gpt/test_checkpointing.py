@@ -78,7 +78,10 @@ def noisy_step(data_iterator: Any, model: Any) -> Any:
 
 
 def own(directory: Path) -> tuple[ConfigContainer, Callable[..., Any]]:
-    config = own_run(directory, model=OwnModel(dropout=0.3))
+    # An epoch ends with the step that is saved.
+    config = own_run(directory, model=OwnModel(dropout=0.3), dataset=OwnData(train=18))
+    config.train.global_batch_size, config.train.micro_batch_size = 6, 1
+    config.train.num_workers = 2
     # Each parameter in a bucket of its own, with padding.
     config.ddp.bucket_size = 1
     return config, noisy_step
@@ -90,8 +93,8 @@ def gpt(**layout: Any) -> Callable[[Path], tuple[ConfigContainer, Callable[..., 
 
 
 RUNS: dict[str, Callable[[Path], tuple[ConfigContainer, Callable[..., Any]]]] = {
-    "data, the distributed optimizer overlapped": own,
-    "tensor": gpt(tensor_model_parallel_size=2, sequence_parallel=True),
+    "data, on 3 ranks with 2 workers": own,
+    "tensor": gpt(num_layers=2, tensor_model_parallel_size=2, sequence_parallel=True),
     "interleaved": gpt(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
 }
 
@@ -112,10 +115,11 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path: Path, kind: str) -> None:
             assert killed_at
         return everything
 
-    whole = run_ranks(2, body, tmp_path / "whole", 0, False, timeout=120)
-    run_ranks(2, body, tmp_path / "cut", 5, False, timeout=120)
+    ranks = 3 if kind.startswith("data") else 2
+    whole = run_ranks(ranks, body, tmp_path / "whole", 0, False, timeout=120)
+    run_ranks(ranks, body, tmp_path / "cut", 5, False, timeout=120)
     assert rows(tmp_path / "cut")[-1]["step"] == 4
-    continued = run_ranks(2, body, tmp_path / "cut", 0, True, timeout=120)
+    continued = run_ranks(ranks, body, tmp_path / "cut", 0, True, timeout=120)
     for one, other in zip(whole, continued, strict=True):
         assert one.parameters
         assert one.parameters == other.parameters
@@ -365,7 +369,7 @@ def surging(step: Callable[..., Any]) -> Callable[..., Any]:
 SKIPPING: dict[str, dict[str, Any]] = {
     # Each parameter has a bucket of its own, and all of it is on the first rank.
     "the distributed optimizer": {"bucket_size": 1},
-    "another optimizer": {"use_distributed_optimizer": False, "overlap_param_gather": False},
+    "SGD": {"use_distributed_optimizer": False, "overlap_param_gather": False},
     "experts": {},
     "fp16": {},
 }
@@ -384,6 +388,8 @@ def skipping_run(directory: Path, kind: str) -> tuple[ConfigContainer, Callable[
         config.optimizer.initial_loss_scale, config.optimizer.hysteresis = 128.0, 1
     else:
         config.optimizer.grad_norm_skip_threshold = 1000.0
+    if kind == "SGD":
+        config.optimizer.optimizer = "sgd"
     for name, value in SKIPPING[kind].items():
         setattr(config.ddp, name, value)
     config.scheduler.lr_decay_iters, config.scheduler.lr_warmup_fraction = 5, 0.0

@@ -49,6 +49,7 @@ from bridge.training.optimization import resume_schedule, schedule_state
 from bridge.training.optimizer_state import (
     fitted_to,
     is_shifted,
+    let_sgd_be_loaded,
     make_state,
     offsets_without_padding,
 )
@@ -118,6 +119,7 @@ class Checkpointer:
         self._loss_watch = loss_watch
         self._base = base
         self._last_saved: int | None = None
+        let_sgd_be_loaded(optimizer)
 
     def save(self) -> Path | None:
         """Save the run as it stands; return the checkpoint, or None if this step is saved already.

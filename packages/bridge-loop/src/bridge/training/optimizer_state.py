@@ -40,6 +40,19 @@ def offsets_without_padding(optimizer: Any) -> Iterator[None]:
             buffer.param_index_map = offsets
 
 
+def let_sgd_be_loaded(optimizer: Any) -> None:
+    """Give SGD the function that makes its state, which megatron-core calls before it loads one.
+
+    It has none for SGD, and raises (megatron-core 0.19.2, optimizer/__init__.py).
+
+    Args:
+        optimizer: megatron-core's optimizer, of any kind.
+    """
+    for single in _single_optimizers(optimizer):
+        if isinstance(single.optimizer, torch.optim.SGD):
+            single.init_state_fn = _make_momentum
+
+
 def make_state(optimizer: Any) -> None:
     """Make the state of weights that were never updated, as their first update would begin.
 
@@ -56,6 +69,13 @@ def make_state(optimizer: Any) -> None:
             # Those of megatron-core and Transformer Engine count steps by group.
             for state in single.optimizer.state.values():
                 state.setdefault("step", torch.tensor(0.0))
+
+
+def _make_momentum(sgd: torch.optim.Optimizer, _: Any) -> None:
+    """Make the state of SGD."""
+    for group in sgd.param_groups:
+        for weight in group["params"] if group["momentum"] else []:
+            sgd.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
 
 
 def is_shifted(optimizer: Any, state: Any) -> bool:
