@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.layout import Layout, layout_of
+from bridge.training.config.optional_methods import misspelt_methods
 from bridge.training.config.parts import parts_of
 from bridge.training.config.urls import url_problems
 from bridge.training.contracts import ArrangesRanks, ChecksItself, DerivesFields, DrawsLayout
@@ -49,6 +50,7 @@ def validate(config: ConfigContainer, *, world_size: int, refused: set[str]) -> 
         *_others(config),
         *_model(config, world_size, refused),
         *_own_checks(config, refused),
+        *misspelt_methods(config),
     ]
     others = [line for line in lines if not any(_mentions(line, path) for path in refused)]
     return [*itertools.chain(*urls.values()), *others]
