@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+import installed_packages
 import own_recipe
 from bridge.cli import main
 
@@ -145,6 +146,34 @@ def test_recipes_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str
     assert bridge("recipes") == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split(maxsplit=1) == ["sine", "learns a sine"] for line in lines)
+
+
+def test_what_a_package_offers_and_cannot_be_imported_is_named_and_stops_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "torn.py").write_text("import no_such_module")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(3)")
+    offers = (
+        "[bridge.recipes]\nabsent = torn:recipe\nuntyped = builtins:int\n"
+        "[bridge.commands]\nleave = leaves:register\npretrain = builtins:int\n"
+        "[bridge.exporters]\ntorn = torn:export\n[bridge.peft]\ntorn = torn:Method\n"
+    )
+    installed_packages.install(tmp_path, "broken-package", offers, monkeypatch)
+    assert bridge("recipes") == 0
+    said = capsys.readouterr()
+    assert any(line.split(maxsplit=1) == ["sine", "learns a sine"] for line in said.out.split("\n"))
+    for name, reason in (
+        ("absent = torn:recipe (bridge.recipes)", "ModuleNotFoundError: No module named"),
+        ("untyped = builtins:int (bridge.recipes)", "AttributeError: type object 'int'"),
+        ("leave = leaves:register (bridge.commands)", "SystemExit: 3"),
+        ("pretrain = builtins:int (bridge.commands)", "TypeError: int()"),
+    ):
+        (line,) = (line for line in said.err.splitlines() if name in line)
+        assert f"of broken-package cannot be used ({reason}" in line
+    assert bridge("show", "sine") == 0
+    with pytest.raises(ModuleNotFoundError) as error:
+        bridge("show", "absent")
+    assert "absent = torn:recipe (bridge.recipes) of broken-package" in error.value.__notes__[0]
 
 
 def test_the_help_of_a_recipe_lists_its_keys_with_their_values(

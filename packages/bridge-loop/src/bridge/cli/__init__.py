@@ -40,8 +40,9 @@ def command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (pretrain, finetune, recipes, merge, export, doctor):
         command.register(commands)
-    for entry_point in COMMANDS.entries().values():
-        entry_point.load()(commands)
+    _, broken = COMMANDS.usable(lambda register: register(commands))
+    for line in broken.values():
+        print(f"bridge: {line}", file=sys.stderr)
     return parser
 
 

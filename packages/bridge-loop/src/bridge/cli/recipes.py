@@ -32,10 +32,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def _list(options: argparse.Namespace) -> int:
-    found = RECIPES.entries()
-    for entry in found.values():
-        print(f"{entry.name:<16}{entry.load().summary}")
-    if not found:
+    found, broken = RECIPES.usable(lambda recipe: recipe.summary)
+    for name, summary in found.items():
+        print(f"{name:<16}{summary}")
+    for line in broken.values():
+        print(f"bridge: {line}", file=sys.stderr)
+    if not found and not broken:
         print("no package with recipes is installed (bridge-steps-gpt brings some)")
     return 0
 

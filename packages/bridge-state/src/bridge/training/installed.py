@@ -4,6 +4,7 @@ A package declares an entry point in a group, such as ``bridge.recipes``; nothin
 before its name is asked for.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -33,10 +34,15 @@ class Offers:
 
         Raises:
             UsageError: There is no such name; the message says what there is, or what to install.
+            Exception: Importing it fails; a note says which entry point of which package it is.
         """
         found = self.entries()
         if name in found:
-            return found[name].load()
+            try:
+                return found[name].load()
+            except Exception as error:
+                error.add_note(f"in {_described(found[name])}")
+                raise
         if not found:
             raise UsageError(
                 f"{name!r} is not there, as no package with {self.what} is installed; install one, "
@@ -45,6 +51,33 @@ class Offers:
             )
         hint = did_you_mean(name, found)
         raise UsageError(f"there is no {name!r}{hint} (there are {', '.join(found)})")
+
+    def usable[T](self, use: Callable[[Any], T]) -> tuple[dict[str, T], dict[str, str]]:
+        """Import everything that is offered, each for itself.
+
+        Args:
+            use: Takes what an entry point leads to.
+
+        Returns:
+            By name, what `use` returned; and for each entry point that cannot be imported or used a
+            line that names its package and the error.
+        """
+        results, broken = {}, {}
+        for name, entry in self.entries().items():
+            try:
+                results[name] = use(entry.load())
+            # Whatever another package does as it is imported must not end the command.
+            except (Exception, SystemExit) as error:
+                broken[name] = (
+                    f"{_described(entry)} cannot be used ({type(error).__name__}: {error}); repair "
+                    "or uninstall that package"
+                )
+        return results, broken
+
+
+def _described(entry: EntryPoint) -> str:
+    package = entry.dist.name if entry.dist is not None else "an unknown package"
+    return f"the entry point {entry.name} = {entry.value} ({entry.group}) of {package}"
 
 
 RECIPES = Offers("bridge.recipes", "recipes", "bridge-steps-gpt")
