@@ -13,9 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 import own_recipe
 from bridge.training.callbacks import Callback, CallbackContext, Callbacks
 from bridge.training.config import ConfigContainer
+from bridge.training.finetune import finetune
 from bridge.training.model_building import parameters_in_sync
 from bridge.training.pretrain import pretrain
 from bridge.training.state import GlobalState
+from bridge.training.usage_error import UsageError
 from commands import run
 from ranks import run_ranks
 from training_runs import OwnData, OwnModule, Samples, own_run, series, token_step
@@ -97,6 +99,19 @@ def test_an_unknown_event_is_refused_with_the_nearest_name() -> None:
 def test_what_cannot_be_a_callback_is_refused(callback: object, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Callbacks([callback])
+
+
+@pytest.mark.parametrize("train", [pretrain, finetune])
+@pytest.mark.parametrize("callbacks", [Recorder("one", []), Recorder, Callback(), 3])
+def test_what_is_no_list_of_callbacks_is_rejected_before_anything_starts(
+    train: Any, callbacks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = own_run(tmp_path / "run")
+    with pytest.raises(UsageError, match=r"^callbacks: \w+ is not a list .*callbacks=\[\w+\(\)\]"):
+        train(config, token_step, callbacks)
+    said = capsys.readouterr()
+    assert said.out + said.err == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_event_that_does_not_exist_cannot_be_fired(context: CallbackContext) -> None:

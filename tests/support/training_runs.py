@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.optimizer import OptimizerConfig
 
+from bridge.training.callbacks import Callbacks
 from bridge.training.config import (
     CheckpointConfig,
     ConfigContainer,
@@ -337,7 +338,7 @@ def a_run(
     config = resolve(config, device=device, world_size=world_size())
     with (
         ranks_of(config, device) as ranks,
-        set_up(config, ranks, step, callbacks, Progress(enabled=False)) as run,
+        set_up(config, ranks, step, Callbacks(callbacks), Progress(enabled=False)) as run,
     ):
         yield run
 

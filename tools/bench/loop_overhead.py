@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bridge.gpt import recipes
-from bridge.training.callbacks import Callback, CallbackContext
+from bridge.training.callbacks import Callback, CallbackContext, Callbacks
 from bridge.training.config import ConfigContainer, apply_overrides, resolve
 from bridge.training.data_loading import RunData
 from bridge.training.distributed import Ranks, ranks_of
@@ -140,7 +140,7 @@ def measure(config: ConfigContainer, steps: int) -> Alternate:
     alternate = Alternate(steps)
     with (
         ranks_of(config, "cpu") as ranks,
-        set_up(config, ranks, forward_step, [alternate], Progress(enabled=False)) as run,
+        set_up(config, ranks, forward_step, Callbacks([alternate]), Progress(enabled=False)) as run,
     ):
         alternate.bare_loop = BareLoop(config, ranks, run.data)
         with run.callbacks.training(run.context):

@@ -141,13 +141,19 @@ _EVENTS = {name: method for name, method in vars(Callback).items() if name.start
 class Callbacks:
     """Runs the callbacks of a run, in their order."""
 
-    def __init__(self, callbacks: Iterable[object] = ()) -> None:
+    def __init__(self, callbacks: Iterable[object] | None = None) -> None:
         """Collect the events that each callback defines.
 
         Raises:
-            UsageError: A callback is a class, has no event, one with an unknown name, or one
-                that cannot take the event's arguments.
+            UsageError: There is no list of callbacks, or a callback is a class, has no event, one
+                with an unknown name, or one that cannot take the event's arguments.
         """
+        callbacks = () if callbacks is None else callbacks
+        if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+            raise UsageError(
+                f"callbacks: {_name(callbacks)} is not a list of callbacks; give a list of "
+                f"instances, such as callbacks=[{_name(callbacks)}()]"
+            )
         self._listeners = [(callback, _handlers_of(callback)) for callback in callbacks]
 
     def has(self, event: str) -> bool:

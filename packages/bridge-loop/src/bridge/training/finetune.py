@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bridge.training.callbacks import Callbacks
 from bridge.training.config import CheckpointConfig, ConfigContainer
 from bridge.training.pretrain import TrainResult, carry_out
 from bridge.training.run_directory import RunDirectory, find_checkpoint
@@ -34,8 +35,9 @@ def finetune(
         UsageError: There is no checkpoint to start from, or it does not fit the model; or the data
             or the run directory does not fit.
     """
+    listeners = Callbacks(callbacks)
     _refuse_random_weights(config.checkpoint)
-    return carry_out("finetune", config, forward_step_func, callbacks, on_failure)
+    return carry_out("finetune", config, forward_step_func, listeners, on_failure)
 
 
 def _refuse_random_weights(checkpoint: CheckpointConfig) -> None:

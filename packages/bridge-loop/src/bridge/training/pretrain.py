@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bridge.training.callbacks import Callbacks
 from bridge.training.config import ConfigContainer, resolve
 from bridge.training.distributed import choose_device, is_logging_rank, ranks_of, world_size
 from bridge.training.peers import PeerWatch
@@ -60,16 +61,16 @@ def pretrain(
 
     Raises:
         ConfigError: The configuration has problems; the message lists all of them.
-        UsageError: The data, the run directory or a checkpoint does not fit.
+        UsageError: The callbacks, the data, the run directory or a checkpoint does not fit.
     """
-    return carry_out("pretrain", config, forward_step_func, callbacks, on_failure)
+    return carry_out("pretrain", config, forward_step_func, Callbacks(callbacks), on_failure)
 
 
 def carry_out(
     command: Literal["pretrain", "finetune"],
     config: ConfigContainer,
     forward_step_func: Callable[..., Any],
-    callbacks: Sequence[object] | None,
+    callbacks: Callbacks,
     on_failure: Callable[[BaseException, str], None] | None,
 ) -> TrainResult:
     """Do what `pretrain` and `bridge.training.finetune.finetune` do, which differ in their start.
@@ -78,7 +79,7 @@ def carry_out(
         command: Which of them; the command that resumes the run has this name.
         config: As for `pretrain`.
         forward_step_func: As for `pretrain`.
-        callbacks: As for `pretrain`.
+        callbacks: The run's callbacks.
         on_failure: As for `pretrain`.
     """
     with PeerWatch(on_failure) as peers, contextlib.ExitStack() as stack:
@@ -93,9 +94,7 @@ def carry_out(
             with progress.phase("process groups"):
                 peers.join()
                 ranks = stack.enter_context(ranks_of(config, device))
-            run = stack.enter_context(
-                set_up(config, ranks, forward_step_func, callbacks or (), progress)
-            )
+            run = stack.enter_context(set_up(config, ranks, forward_step_func, callbacks, progress))
         peers.phase = lambda: run.phase
         peers.met_at = lambda: run.stop.agreed_at
         return _run(run, peers, command)

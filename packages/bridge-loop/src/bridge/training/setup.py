@@ -105,7 +105,7 @@ def set_up(
     config: ConfigContainer,
     ranks: Ranks,
     forward_step_func: Callable[..., Any],
-    callbacks: Sequence[object],
+    callbacks: Callbacks,
     progress: Progress,
 ) -> Iterator[Run]:
     """Build everything that a run needs, and close it again at the end.
@@ -114,12 +114,11 @@ def set_up(
         config: A resolved configuration; its run directory is filled in.
         ranks: The process groups.
         forward_step_func: The user's forward step, in any of the accepted forms.
-        callbacks: Callbacks, in the order in which they are called.
+        callbacks: The run's callbacks.
         progress: Where the user reads how it goes.
     """
     limit = config.train.time_limit_minutes
     ends_at = None if limit is None else time.monotonic() + 60 * limit
-    listeners = Callbacks(callbacks)
     with (
         _chosen_directory(config, ranks, claim=True) as directory,
         _built(config, ranks, forward_step_func, progress, directory) as parts,
@@ -133,7 +132,7 @@ def set_up(
             told = _prepare_directory(config, parts, ranks)
             run = Run(
                 **vars(parts),
-                callbacks=listeners,
+                callbacks=callbacks,
                 progress=progress,
                 training_log=TrainingLog(
                     config=config,
