@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bridge.gpt.data.encoder import Encoder
 from bridge.gpt.data.tokenizers import (
     END_OF_DOCUMENT,
-    Encoder,
     build_tokenizer,
     identity,
     vocab_size,
@@ -113,6 +113,11 @@ def test_a_tiktoken_file_tokenizes_and_has_its_own_size(tmp_path: Path) -> None:
     assert vocab_size(config) == 1000 + 258
     assert tokenizer.tokenize("the") == [1000 + 257]
     assert tokenizer.detokenize(tokenizer.tokenize("other words")) == "other words"
+    # The end of a document that is written in one is text.
+    assert tokenizer.tokenize("</s>") == [tokenizer.eod]
+    encode = Encoder(tokenizer, np.int32, append_eod=True)
+    assert encode(b"</s>").tolist() == [*(1000 + value for value in b"</s>"), tokenizer.eod]
+    assert encode.documents_with_special_tokens == 1
 
 
 def test_a_sentencepiece_model_tokenizes(tmp_path: Path) -> None:
@@ -128,6 +133,7 @@ def test_a_sentencepiece_model_tokenizes(tmp_path: Path) -> None:
     assert vocab_size(config) == 17
     assert tokenizer.detokenize(tokenizer.tokenize("some more words")) == "some more words"
     assert tokenizer.eod == 2
+    assert tokenizer.eod not in Encoder(tokenizer, np.int32, append_eod=False)(b"some </s> words")
 
 
 @pytest.mark.xdist_group("transformers")

@@ -69,3 +69,49 @@ def word_tokenizer(
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return TokenizerConfig(type="huggingface", model=str(directory))
+
+
+CONTROL = ("<eos>", "<|im_start|>", "<|im_end|>", "</s>", "<pad>")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED_CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}"
+    "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+
+
+def letter_tokenizer(directory: Path, template: str | None, *, like: str = "gpt2") -> Any:
+    """Write a tokenizer of letters and a few longer tokens, with `CONTROL`; return its section.
+
+    Like "gpt2" it is of bytes, like "llama" it marks the beginning of a text as that of a word, and
+    like "phi" its ``<|im_end|>`` takes white space behind it in.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    space = "▁" if like == "llama" else "Ġ"
+    merges = [(space, "<"), ("<", "|"), ("|", ">"), ("s", "e"), ("se", "r"), ("a", "s")]
+    tokens = dict.fromkeys([*letters, "▁", "\n", *(a + b for a, b in merges)])
+    model = models.BPE({token: number for number, token in enumerate(tokens)}, merges)
+    tokenizer = Tokenizer(model)
+    if like == "llama":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(t, rstrip=like == "phi" and t == "<|im_end|>") for t in CONTROL]
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<eos>",
+        "chat_template": template,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return TokenizerConfig(type="huggingface", model=str(directory))

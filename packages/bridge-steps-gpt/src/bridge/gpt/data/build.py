@@ -16,7 +16,8 @@ from typing import Any
 import torch.distributed
 
 from bridge.gpt.data.documents import TextFile, read_documents
-from bridge.gpt.data.tokenizers import Encoder, Tokenizer, build_tokenizer, identity
+from bridge.gpt.data.encoder import Encoder
+from bridge.gpt.data.tokenizers import Tokenizer, build_tokenizer, identity
 from bridge.training.collectives import on_first_rank
 from bridge.training.config import TokenizerConfig
 from bridge.training.megatron_import import quiet_import
@@ -41,15 +42,23 @@ class TokenCounts:
     tokens: int
     skipped: list[str]
     """Files of directories that are not text, each with what it is."""
+    with_special_tokens: int = 0
+    """Documents in which special tokens are written; they are encoded as text."""
 
     def warnings(self) -> list[str]:
         """Return a line for each thing that a user should know of."""
+        lines = []
+        if self.with_special_tokens:
+            lines.append(
+                f"{self.with_special_tokens} of {self.documents} documents have special tokens "
+                "written in their text; they are encoded as text"
+            )
         if not self.skipped:
-            return []
+            return lines
         shown, more = self.skipped[:3], len(self.skipped) - 3
         what = "1 file is" if len(self.skipped) == 1 else f"{len(self.skipped)} files are"
         listed = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-        return [f"{what} not text and skipped: {listed}"]
+        return [*lines, f"{what} not text and skipped: {listed}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +131,12 @@ def write_tokens(
             encode.repaired_documents,
             written,
         )
-    return TokenCounts(documents=written, tokens=tokens, skipped=list(skipped))
+    return TokenCounts(
+        documents=written,
+        tokens=tokens,
+        skipped=list(skipped),
+        with_special_tokens=encode.documents_with_special_tokens,
+    )
 
 
 def build_index(

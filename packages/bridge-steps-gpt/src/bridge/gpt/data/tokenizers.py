@@ -10,9 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from bridge.training.config import TokenizerConfig
 from bridge.training.file_kinds import head_of, is_text, kind_of
 from bridge.training.megatron_import import quiet_import
@@ -201,36 +198,34 @@ def piece_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-class Encoder:
-    """Turns documents into arrays of token ids, each ended by the end-of-document token."""
+def special_token_texts(tokenizer: Tokenizer) -> list[str]:
+    """Return how the tokens are written that the tokenizer finds in a text and that are none."""
+    inner = hugging_face_tokenizer(tokenizer)
+    if inner is not None:
+        return [t.content for t in inner.added_tokens_decoder.values() if t.special and t.content]
+    tiktoken = _tiktoken(tokenizer)
+    return [] if tiktoken is None else sorted(tiktoken.special_tokens_set)
 
-    def __init__(
-        self, tokenizer: Tokenizer, dtype: type[np.number[Any]], *, append_eod: bool
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.dtype = dtype
-        self.append_eod = append_eod
-        self.repaired_documents = 0
-        """Documents that were not UTF-8: their wrong bytes became U+FFFD."""
 
-    def __call__(self, document: bytes) -> NDArray[Any]:
-        """Encode one document: 1-D, of the dtype given."""
-        if isinstance(self.tokenizer, ByteTokenizer):
-            ids: NDArray[Any] = np.frombuffer(document, dtype=np.uint8)
-        else:
-            ids = np.asarray(self.tokenizer.tokenize(self._decode(document)))
-        tokens = np.empty(len(ids) + self.append_eod, dtype=self.dtype)
-        tokens[: len(ids)] = ids
-        if self.append_eod:
-            tokens[-1] = self.tokenizer.eod
-        return tokens
+def text_ids(tokenizer: Tokenizer, text: str, *, ends: bool = False) -> list[int]:
+    """Turn a text into ids; special tokens that are written in it are text.
 
-    def _decode(self, document: bytes) -> str:
-        try:
-            return document.decode("utf-8")
-        except UnicodeDecodeError:
-            self.repaired_documents += 1
-            return document.decode("utf-8", errors="replace")
+    With `ends` the tokenizer's own tokens for the ends of a text stand around it.
+    """
+    inner = hugging_face_tokenizer(tokenizer)
+    tiktoken = _tiktoken(tokenizer)
+    if tiktoken is not None:
+        return list(tiktoken.encode(text, disallowed_special=()))
+    if inner is None:
+        return list(tokenizer.tokenize(text))
+    ids: list[int] = inner(text, add_special_tokens=ends, split_special_tokens=True).input_ids
+    return ids
+
+
+def _tiktoken(tokenizer: Tokenizer) -> Any | None:
+    if getattr(tokenizer, "library", None) != "tiktoken":
+        return None
+    return tokenizer._tokenizer.tokenizer  # type: ignore[attr-defined]
 
 
 def _from_megatron(library: str, **options: Any) -> Tokenizer:

@@ -6,7 +6,7 @@ count in the loss, ``starts.npy`` where each sample begins and the last one ends
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from bridge.training.usage_error import UsageError
 
 _FACTS = "corpus.json"
 
-FORMAT = 1
+FORMAT = 2
 """Part of every cache key: raise it when rows are rendered or cut differently."""
 
 type Truncation = Literal["right", "left", "drop"]
@@ -39,6 +39,10 @@ class CorpusCounts:
     """Tokens that are predicted, over all samples."""
     counted: int = 0
     """Those of them that count in the loss."""
+    with_special_tokens: int = 0
+    """Rows in whose text special tokens are written; they are encoded as text."""
+    ignored_keys: dict[str, int] = field(default_factory=dict)
+    """Rows that have each key of dataset.ignore_keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,7 @@ class CorpusWriter:
 
     def add(self, row: Rendered) -> None:
         """Take the next row, or what is to be left of it."""
+        self.report.with_special_tokens += row.has_special_tokens
         ids, counts = np.array(row.ids, np.int32), np.array(row.counts, np.bool_)
         excess = len(ids) - self._room
         if excess > 0:

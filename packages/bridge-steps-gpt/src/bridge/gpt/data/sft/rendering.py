@@ -2,15 +2,24 @@
 
 The text is cut where what counts begins and ends, and each piece is tokenized by itself: the mask
 is exact, and an answer's tokens are those that the model produces after the tokens of its prompt.
+What a turn says is text alone: special tokens that are written in it are encoded as their letters.
 """
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from bridge.gpt.data.sft.rows import ASSISTANT, Conversation
-from bridge.gpt.data.tokenizers import Tokenizer, first_tokens, hugging_face_tokenizer, piece_ids
+from bridge.gpt.data.special_tokens import HiddenTokens, SpecialTokens
+from bridge.gpt.data.tokenizers import (
+    Tokenizer,
+    first_tokens,
+    hugging_face_tokenizer,
+    piece_ids,
+    text_ids,
+)
 from bridge.training.usage_error import UsageError
 
 type LossOn = Literal["assistant", "answer", "all"]
@@ -27,6 +36,8 @@ class Rendered:
     ids: list[int]
     counts: list[bool]
     """Whether the token counts in the loss, as the one to be predicted."""
+    has_special_tokens: bool = False
+    """Whether special tokens are written in what is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,8 @@ class _Piece:
     counts: bool = False
     ends: bool = False
     """Whether the end-of-document token follows the text."""
+    is_said: bool = False
+    """Whether all of it is what a turn says, and none of it the template's."""
 
 
 class Renderer:
@@ -58,6 +71,7 @@ class Renderer:
     ) -> None:
         self._tokenizer = tokenizer
         self._loss_on = loss_on
+        self._special = SpecialTokens(tokenizer)
         self._template: Any = None
         if template == "tokenizer":
             self._template = hugging_face_tokenizer(tokenizer)
@@ -84,9 +98,12 @@ class Renderer:
             rendered = self._joined(self._plain(conversation, counted), start=True)
         else:
             rendered = self._of_template(conversation, counted)
-        if self._loss_on == "all":
-            return Rendered(ids=rendered.ids, counts=[True] * len(rendered.ids))
-        return rendered
+        everything = [True] * len(rendered.ids)
+        return Rendered(
+            ids=rendered.ids,
+            counts=everything if self._loss_on == "all" else rendered.counts,
+            has_special_tokens=any(self._special.are_in(turn.text) for turn in conversation.turns),
+        )
 
     def _plain(self, conversation: Conversation, counted: set[int]) -> Iterator[_Piece]:
         for number, turn in enumerate(conversation.turns):
@@ -94,38 +111,33 @@ class Renderer:
             if conversation.is_chat:
                 yield _Piece(text=f"<|{turn.role}|>\n")
             text = turn.text if answers or not conversation.is_chat else f"{turn.text}\n"
-            yield _Piece(text=text, counts=number in counted, ends=answers)
+            yield _Piece(text=text, counts=number in counted, ends=answers, is_said=True)
 
     def _of_template(self, conversation: Conversation, counted: set[int]) -> Rendered:
-        messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
+        hidden = self._special.hide(turn.text for turn in conversation.turns)
+        messages = [
+            {"role": turn.role, "content": text}
+            for turn, text in zip(conversation.turns, hidden.texts, strict=True)
+        ]
         try:
             if self._loss_on == "all":
-                return self._joined([_Piece(text=self._text(messages))])
+                return self._joined([_Piece(text=self._text(messages))], hidden)
             if _GENERATION.search(self._template.chat_template):
-                return self._by_marks(messages)
-            return self._joined(self._between_prefixes(messages, sorted(counted)))
-        except ValueError as error:
+                return self._by_marks(messages, hidden)
+            return self._joined(self._between_prefixes(messages, sorted(counted)), hidden)
+        except UsageError as error:
             raise UsageError(f"{conversation.place}: {error}") from error
-        except Exception as error:
-            # Whatever a template raises: jinja's errors, those of missing keys, its own.
-            raise UsageError(
-                f"{conversation.place}: the tokenizer's chat template refuses it ({error}); mend "
-                "the row, or set dataset.chat_template=plain"
-            ) from error
 
     def _text(self, messages: list[dict[str, str]], *, asks: bool = False) -> str:
-        text: str = self._template.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=asks
-        )
+        with _errors_of_template():
+            text: str = self._template.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=asks
+            )
         return text
 
-    def _by_marks(self, messages: list[dict[str, str]]) -> Rendered:
+    def _by_marks(self, messages: list[dict[str, str]], hidden: HiddenTokens) -> Rendered:
         """Count what the template marks as the assistant's."""
-        encoded = self._template.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids: list[int] = list(encoded["input_ids"])
-        counts = [bool(mark) for mark in encoded["assistant_masks"]]
+        ids, counts = self._marked(messages, hidden)
         if self._loss_on == "answer":
             last = len(counts)
             while last and not counts[last - 1]:
@@ -135,6 +147,33 @@ class Renderer:
                 first -= 1
             counts = [first <= n < last for n in range(len(counts))]
         return Rendered(ids=ids, counts=counts)
+
+    def _marked(
+        self, messages: list[dict[str, str]], hidden: HiddenTokens
+    ) -> tuple[list[int], list[bool]]:
+        """Return the ids of a conversation, and which of them the template marks."""
+        if not hidden:
+            with _errors_of_template():
+                encoded = self._template.apply_chat_template(
+                    messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                )
+            return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
+        from transformers.utils.chat_template_utils import (  # type: ignore[import-untyped]
+            render_jinja_template,
+        )
+
+        with _errors_of_template():
+            [text], [spans] = render_jinja_template(
+                [messages],
+                chat_template=self._template.chat_template,
+                return_assistant_tokens_mask=True,
+                **self._template.special_tokens_map,
+            )
+        placed = hidden.encode(text)
+        marks = [
+            any(first < end and last > begin for begin, end in spans) for _, (first, last) in placed
+        ]
+        return [index for index, _ in placed], marks
 
     def _between_prefixes(
         self, messages: list[dict[str, str]], counted: list[int]
@@ -156,12 +195,37 @@ class Renderer:
             done = len(after)
         yield _Piece(text=whole[done:])
 
-    def _joined(self, pieces: Iterator[_Piece] | list[_Piece], *, start: bool = False) -> Rendered:
+    def _joined(
+        self,
+        pieces: Iterator[_Piece] | list[_Piece],
+        hidden: HiddenTokens | None = None,
+        *,
+        start: bool = False,
+    ) -> Rendered:
         ids = first_tokens(self._tokenizer) if start else []
         counts = [False] * len(ids)
         for piece in pieces:
-            added = piece_ids(self._tokenizer, piece.text) if piece.text else []
+            added = self._ids(piece, hidden) if piece.text else []
             added += [self._tokenizer.eod] * piece.ends
             ids += added
             counts += [piece.counts] * len(added)
         return Rendered(ids=ids, counts=counts)
+
+    def _ids(self, piece: _Piece, hidden: HiddenTokens | None) -> list[int]:
+        if piece.is_said and self._special.are_in(piece.text):
+            return text_ids(self._tokenizer, piece.text)
+        if hidden is not None and hidden.are_in(piece.text):
+            return [index for index, _ in hidden.encode(piece.text)]
+        return piece_ids(self._tokenizer, piece.text)
+
+
+@contextmanager
+def _errors_of_template() -> Iterator[None]:
+    """Report whatever a template raises: jinja's errors, those of missing keys, its own."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(
+            f"the tokenizer's chat template refuses it ({error}); mend the row, or set "
+            "dataset.chat_template=plain"
+        ) from error

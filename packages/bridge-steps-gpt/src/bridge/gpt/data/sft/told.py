@@ -30,9 +30,18 @@ def notes_of(corpora: Mapping[str, Corpus], sequences: Mapping[str, int]) -> dic
 
 
 def warnings_of(corpora: Mapping[str, Corpus]) -> list[str]:
-    """Return a line for each split of which nothing or everything counts in the loss."""
+    """Return a line for each thing of a split that a user should know of.
+
+    They are special tokens in the text, and that nothing or everything counts in the loss.
+    """
     lines = []
     for name, corpus in corpora.items():
+        if written := corpus.report.with_special_tokens:
+            lines.append(
+                f"warning: {written} {name} row{'s have' if written > 1 else ' has'} special "
+                f"tokens written in {'their' if written > 1 else 'its'} text; they are encoded as "
+                "text"
+            )
         share = percentage(corpus)
         if share in (0, 100):
             what = "hardly any token" if share == 0 else "every token, also those of prompts,"
