@@ -91,6 +91,19 @@ def test_the_share_that_counts_is_told_and_all_or_nothing_is_a_warning(tmp_path:
         splits(tmp_path, rows, seq_length=8)
 
 
+def test_keys_that_are_given_up_are_counted_at_every_start(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b", "source": "forum"}, *uneven_rows(3)]
+    with pytest.raises(ValueError, match="keys that are not read would be lost: 'source' of rows"):
+        splits(tmp_path, rows)
+    for _ in ("anew", "from the cache"):
+        found = splits(tmp_path, rows, ignore_keys=["source", "scroe"], loss_on="assistant")
+        assert found.notes["train rows of which 'source' is ignored"] == 1
+        assert found.warnings == ["warning: dataset.ignore_keys: no row and no turn has 'scroe'"]
+    # What was made with the key given up does not pass without.
+    with pytest.raises(ValueError, match="keys that are not read would be lost: 'source' of rows"):
+        splits(tmp_path, rows)
+
+
 def test_malformed_rows_stop_the_build_and_leave_nothing_in_the_cache(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}, chat("user: hi")]
     with pytest.raises(ValueError, match=r"rows.jsonl, line 2: no turn is the assistant's"):

@@ -1,5 +1,6 @@
 """What is in a row, and where rows are."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -51,15 +52,110 @@ def test_the_three_forms_of_a_row() -> None:
         (chat("user: u", "assitant: a"), r"messages\[1\]: the role 'assitant'.*'assistant'\?"),
         ({"messages": [{"role": "user", "content": None}]}, r"\[0\]: content: expected text"),
         ({"conversations": [{"from": "bing", "value": "x"}]}, "'bing' is none of"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "a preference row.*write it as 'compl"),
         (
-            {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]},
-            "'tool_calls', which is not supported",
+            {"prompt": chat("user: u")["messages"], "completion": "c"},
+            "prompt: expected text, got .*as one chat, under 'messages'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "First."}]}]},
+            r"messages\[0\]: content: expected text, .*write the parts of a message as one text",
         ),
     ],
 )
 def test_a_malformed_row_is_refused_with_its_place(record: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         conversation_of(record, "here", KEYS)
+
+
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Bern"}}}
+TALK = chat("user: a?", "assistant: b")["messages"]
+
+
+def turn(role: str, text: str | None, **keys: Any) -> dict[str, Any]:
+    return {"role": role, "content": text, **keys}
+
+
+@pytest.mark.parametrize(
+    ("rows", "lost"),
+    [
+        (
+            [
+                {"prompt": "Translate.", "completion": "fromage", "input": "cheese"},
+                {"prompt": "Name a prime.", "completion": "7", "input": ""},
+                {"prompt": "p", "completion": "c", "system": "s", "history": [["a", "b"]]},
+            ],
+            {("input", "rows"): 1, ("system", "rows"): 1, ("history", "rows"): 1},
+        ),
+        (
+            [{"messages": [*TALK, turn("tool", "x", tool_call_id="c1")], "tools": [CALL]}] * 2,
+            {("tools", "rows"): 2, ("tool_call_id", "turns"): 2},
+        ),
+        (
+            [{"messages": [turn("assistant", None, tool_calls=[CALL]), *TALK]}],
+            {("tool_calls", "turns"): 1},
+        ),
+        (
+            [{"messages": [*TALK, turn("assistant", "No.", reasoning_content="91 = 7 * 13")]}],
+            {("reasoning_content", "turns"): 1},
+        ),
+        (
+            [{"messages": TALK, "template": {"a": 1}}],
+            {("template", "rows"): 1},
+        ),
+        ([{"messages": [*TALK, turn("assistant", "x", weight=0)]}], {("weight", "turns"): 1}),
+        ([{"messages": [*TALK, turn("assistant", "x", train=False)]}], {("train", "turns"): 1}),
+        (
+            [
+                {"conversations": [{"from": "human", "value": "1, 2, ?", "id": 0}], "system": "s"},
+                {"conversations": [{"from": "human", "value": "x", "id": 1}]},
+            ],
+            {("system", "rows"): 1, ("id", "turns"): 2},
+        ),
+        ([{"messages": TALK, "prompt": "a?", "completion": None}], {("prompt", "rows"): 1}),
+    ],
+)
+def test_keys_that_are_not_read_are_rejected_all_at_once_unless_they_are_given_up(
+    rows: list[dict[str, Any]], lost: dict[tuple[str, str], int], tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [chat("user: u", "assistant: a"), *rows])
+    with pytest.raises(ValueError, match="rows.jsonl: keys that are not read would") as error:
+        find_rows(str(path), "dataset.path", KEYS)["train"].check()
+    for (key, holder), count in lost.items():
+        assert f"{key!r} of {holder} (in {count} row" in str(error.value)
+    names = list(dict.fromkeys(key for key, _ in lost))
+    assert f"'dataset.ignore_keys=[{','.join(names)}]'" in str(error.value)
+    assert str(error.value).count(" of rows (") + str(error.value).count(" of turns (") == len(lost)
+    given_up = dataclasses.replace(KEYS, ignored=tuple(names))
+    source = find_rows(str(path), "dataset.path", given_up)["train"]
+    if any(message["content"] is None for row in rows for message in row.get("messages", ())):
+        # What is left of the turn is nothing.
+        with pytest.raises(
+            ValueError, match="line 2: messages.0.: content: expected text, got None"
+        ):
+            source.check()
+    else:
+        assert source.check() == {key: count for (key, _), count in lost.items()}
+        assert len(list(source.conversations())) == 1 + len(rows)
+
+
+def test_the_first_malformed_row_and_all_keys_that_are_not_read_come_in_one_report(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {"messages": TALK, "source": "forum"},
+        {"conversations": [{"from": "observation", "value": "rain"}], "tools": "[]"},
+        {"prompt": "p", "score": 1},
+        {"messages": TALK, "source": "mail"},
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match="line 2: .* the role 'observation' is none of") as error:
+        find_rows(str(path), "dataset.path", KEYS)["train"].check()
+    said = str(error.value)
+    assert "; 2 rows in all are malformed; keys that are not read" in said
+    assert "'source' of rows (in 2 rows, the first is line 1)" in said
+    assert "'tools' of rows (in 1 row, the first is line 2)" in said
+    assert "'dataset.ignore_keys=[source,tools]'" in said
 
 
 @pytest.mark.parametrize(
@@ -107,13 +203,18 @@ def test_a_path_without_rows_is_refused_with_what_is_there(
 @pytest.mark.xdist_group("datasets")
 def test_a_hugging_face_dataset_on_disk_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    rows = [{**chat("user: u", f"assistant: a{n}"), "prompt": None} for n in range(3)]
+    rows = [
+        {**chat("user: u", f"assistant: a{n}"), "prompt": None, "score": [None, 2, 3][n]}
+        for n in range(3)
+    ]
     whole = datasets.Dataset.from_list(rows)
     whole.save_to_disk(str(tmp_path / "one"))
     splits = datasets.DatasetDict({"train": whole, "dev": whole.select([2]), "odd": whole})
     splits.save_to_disk(str(tmp_path / "several"))
     [source] = find_rows(str(tmp_path / "one"), "dataset.path", KEYS).values()
     assert [row.turns[1].text for row in source.conversations()] == ["a0", "a1", "a2"]
+    with pytest.raises(ValueError, match="'score' of rows .in 2 rows, the first is row 1"):
+        source.check()
     found = find_rows(str(tmp_path / "several"), "dataset.path", KEYS)
     assert list(found) == ["train", "validation"]
     [row] = found["validation"].conversations()

@@ -45,7 +45,7 @@ class Reference:
         ids: list[int] = []
         for piece in pieces:
             if piece in CONTROL:
-                ids.append(self.backend.token_to_id(piece))
+                ids += [self.backend.get_vocab()[piece]]
             else:
                 ids += self.backend.encode(piece, add_special_tokens=False).ids
         return ids

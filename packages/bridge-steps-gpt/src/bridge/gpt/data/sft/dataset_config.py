@@ -1,7 +1,7 @@
 """The data of a fine-tuning run: rows of instructions, with a loss on the answers."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -72,6 +72,9 @@ class SFTDatasetConfig:
     messages_key: str = "messages"
     """Where a row has its chat: a list of objects with role and content. "conversations", with from
     and value, is known too."""
+    ignore_keys: list[str] = field(default_factory=list)
+    """Keys of rows and of turns that are given up. Other keys that are not read, such as tools,
+    reasoning_content or weight, are an error."""
     chat_template: Literal["plain", "tokenizer"] = "plain"
     """plain: prompt and completion as they stand, a chat with a line <|role|> before each turn, and
     the end-of-document token after each answer. tokenizer: a Hugging Face tokenizer's own."""
@@ -162,7 +165,7 @@ class SFTDatasetConfig:
             notes=notes_of(
                 corpora, {name: len(s) for name, s in sets.items()} if self.packing else {}
             ),
-            warnings=warnings_of(corpora),
+            warnings=warnings_of(corpora, self.ignore_keys),
             items={TOKENS: number_of_tokens},
         )
 
@@ -196,7 +199,10 @@ class SFTDatasetConfig:
 
     def _stored(self, path: str, field: str) -> dict[str, StoredRows]:
         keys = RowKeys(
-            prompt=self.prompt_key, completion=self.completion_key, messages=self.messages_key
+            prompt=self.prompt_key,
+            completion=self.completion_key,
+            messages=self.messages_key,
+            ignored=tuple(self.ignore_keys),
         )
         found = find_rows(path, field, keys)
         for source in found.values():
@@ -239,6 +245,7 @@ class SFTDatasetConfig:
             loss_on=self.loss_on,
         )
         writer = CorpusWriter(sequence_length(config), self.truncation)
+        writer.report.ignored_keys = source.check()
         for conversation in source.conversations():
             writer.add(render(conversation))
         if writer.report.samples == 0:

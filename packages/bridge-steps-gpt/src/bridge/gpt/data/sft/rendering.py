@@ -158,17 +158,17 @@ class Renderer:
                     messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
                 )
             return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
-        from transformers.utils.chat_template_utils import (  # type: ignore[import-untyped]
-            render_jinja_template,
-        )
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         with _errors_of_template():
-            [text], [spans] = render_jinja_template(
+            # It returns a list of texts or, as here, that and the spans of each.
+            result: Any = render_jinja_template(
                 [messages],
                 chat_template=self._template.chat_template,
                 return_assistant_tokens_mask=True,
                 **self._template.special_tokens_map,
             )
+            [text], [spans] = result
         placed = hidden.encode(text)
         marks = [
             any(first < end and last > begin for begin, end in spans) for _, (first, last) in placed

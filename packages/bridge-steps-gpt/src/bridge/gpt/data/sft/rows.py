@@ -5,6 +5,8 @@ A row is a JSON object, or a row of a Hugging Face dataset, in one of three form
     {"prompt": "...", "completion": "..."}
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+
+Other keys are rejected, unless the user gives them up.
 """
 
 import importlib.util
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from bridge.gpt.data.sft.unused_keys import Holder, UnusedKeys, unused_in
 from bridge.gpt.data.text_files import open_text, reject_what_is_not_text
 from bridge.training.file_kinds import HEAD_BYTES
 from bridge.training.spelling import did_you_mean
@@ -33,8 +36,10 @@ _SPLITS_OF_HUGGING_FACE = {
 }
 _SHAREGPT_KEY = "conversations"
 _SHAREGPT_ROLES = {"human": "user", "gpt": ASSISTANT}
-# What a turn says beside its text would be lost without a word.
-_NOT_SUPPORTED = ("tool_calls", "function_call")
+# Where a turn has its role and its text.
+_OF_CHAT = ("role", "content")
+_OF_SHAREGPT = ("from", "value")
+_PREFERENCE_KEYS = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,8 @@ class RowKeys:
     prompt: str
     completion: str
     messages: str
+    ignored: tuple[str, ...] = ()
+    """Keys of rows and turns that the user gives up (dataset.ignore_keys)."""
 
 
 class RowSource(Protocol):
@@ -70,6 +77,15 @@ class RowSource(Protocol):
 
     def files(self) -> Sequence[Path]:
         """Return the files that the rows come from, in a fixed order."""
+        ...
+
+    def check(self) -> dict[str, int]:
+        """Read all rows once; return how many have each of the keys that are given up.
+
+        Raises:
+            UsageError: Rows are malformed, or have keys that are neither read nor given up. The
+                message names the first malformed row and all such keys.
+        """
         ...
 
     def conversations(self) -> Iterator[Conversation]:
@@ -97,12 +113,34 @@ class StoredRows:
             return [self.path]
         return sorted(path for path in self.path.rglob("*") if path.is_file())
 
+    def check(self) -> dict[str, int]:
+        """Look for malformed rows and keys that are not read (see `RowSource`)."""
+        unused = UnusedKeys(self.keys.ignored)
+        malformed: list[str] = []
+        for place, record in self._records():
+            unused.add(unused_keys_of(record, self.keys), place.removeprefix(f"{self.path}, "))
+            try:
+                conversation_of(record, place, self.keys)
+            except UsageError as error:
+                malformed.append(str(error))
+        problems = malformed[:1]
+        if len(malformed) > 1:
+            problems.append(f"{len(malformed)} rows in all are malformed")
+        if problem := unused.problem():
+            problems.append(problem if malformed else f"{self.path}: {problem}")
+        if problems:
+            raise UsageError("; ".join(problems))
+        return unused.rows_with_ignored()
+
     def conversations(self) -> Iterator[Conversation]:
         """Read all rows (see `RowSource`)."""
-        is_text = self.kind == "json lines"
-        records = _json_lines(self.path) if is_text else _hugging_face(self.path, self.split)
-        for place, record in records:
+        for place, record in self._records():
             yield conversation_of(record, place, self.keys)
+
+    def _records(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        if self.kind == "json lines":
+            return _json_lines(self.path)
+        return _hugging_face(self.path, self.split)
 
 
 def find_rows(path: str, field: str, keys: RowKeys) -> dict[str, StoredRows]:
@@ -245,6 +283,27 @@ def _hugging_face(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[
         yield f"{place}, row {number}", record
 
 
+def unused_keys_of(record: Mapping[str, Any], keys: RowKeys) -> Iterator[tuple[str, Holder]]:
+    """Yield the keys of a row and of its turns that `conversation_of` does not read."""
+    used: set[str]
+    turn_keys: tuple[str, ...]
+    if record.get(keys.messages) is not None:
+        used, turn_keys = {keys.messages}, _OF_CHAT
+    elif record.get(_SHAREGPT_KEY) is not None:
+        used, turn_keys = {_SHAREGPT_KEY}, _OF_SHAREGPT
+    elif all(key in record for key in (keys.prompt, keys.completion)):
+        used, turn_keys = {keys.prompt, keys.completion}, ()
+    else:
+        return  # a malformed row, whose error tells what it has
+    for key in unused_in(record, used):
+        yield key, "rows"
+    turns = record[next(iter(used))]
+    for turn in turns if turn_keys and isinstance(turns, Sequence) else ():
+        if isinstance(turn, Mapping):
+            for key in unused_in(turn, turn_keys):
+                yield key, "turns"
+
+
 def conversation_of(record: Mapping[str, Any], place: str, keys: RowKeys) -> Conversation:
     """Read a row.
 
@@ -252,12 +311,18 @@ def conversation_of(record: Mapping[str, Any], place: str, keys: RowKeys) -> Con
         UsageError: It is malformed; the message says where it stands and why.
     """
     if record.get(keys.messages) is not None:
-        turns = _turns(record[keys.messages], f"{place}: {keys.messages}", "role", "content")
+        turns = _turns(record[keys.messages], f"{place}: {keys.messages}", _OF_CHAT, keys)
         return Conversation(place=place, turns=turns, is_chat=True)
     if record.get(_SHAREGPT_KEY) is not None:
-        turns = _turns(record[_SHAREGPT_KEY], f"{place}: {_SHAREGPT_KEY}", "from", "value")
+        turns = _turns(record[_SHAREGPT_KEY], f"{place}: {_SHAREGPT_KEY}", _OF_SHAREGPT, keys)
         return Conversation(place=place, turns=turns, is_chat=True)
     missing = [key for key in (keys.prompt, keys.completion) if key not in record]
+    if missing and all(key in record for key in _PREFERENCE_KEYS):
+        raise UsageError(
+            f"{place}: 'chosen' and 'rejected' make a preference row, for training by comparison "
+            f"(DPO), which is not supported; to train on what was chosen, write it as "
+            f"{keys.completion!r}"
+        )
     if missing:
         raise UsageError(
             f"{place}: no {' and no '.join(map(repr, missing))} (there is "
@@ -271,39 +336,49 @@ def conversation_of(record: Mapping[str, Any], place: str, keys: RowKeys) -> Con
     return Conversation(place=place, turns=turns, is_chat=False)
 
 
-def _turns(messages: Any, place: str, role_key: str, text_key: str) -> tuple[Turn, ...]:
+def _turns(
+    messages: Any, place: str, turn_keys: tuple[str, str], keys: RowKeys
+) -> tuple[Turn, ...]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise UsageError(f"{place}: expected a list of messages, got {_shown(messages)}")
     return tuple(
-        _turn(message, f"{place}[{number}]", role_key, text_key)
+        _turn(message, f"{place}[{number}]", turn_keys, keys)
         for number, message in enumerate(messages)
     )
 
 
-def _turn(message: Any, place: str, role_key: str, text_key: str) -> Turn:
+def _turn(message: Any, place: str, turn_keys: tuple[str, str], keys: RowKeys) -> Turn:
+    role_key, text_key = turn_keys
     if not isinstance(message, Mapping) or message.get(role_key) is None:
         raise UsageError(
             f"{place}: expected an object with {role_key!r} and {text_key!r}, got {_shown(message)}"
         )
-    for key in _NOT_SUPPORTED:
-        if message.get(key):
-            raise UsageError(
-                f"{place}: has {key!r}, which is not supported; write it into {text_key!r}"
-            )
     role = _SHAREGPT_ROLES.get(message[role_key], message[role_key])
     if role not in ROLES:
         raise UsageError(
             f"{place}: the role {role!r} is none of {', '.join((*ROLES, *_SHAREGPT_ROLES))}"
             f"{did_you_mean(str(role), ROLES)}"
         )
-    return Turn(role=role, text=_text(message.get(text_key), f"{place}: {text_key}"))
+    text = message.get(text_key)
+    if text is None and unused_in(message, {*turn_keys, *keys.ignored}):
+        text = ""  # Its other keys say what it is, and are reported.
+    return Turn(role=role, text=_text(text, f"{place}: {text_key}"))
 
 
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{place}: expected text, got {_shown(value)}")
+        raise UsageError(f"{place}: expected text, got {_shown(value)}{_advice_for(value)}")
     # JSON can hold lone surrogates, which UTF-8 cannot.
     return value.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _advice_for(value: Any) -> str:
+    """Return what to do with the lists that others write where a text stands here."""
+    if not isinstance(value, Sequence) or not value or not isinstance(value[0], Mapping):
+        return ""
+    if "role" in value[0]:
+        return "; write prompt and completion as one chat, under 'messages'"
+    return "; write the parts of a message as one text"
 
 
 def _shown(value: Any) -> str:

@@ -1,6 +1,6 @@
 """What a run says of its data when it starts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bridge.gpt.data.sft.corpus import Corpus
@@ -25,16 +25,24 @@ def notes_of(corpora: Mapping[str, Corpus], sequences: Mapping[str, int]) -> dic
             f"{name} rows dropped as no answer was left": report.dropped_without_answer,
         }
         notes |= {fate: rows for fate, rows in fates.items() if rows}
+        for key, rows in report.ignored_keys.items():
+            notes[f"{name} rows of which {key!r} is ignored"] = rows
         notes[f"% of {name} tokens count in the loss"] = percentage(corpus)
     return notes
 
 
-def warnings_of(corpora: Mapping[str, Corpus]) -> list[str]:
+def warnings_of(corpora: Mapping[str, Corpus], ignore_keys: Sequence[str] = ()) -> list[str]:
     """Return a line for each thing of a split that a user should know of.
 
-    They are special tokens in the text, and that nothing or everything counts in the loss.
+    They are special tokens in the text, and that nothing or everything counts in the loss. A key
+    of `ignore_keys` that no row has is a mistake.
     """
-    lines = []
+    found = {key for corpus in corpora.values() for key in corpus.report.ignored_keys}
+    lines = [
+        f"warning: dataset.ignore_keys: no row and no turn has {key!r}"
+        for key in ignore_keys
+        if key not in found
+    ]
     for name, corpus in corpora.items():
         if written := corpus.report.with_special_tokens:
             lines.append(

@@ -1,0 +1,73 @@
+"""Keys of rows and turns that nothing here reads: counted, and rejected unless the user lists them.
+
+A tool, a reasoning or a weight of 0 that is left out in silence makes other data of the rows.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+type Holder = Literal["rows", "turns"]
+"""What has a key: rows, or the turns of their conversations."""
+
+
+@dataclass
+class _Seen:
+    """Where a key was seen."""
+
+    first: str
+    """The first row that has it."""
+    rows: int = 0
+
+
+@dataclass
+class UnusedKeys:
+    """The keys of the rows of a source that are not read."""
+
+    ignored: Collection[str]
+    """Those that the user gives up (dataset.ignore_keys)."""
+    _seen: dict[tuple[str, Holder], _Seen] = field(default_factory=dict)
+
+    def add(self, keys: Iterable[tuple[str, Holder]], place: str) -> None:
+        """Take the unused keys of the row at `place`."""
+        for key in dict.fromkeys(keys):
+            self._seen.setdefault(key, _Seen(first=place)).rows += 1
+
+    def rows_with_ignored(self) -> dict[str, int]:
+        """Return how many rows have each key that the user gives up, at most."""
+        found: dict[str, int] = {}
+        for (key, _), seen in self._seen.items():
+            if key in self.ignored:
+                found[key] = max(found.get(key, 0), seen.rows)
+        return found
+
+    def problem(self) -> str | None:
+        """Return what rejects the rows; None if all of their keys are read or given up."""
+        found = {key: seen for key, seen in self._seen.items() if key[0] not in self.ignored}
+        if not found:
+            return None
+        described = ", ".join(
+            f"{key!r} of {holder} (in {seen.rows} row{'s' if seen.rows > 1 else ''}, the first is "
+            f"{seen.first})"
+            for (key, holder), seen in found.items()
+        )
+        names = ",".join(dict.fromkeys([*self.ignored, *(key for key, _ in found)]))
+        return (
+            f"keys that are not read would be lost: {described}; take them out, or give them up "
+            f"with 'dataset.ignore_keys=[{names}]'"
+        )
+
+
+def unused_in(record: Mapping[str, Any], used: Collection[str]) -> list[str]:
+    """Return the keys of a row or a turn that say something and are not in `used`.
+
+    Null, an empty text and an empty list say nothing: tables have them where a row lacks a key.
+    """
+    return [
+        str(key)
+        for key, value in record.items()
+        if key not in used and not (value is None or (isinstance(value, _EMPTY) and not value))
+    ]
+
+
+_EMPTY = (str, list, tuple, dict)
