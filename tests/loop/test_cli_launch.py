@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from commands import Command, Ended, run, start
 SLOW = ("dataset.seconds_per_sample=0.05", "train.train_iters=400", "checkpoint.save_interval=null")
 
 TWELVE_STEPS = "train.train_iters=12"
+RUN = "the run"
+"""The run's directory, which a shell takes for two words."""
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +34,7 @@ def _folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_rank_that_fails_is_named_with_its_step_and_the_others_end_too(tmp_path: Path) -> None:
     began = time.monotonic()
-    ended = run("pretrain", "failing", "--run-dir", "R", "--nproc", "2", folder=tmp_path)
+    ended = run("pretrain", "failing", "--run-dir", RUN, "--nproc", "2", folder=tmp_path)
     assert ended.code == 1
     assert time.monotonic() - began < 30
     assert "RuntimeError: a shape does not fit\nrank 1, in step 3" in ended.err
@@ -42,14 +45,14 @@ def test_the_rank_that_fails_is_named_with_its_step_and_the_others_end_too(tmp_p
 
 
 def test_a_value_error_of_a_running_step_is_a_failure_with_a_traceback(tmp_path: Path) -> None:
-    ended = run("pretrain", "mistaken", "--run-dir", "R", "--nproc", "2", folder=tmp_path)
+    ended = run("pretrain", "mistaken", "--run-dir", RUN, "--nproc", "2", folder=tmp_path)
     assert ended.code == 1
     assert "own_recipe.py" in ended.err
     assert "in step 3: ValueError: a shape does not fit" in ended.err.splitlines()[-1]
 
 
 def test_a_rank_that_is_killed_is_named_though_it_says_nothing(tmp_path: Path) -> None:
-    arguments = ("pretrain", "killed", "--run-dir", "R", "--nproc", "2")
+    arguments = ("pretrain", "killed", "--run-dir", RUN, "--nproc", "2")
     ended = run(*arguments, folder=tmp_path, timeout=30)
     assert ended.code == 128 + signal.SIGKILL
     assert ended.err.splitlines()[-1] == "bridge: rank 1 was killed by SIGKILL"
@@ -59,19 +62,19 @@ def test_a_rank_that_is_killed_is_named_though_it_says_nothing(tmp_path: Path) -
 def test_a_mistake_that_only_the_data_show_is_told_once_and_leaves_nothing(
     tmp_path: Path, ranks: str
 ) -> None:
-    arguments = ("dataset.size=13", "--run-dir", "R", "--nproc", ranks)
+    arguments = ("dataset.size=13", "--run-dir", RUN, "--nproc", ranks)
     ended = run("pretrain", "sine", *arguments, folder=tmp_path)
     assert ended.code == 2
     assert ended.err == "bridge: dataset.size=13: only found when the data is built; take another\n"
-    assert not (tmp_path / "R").exists()
+    assert not (tmp_path / RUN).exists()
 
 
 def test_a_mistake_that_only_another_rank_finds_is_told(tmp_path: Path) -> None:
-    arguments = ("dataset.size=14", "--run-dir", "R", "--nproc", "2")
+    arguments = ("dataset.size=14", "--run-dir", RUN, "--nproc", "2")
     ended = run("pretrain", "sine", *arguments, folder=tmp_path)
     assert ended.code == 2
     assert ended.err.splitlines()[-1] == "bridge: dataset.size=14: only rank 1 minds"
-    assert not (tmp_path / "R").exists()
+    assert not (tmp_path / RUN).exists()
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict
         for ranks in ("1", "2"):
             folder = tmp_path_factory.mktemp("undisturbed")
             ended = run(
-                "pretrain", "sine", TWELVE_STEPS, "--run-dir", "R", "--nproc", ranks, folder=folder
+                "pretrain", "sine", TWELVE_STEPS, "--run-dir", RUN, "--nproc", ranks, folder=folder
             )
             assert ended.code == 0, ended.err
             found[ranks] = _rows(folder)
@@ -124,14 +127,15 @@ def test_a_signal_lets_the_step_end_saves_and_the_run_goes_on_bit_for_bit(
     step = len(_steps(tmp_path))
     assert step < 12
     assert f"stopped by {number.name} at step {step}/12" in ended.out
-    assert "bridge pretrain sine --run-dir R --resume" in ended.out
     assert _latest(tmp_path) == f"step-{step:07d}"
     assert not any(psutil.pid_exists(pid) for pid in processes)
 
-    resumed = run(
-        "pretrain", "sine", "--run-dir", "R", "--resume", "--nproc", ranks, folder=tmp_path
-    )
+    told = next(line for line in ended.out.splitlines() if line.startswith("resume "))
+    program, *arguments = shlex.split(told.removeprefix("resume "))
+    assert program == "bridge"
+    resumed = run(*arguments, folder=tmp_path)
     assert resumed.code == 0
+    assert f"{ranks} rank" in resumed.out
     assert f"continues after step {step}" in resumed.out
     assert _rows(tmp_path) == undisturbed[ranks]
 
@@ -168,7 +172,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path, ranks: str) -> None:
 def test_no_interrupt_is_lost_while_the_ranks_start(tmp_path: Path) -> None:
     for number, delay in enumerate((0.1, 0.25, 0.35, 0.45, 0.6)):
         folder = tmp_path / str(number)
-        command = start("pretrain", "sine", *SLOW, "--run-dir", "R", "--nproc", "2", folder=folder)
+        command = start("pretrain", "sine", *SLOW, "--run-dir", RUN, "--nproc", "2", folder=folder)
         time.sleep(delay)
         command.send(signal.SIGINT)
         assert command.wait(20).code == 128 + signal.SIGINT
@@ -197,7 +201,7 @@ def test_under_a_launcher_the_command_is_one_rank(
 ) -> None:
     commands = [
         start(
-            "pretrain", "sine", TWELVE_STEPS, "--run-dir", "../R",
+            "pretrain", "sine", TWELVE_STEPS, "--run-dir", f"../{RUN}",
             folder=tmp_path / str(rank),
             environment=_variables_of(launcher, str(rank)),
         )
@@ -246,24 +250,24 @@ def test_ranks_can_be_processes_of_their_own_as_on_gpus(
 def _started(folder: Path, *arguments: str, ranks: str, lines: int = 0, **settings: Any) -> Command:
     """Start a run and wait until it has logged so many steps, or has begun the first."""
     command = start(
-        "pretrain", "sine", *arguments, "--run-dir", "R", "--nproc", ranks,
+        "pretrain", "sine", *arguments, "--run-dir", RUN, "--nproc", ranks,
         folder=folder, **settings,
     )  # fmt: skip
     if lines:
-        command.wait_for(folder / "R" / "metrics.jsonl", lines)
+        command.wait_for(folder / RUN / "metrics.jsonl", lines)
     else:
         command.wait_for(folder / "stdout", 11)
     return command
 
 
 def _steps(folder: Path) -> list[int]:
-    lines = (folder / "R" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / RUN / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines]
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
     """Return what was logged of each step, but for the time that it took."""
-    lines = (folder / "R" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / RUN / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return [
         {key: value for key, value in row.items() if not key.endswith(("_s", "_per_s"))}
@@ -272,7 +276,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _latest(folder: Path) -> str:
-    return (folder / "R" / "checkpoints" / "latest").read_text().strip()
+    return (folder / RUN / "checkpoints" / "latest").read_text().strip()
 
 
 def _free_port() -> str:

@@ -55,4 +55,5 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     if rest:
         options.overrides += rest
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     return options

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
+    from bridge.cli.start_command import StartCommand
     from bridge.cli.training import Command
     from bridge.training.config import ConfigContainer
     from bridge.training.contracts import Recipe
@@ -68,7 +69,11 @@ def flush_output() -> None:
 
 
 def on_local_ranks(
-    ranks: int, command: "Command", recipe: "Recipe", config: "ConfigContainer"
+    ranks: int,
+    command: "Command",
+    recipe: "Recipe",
+    config: "ConfigContainer",
+    start: "StartCommand",
 ) -> int:
     """Train on `ranks` processes of this machine; return the exit code."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -84,7 +89,7 @@ def on_local_ranks(
     logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     with tempfile.TemporaryDirectory(prefix="bridge-") as folder:
-        launcher = Launcher(os.getpid(), Path(folder))
+        launcher = Launcher(os.getpid(), Path(folder), start)
         settings = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -123,7 +128,8 @@ def _launch(
             path = launcher.folder / "config.yaml"
             path.write_text(config.to_yaml())
             elastic_launch(settings, sys.executable)(
-                "-m", "bridge.cli.rank", str(launcher.pid), command, recipe.name, str(path)
+                *("-m", "bridge.cli.rank", str(launcher.pid), command, recipe.name, str(path)),
+                *(str(launcher.start.nproc), *launcher.start.words),
             )
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -140,6 +146,8 @@ class Launcher:
     pid: int
     folder: Path
     """Where ranks leave word of what made them fail."""
+    start: "StartCommand"
+    """How the command was started."""
     signals: list[int] = field(default_factory=list)
     """Those that asked to stop: in the launcher all that it passed on, in a forked rank those that
     came before it could obey."""
@@ -173,7 +181,7 @@ def train_as_rank(
     assert config.checkpoint.run_dir is not None
     try:
         with claimed_by_launcher(Path(config.checkpoint.run_dir)):
-            return train_here(command, recipe, config)
+            return train_here(command, recipe, config, launcher.start)
     except ValueError as error:
         if not is_usage_error(error):
             raise

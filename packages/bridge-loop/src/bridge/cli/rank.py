@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from bridge.cli.launch import Launcher, train_as_rank
+from bridge.cli.start_command import StartCommand
 from bridge.training.recipes import find_recipe
 
 if TYPE_CHECKING:
     from bridge.cli.training import Command
 
 if __name__ == "__main__":
-    launcher, command, name, path = sys.argv[1:]
+    launcher, command, name, path, nproc, *words = sys.argv[1:]
     # Imported after the environment is as the launcher made it.
     from bridge.training.config import ConfigContainer
     from bridge.training.config.importable import files_of_this_program
 
-    parent = Launcher(int(launcher), Path(path).parent)
+    start = StartCommand(tuple(words), int(nproc))
+    parent = Launcher(int(launcher), Path(path).parent, start)
     with files_of_this_program():
         config = ConfigContainer.from_yaml(Path(path).read_text())
     sys.exit(train_as_rank(parent, cast("Command", command), find_recipe(name), config))

@@ -14,6 +14,7 @@ from bridge.cli import launch
 from bridge.cli.base import find_base
 from bridge.cli.recipes import layout_lines, print_keys
 from bridge.cli.resume import refuse_another_run
+from bridge.cli.start_command import StartCommand
 from bridge.training.local_paths import PathOption
 from bridge.training.rank_environment import rank_environment, rendezvous_url
 from bridge.training.recipes import (
@@ -129,21 +130,25 @@ def _run(options: argparse.Namespace, command: "Command", source: str | None) ->
             print(environment.note)
         print(f"dry run: {recipe.name} is ready for {ranks} rank{'s' if ranks > 1 else ''}")
         return 0
+    start = StartCommand.of_this_process(options.arguments, options.nproc)
     if is_a_rank or ranks == 1:
         try:
-            return train_here(command, recipe, config)
+            return train_here(command, recipe, config, start)
         except RankFailed as failure:
             return failure.code
-    return launch.on_local_ranks(ranks, command, recipe, config)
+    return launch.on_local_ranks(ranks, command, recipe, config, start)
 
 
-def train_here(command: "Command", recipe: "Recipe", config: "ConfigContainer") -> int:
+def train_here(
+    command: "Command", recipe: "Recipe", config: "ConfigContainer", start: StartCommand
+) -> int:
     """Train as one rank of a run; return the exit code.
 
     Args:
         command: Which entry point trains.
         recipe: Brings the forward step and its callbacks.
         config: The resolved configuration.
+        start: How the command was started.
 
     Raises:
         UsageError: A mistake of the user's.
@@ -161,8 +166,17 @@ def train_here(command: "Command", recipe: "Recipe", config: "ConfigContainer") 
             failure = line
             sys.stderr.write(f"bridge: {line}\n")
 
+    def resume_line(run_dir: Path) -> str:
+        return start.resume(command, recipe.name, run_dir)
+
     try:
-        result = train(config, recipe.forward_step, recipe.callbacks(), on_failure=tell)
+        result = train(
+            config,
+            recipe.forward_step,
+            recipe.callbacks(),
+            on_failure=tell,
+            resume_line=resume_line,
+        )
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:

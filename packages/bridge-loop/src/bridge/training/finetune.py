@@ -17,6 +17,7 @@ def finetune(
     callbacks: Sequence[object] | None = None,
     *,
     on_failure: Callable[[BaseException, str], None] | None = None,
+    resume_line: Callable[[Path], str] | None = None,
 ) -> TrainResult:
     """Train a model further, from the weights in ``checkpoint.pretrained_checkpoint``.
 
@@ -29,6 +30,7 @@ def finetune(
         forward_step_func: As for `pretrain`.
         callbacks: As for `pretrain`.
         on_failure: As for `pretrain`.
+        resume_line: As for `pretrain`.
 
     Raises:
         ConfigError: The configuration has problems; the message lists all of them.
@@ -37,7 +39,7 @@ def finetune(
     """
     listeners = Callbacks(callbacks)
     _refuse_random_weights(config.checkpoint)
-    return carry_out("finetune", config, forward_step_func, listeners, on_failure)
+    return carry_out("finetune", config, forward_step_func, listeners, on_failure, resume_line)
 
 
 def _refuse_random_weights(checkpoint: CheckpointConfig) -> None:

@@ -1,6 +1,7 @@
 """Pretraining: set up, train, evaluate, take down."""
 
 import contextlib
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ def pretrain(
     callbacks: Sequence[object] | None = None,
     *,
     on_failure: Callable[[BaseException, str], None] | None = None,
+    resume_line: Callable[[Path], str] | None = None,
 ) -> TrainResult:
     """Train a model as `config` says.
 
@@ -58,12 +60,15 @@ def pretrain(
         on_failure: Called when the run fails on this rank, before anything is taken down, with the
             exception and a line that says rank, phase and error. None writes the line to standard
             error where there are several ranks.
+        resume_line: Returns the line at the run's end that says how to continue it, from its
+            directory. None says it for a program that calls this function.
 
     Raises:
         ConfigError: The configuration has problems; the message lists all of them.
         UsageError: The callbacks, the data, the run directory or a checkpoint does not fit.
     """
-    return carry_out("pretrain", config, forward_step_func, Callbacks(callbacks), on_failure)
+    listeners = Callbacks(callbacks)
+    return carry_out("pretrain", config, forward_step_func, listeners, on_failure, resume_line)
 
 
 def carry_out(
@@ -72,6 +77,7 @@ def carry_out(
     forward_step_func: Callable[..., Any],
     callbacks: Callbacks,
     on_failure: Callable[[BaseException, str], None] | None,
+    resume_line: Callable[[Path], str] | None,
 ) -> TrainResult:
     """Do what `pretrain` and `bridge.training.finetune.finetune` do, which differ in their start.
 
@@ -81,6 +87,7 @@ def carry_out(
         forward_step_func: As for `pretrain`.
         callbacks: The run's callbacks.
         on_failure: As for `pretrain`.
+        resume_line: As for `pretrain`.
     """
     with PeerWatch(on_failure) as peers, contextlib.ExitStack() as stack:
         # The live line ends before a failure is told.
@@ -97,10 +104,10 @@ def carry_out(
             run = stack.enter_context(set_up(config, ranks, forward_step_func, callbacks, progress))
         peers.phase = lambda: run.phase
         peers.met_at = lambda: run.stop.agreed_at
-        return _run(run, peers, command)
+        return _run(run, peers, resume_line or _start_again)
 
 
-def _run(run: Run, peers: PeerWatch, command: str) -> TrainResult:
+def _run(run: Run, peers: PeerWatch, resume_line: Callable[[Path], str]) -> TrainResult:
     with (
         peers.told_at_once(),
         run.callbacks.training(run.context),
@@ -118,7 +125,7 @@ def _run(run: Run, peers: PeerWatch, command: str) -> TrainResult:
         run.forget_old_validation()
         run.check_directory()
         peers.needs_no_peers()
-    run.progress.summary(_summary(run, reason, command))
+    run.progress.summary(_summary(run, reason, resume_line))
     counters = run.state.train_state
     return TrainResult(
         reason=reason,
@@ -130,7 +137,11 @@ def _run(run: Run, peers: PeerWatch, command: str) -> TrainResult:
     )
 
 
-def _summary(run: Run, reason: StopReason, command: str) -> list[str]:
+def _start_again(run_dir: Path) -> str:
+    return f"checkpoint.run_dir={str(run_dir)!r} and checkpoint.resume=True in the same program"
+
+
+def _summary(run: Run, reason: StopReason, resume_line: Callable[[Path], str]) -> list[str]:
     place, step, last = run.directory.path, run.state.train_state.step, run.data.train_iters
     lines = [
         f"{'finished' if reason == 'finished' else 'stopped by ' + reason} at step {step}/{last}"
@@ -140,9 +151,8 @@ def _summary(run: Run, reason: StopReason, command: str) -> list[str]:
     latest = run.directory.latest()
     if latest is not None:
         lines.append(f"checkpoint  {latest}")
-    if run.config.recipe is not None:
-        resume = f"bridge {command} {run.config.recipe} --run-dir {place} --resume"
-        lines.append(f"resume      {resume}")
+    lines.append(f"resume      {resume_line(place)}")
     if run.config.logger.tensorboard:
-        lines.append(f"curves      tensorboard --logdir {run.directory.tensorboard}")
+        curves = shlex.join(["tensorboard", "--logdir", str(run.directory.tensorboard)])
+        lines.append(f"curves      {curves}")
     return lines + run.context.summary
