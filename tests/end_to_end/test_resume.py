@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -76,11 +77,17 @@ def test_a_run_can_be_extended_and_not_be_made_another(tmp_path: Path) -> None:
     other = run("pretrain", "gpt-125m", "--run-dir", "R", "--resume", folder=tmp_path)
     assert other.code == 2
     assert "gpt-tiny" in other.err
+    shorter = resume(tmp_path, "train.train_iters=2", "--dry-run")
+    assert shorter.code == 2
+    assert "train.train_iters=2: the run has taken 3 steps already" in shorter.err
     assert contents(tmp_path / "R") == before
 
     extended = resume(tmp_path, "train.train_iters=5", "optimizer.lr=0.001")
     assert extended.code == 0, extended.err
     assert "continues after step 3" in extended.out
+    assert re.search(
+        "warning: the learning rate of step 4 is .*, and was to be 0.0003", extended.out
+    )
     continued = rows(tmp_path / "R")
     assert [row["step"] for row in continued] == [1, 2, 3, 4, 5]
     assert max(row["learning_rate"] for row in continued[:3]) == 0.003

@@ -95,8 +95,11 @@ def test_a_continued_run_ends_where_it_should_and_its_rate_does_not_jump_unsaid(
         pretrain(run_of(tmp_path / "whole", length), token_step)
         with pytest.raises(Killed):
             pretrain(run_of(tmp_path / "cut", length), token_step, [Killer(3)])
-        config = run_of(tmp_path / "cut", {**length, **changed})
+        config = run_of(tmp_path / "cut", {"train_iters": 1})
         config.checkpoint.resume = True
+        with pytest.raises(UsageError, match="train.train_iters=1: the run has taken 2 steps"):
+            pretrain(config, token_step)
+        config.train = run_of(tmp_path / "cut", {**length, **changed}).train
         return pretrain(config, token_step).consumed_samples
 
     assert run_ranks(1, whole_and_cut, timeout=120) == [samples]

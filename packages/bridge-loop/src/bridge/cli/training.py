@@ -124,6 +124,7 @@ def _run(options: argparse.Namespace, command: "Command", source: str | None) ->
     config.command = command
     _check_directory(config)
     if options.dry_run:
+        _check_length(config)
         for line in layout_lines(config, ranks):
             print(line)
         if environment.note is not None:
@@ -269,3 +270,18 @@ def _check_directory(config: "ConfigContainer") -> None:
             checkpoint = directory.checkpoint_to_resume(config.checkpoint.step)
             if checkpoint is not None:
                 refuse_damage(checkpoint)
+
+
+def _check_length(config: "ConfigContainer") -> None:
+    """Reject a length that is less than what the run has done, as its start does."""
+    from bridge.training.checkpointing import counters_of
+    from bridge.training.run_directory import RunDirectory
+    from bridge.training.run_length import last_step
+
+    directory, train = config.checkpoint.run_dir, config.train
+    # The length of epochs is known when the data is read.
+    if directory is None or not config.checkpoint.resume or train.epochs is not None:
+        return
+    checkpoint = RunDirectory(Path(directory)).checkpoint_to_resume(config.checkpoint.step)
+    if checkpoint is not None:
+        last_step(train, 0, counters_of(checkpoint))
