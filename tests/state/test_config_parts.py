@@ -191,7 +191,7 @@ def test_each_transformer_is_checked_by_its_own_sizes() -> None:
         "model.encoders.vision.num_attention_heads=4; or give model.encoders.vision.kv_channels"
     ]
     (problem,) = problems_of("model.encoders.vision.recompute_granularity=full")
-    assert problem.startswith("model.encoders.vision: ")
+    assert problem.startswith("model.encoders.vision.recompute_granularity=full: ")
 
 
 def test_values_that_python_set_within_parts_are_checked_too() -> None:

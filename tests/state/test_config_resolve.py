@@ -215,7 +215,8 @@ def test_everything_wrong_is_one_report() -> None:
         "train.trian_iters: unknown key; did you mean train.train_iters?",
         "optimzer: unknown key; did you mean optimizer?",
         "scheduler: expected SchedulerConfig, got 3",
-        "ddp: Cannot specify both num_buckets and bucket_size",
+        "ddp.bucket_size=1: cannot specify both ddp.num_buckets and ddp.bucket_size; change it or "
+        "ddp.num_buckets=1",
         "dataset.size=1 is less than one global batch",
     ):
         assert line in problems
@@ -309,7 +310,7 @@ def transformer(**values: Any) -> Any:
         (
             changed(tiny_config(), optimizer__exp_avg_dtype=torch.bfloat16),
             1,
-            "optimizer: exp_avg_dtype can only be fp32",
+            "optimizer.exp_avg_dtype=bfloat16: can only be fp32",
         ),
         (transformer(tensor_model_parallel_size=2), 1, "1 ranks are not a multiple of"),
         (transformer(tensor_model_parallel_size=0), 1, "must be positive"),
@@ -409,7 +410,11 @@ def transformer(**values: Any) -> Any:
             "ddp.num_distributed_optimizer_instances=2 is not supported",
         ),
         (changed(tiny_config(), ddp__nccl_ub=True), 1, "ddp.nccl_ub=true needs NCCL"),
-        (transformer(fp8_param=True), 1, "model: fp8_param must be used together with fp8 mode."),
+        (
+            transformer(fp8_param=True),
+            1,
+            "model.fp8_param=true: must be used together with fp8 mode; change it",
+        ),
         (
             changed(
                 transformer(calculate_per_token_loss=True), train__loss_normalization="microbatch"

@@ -209,7 +209,7 @@ class TestProblems:
         self, changes: dict[str, Any], name: str
     ) -> None:
         (line,) = problems(tiny_gpt(**changes))
-        assert line.startswith(f"{name}: ")
+        assert line.startswith((f"{name}: ", f"{name}="))
 
     def test_tokenizer_with_more_tokens_than_the_model_is_one(self) -> None:
         (line,) = problems(tiny_gpt(vocab_size=100), tokenizer=TokenizerConfig(type="bytes"))

@@ -8,7 +8,10 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
+from bridge.training.config import ConfigContainer
+from bridge.training.config.unsupported import rejections_in
 from bridge.training.megatron_import import quiet_import
+from bridge.training.transformer_limits import LAYERS
 from bridge.training.usage_error import UsageError
 
 with quiet_import():
@@ -87,7 +90,8 @@ class TransformerSection(TransformerConfig):
             "gradient_accumulation_fusion": (
                 gpu and (engine or _grad_accum_fusion_available) and not self.mtp_use_repeated_layer
             ),
-            "cross_entropy_loss_fusion": gpu,
+            # Its gradients are not the same from run to run.
+            "cross_entropy_loss_fusion": gpu and not self.deterministic_mode,
             "bias_activation_fusion": gpu and self._has_fused_activation(),
             "bias_dropout_fusion": gpu,
             "apply_rope_fusion": engine and rotary,
@@ -137,12 +141,14 @@ class TransformerSection(TransformerConfig):
             for linear in linears:
                 linear.fuse_wgrad_accumulation = True
 
-    def feature_problems(self, path: str) -> Iterator[str]:
+    def feature_problems(self, path: str, config: ConfigContainer) -> Iterator[str]:
         """Yield what megatron-core would refuse only while it builds, or would not notice.
 
         Args:
             path: Where the section stands, such as "model".
+            config: The run's configuration.
         """
+        yield from rejections_in(self, path, config, LAYERS)
         if self.transformer_impl != "transformer_engine":
             yield (
                 f"{path}.transformer_impl: {self.transformer_impl!r}; the modules are chosen by "
@@ -171,13 +177,12 @@ class TransformerSection(TransformerConfig):
                     f"megatron-core's local ones ({path}.layer_spec is local) fail in their first "
                     "step; set False"
                 )
-            for name in ("fp8", "fp4", "use_te_activation_func", "apply_rope_fusion"):
-                if getattr(self, name):
-                    yield (
-                        f"{path}.{name}: {getattr(self, name)!r} needs Transformer Engine, and "
-                        f"{path}.layer_spec is local (auto chooses it where there is no GPU or no "
-                        "Transformer Engine); leave it out"
-                    )
+            if self.apply_rope_fusion:
+                yield (
+                    f"{path}.apply_rope_fusion: True needs Transformer Engine, and "
+                    f"{path}.layer_spec is local (auto chooses it where there is no GPU or no "
+                    "Transformer Engine); leave it out"
+                )
             if self.gradient_accumulation_fusion and not _grad_accum_fusion_available:
                 yield (
                     f"{path}.gradient_accumulation_fusion: true needs Transformer Engine or Apex's "
@@ -186,11 +191,6 @@ class TransformerSection(TransformerConfig):
                 )
 
     def _problems_without_engine(self, path: str) -> Iterator[str]:
-        if self.moe_latent_size is not None:
-            yield (
-                f"{path}.moe_latent_size: {self.moe_latent_size} needs Transformer Engine, which "
-                "megatron-core did not find; leave it out"
-            )
         recomputed = (self.recompute_modules or []) if self.recompute_granularity else []
         if "layernorm" in recomputed:
             yield (

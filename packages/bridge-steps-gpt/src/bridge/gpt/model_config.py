@@ -165,7 +165,7 @@ class GPTModelConfig(TransformerSection):
     def problems(self, config: ConfigContainer) -> Iterable[str]:
         """Yield what megatron-core would refuse only while it builds, or would not notice."""
         yield from self._vocabulary_problems(config)
-        yield from self.feature_problems("model")
+        yield from self.feature_problems("model", config)
         if self.mtp_num_layers and self.position_embedding_type == "learned_absolute":
             yield (
                 "model.mtp_num_layers: multi-token prediction needs "

@@ -252,7 +252,7 @@ class MultimodalModelConfig:
                 "model.placement=colocated, or freeze whole modules with model.freeze"
             )
         for path, section in self.sections().items():
-            yield from section.problems(f"model.{path}")
+            yield from section.problems(f"model.{path}", config)
         for name, factor in self.lr_multipliers.items():
             if not (factor > 0 and math.isfinite(factor)):
                 yield (

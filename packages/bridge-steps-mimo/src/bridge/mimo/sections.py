@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.mimo.modules import LinearProjection, MLPProjection, VisionTransformer
+from bridge.training.config import ConfigContainer
 from bridge.training.layer_specs import decoder_block_spec
 from bridge.training.megatron_import import quiet_import
 from bridge.training.transformer_section import TransformerSection
@@ -43,13 +44,19 @@ class ModuleSection(TransformerSection):
     Its parallel sizes are filled in from ``model.parallelism``.
     """
 
-    def problems(self, path: str) -> Iterator[str]:
+    def problems(self, path: str, config: ConfigContainer) -> Iterator[str]:
         """Yield what contradicts, or is not supported in a multimodal model.
 
         Args:
             path: Where the section stands.
+            config: The run's configuration.
         """
-        yield from self.feature_problems(path)
+        yield from self.feature_problems(path, config)
+        if self.use_mup:
+            yield (
+                f"{path}.use_mup=true: is not supported by multimodal models, whose learning rates "
+                "model.lr_multipliers scales; leave it out"
+            )
         for name in ("num_moe_experts", "mtp_num_layers", "virtual_pipeline_model_parallel_size"):
             if getattr(self, name) is not None:
                 yield (
@@ -120,9 +127,9 @@ class LanguageModelConfig(ModuleSection):
             },
         )
 
-    def problems(self, path: str) -> Iterator[str]:
+    def problems(self, path: str, config: ConfigContainer) -> Iterator[str]:
         """Yield as `ModuleSection.problems`, and what is wrong with vocabulary and sequence."""
-        yield from super().problems(path)
+        yield from super().problems(path, config)
         for name in ("vocab_size", "make_vocab_size_divisible_by", "seq_length"):
             if getattr(self, name) < 1:
                 yield f"{path}.{name}: {getattr(self, name)}; give a number of at least 1"
@@ -168,9 +175,9 @@ class VisionEncoderConfig(ModuleSection):
             },
         )
 
-    def problems(self, path: str) -> Iterator[str]:
+    def problems(self, path: str, config: ConfigContainer) -> Iterator[str]:
         """Yield as `ModuleSection.problems`, and what is wrong with the images' sizes."""
-        yield from super().problems(path)
+        yield from super().problems(path, config)
         sizes = ("image_size", "patch_size", "num_channels")
         wrong = [name for name in sizes if getattr(self, name) < 1]
         for name in wrong:

@@ -12,8 +12,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.layout import Layout, layout_of
+from bridge.training.config.megatron_errors import ERRORS, problem_of
 from bridge.training.config.optional_methods import misspelt_methods
 from bridge.training.config.parts import parts_of
+from bridge.training.config.unsupported import unsupported_settings
 from bridge.training.config.urls import url_problems
 from bridge.training.contracts import ArrangesRanks, ChecksItself, DerivesFields, DrawsLayout
 
@@ -42,14 +44,15 @@ def validate(config: ConfigContainer, *, world_size: int, refused: set[str]) -> 
     """
     urls = url_problems(config)
     refused = refused | urls.keys()
+    ours = [*unsupported_settings(config), *_own_checks(config, refused)]
     lines = [
         *_train(config),
         *_validation(config),
         *_schedule(config),
         *_ddp(config),
         *_others(config),
-        *_model(config, world_size, refused),
-        *_own_checks(config, refused),
+        *_model(config, world_size, refused, ours),
+        *ours,
         *misspelt_methods(config),
     ]
     others = [line for line in lines if not any(_mentions(line, path) for path in refused)]
@@ -74,15 +77,12 @@ def rebuilt_sections(config: ConfigContainer, refused: set[str]) -> list[str]:
     for name in ("optimizer", "ddp"):
         if any(path.startswith(f"{name}.") for path in refused):
             continue
+        section = getattr(config, name)
         try:
-            setattr(config, name, dataclasses.replace(getattr(config, name)))
-        except (ValueError, AssertionError, RuntimeError, TypeError) as error:
-            problems.append(f"{name}: {_message(error)}")
+            setattr(config, name, dataclasses.replace(section))
+        except ERRORS as error:
+            problems.append(problem_of(error, section, name, dataclasses.replace)[0])
     return problems
-
-
-def _message(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _positive(config: ConfigContainer, section: str, *names: str) -> Iterator[str]:
@@ -246,7 +246,9 @@ def _others(config: ConfigContainer) -> Iterator[str]:
     yield from _not_negative(config, "rng", "seed")
 
 
-def _model(config: ConfigContainer, world_size: int, refused: set[str]) -> Iterator[str]:
+def _model(
+    config: ConfigContainer, world_size: int, refused: set[str], others: list[str]
+) -> Iterator[str]:
     ours = list(_model_in_layout(config, world_size))
     told = _by_their_sources(config, ours)
     if told and isinstance(config.model, DrawsLayout) and world_size >= 1:
@@ -255,7 +257,7 @@ def _model(config: ConfigContainer, world_size: int, refused: set[str]) -> Itera
     yield from told
     if not any(path.startswith("model.") for path in refused):
         for path, part in parts_of(config.model, "model"):
-            yield from _megatrons_checks(part, ours, path)
+            yield from _megatrons_checks(part, [*ours, *others], path)
 
 
 def _by_their_sources(config: ConfigContainer, lines: list[str]) -> list[str]:
@@ -302,17 +304,20 @@ def _megatrons_checks(model: Any, ours: list[str], path: str) -> Iterator[str]:
     if not isinstance(model, CanBeFinalized):
         return
     try:
-        # Its warnings come once more, to be seen, when the model is built.
-        with warnings.catch_warnings(action="ignore"):
-            model.finalized()
-    except (ValueError, AssertionError, RuntimeError, TypeError, ZeroDivisionError) as error:
-        message = _message(error)
-        named = {
-            word for word in re.findall(r"\w+", message) if "_" in word and hasattr(model, word)
-        }
-        said = any(all(f"{path}.{name}" in line for name in named) for line in ours)
-        if not named or not said:
-            yield f"{path}: {message}"
+        _finalize_quietly(model)
+    except ERRORS as error:
+        problem, named = problem_of(error, model, path, _finalize_quietly)
+        paths = [f"{path}.{name}" for name in named]
+        # A problem of ours that speaks of all of them, or rejects one, says it better.
+        rejected = any(line.startswith((f"{it}=", f"{it}:")) for it in paths for line in ours)
+        if not rejected and not (paths and any(all(it in line for it in paths) for line in ours)):
+            yield problem
+
+
+def _finalize_quietly(model: CanBeFinalized) -> None:
+    # Its warnings come once more, to be seen, when the model is built.
+    with warnings.catch_warnings(action="ignore"):
+        model.finalized()
 
 
 def _parallel_sizes(config: ConfigContainer) -> Iterator[str]:
