@@ -71,8 +71,12 @@ class Objective:
             "moe_aux_loss_coeff": list(balance.values()) or 0.0,
         }
         values = experts if self.z or balance else {}
-        values |= {"mtp_num_layers": self.ahead or None}
-        return tiny_gpt(**values, mtp_loss_scaling_factor=self.AHEAD_WEIGHT, **layout)
+        if self.ahead:
+            values |= {
+                "mtp_num_layers": self.ahead,
+                "mtp_loss_scaling_factor": self.AHEAD_WEIGHT,
+            }
+        return tiny_gpt(**values, **layout)
 
     def sample(self, index: int) -> Sample:
         """Return sample `index`, tensors of [1, sequence]."""

@@ -79,8 +79,9 @@ def metrics(
     """Return this rank's part of the step's auxiliary losses, on the device, without waiting.
 
     The names are megatron-core's: ``z_loss``, ``load_balancing_loss``,
-    ``seq_load_balancing_loss``, ``global_load_balancing_loss``, ``mtp_1 loss`` and so on. A metric
-    is the sum of the parts' values over all ranks, divided by the sum of their counts.
+    ``seq_load_balancing_loss``, ``global_load_balancing_loss``, ``mtp_1 loss`` and so on, and with
+    moe_per_layer_logging those of each layer, ``z_loss/layer_1``. A metric is the sum of the parts'
+    values over all ranks, divided by the sum of their counts.
 
     Args:
         model: This rank's model chunks.
@@ -103,19 +104,25 @@ def _of_routers(
     if not names:
         return {}
     copies = groups.tp_dp_cp.size()
-    count: Any = num_microbatches * sum(isinstance(m, Router) for c in model for m in c.modules())
+    routers: list[Any] = [m for chunk in model for m in chunk.modules() if isinstance(m, Router)]
+    count: Any = num_microbatches * len(routers)
     if PADDING in tracked:
         count = count - tracked[PADDING].values.sum()
     found = {}
     for name in sorted(names):
         entry = tracked[name]
-        value = entry.values.sum()
         # megatron-core's own reduction, as a weight in a sum over all ranks.
+        weight = 1.0
         if entry.avg_group is not None:
-            value = value / entry.avg_group.size()
+            weight = 1 / entry.avg_group.size()
         elif entry.needs_dp_avg:
-            value = value / groups.dp.size()
-        found[name] = ratio(value, count / copies)
+            weight = 1 / groups.dp.size()
+        found[name] = ratio(entry.values.sum() * weight, count / copies)
+        for layer in sorted(r.layer_number for r in routers if r.config.moe_per_layer_logging):
+            padding = tracked[PADDING].values[layer - 1] if PADDING in tracked else 0
+            found[f"{name}/layer_{layer}"] = ratio(
+                entry.values[layer - 1] * weight, (num_microbatches - padding) / copies
+            )
     return found
 
 
