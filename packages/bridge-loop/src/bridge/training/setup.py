@@ -26,6 +26,7 @@ from bridge.training.collectives import on_first_rank
 from bridge.training.config import ConfigContainer, resolve
 from bridge.training.contracts import AdaptedLayer, DrawsLayout, ModuleRanks
 from bridge.training.data_loading import RunData, as_splits, data_request
+from bridge.training.determinism import deterministic_algorithms
 from bridge.training.distributed import (
     Ranks,
     choose_device,
@@ -173,6 +174,7 @@ def _built(
         verification = stack.enter_context(Verification(read, ranks.control_group))
         stack.enter_context(expected_messages_held_back())
         _keep_the_hosts_random_streams(stack)
+        stack.enter_context(deterministic_algorithms(config))
         state = GlobalState(config)
         stack.push(lambda kind, *_: state.close(failed=kind is not None))
         forward_step = adapt_forward_step(forward_step_func, state, ranks)
