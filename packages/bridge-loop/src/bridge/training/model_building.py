@@ -5,6 +5,8 @@ of its schedules.
 """
 
 import contextlib
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -365,11 +367,15 @@ def _wrap_in_ddp(
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    groups, ddp_config = ranks.own_groups, config.ddp
+    # DDP writes the bucket size into its config.
+    groups, ddp_config = ranks.own_groups, dataclasses.replace(config.ddp)
     bucket_size = ddp_config.bucket_size or max(40_000_000, 1_000_000 * groups.dp_cp.size())
+    if ddp_config.num_buckets is not None:
+        trained = sum(p.numel() for p in chunks[0].parameters() if p.requires_grad)
+        bucket_size = max(1, math.ceil(trained / ddp_config.num_buckets))
+        ddp_config = dataclasses.replace(ddp_config, num_buckets=None, bucket_size=bucket_size)
     wrap = partial(DistributedDataParallel, config=model_config, pg_collection=groups)
     wrapped: list[torch.nn.Module] = []
-    # DDP writes the bucket size into its config and builds buffers on a stream of its own.
     for index, chunk in enumerate(chunks):
         layout = None
         if ddp_config.use_distributed_optimizer:
