@@ -8,6 +8,7 @@ warm-up from 0 the first step has rate `scheduler.lr_warmup_init`, as in Megatro
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -75,12 +76,18 @@ def build_optimizer(
 def _overrides(model_config: Any, optimizer_config: Any, model: list[Any]) -> dict[Any, Any]:
     """Return what megatron-core's parameter groups have that differs from the optimizer's config.
 
-    Its own (no weight decay for biases and norms), and the model's learning rates.
+    Its own (no weight decay for biases and norms, muP's rates), and the model's learning rates.
     """
-    from megatron.core.optimizer import get_standard_config_overrides
+    from megatron.core.optimizer import get_mup_config_overrides, get_standard_config_overrides
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+    from megatron.core.utils import get_model_config
 
     overrides: dict[Any, Any] = get_standard_config_overrides(optimizer_config)
+    built = get_model_config(model[0])
+    if built.use_mup:
+        overrides |= get_mup_config_overrides(
+            optimizer_config, built.mup_width_mult, optimizer_config.optimizer
+        )
     if not isinstance(model_config, ScalesLearningRates):
         return overrides
 
@@ -213,8 +220,20 @@ def learning_rate(optimizer: Any, scheduler: Any) -> float:
     return float(scheduler.get_lr({}))
 
 
-def step_optimizer(optimizer: Any) -> "tuple[bool, torch.Tensor | float | None]":
-    """Step with the gradients in ``main_grad``; return whether it was done, and their norm.
+@dataclass(kw_only=True, frozen=True)
+class OptimizerStep:
+    """What a step of the optimizer did."""
+
+    succeeded: bool
+    """Whether the weights were changed."""
+    grad_norm: "torch.Tensor | float | None" = None
+    """L2 norm of the gradients before clipping."""
+    zeros: int | None = None
+    """Zeros in the gradients of all parameters, with optimizer.log_num_zeros_in_grad."""
+
+
+def step_optimizer(optimizer: Any) -> OptimizerStep:
+    """Step with the gradients in ``main_grad``.
 
     After an overflow (fp16), or where the norm is above optimizer.grad_norm_skip_threshold, it is
     not done, on any rank. megatron-core chains one optimizer for the experts to that for the other
@@ -222,10 +241,13 @@ def step_optimizer(optimizer: Any) -> "tuple[bool, torch.Tensor | float | None]"
     divided by their own. So all of them follow the one that found the overflow, else the experts'
     gradients would be wrong from then on.
     """
-    succeeded, grad_norm, _ = optimizer.step()
+    succeeded, grad_norm, zeros = optimizer.step()
     # A rank that holds no weights takes its step whatever the norm is.
     if succeeded and not _is_too_large(grad_norm, optimizer.config.grad_norm_skip_threshold):
-        return True, grad_norm
+        is_counted = optimizer.config.log_num_zeros_in_grad
+        return OptimizerStep(
+            succeeded=True, grad_norm=grad_norm, zeros=int(zeros or 0) if is_counted else None
+        )
     parts = getattr(optimizer, "chained_optimizers", ())
     # Only fp16 has scalers.
     scalers = [part.grad_scaler for part in parts if getattr(part, "grad_scaler", None)]
@@ -234,7 +256,7 @@ def step_optimizer(optimizer: Any) -> "tuple[bool, torch.Tensor | float | None]"
         found = min((scaler.state_dict() for scaler in scalers), key=_overflows_left)
         for scaler in scalers:
             scaler.load_state_dict(found)
-    return False, None
+    return OptimizerStep(succeeded=False)
 
 
 def _is_too_large(grad_norm: "torch.Tensor | float | None", threshold: float) -> bool:

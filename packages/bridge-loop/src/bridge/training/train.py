@@ -19,7 +19,7 @@ from bridge.training.loss_adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer, ReducedMetrics
 from bridge.training.loss_watch import actions_of
 from bridge.training.model_building import GradientFinalizer, ddp_parts, gather_gradients
-from bridge.training.optimization import learning_rate, step_optimizer
+from bridge.training.optimization import OptimizerStep, learning_rate, step_optimizer
 from bridge.training.state import GlobalState
 from bridge.training.stop_signals import StopCause
 from bridge.training.usage_error import UsageError
@@ -41,6 +41,9 @@ class StepResult:
     grad_norm: torch.Tensor | float | None
     """L2 norm of the gradients before clipping, over all ranks; None if the step was skipped or
     nothing clips."""
+    zeros_in_grad: int | None = None
+    """Zeros in the gradients of all parameters, with optimizer.log_num_zeros_in_grad; None if the
+    step was skipped."""
     skipped: bool
     """Whether the step was left out: for its losses, as train.nan_action or train.spike_action
     says, or because a gradient overflowed (fp16)."""
@@ -149,13 +152,14 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
 
     rate = learning_rate(optimizer, scheduler)
     if watch.leaves_out_step(train):
-        succeeded, grad_norm = False, None
+        stepped = OptimizerStep(succeeded=False)
         buffers.put_back()
     else:
         if before_optimizer_step is not None:
             gather_gradients(model)
             before_optimizer_step()
-        succeeded, grad_norm = step_optimizer(optimizer)
+        stepped = step_optimizer(optimizer)
+    succeeded = stepped.succeeded
     if succeeded:
         scheduler.step(increment=samples)
 
@@ -174,7 +178,8 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
             reduced = reducer.reduce(alarm=watch.alarm())
     return StepResult(
         learning_rate=rate,
-        grad_norm=grad_norm,
+        grad_norm=stepped.grad_norm,
+        zeros_in_grad=stepped.zeros,
         skipped=not succeeded,
         samples=samples,
         padded_tokens=padded_tokens if has_sequences(state.cfg.model) else None,

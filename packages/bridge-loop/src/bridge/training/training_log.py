@@ -204,6 +204,8 @@ class TrainingLog:
     def _own_values(self, result: "StepResult", seconds: float) -> Row:
         grad_norm = None if result.grad_norm is None else float(result.grad_norm)
         values: Row = {"learning_rate": result.learning_rate, "grad_norm": grad_norm}
+        if result.zeros_in_grad is not None:
+            values["num_zeros_in_grad"] = result.zeros_in_grad
         if self._loss_scale is not None:
             values["loss_scale"] = self._loss_scale()
         values["skipped_steps"] = self._skipped
