@@ -64,11 +64,28 @@ def derived_values(config: "ConfigContainer") -> dict[str, tuple[Any, str | None
         reason = f"model.virtual_pipeline_model_parallel_size={virtual}"
         derived["model.overlap_p2p_comm"] = (True, reason)
         derived["model.batch_p2p_comm"] = (False, reason)
-    if not config.optimizer.use_layer_wise_distributed_optimizer:
-        for name in ("use_distributed_optimizer", "overlap_param_gather"):
-            value = getattr(config.ddp, name)
-            derived[f"optimizer.{name}"] = (value, f"ddp.{name}={value}")
+    for name in ("use_distributed_optimizer", "overlap_param_gather"):
+        value = getattr(config.ddp, name)
+        derived[f"optimizer.{name}"] = (value, f"ddp.{name}={value}")
+    for path, part in megatrons.items():
+        if isinstance(part, TransformerConfig):
+            derived.update(_repeated_outside(path, part))
     return derived
+
+
+def _repeated_outside(path: str, part: TransformerConfig) -> dict[str, tuple[Any, str | None]]:
+    """Return what optimizer and DDP have to know of a switch of the model that is on."""
+    switches = (
+        ("fp8", "fp8_recipe", "optimizer.fp8_recipe"),
+        ("fp8_param", "fp8_param", "ddp.fp8_param_gather"),
+        ("fp4_param", "fp4_param", "ddp.fp4_param_gather"),
+        ("delay_wgrad_compute", "delay_wgrad_compute", "ddp.delay_wgrad_compute"),
+    )
+    return {
+        place: (getattr(part, name), f"{path}.{name}={getattr(part, name)}")
+        for switch, name, place in switches
+        if getattr(part, switch)
+    }
 
 
 def _is_interleaved(model: ModelParallelConfig) -> bool:

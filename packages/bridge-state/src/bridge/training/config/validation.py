@@ -226,8 +226,9 @@ def _ddp(config: ConfigContainer) -> Iterator[str]:
         )
     if ddp.nccl_ub and config.dist.device == "cpu":
         yield "ddp.nccl_ub=true needs NCCL, which dist.device=cpu has not: set it to false"
-    if ddp.use_megatron_fsdp or ddp.use_custom_fsdp:
-        yield "ddp.use_megatron_fsdp=true is not supported: the loop uses the DDP wrapper"
+    for name in ("use_megatron_fsdp", "use_custom_fsdp"):
+        if getattr(ddp, name):
+            yield f"ddp.{name}=true is not supported: the loop uses the DDP wrapper; leave it out"
 
 
 def _others(config: ConfigContainer) -> Iterator[str]:
