@@ -163,6 +163,7 @@ FIELDS = {
     "bridge.training.train.StepResult": [
         "learning_rate",
         "grad_norm",
+        "zeros_in_grad",
         "skipped",
         "samples",
         "padded_tokens",

@@ -116,9 +116,7 @@ def equal_settings(options: argparse.Namespace) -> list[Setting]:
             "kernels",
             "model.layer_spec=transformer_engine model.attention_backend=auto "
             "model.apply_rope_fusion=true model.bias_activation_fusion=true "
-            "model.bias_dropout_fusion=true model.masked_softmax_fusion=true "
-            "model.attention_softmax_in_fp32=false "
-            "model.persist_layer_norm=true model.cross_entropy_loss_fusion=true "
+            "model.bias_dropout_fusion=true model.cross_entropy_loss_fusion=true "
             "model.cross_entropy_fusion_impl=native model.gradient_accumulation_fusion=false",
             "--transformer-impl transformer_engine --attention-backend auto "
             "--cross-entropy-loss-fusion --cross-entropy-fusion-impl native "

@@ -3,6 +3,7 @@
 They belong to what our layers are not made of, to inference, or to a feature that is off.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 from bridge.training.config import ConfigContainer, TransformerConfig
@@ -178,6 +179,8 @@ LAYERS = (
             "use_grouped_gemm_for_shared_expert",
             "moe_single_grouped_weight",
             "moe_single_grouped_bias",
+            "moe_grouped_gemm",
+            "use_fused_weighted_squared_relu",
         ),
         why=_NO_ENGINE,
         what_to_do="leave it out, or run it on a GPU with Transformer Engine",
@@ -324,6 +327,11 @@ LAYERS = (
         what_to_do=_needs("mtp_num_layers"),
         unless=_set("mtp_num_layers"),
     ),
+    Rejection(
+        fields=("bias_dropout_fusion",),
+        why="is a fused kernel of GPUs",
+        unless=lambda _, config: config.dist.device == "cuda",
+    ),
     # --- the pipeline
     Rejection(
         fields=(
@@ -362,6 +370,22 @@ LAYERS = (
         unless=_set("overlap_moe_expert_parallel_comm"),
     ),
     # --- experts
+    Rejection(
+        fields=("moe_token_dispatcher_type",),
+        why="moves tokens to experts, and the model has none",
+        what_to_do=_needs("num_moe_experts"),
+        # Stages may only exchange samples of changing lengths with another than the default.
+        unless=lambda section, config: _experts(section, config) or section.variable_seq_lengths,
+    ),
+    Rejection(
+        fields=("moe_token_dispatcher_type",),
+        why="the flex dispatcher needs a GPU and the package deep_ep",
+        what_to_do="take alltoall, or install it",
+        unless=lambda section, config: (
+            section.moe_token_dispatcher_type != "flex"
+            or (config.dist.device == "cuda" and find_spec("deep_ep") is not None)
+        ),
+    ),
     Rejection(
         fields=(
             "moe_shared_expert_intermediate_size",
@@ -434,7 +458,13 @@ LAYERS = (
         unless=_router_loss,
     ),
     Rejection(
-        fields=("moe_router_bias_update_rate", "moe_router_quantile_balancing_ema"),
+        fields=("moe_router_quantile_balancing_ema",),
+        why="is part of moe_router_load_balancing_type=quantile_balancing",
+        what_to_do=_needs("that"),
+        unless=lambda section, _: section.moe_router_load_balancing_type == "quantile_balancing",
+    ),
+    Rejection(
+        fields=("moe_router_bias_update_rate",),
         why="is about the experts' bias, and there is none",
         what_to_do=_needs("moe_router_enable_expert_bias=true"),
         unless=_set("moe_router_enable_expert_bias"),

@@ -470,6 +470,11 @@ MODEL = (
         unless=_on_gpu,
     ),
     Rejection(
+        fields=("use_cpu_initialization",),
+        why="is for GPUs: the weights of a run on the CPU are there anyway",
+        unless=_on_gpu,
+    ),
+    Rejection(
         fields=("disable_bf16_reduced_precision_matmul",),
         why="is a switch of the GPU's bf16 matrix products",
         unless=lambda section, config: _on_gpu(section, config) and section.bf16,
