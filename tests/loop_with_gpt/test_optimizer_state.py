@@ -151,6 +151,9 @@ def test_a_shifted_state_of_the_first_format_is_rejected_and_a_whole_one_goes_on
             with pytest.raises(UsageError, match="its weights are whole") as error:
                 load(tmp_path, [seed], 1)
             found.append(str(error.value))
+        checkpointing.FORMAT_VERSION = 0
+        with pytest.raises(UsageError, match="has format version 1, .* reads versions up to 0"):
+            load(tmp_path, whole, 1)
         return found
 
     for seed, message in zip(shifted, run_ranks(1, messages)[0], strict=True):

@@ -39,11 +39,10 @@ def wrong_step(one: Any, two: Any, three: Any, four: Any, five: Any) -> None:
     ("sections", "step", "message"),
     [
         ({"dataset": NoData()}, token_step, "there is no training data"),
-        ({"dataset": OwnData(validation=1)}, token_step, "validation data: 1 samples"),
         ({"model": BrokenModel()}, token_step, "model.build: returned str"),
         ({}, wrong_step, "forward step"),
     ],
-    ids=["data", "validation", "model", "step"],
+    ids=["data", "model", "step"],
 )
 def test_nothing_is_left_of_a_run_that_could_not_start(
     tmp_path: Path, sections: dict[str, Any], step: Any, message: str

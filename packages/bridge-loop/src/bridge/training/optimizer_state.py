@@ -89,12 +89,10 @@ def is_shifted(optimizer: Any, state: Any) -> bool:
         state: What was loaded for it, with one part for each of its parts (`fitted_to`).
     """
     return any(
-        not _rounds_to(weight, tensors["param"])
+        not _rounds_to(weight, loaded["param_state"][index]["param"])
         for part, loaded in _single_states(optimizer, state)
-        for weight, tensors in zip(
-            [weight for buffer in _buffers_of(part) for weight in buffer.param_index_map],
-            loaded.get("param_state", {}).values(),
-            strict=True,
+        for index, weight in enumerate(
+            weight for buffer in _buffers_of(part) for weight in buffer.param_index_map
         )
     )
 
