@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from bridge.training.checkpoint_manifest import write_manifest
+from bridge.training.run_directory import step_in_name
+
 
 class Poison:
     """Whoever unpickles it makes a folder, as it could do anything else."""
@@ -32,18 +35,21 @@ def poison(checkpoint: Path, where: str, marker: Path) -> None:
         where: "index" (.metadata), "common.pt" (of older forms), or a part of an entry's name.
         marker: What unpickling makes.
     """
+    step = step_in_name(checkpoint)
     if where == "common.pt":
         torch.save(Poison(marker), checkpoint / "common.pt")
-        return
-    path = checkpoint / ".metadata"
-    metadata = pickle.loads(path.read_bytes())
-    if where == "index":
-        metadata.planner_data = Poison(marker)
     else:
-        data = io.BytesIO()
-        torch.save(Poison(marker), data)
-        replace_entry(metadata, checkpoint, where, data.getvalue())
-    path.write_bytes(pickle.dumps(metadata))
+        path = checkpoint / ".metadata"
+        metadata = pickle.loads(path.read_bytes())
+        if where == "index":
+            metadata.planner_data = Poison(marker)
+        else:
+            data = io.BytesIO()
+            torch.save(Poison(marker), data)
+            replace_entry(metadata, checkpoint, where, data.getvalue())
+        path.write_bytes(pickle.dumps(metadata))
+    # Checksums are no secret.
+    write_manifest(checkpoint, step=step)
 
 
 def replace_entry(metadata: Any, checkpoint: Path, where: str, data: bytes) -> None:
