@@ -130,6 +130,29 @@ def test_what_is_shown_can_be_fed_back(work: Path, capsys: pytest.CaptureFixture
         assert capsys.readouterr().out == shown
 
 
+def test_a_run_starts_with_the_configuration_of_another_and_not_in_its_directory(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bridge("show", "sine", "model.width=3", "checkpoint.run_dir=R") == 0
+    (work / "R").mkdir()
+    (work / "R" / "config.yaml").write_text(capsys.readouterr().out)
+    again = ("pretrain", "sine", "--config", "R/config.yaml", "--dry-run")
+    assert bridge(*again, "--nproc", "2") == 0
+    told, ready = capsys.readouterr().out.splitlines()
+    assert told == "--config R/config.yaml: taken but for checkpoint.run_dir, of that run alone"
+    assert ready == "dry run: sine is ready for 2 ranks"
+    assert bridge("show", "sine", "--config", "R/config.yaml") == 0
+    shown = capsys.readouterr().out
+    assert "width: 3" in shown
+    assert "run_dir: null" in shown
+    assert bridge(*again, "--run-dir", "R") == 2
+    assert "'R' holds a run already" in capsys.readouterr().err
+    # Nobody has resolved this file: its author means what stands there.
+    (work / "own.yaml").write_text("checkpoint: {run_dir: R}")
+    assert bridge("pretrain", "sine", "--config", "own.yaml", "--dry-run") == 2
+    assert "'R' holds a run already" in capsys.readouterr().err
+
+
 def test_files_are_merged_in_their_order_and_overrides_come_last(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

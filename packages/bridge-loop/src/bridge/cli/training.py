@@ -28,7 +28,7 @@ from bridge.training.run_lock import claimed
 from bridge.training.usage_error import UsageError, is_usage_error
 
 if TYPE_CHECKING:
-    from bridge.training.config import ConfigContainer, YamlDocument
+    from bridge.training.config import ConfigContainer, YamlDocument, YamlText
     from bridge.training.contracts import Recipe
 
 type Command = Literal["pretrain", "finetune"]
@@ -94,7 +94,6 @@ def _run(options: argparse.Namespace, command: "Command", source: str | None) ->
         overrides.append(f"checkpoint.run_dir={options.run_dir}")
     overrides.append(f"checkpoint.resume={'true' if options.resume else 'false'}")
     overrides += [] if options.step is None else [f"checkpoint.step={options.step}"]
-    given = read_documents(options.config)
     # megatron-core's overlap of transfers with computing relies on it; CUDA reads it once.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     environment = rank_environment()
@@ -107,6 +106,7 @@ def _run(options: argparse.Namespace, command: "Command", source: str | None) ->
     if environment.world_size > 1 and not options.dry_run:
         rendezvous_url()  # What is missing is said before anything slow.
     ranks = environment.world_size if is_a_rank else checked_ranks(options.nproc)
+    given = _given_documents(options.config, environment.rank)
     saved = _saved_configuration(options)
     launch.hide_gpus_for_rehearsal([*saved, *(document.text for document in given)], overrides)
     recipe = find_recipe(options.recipe)
@@ -138,6 +138,16 @@ def _run(options: argparse.Namespace, command: "Command", source: str | None) ->
         except RankFailed as failure:
             return failure.code
     return launch.on_local_ranks(ranks, command, recipe, config, start)
+
+
+def _given_documents(paths: Sequence[str], rank: int) -> "list[YamlText]":
+    """Read configuration files; say of which run's configuration not all is taken."""
+    documents = read_documents(paths)
+    for document in documents:
+        if document.not_taken and rank == 0:
+            fields = ", ".join(document.not_taken)
+            print(f"--config {document.source}: taken but for {fields}, of that run alone")
+    return documents
 
 
 def train_here(

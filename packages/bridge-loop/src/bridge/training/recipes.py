@@ -29,7 +29,8 @@ def add_configuration_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.yaml",
         action=PathOption,
         default=[],
-        help="values that replace the recipe's, section by section; may be given again",
+        help="values that replace the recipe's, section by section, such as the config.yaml of a "
+        "run (but for its checkpoint.run_dir); may be given again",
     )
 
 
@@ -49,6 +50,8 @@ def find_recipe(name: str) -> "Recipe":
 def read_documents(paths: Sequence[str]) -> "list[YamlText]":
     """Return the text of configuration files, each called by its path.
 
+    Of a run's own config.yaml everything counts but the run's directory.
+
     Raises:
         UsageError: A file cannot be read.
     """
@@ -57,12 +60,13 @@ def read_documents(paths: Sequence[str]) -> "list[YamlText]":
     texts = []
     for path in paths:
         try:
-            texts.append(YamlText(text=Path(path).read_text(), source=path))
+            document = YamlText(text=Path(path).read_text(), source=path)
         except OSError as error:
             raise UsageError(f"--config: cannot read {path!r} ({error}); check the path") from error
         except UnicodeDecodeError as error:
             what = kind_of(head_of(Path(path))) or f"not text ({error})"
             raise UsageError(f"--config={path!r}: is {what}; give a file of YAML") from error
+        texts.append(document.of_a_new_run())
     return texts
 
 

@@ -41,9 +41,10 @@ from bridge.training.config.parts import (
 from bridge.training.config.resolution import resolve_collecting
 from bridge.training.config.suggestions import likely_meant, unknown_key
 from bridge.training.config.types_check import assign
-from bridge.training.config.yaml_text import load_yaml
+from bridge.training.config.yaml_text import dump_yaml, load_yaml
 
 _METHOD_PATH = f"peft.{METHOD}"
+_OF_ONE_RUN = ("run_dir", "resume", "step")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,27 @@ class YamlText:
 
     text: str
     source: str
+    not_taken: tuple[str, ...] = ()
+    """Fields of the file that `of_a_new_run` has left out."""
+
+    def of_a_new_run(self) -> "YamlText":
+        """Return the document without what belongs to one run alone, if it is a run's config.yaml.
+
+        A new run that starts from the configuration of another has a directory of its own. A file
+        that nobody has resolved is left as it is: what stands there was put there by its author.
+        """
+        try:
+            plain = load_yaml(self.text)
+        except ConversionError:
+            return self  # Whoever merges it says what is wrong.
+        if not isinstance(plain, Mapping) or DERIVED not in plain:
+            return self
+        checkpoint = plain.get("checkpoint")
+        given = checkpoint if isinstance(checkpoint, Mapping) else {}
+        found = tuple(f"checkpoint.{name}" for name in _OF_ONE_RUN if given.get(name))
+        kept = {name: value for name, value in given.items() if name not in _OF_ONE_RUN}
+        text = dump_yaml({**plain, "checkpoint": kept})
+        return dataclasses.replace(self, text=text, not_taken=found)
 
 
 type YamlDocument = str | Path | YamlText | Mapping[str, Any]
