@@ -58,8 +58,9 @@ def test_a_missing_model_is_an_error_that_names_the_path(kind: str, tmp_path: Pa
         (
             "huggingface",
             b"\x1f\x8b\x08",
-            "is a gzip file, and tokenizer.type=huggingface reads JSON",
+            "is a gzip file, and .*=huggingface reads the folder that",
         ),
+        ("huggingface", b"{}", "is text, and tokenizer.type=huggingface reads the folder that"),
         ("tiktoken", b"\n\x0e\n\0<unk>", "is binary data, and tokenizer.type=tiktoken reads JSON"),
         ("sentencepiece", b"{}", "is text, and .* reads a sentencepiece model; set the type"),
         ("sentencepiece", b"PK\x03\x04\0", "is a zip archive .*reads a sentencepiece model"),
@@ -89,8 +90,21 @@ def test_a_missing_library_is_an_error_with_the_line_that_installs_it(
         pytest.skip(f"{module} is installed")
     model = tmp_path / "tokenizer.model"
     model.write_bytes(b"\n\0" if kind == "sentencepiece" else b"[]")
+    model = tmp_path if kind == "huggingface" else model
     with pytest.raises(ValueError, match=f"pip install {module}"):
         build_tokenizer(TokenizerConfig(type=kind, model=str(model)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"), [("sentencepiece", b"\n\x0e\0abc\xff"), ("tiktoken", b'{"a": 1}')]
+)
+def test_a_tokenizer_file_that_its_library_cannot_load_is_the_users_mistake(
+    kind: Any, content: bytes, tmp_path: Path
+) -> None:
+    pytest.importorskip(kind)
+    (tmp_path / "model").write_bytes(content)
+    with pytest.raises(UsageError, match=f"tokenizer.model='.*': {kind} cannot load it"):
+        build_tokenizer(TokenizerConfig(type=kind, model=str(tmp_path / "model")))
 
 
 def test_a_tiktoken_file_tokenizes_and_has_its_own_size(tmp_path: Path) -> None:

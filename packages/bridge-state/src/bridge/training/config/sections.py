@@ -99,7 +99,7 @@ class TokenizerConfig:
     type: Literal["bytes", "huggingface", "sentencepiece", "tiktoken", "null"] = "bytes"
     """bytes needs no files; null is for mock data."""
     model: str | None = local_path()
-    """Directory or file of the tokenizer (huggingface, sentencepiece, tiktoken)."""
+    """Directory (huggingface) or file (sentencepiece, tiktoken) of the tokenizer."""
     vocab_size: int | None = None
     """Number of tokens, for the null tokenizer."""
 

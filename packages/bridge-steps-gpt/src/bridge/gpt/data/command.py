@@ -42,7 +42,7 @@ def register(subparsers: "Subparsers") -> None:
         "--tokenizer-model",
         metavar="PATH",
         action=PathOption,
-        help="the tokenizer's file or directory",
+        help="the tokenizer's directory or file",
     )
     build.add_argument(
         "--json-key", default="text", metavar="KEY", help="where JSON Lines hold the text"

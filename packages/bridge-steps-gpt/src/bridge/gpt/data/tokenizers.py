@@ -129,13 +129,12 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
             f"install it with: pip install {module} (with uv: uv run --with {module} bridge ...)"
         )
     options: dict[str, Any] = {}
-    if config.type == "tiktoken":
-        options["vocab_size"] = config.vocab_size or _tiktoken_vocab_size(model)
     try:
+        if config.type == "tiktoken":
+            options["vocab_size"] = config.vocab_size or _tiktoken_vocab_size(model)
         tokenizer = _from_megatron(library, tokenizer_path=model, **options)
-    except ValueError as error:
-        if config.type != "huggingface":
-            raise
+    except Exception as error:
+        # Whatever the library has against the user's file: each raises errors of its own.
         raise UsageError(_cannot_be_loaded(config, Path(model), error)) from error
     if _end_of_document(tokenizer) is None:
         raise UsageError(
@@ -236,9 +235,15 @@ def _from_megatron(library: str, **options: Any) -> Tokenizer:
     return found
 
 
-def _cannot_be_loaded(config: TokenizerConfig, model: Path, error: ValueError) -> str:
-    """Say why transformers did not load a tokenizer; its own words advise what has no setting."""
+def _cannot_be_loaded(config: TokenizerConfig, model: Path, error: Exception) -> str:
+    """Say why a library did not load a tokenizer; its own words advise what has no setting."""
     named = f"tokenizer.model={config.model!r}"
+    if config.type != "huggingface":
+        reason = next(iter(str(error).splitlines()), "no reason is given")
+        return (
+            f"{named}: {config.type} cannot load it ({type(error).__name__}: {reason}); give a "
+            f"tokenizer file of {config.type}"
+        )
     for file in (model / "tokenizer_config.json", model / "config.json"):
         with contextlib.suppress(OSError, ValueError):
             if "auto_map" in json.loads(file.read_text()):
@@ -275,20 +280,20 @@ def _given_vocab_size(config: TokenizerConfig) -> int:
 
 
 def _existing_model(config: TokenizerConfig) -> str:
-    what = "directory or file" if config.type == "huggingface" else "file"
+    what = "directory" if config.type == "huggingface" else "file"
     if not config.model:
         raise UsageError(
             f"tokenizer.model: tokenizer.type={config.type} needs the {what} of the tokenizer; "
             "give tokenizer.model=PATH"
         )
     path = os.path.abspath(os.path.expanduser(config.model))
-    if not os.path.exists(path) or (config.type != "huggingface" and not os.path.isfile(path)):
+    if os.path.isfile(path):
+        _reject_other_files(config, Path(path))
+    elif config.type != "huggingface" or not os.path.isdir(path):
         raise UsageError(
             f"tokenizer.model={config.model!r}: there is no such {what} ({path}); it is not "
             "downloaded for you, fetch it first"
         )
-    if os.path.isfile(path):
-        _reject_other_files(config, Path(path))
     return path
 
 
@@ -296,8 +301,13 @@ def _reject_other_files(config: TokenizerConfig, path: Path) -> None:
     """Reject a file that is no tokenizer of the type, as its first bytes tell."""
     head = head_of(path)
     kind = kind_of(head)
-    wanted = "a sentencepiece model" if config.type == "sentencepiece" else "JSON"
-    if kind is None and is_text(head) == (config.type != "sentencepiece"):
+    wanted = {
+        "huggingface": "the folder that its files are in",
+        "sentencepiece": "a sentencepiece model",
+        "tiktoken": "JSON",
+    }[config.type]
+    text_is_right = {"sentencepiece": False, "tiktoken": True}.get(config.type)
+    if kind is None and is_text(head) is text_is_right:
         return
     what = kind or ("text" if is_text(head) else "binary data")
     raise UsageError(

@@ -180,8 +180,8 @@ def find_rows(path: str, field: str, keys: RowKeys) -> dict[str, StoredRows]:
     }
     if not found:
         present = sorted(entry.name for entry in place.iterdir())
-        for entry in sorted(place.glob("*.parquet")):
-            reject_what_is_not_text(entry, f"{field}={path!r}: {entry.name}")
+        for entry in sorted(place.rglob("*.parquet")):
+            reject_what_is_not_text(entry, f"{field}={path!r}: {entry}")
         raise UsageError(
             f"{field}={path!r}: neither {', '.join(JSON_LINES.values())} nor a Hugging Face "
             f"dataset is in this directory (there is {', '.join(present[:8]) or 'nothing'}); give "

@@ -39,7 +39,8 @@ def warnings_of(corpora: Mapping[str, Corpus], ignore_keys: Sequence[str] = ()) 
     """
     found = {key for corpus in corpora.values() for key in corpus.report.ignored_keys}
     lines = [
-        f"warning: dataset.ignore_keys: no row and no turn has {key!r}"
+        f"warning: dataset.ignore_keys: {key!r} gives nothing up: no row or turn has it, or it is "
+        "read"
         for key in ignore_keys
         if key not in found
     ]
