@@ -11,6 +11,7 @@ so a rank that does not come out by itself ends as a process.
 
 import contextlib
 import datetime
+import json
 import os
 import sys
 import threading
@@ -23,6 +24,7 @@ from typing import Self
 import torch.distributed as dist
 
 from bridge.training.distributed import MEETING_PATIENCE, meeting_store, rank, world_size
+from bridge.training.usage_error import UsageError, is_usage_error
 
 SECONDS_TO_NOTICE = 10.0
 """For a rank to fail by itself after another has: for the same reason a moment later, or since it
@@ -77,6 +79,7 @@ class PeerWatch:
         self._needs_peers = True
         self._error: BaseException | None = None
         self._heard: str | None = None
+        self._rejection: str | None = None
 
     def __enter__(self) -> Self:
         """Listen to the ranks, if they have met already."""
@@ -91,18 +94,21 @@ class PeerWatch:
         trace: TracebackType | None,
     ) -> None:
         """Tell what ended the run, if that has not been done, and stop listening."""
-        if error is not None:
-            self._fail(error)
+        rejection = None if error is None else self._fail(error)
         with self._ending:
             self._left.set()
-        if self._store is None or self._thread is None:
-            return
-        if self._thread.is_alive() and self._heard is None:
+        if self._store is not None and self._thread is not None:
+            self._stop_listening(self._store, self._thread)
+        if rejection is not None:
+            raise rejection from error
+
+    def _stop_listening(self, store: dist.Store, thread: threading.Thread) -> None:
+        if thread.is_alive() and self._heard is None:
             # The store may go at this very moment.
             with contextlib.suppress(dist.DistError):
-                self._store.set(_bell(self._rank), "")
+                store.set(_bell(self._rank), "")
         # It would not wake if the store's machine were gone without a trace.
-        self._thread.join(timeout=SECONDS_TO_HEAR)
+        thread.join(timeout=SECONDS_TO_HEAR)
 
     def join(self, patience: datetime.timedelta = MEETING_PATIENCE) -> None:
         """Meet the other ranks, unless that has been done, and listen to them from now on.
@@ -130,17 +136,28 @@ class PeerWatch:
         try:
             yield
         except BaseException as error:
-            self._fail(error)
+            rejection = self._fail(error)
+            if rejection is not None:
+                raise rejection from error
             raise
 
     def needs_no_peers(self) -> None:
         """Take the loss of the store for no failure from now on: the last collective is over."""
         self._needs_peers = False
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException) -> UsageError | None:
+        """Tell what ended the run here; return what is to be raised instead, if it follows from it.
+
+        That is another rank's rejection of a user's mistake: the loss of that rank is no news.
+        """
         if self._error is not None:
-            return
+            return None
         self._error = error
+        if isinstance(error, Exception) and not is_usage_error(error):
+            rejection = self._rejection_of_another_rank()
+            if rejection is not None:
+                self._error = UsageError(rejection)
+                return self._error
         phase = self.phase()
         message = " ".join(str(error).split())[:LONGEST_MESSAGE]
         what = f"{type(error).__name__}: {message}" if message else type(error).__name__
@@ -159,9 +176,23 @@ class PeerWatch:
                 _say(line)
         if self._world_size > 1 and self._heard != _STORE_IS_GONE:
             try:
-                self._tell(f"rank {self._rank} failed in {phase}: {what}")
+                rejection = str(error) if is_usage_error(error) else None
+                self._tell(f"rank {self._rank} failed in {phase}: {what}", rejection)
             except Exception as trouble:  # It must not take the place of what ended the run.
                 _say(f"rank {self._rank}: cannot tell the other ranks: {trouble}")
+        return None
+
+    def _rejection_of_another_rank(self) -> str | None:
+        """Return the message of a user's mistake, where one ended the run on the first rank."""
+        if self._store is None:
+            return None
+        try:
+            if not self._store.check(["failure"]):
+                return None
+            _, rejection = json.loads(self._store.get("failure"))
+        except dist.DistError:
+            return None
+        return None if rejection is None else str(rejection)
 
     def _note_of_timeout(self, error: BaseException) -> str | None:
         """Name the setting, if an exception looks like the end of a wait for other ranks.
@@ -184,12 +215,13 @@ class PeerWatch:
             "a rank may take so long"
         )
 
-    def _tell(self, word: str) -> None:
+    def _tell(self, word: str, rejection: str | None) -> None:
         """Leave word for the other ranks, unless one of them has."""
         self.join(MEETING_PATIENCE_AFTER_FAILURE)
         if self._store is None:
             return
-        if self._store.compare_set("failure", "", word) == word.encode():
+        left = json.dumps([word, rejection])
+        if self._store.compare_set("failure", "", left) == left.encode():
             for other in range(self._world_size):
                 self._store.set(_bell(other), "")
         # The store answers in turn: it has all of that before this process can end.
@@ -216,15 +248,16 @@ class PeerWatch:
             _say(f"rank {self._rank}, in {self.phase()}: ends, since {word}")
             with contextlib.suppress(OSError, ValueError):  # Closed, or nobody reads it any more.
                 sys.stdout.flush()
-            os._exit(1)
+            os._exit(1 if self._rejection is None else 2)
 
     def _next_word(self, store: dist.Store) -> str | None:
         """Wait until a rank has failed; return what it said, None once this one has left."""
         while not self._left.is_set():
             try:
                 store.wait([_bell(self._rank)], _ONE_WAIT)
-                failed = store.check(["failure"])
-                word = store.get("failure").decode() if failed else None
+                word = None
+                if store.check(["failure"]):
+                    word, self._rejection = json.loads(store.get("failure"))
                 store.add("awake", 1)
                 return word
             except dist.DistNetworkError:

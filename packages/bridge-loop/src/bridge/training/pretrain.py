@@ -50,7 +50,8 @@ def pretrain(
     Under a launcher (torchrun, Slurm, Kubernetes) every rank calls it; alone it is one rank.
     Process groups that exist are used and left; others are made and taken down.
     When it fails on one rank of several, it ends on all within 30 seconds: a rank that does not
-    raise by then, since it waits in a collective, ends as a process with exit code 1.
+    raise by then, since it waits in a collective, ends as a process with exit code 1. A UsageError
+    of one rank is raised on all, and the exit code is 2 then.
 
     Args:
         config: The run; it is not changed.
