@@ -21,6 +21,7 @@ from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, named_sets
 from bridge.training.distributed import Ranks
 from bridge.training.evaluation_plan import EvaluationCall, plan_of_run, smallest_microbatch
+from bridge.training.loader_errors import RejectingCollate, RejectingDataset, raised
 from bridge.training.loader_workers import LoaderWorkers, ignore_stop_signals
 from bridge.training.run_length import last_step, samples_to_draw, schedule_samples
 from bridge.training.state import TrainState
@@ -364,6 +365,9 @@ class RunData:
         self, dataset: SizedDataset | None, sampler: Sampler[list[int]], position: int
     ) -> Iterator[Any]:
         assert dataset is not None
+        collate: Any = self.splits.collate
+        if has_workers := self._config.train.num_workers > 0:
+            dataset, collate = RejectingDataset(dataset), RejectingCollate(collate)
         loader: DataLoader[Any] = DataLoader(
             dataset,  # type: ignore[arg-type]  # any sized, indexable object serves
             batch_sampler=sampler,
@@ -372,7 +376,8 @@ class RunData:
             # continues. It seeds the workers, otherwise from each position on.
             generator=torch.Generator().manual_seed(self._config.rng.seed + position),
             pin_memory=self._ranks.device == "cuda",
-            collate_fn=self.splits.collate,
+            collate_fn=collate,
             worker_init_fn=ignore_stop_signals,
         )
-        return self.workers.iterate(loader)
+        iterator = self.workers.iterate(loader)
+        return raised(iterator) if has_workers else iterator

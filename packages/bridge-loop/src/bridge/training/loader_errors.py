@@ -1,0 +1,80 @@
+"""A user's mistake that a data loading process rejects, brought whole to the training process.
+
+torch makes a new exception of one that a worker raises, with the worker's traceback in its message.
+A `UsageError` is said in one line, so it travels as the microbatch and is raised where that is
+read.
+"""
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import default_collate
+
+from bridge.training.contracts import SizedDataset
+from bridge.training.usage_error import is_usage_error
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Stands for a microbatch that the dataset or its collate function rejected."""
+
+    error: Exception
+
+
+class RejectingDataset:
+    """A dataset whose rejections are returned in place of samples, for use in a worker."""
+
+    def __init__(self, dataset: SizedDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self._dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        """Return the samples of a microbatch; torch's loaders ask for them so."""
+        several = getattr(self._dataset, "__getitems__", None)
+        try:
+            return several(indices) if several else [self._dataset[index] for index in indices]
+        except Exception as error:
+            return _rejection(error)
+
+
+@dataclass(frozen=True)
+class RejectingCollate:
+    """A collate function whose rejections are returned; those of the dataset pass through."""
+
+    collate: Callable[[Sequence[Any]], Any] | None
+    """torch's default_collate if None."""
+
+    def __call__(self, samples: Any) -> Any:
+        """Make a microbatch."""
+        if isinstance(samples, Rejection):
+            return samples
+        try:
+            return (self.collate or default_collate)(samples)
+        except Exception as error:
+            return _rejection(error)
+
+
+def raised(microbatches: Iterator[Any]) -> Iterator[Any]:
+    """Yield microbatches, and raise what one was rejected with."""
+    for microbatch in microbatches:
+        if isinstance(microbatch, Rejection):
+            raise microbatch.error
+        yield microbatch
+
+
+def _rejection(error: Exception) -> Rejection:
+    """Return what stands for a rejection; raise the exception again if it is another one."""
+    if not is_usage_error(error):
+        raise error
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        raise error from None
+    return Rejection(error)
