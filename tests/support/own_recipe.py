@@ -1,11 +1,12 @@
 """A package with recipes of its own, as a user might write one: it needs no GPT."""
 
+import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -55,6 +56,56 @@ class Sine:
         if self.size == 14 and os.environ.get("RANK") == "1":
             raise UsageError("dataset.size=14: only rank 1 minds")
         return DataSplits(train=Points(self.size, self.seconds_per_sample))
+
+
+@dataclass(kw_only=True)
+class Faulty:
+    """Fails in one of its functions, on one rank, with an error of a kind."""
+
+    place: str = ""
+    error: Literal["ValueError", "KeyError", "UsageError"] = "ValueError"
+    rank: str | None = None
+    size: int = 8
+
+    def __post_init__(self) -> None:
+        self.fail("section")
+
+    def fail(self, place: str) -> None:
+        if place == self.place and self.rank in (None, os.environ.get("RANK")):
+            kinds = {"ValueError": ValueError, "KeyError": KeyError, "UsageError": UsageError}
+            raise kinds[self.error](f"dataset.place={place}: fails")
+
+    def build(self, request: DataRequest) -> DataSplits:
+        self.fail("build")
+        return DataSplits(train=FaultySamples(self), collate=self.collate)
+
+    def collate(self, samples: Sequence[Any]) -> Any:
+        self.fail("collate")
+        return torch.utils.data.default_collate(list(samples))
+
+
+class FaultySamples:
+    def __init__(self, config: Faulty) -> None:
+        self.config = config
+
+    def __len__(self) -> int:
+        self.config.fail("length")
+        return self.config.size
+
+    def __getitem__(self, index: int, /) -> tuple[torch.Tensor, torch.Tensor]:
+        self.config.fail("sample")
+        x = torch.tensor([float(index)])
+        return x, x
+
+
+@dataclass(kw_only=True)
+class FaultyPerceptron(Perceptron):
+    fails: bool = False
+
+    def build(self, *arguments: Any, **named: Any) -> torch.nn.Module:
+        if self.fails:
+            raise ValueError("the model fails")
+        return super().build(*arguments, **named)
 
 
 def forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
@@ -129,7 +180,17 @@ heckled = Recipe(
     callbacks=lambda: [Heckler()],
 )
 
+faulty = Recipe(
+    name="faulty",
+    summary="fails where it is told to",
+    make_config=lambda: dataclasses.replace(
+        _make_config(), model=FaultyPerceptron(), dataset=Faulty()
+    ),
+    forward_step=forward_step,
+)
+
 _ENTRY_POINTS = """[bridge.recipes]
+faulty = own_recipe:faulty
 sine = own_recipe:sine
 failing = own_recipe:failing
 killed = own_recipe:killed

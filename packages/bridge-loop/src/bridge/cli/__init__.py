@@ -19,13 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parse(arguments)
         return int(options.run(options))
-    except ValueError as error:
+    except BrokenPipeError:
+        return 0  # Whoever read along has read enough.
+    except Exception as error:
         if not is_usage_error(error):
             raise
         print(f"bridge: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        return 0  # Whoever read along has read enough.
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:

@@ -182,16 +182,16 @@ def train_as_rank(
     try:
         with claimed_by_launcher(Path(config.checkpoint.run_dir)):
             return train_here(command, recipe, config, launcher.start)
-    except ValueError as error:
-        if not is_usage_error(error):
-            raise
-        launcher.report(2, str(error))
-        return 2
     except RankFailed as failure:
         launcher.report(failure.code, str(failure))
         # A rank that was killed says nothing: let the launcher see it before those that lost it.
         time.sleep(5 * _POLL_SECONDS)
         return failure.code
+    except Exception as error:
+        if not is_usage_error(error):
+            raise
+        launcher.report(2, str(error))
+        return 2
 
 
 def _explain(launcher: Launcher, rank: int, code: int) -> int:

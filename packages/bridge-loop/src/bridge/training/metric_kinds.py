@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 
+from bridge.training.usage_error import UsageError
+
 type Kind = Literal["token_mean", "mean", "total", "maximum", "local", "ratio"]
 type Number = torch.Tensor | float
 
@@ -60,7 +62,7 @@ def as_metric(key: str, value: Any) -> Metric:
     """Read a metric: a `Metric`, ``[sum, count]`` (token mean), or one number (mean).
 
     Raises:
-        ValueError: It is none of these.
+        UsageError: It is none of these.
     """
     if isinstance(value, Metric):
         return value
@@ -68,8 +70,8 @@ def as_metric(key: str, value: Any) -> Metric:
         return Metric("token_mean", value[0], value[1])
     try:
         return mean(value)
-    except ValueError as error:
-        raise ValueError(
+    except UsageError as error:
+        raise UsageError(
             f"Metric {key!r}: {error} Return a tensor [sum, count], one number, or token_mean(), "
             "mean(), total(), maximum() or local() of bridge.training.loss_reduction."
         ) from None
@@ -94,11 +96,11 @@ class MicrobatchRecord:
 def _number(value: Any) -> Number:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex():
-            raise ValueError(f"a tensor of shape {tuple(value.shape)} is not one number.")
+            raise UsageError(f"a tensor of shape {tuple(value.shape)} is not one number.")
         return value
     if isinstance(value, int | float):
         return float(value)
-    raise ValueError(f"a {type(value).__name__} is not one number.")
+    raise UsageError(f"a {type(value).__name__} is not one number.")
 
 
 def _copy(number: Number, device: torch.device) -> Number:

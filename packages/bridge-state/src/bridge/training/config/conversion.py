@@ -10,6 +10,7 @@ import functools
 import inspect
 import numbers
 import pathlib
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ from bridge.training.config.methods import class_of_section
 from bridge.training.config.names import dtype_from_name, function_from_name, import_by_name
 from bridge.training.contracts import PEFTMethod
 from bridge.training.spelling import did_you_mean, nearest
+from bridge.training.usage_error import is_usage_error
 
 
 def convert(value: Any, annotation: Any, path: str) -> Any:
@@ -311,7 +313,20 @@ def _instantiate(cls: type, values: dict[str, Any]) -> Any:
     try:
         instance = cls(**initial)
     except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
+        if not is_usage_error(error) and not _is_raised_by_library(error):
+            error.add_note(f"while making a {cls.__name__} of the configuration")
+            raise
         raise ConversionError(f"{cls.__name__} refuses these values: {error}") from error
     for name in values.keys() - initial.keys():
         object.__setattr__(instance, name, values[name])
     return instance
+
+
+def _is_raised_by_library(error: Exception) -> bool:
+    """Whether an exception comes from a check of megatron-core's or torch's, or from our own.
+
+    One of a section's own code may be a bug, and keeps its traceback.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = str(frame.f_globals.get("__name__"))
+    return module.partition(".")[0] in ("bridge", "megatron", "torch", "transformer_engine")

@@ -89,6 +89,8 @@ def import_by_name(name: str) -> Any:
             not.
     """
     check_name(name)
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConversionError(f"{name!r} is no name of a class or function, package.module.Name")
     found = _import(name)
     check_found(name, found)
     return found
@@ -105,7 +107,7 @@ def _import(name: str) -> Any:
             if error.name is not None and (module_name + ".").startswith(error.name + "."):
                 continue
             raise ConversionError(f"importing {name!r} failed: {error}") from error
-        except (ImportError, ValueError) as error:
+        except ImportError as error:
             raise ConversionError(f"importing {name!r} failed: {error}") from error
         try:
             return functools.reduce(getattr, parts[length:], module)

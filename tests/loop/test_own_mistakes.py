@@ -1,0 +1,99 @@
+"""A bug in a user's own code keeps its traceback; a rejection is one line, wherever it comes."""
+
+from pathlib import Path
+
+import pytest
+
+import own_recipe
+from bridge.training.config import ConfigContainer, ConfigError
+from bridge.training.config.names import import_by_name
+from bridge.training.usage_error import UsageError
+from commands import Ended, run
+
+
+@pytest.fixture(autouse=True)
+def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_recipe.work_folder(tmp_path, monkeypatch)
+
+
+def fail(fault: str, folder: Path) -> Ended:
+    """Run the recipe that fails; on two ranks where one of them does."""
+    ranks = ["--nproc", "2"] if "rank" in fault else []
+    return run("pretrain", "faulty", *fault.split(), "--run-dir", "R", *ranks, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("fault", "function", "last"),
+    [
+        ("dataset.place=build dataset.rank=1", "build", "rank 1, in set-up: ValueError"),
+        ("dataset.place=length", "__len__", "in set-up: ValueError: dataset.place=length: fails"),
+        ("dataset.place=sample", "__getitem__", "in step 1: ValueError"),
+        ("dataset.place=sample train.num_workers=2", "__getitem__", "in step 1: ValueError"),
+        (
+            "dataset.place=sample train.num_workers=1 dataset.error=KeyError",
+            "__getitem__",
+            "in step 1: KeyError",
+        ),
+        ("dataset.place=collate train.num_workers=1", "collate", "in step 1: ValueError"),
+        ("model.fails=true", "build", "in set-up: ValueError: the model fails"),
+    ],
+)
+def test_a_bug_of_the_users_own_code_keeps_its_traceback(
+    fault: str, function: str, last: str, tmp_path: Path
+) -> None:
+    ended = fail(fault, tmp_path)
+    assert ended.code == 1
+    assert "Traceback (most recent call last)" in ended.err
+    assert f", in {function}" in ended.err
+    assert "own_recipe.py" in ended.err
+    assert last in ended.err
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "dataset.place=sample",
+        "dataset.place=sample train.num_workers=2",
+        "dataset.place=collate train.num_workers=1",
+        "dataset.place=sample train.num_workers=1 dataset.rank=1",
+        "dataset.place=build dataset.rank=0",
+    ],
+)
+def test_a_rejection_of_the_users_own_code_is_one_line(fault: str, tmp_path: Path) -> None:
+    ended = fail(f"{fault} dataset.error=UsageError", tmp_path)
+    assert ended.code == 2
+    assert "Traceback" not in ended.err
+    assert [line for line in ended.err.splitlines() if line.startswith("bridge: ")] == [
+        f"bridge: {fault.split()[0]}: fails"
+    ]
+
+
+def configuration(dataset: str) -> str:
+    return f"model: {{_target_: own_recipe.Perceptron}}\ndataset: {{_target_: {dataset}}}\n"
+
+
+def test_a_section_that_a_file_names_is_made_with_the_same_rule() -> None:
+    with pytest.raises(ConfigError, match="Faulty refuses these values: .*=section: fails"):
+        ConfigContainer.from_yaml(
+            configuration("own_recipe.Faulty, place: section, error: UsageError")
+        )
+    with pytest.raises(ValueError, match="place=section: fails") as raised:
+        ConfigContainer.from_yaml(configuration("own_recipe.Faulty, place: section"))
+    assert type(raised.value) is ValueError
+    assert raised.value.__notes__ == ["while making a Faulty of the configuration"]
+
+
+def test_a_module_that_fails_while_it_is_imported_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_module.py").write_text("int('seven')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="invalid literal") as raised:
+        import_by_name("broken_module.Data")
+    assert str(raised.traceback[-1].path).endswith("broken_module.py")
+
+
+@pytest.mark.parametrize("name", [".", "a..b", ".a.B", "torch.nn.", "a b.C"])
+def test_what_is_no_name_is_rejected(name: str) -> None:
+    with pytest.raises(UsageError, match="is no name of a class or function"):
+        import_by_name(name)
