@@ -1,5 +1,6 @@
 """A configuration file, which may come from anybody, imports what it may and nothing else."""
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,21 @@ def test_a_class_of_a_stranger_is_built_once_the_program_imports_it_or_its_packa
         assert type(ConfigContainer.from_dict(plain).dataset).__module__ == "stranger"
     # Now it is imported, by the tests' program.
     assert type(ConfigContainer.from_dict(plain).dataset).__module__ == "stranger"
+
+
+def test_of_an_installed_package_without_offers_imported_sections_are_built_and_no_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: Path
+) -> None:
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "stranger.py").rename(tmp_path / "site-packages" / "stranger.py")
+    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
+    plain = tiny_config(model=TinyTransformer()).to_dict()
+    plain["dataset"]["_target_"] = "stranger.Data"
+    with pytest.raises(ConfigError, match=r"dataset: 'stranger.Data' is not imported"):
+        ConfigContainer.from_dict(plain)
+    importlib.import_module("stranger")
+    assert type(ConfigContainer.from_dict(plain).dataset).__module__ == "stranger"
+    assert "is not imported" in problems_of(activation_func="stranger.act")[0]
 
 
 def test_what_the_command_or_the_recipe_names_a_file_may_name_too(stranger: Path) -> None:

@@ -3,7 +3,8 @@
 Importing a module runs it, and a function that is named may be called. A program and its recipes
 may name anything; a file, such as the config.yaml of a checkpoint, may name what torch,
 megatron-core, bridge and packages with entry points of bridge offer, and what the program has
-imported already from modules of its own.
+imported already: anything from modules of its own, and classes of models and datasets (dataclasses
+with ``build``) from installed packages too.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from dataclasses import is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,12 @@ def _may_be_named(found: Any) -> bool:
 
 def _is_allowed(root: str, name: str) -> bool:
     # In the order of what they cost.
-    return root in _ROOTS or _is_of_program(name) or root in _packages_with_offers()
+    return (
+        root in _ROOTS
+        or _is_of_program(name)
+        or _is_imported_section(name)
+        or root in _packages_with_offers()
+    )
 
 
 def _rejection(name: str) -> ConversionError:
@@ -125,3 +132,10 @@ def _is_of_program(name: str) -> bool:
     if module is None or file is None:
         return parts[0] == "__main__"
     return not {"site-packages", "dist-packages"}.intersection(Path(file).parts)
+
+
+def _is_imported_section(name: str) -> bool:
+    """Whether a name is of a section's class that the program has imported from anywhere."""
+    module, _, attribute = name.rpartition(".")
+    found = getattr(sys.modules.get(module), attribute, None)
+    return isinstance(found, type) and is_dataclass(found) and hasattr(found, "build")
