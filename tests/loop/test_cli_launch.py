@@ -156,7 +156,9 @@ def test_a_run_whose_reader_has_gone_still_saves(tmp_path: Path, ranks: str) -> 
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_a_second_interrupt_ends_at_once(tmp_path: Path, ranks: str) -> None:
     # A step lasts for a minute.
-    command = _started(tmp_path, "dataset.seconds_per_sample=15", ranks=ranks)
+    command = _started(
+        tmp_path, "dataset.seconds_per_sample=15", "train.num_workers=2", ranks=ranks
+    )
     time.sleep(0.3)
     processes = command.descendants()
     began = time.monotonic()

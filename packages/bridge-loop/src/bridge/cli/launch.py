@@ -281,8 +281,12 @@ def _signals_passed_on(launcher: Launcher) -> Iterator[None]:
             os._exit(128 + number)
         send(children, number)
         if launcher.is_to_end_at_once():
-            # A rank that waits inside a collective hears two signals as one, and later.
-            threading.Timer(_GRACE_SECONDS, send, (children, signal.SIGKILL)).start()
+            # A rank that waits inside a collective hears two signals as one, and later. The data
+            # loading workers of a killed rank would keep this process waiting.
+            threading.Timer(_GRACE_SECONDS, kill_all).start()
+
+    def kill_all() -> None:
+        send(this.children(recursive=True), signal.SIGKILL)
 
     def send(children: list[psutil.Process], number: int) -> None:
         for child in children:

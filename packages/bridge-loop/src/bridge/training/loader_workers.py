@@ -70,13 +70,19 @@ class LoaderWorkers:
                 raise
             raise WorkerDied(death) from error
 
-    def close(self) -> None:
-        """End all workers; those that do not leave within torch's five seconds are killed."""
+    def close(self, *, at_once: bool = False) -> None:
+        """End all workers; those that do not leave within torch's five seconds are killed.
+
+        Args:
+            at_once: Kill them without waiting.
+        """
         for reference, workers in self._loaders:
             iterator = reference()
-            if iterator is not None:
-                # torch's own end of an iterator: until it is called torch takes the end of a
-                # worker for a failure, and the iterator may live on in a traceback.
+            # It may live on in a traceback, and until it is ended torch takes the end of a worker
+            # for a failure.
+            if iterator is not None and at_once:
+                _forget_workers(iterator)
+            elif iterator is not None:
                 iterator._shutdown_workers()
             for worker in workers:
                 if worker.is_alive():
@@ -96,6 +102,20 @@ class LoaderWorkers:
                 by = signal.Signals(-worker.exitcode)
                 return f"{named} was killed by {by.name}: {_advice(by, len(workers))}"
         return None
+
+
+def _forget_workers(iterator: Any) -> None:
+    """Do what ``_shutdown_workers`` of torch's iterator does, but for waiting for the workers."""
+    from torch.utils.data._utils import signal_handling
+
+    if iterator._shutdown:
+        return
+    iterator._shutdown = True
+    if iterator._worker_pids_set:
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+    if iterator._pin_memory:
+        iterator._pin_memory_thread_done_event.set()
 
 
 def _advice(by: signal.Signals, workers: int) -> str:

@@ -185,7 +185,7 @@ def _built(
             with verification.explaining_errors():
                 done = None if checkpoint is None else counters_of(checkpoint)
             data = _build_data(config, ranks, done)
-            stack.callback(data.workers.close)
+            stack.push(lambda kind, *_: data.workers.close(at_once=kind is not None))
         with progress.phase("model"), verification.explaining_errors():
             # An earlier model hangs in reference cycles; its memory is needed for this one.
             gc.collect()
