@@ -21,24 +21,29 @@ IMAGES = MIXED + MIXED[:7]
 """Of a global batch of 16 samples, and of 7 more."""
 
 
-def by_hand(place: Path, samples: int) -> tuple[float, float, int]:
-    """Return the accuracy of the untrained model and its loss, from its logits, and the answers."""
-    with a_run(config(place, ALONE), forward_step) as run:
-        run.model[0].eval()
-        right, asked, loss = 0, 0, 0.0
-        for number, images in enumerate(IMAGES[:samples]):
-            one = microbatch(sample(images, 4 + (number % 4) * (images == 0), seed=number))
-            inputs = {key: value for key, value in one.items() if key != "item_counts"}
-            with torch.no_grad():
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, int, float]]:
+    """Right answers, answers and their loss of each sample, from the untrained model's logits."""
+
+    def body() -> list[tuple[int, int, float]]:
+        found = []
+        place = tmp_path_factory.mktemp("by hand")
+        with a_run(config(place / "run", ALONE), forward_step) as run, torch.no_grad():
+            run.model[0].eval()
+            for number, images in enumerate(IMAGES):
+                one = microbatch(sample(images, 4 + (number % 4) * (images == 0), seed=number))
+                inputs = {key: value for key, value in one.items() if key != "item_counts"}
                 logits, _ = run.model[0](**(inputs | {"labels": None}))
-            counts = one["loss_mask"] != 0
-            right += int(((logits.argmax(-1) == one["labels"]) & counts).sum())
-            asked += int(counts.sum())
-            losses = functional.cross_entropy(
-                logits[counts], one["labels"][counts], reduction="sum"
-            )
-            loss += float(losses)
-    return right / asked, loss / asked, asked
+                counts = one["loss_mask"] != 0
+                right = int(((logits.argmax(-1) == one["labels"]) & counts).sum())
+                losses = functional.cross_entropy(
+                    logits[counts], one["labels"][counts], reduction="sum"
+                )
+                found.append((right, int(counts.sum()), float(losses)))
+        return found
+
+    [found] = run_ranks(1, body, timeout=60)
+    return found
 
 
 def config(place: Path, layout: MimoLayout, samples: int = 0) -> Any:
@@ -62,21 +67,24 @@ def config(place: Path, layout: MimoLayout, samples: int = 0) -> Any:
     ids=lambda value: value.name if isinstance(value, MimoLayout) else "",
 )
 def test_it_is_the_part_of_right_answers_beside_the_loss(
-    layout: MimoLayout, samples: int, tmp_path: Path
+    layout: MimoLayout,
+    samples: int,
+    by_hand: list[tuple[int, int, float]],
+    tmp_path: Path,
 ) -> None:
     def body() -> Any:
         made = config(tmp_path / "run", layout, samples)
         return pretrain(made, forward_step, [AnswerAccuracy()])
 
-    [(expected, loss, _)] = run_ranks(1, by_hand, tmp_path / "by hand", samples, timeout=60)
-    assert expected > 0
+    right, asked, loss = (sum(numbers) for numbers in zip(*by_hand[:samples], strict=True))
+    assert right > 0
     for result in run_ranks(layout.ranks, body, timeout=90):
-        assert result.validation["accuracy"] == pytest.approx(expected)
-        assert result.validation["lm loss"] == pytest.approx(loss, rel=1e-5)
+        assert result.validation["accuracy"] == pytest.approx(right / asked)
+        assert result.validation["lm loss"] == pytest.approx(loss / asked, rel=1e-5)
 
 
 def test_an_odd_sample_of_two_encoders_counts_once_in_the_loss_and_cannot_be_collected(
-    tmp_path: Path,
+    by_hand: list[tuple[int, int, float]], tmp_path: Path
 ) -> None:
     """Each microbatch of the language model is divided between the two."""
 
@@ -87,12 +95,11 @@ def test_an_odd_sample_of_two_encoders_counts_once_in_the_loss_and_cannot_be_col
             result = evaluated(run)
             with pytest.raises(UsageError, match="collect from 22 samples"):
                 run.context.collect_non_loss_data(count_step)
-        made = config(tmp_path / "accuracy", layout, 23)
-        with pytest.raises(UsageError, match="validation data: 23 samples"):
-            pretrain(made, forward_step, [AnswerAccuracy()])
+            with pytest.raises(UsageError, match="validation data: 23 samples"):
+                AnswerAccuracy().on_train_start(run.context)
         return result.metrics["lm loss"], result.tokens, result.samples
 
-    [(_, loss, answers)] = run_ranks(1, by_hand, tmp_path / "by hand", 23, timeout=60)
+    _, asked, loss = (sum(numbers) for numbers in zip(*by_hand, strict=True))
     for found, tokens, samples in run_ranks(3, body, timeout=90):
-        assert found == pytest.approx(loss, rel=1e-5)
-        assert (tokens, samples) == (answers, 23)
+        assert found == pytest.approx(loss / asked, rel=1e-5)
+        assert (tokens, samples) == (asked, 23)
