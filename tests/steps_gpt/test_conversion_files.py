@@ -146,6 +146,10 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def only_a_pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
+
+
 def index_of_absent_files(folder: Path) -> None:
     index = {"weight_map": dict.fromkeys(tensors_of(folder), "model-00001-of-00002.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -165,10 +169,11 @@ NORM = "model.norm.weight"
         (change(**{"model.layers.2.x": torch.ones(1)}), "have model.layers.2.x, for which"),
         (change(**{NORM: torch.ones(31)}), rf"{NORM} has the shape \[31\]; .*is \[32\]"),
         (truncate, "model.safetensors: is damaged"),
+        (only_a_pointer, "model.safetensors: is Git LFS's pointer to a file, not safetensors"),
         (index_of_absent_files, "model-00001-of-00002.safetensors: is not there"),
         (only_pickles, "has neither model.safetensors nor .*; only weights in safetensors"),
     ],
-    ids=["missing", "surplus", "shape", "truncated", "absent", "pickles"],
+    ids=["missing", "surplus", "shape", "truncated", "pointer", "absent", "pickles"],
 )
 def test_files_that_do_not_hold_the_model_are_refused_and_leave_nothing(
     tmp_path: Path, damage: Callable[[Path], None], message: str

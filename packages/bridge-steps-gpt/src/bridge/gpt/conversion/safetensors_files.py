@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bridge.gpt.conversion.hf_config import read_json
+from bridge.training.file_kinds import FileKind, head_of, kind_of
 from bridge.training.usage_error import UsageError
 
 _SINGLE = "model.safetensors"
@@ -83,6 +84,9 @@ class TensorFolder:
         except FileNotFoundError as error:
             raise UsageError(f"{path}: is not there, and {_INDEX} names it; fetch it") from error
         except (SafetensorError, OSError) as error:
+            kind = kind_of(head_of(path)) if path.is_file() else None
+            if kind not in (None, FileKind.SAFETENSORS):
+                raise UsageError(f"{path}: is {kind}, not safetensors; fetch it again") from error
             raise UsageError(f"{path}: is damaged ({error}); fetch it again") from error
 
 
