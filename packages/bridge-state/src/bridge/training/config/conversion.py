@@ -28,6 +28,7 @@ from bridge.training.config.fields import (
     fields_of,
     join,
 )
+from bridge.training.config.megatron_errors import ERRORS, problem_of
 from bridge.training.config.methods import class_of_section
 from bridge.training.config.names import dtype_from_name, function_from_name, import_by_name
 from bridge.training.contracts import PEFTMethod
@@ -285,7 +286,7 @@ def build_dataclass(kind: type, mapping: Mapping[Any, Any], path: str) -> Any:
             lines.append(f"{join(path, name)}: has no value and no default")
     if lines:
         raise FieldProblems(lines)
-    return _instantiate(cls, values)
+    return _instantiate(cls, values, path)
 
 
 def _target_class(kind: type, mapping: Mapping[Any, Any]) -> type:
@@ -307,12 +308,17 @@ def _target_class(kind: type, mapping: Mapping[Any, Any]) -> type:
     return cls
 
 
-def _instantiate(cls: type, values: dict[str, Any]) -> Any:
+def _instantiate(cls: type, values: dict[str, Any], path: str) -> Any:
     fields = fields_of(cls)
     initial = {name: value for name, value in values.items() if fields[name].init}
     try:
         instance = cls(**initial)
-    except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
+    except ERRORS as error:
+        if cls.__module__.startswith("megatron."):
+            unchecked = _unchecked(cls, initial)
+            raise FieldProblems(
+                [problem_of(error, unchecked, path, dataclasses.replace)[0]]
+            ) from error
         if not is_usage_error(error) and not _is_raised_by_library(error):
             error.add_note(f"while making a {cls.__name__} of the configuration")
             raise
@@ -330,3 +336,11 @@ def _is_raised_by_library(error: Exception) -> bool:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module = str(frame.f_globals.get("__name__"))
     return module.partition(".")[0] in ("bridge", "megatron", "torch", "transformer_engine")
+
+
+def _unchecked(cls: type, values: Mapping[str, Any]) -> Any:
+    """Return what the class would build of the values if it did not check them."""
+    instance: Any = object.__new__(cls)
+    for name, field in fields_of(cls).items():
+        object.__setattr__(instance, name, values.get(name, default_of(field)))
+    return instance
