@@ -1,7 +1,9 @@
 import os
+import signal
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from bridge.training.collectives import on_first_rank
 from bridge.training.config import TokenizerConfig
 from bridge.training.usage_error import UsageError
 from gpt_data import read_pair, tree, write_story
-from ranks import run_ranks
+from ranks import RankFailure, run_ranks
 
 
 def text_of(prefix: str | Path) -> bytes:
@@ -122,19 +124,61 @@ def test_two_that_build_the_same_at_once_both_end_with_it(tmp_path: Path) -> Non
     assert tree(tmp_path / "cache") == ["key", "key/file"]
 
 
-def test_what_a_killed_build_left_is_removed_and_a_running_one_is_left_alone(
-    tmp_path: Path,
+class _IsKilled(ByteTokenizer):
+    @property
+    def eod(self) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+
+def killed(body: Callable[[], object]) -> None:
+    with pytest.raises(RankFailure, match="died without a word"):
+        run_ranks(1, body, process_group=False)
+
+
+def made_long_ago(place: Path) -> None:
+    long_ago = time.time() - 10
+    for partial in place.glob(".*.partial-*"):
+        os.utime(partial, (long_ago, long_ago))
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next_and_a_running_one_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, running = tmp_path / ".key.partial-old", tmp_path / ".key.partial-running"
-    for directory in (old, running):
-        directory.mkdir()
-        (directory / "tokens.bin").touch()
-    long_ago = time.time() - 7200
-    for path in (old / "tokens.bin", old, running):
-        os.utime(path, (long_ago, long_ago))
-    with published(tmp_path / "key") as directory:
-        (directory / "file").touch()
-    assert tree(tmp_path) == [running.name, f"{running.name}/tokens.bin", "key", "key/file"]
+    files = find_source(str(write_story(tmp_path / "story.txt"))).files
+    for place in (tmp_path / "cache", tmp_path / "made"):
+        place.mkdir()
+
+    def in_cache() -> None:
+        with published(tmp_path / "cache" / "key") as directory:
+            (directory / "file").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def between_the_halves() -> None:
+        link = os.link
+
+        def dying_link(source: Path, target: Path) -> None:
+            link(source, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(os, "link", dying_link)
+        build_index(files, ByteTokenizer(), str(tmp_path / "made" / "out"))
+
+    killed(in_cache)
+    killed(lambda: build_index(files, _IsKilled(), str(tmp_path / "made" / "out")))
+    killed(between_the_halves)
+    assert len(tree(tmp_path / "cache")) == 2
+    assert "out.bin" in tree(tmp_path / "made")
+    for place in (tmp_path / "cache", tmp_path / "made"):
+        made_long_ago(place)
+    with published(tmp_path / "cache" / "running") as running:
+        made_long_ago(tmp_path / "cache")
+        with published(tmp_path / "cache" / "other"):
+            pass
+        assert running.is_dir()
+    assert tree(tmp_path / "cache") == ["other", "running"]
+    build_index(files, ByteTokenizer(), str(tmp_path / "made" / "out"))
+    assert tree(tmp_path / "made") == ["out.bin", "out.idx"]
 
 
 def test_a_cache_that_cannot_be_written_names_the_remedy(tmp_path: Path) -> None:

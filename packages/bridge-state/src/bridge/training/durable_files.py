@@ -63,7 +63,8 @@ def temporary_folder(final: Path) -> Iterator[Path]:
     a folder that nobody holds a lock on any more or, on a file system without locks of folders,
     that nobody has touched for an hour.
     """
-    _remove_leftovers(final.parent)
+    for leftover in abandoned_folders(final.parent):
+        shutil.rmtree(leftover, ignore_errors=True)
     folder = final.with_name(f".{final.name}.partial-{secrets.token_hex(6)}")
     folder.mkdir()
     try:
@@ -85,12 +86,15 @@ def publish_folder(folder: Path, final: Path) -> None:
     sync_directory(final.parent)
 
 
-def _remove_leftovers(parent: Path) -> None:
+def abandoned_folders(parent: Path) -> list[Path]:
+    """Return the folders of `temporary_folder` that killed processes have left in a directory."""
+    found = []
     for partial in parent.glob(".*.partial-*"):
         # Renamed or removed meanwhile, or not ours to look into.
         with contextlib.suppress(OSError):
             if _is_abandoned(partial):
-                shutil.rmtree(partial, ignore_errors=True)
+                found.append(partial)
+    return found
 
 
 def _is_abandoned(partial: Path) -> bool:

@@ -1,11 +1,10 @@
 """Tokenize documents into .bin/.idx files, once, and never leave half of one behind."""
 
+import errno
 import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +19,14 @@ from bridge.gpt.data.encoder import Encoder
 from bridge.gpt.data.tokenizers import Tokenizer, build_tokenizer, identity
 from bridge.training.collectives import on_first_rank
 from bridge.training.config import TokenizerConfig
+from bridge.training.durable_files import (
+    abandoned_folders,
+    make_directory,
+    publish_folder,
+    sync_directory,
+    sync_tree,
+    temporary_folder,
+)
 from bridge.training.megatron_import import quiet_import
 from bridge.training.usage_error import UsageError
 
@@ -30,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 2
 """Part of every cache key: raise it when documents are cut or encoded differently."""
-_ABANDONED_AFTER_S = 3600.0
 _TOKENS = "tokens"
 
 
@@ -154,6 +160,7 @@ def build_index(
     """
     target = Path(os.path.abspath(os.path.expanduser(prefix)))
     halves = [target.with_name(target.name + suffix) for suffix in (".bin", ".idx")]
+    _remove_lone_half(*halves)
     existing = [str(half) for half in halves if half.exists()]
     if existing:
         raise UsageError(
@@ -162,7 +169,8 @@ def build_index(
         )
     if not target.parent.is_dir():
         raise UsageError(f"--output={prefix!r}: create the directory {target.parent} first")
-    with _directory_for_parts(target.parent, target.name) as parts:
+    full_disk = _refusing_full_disk(f"--output={prefix!r}: {target.parent}", "--output PREFIX")
+    with full_disk, temporary_folder(target) as parts:
         skipped: list[str] = []
         counts = write_tokens(
             read_documents(files, json_key=json_key, skipped=skipped),
@@ -171,9 +179,11 @@ def build_index(
             append_eod=append_eod,
             skipped=skipped,
         )
+        sync_tree(parts)
         for half in halves:
             # Unlike a rename, a link fails where another process has written in the meantime.
             os.link(parts / f"{_TOKENS}{half.suffix}", half)
+        sync_directory(target.parent)
     return counts
 
 
@@ -245,39 +255,51 @@ def published(final: Path) -> Iterator[Path]:
     if final.is_dir():
         yield final
         return
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(final)
-    except OSError as error:
-        raise UsageError(
-            f"dataset.cache_dir: {final.parent} cannot be written ({error}); "
-            "name a directory that can with dataset.cache_dir=DIR"
-        ) from error
-    with _directory_for_parts(final.parent, final.name) as directory:
+    full_disk = _refusing_full_disk(f"dataset.cache_dir: {final.parent}", "dataset.cache_dir=DIR")
+    with full_disk, ExitStack() as stack:
+        try:
+            make_directory(final.parent)
+            directory = stack.enter_context(temporary_folder(final))
+        except OSError as error:
+            raise UsageError(
+                f"dataset.cache_dir: {final.parent} cannot be written ({error}); "
+                "name a directory that can with dataset.cache_dir=DIR"
+            ) from error
         yield directory
         try:
-            directory.rename(final)
+            publish_folder(directory, final)
         except OSError:
             if not final.is_dir():
                 raise
 
 
 @contextmanager
-def _directory_for_parts(parent: Path, name: str) -> Iterator[Path]:
-    """A fresh directory beside `name`, on the same file system, removed at the end."""
-    directory = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=parent))
+def _refusing_full_disk(place: str, option: str) -> Iterator[None]:
+    """Write tokens in this block.
+
+    Raises:
+        UsageError: In place of an OSError that says that nothing more can be written.
+    """
     try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UsageError(
+            f"{place} cannot be written ({error.strerror}); make room, or name another directory "
+            f"with {option}"
+        ) from error
 
 
-def _remove_abandoned(final: Path) -> None:
-    """Remove what killed processes left; one that still writes has touched its files lately."""
-    for partial in final.parent.glob(f".{final.name}.partial-*"):
-        touched = [path.stat().st_mtime for path in (partial, *partial.iterdir())]
-        if time.time() - max(touched) > _ABANDONED_AFTER_S:
-            shutil.rmtree(partial, ignore_errors=True)
+def _remove_lone_half(bin_file: Path, idx_file: Path) -> None:
+    """Remove the half that a build has linked which was killed before it linked the other."""
+    if idx_file.exists() or not bin_file.exists():
+        return
+    for folder in abandoned_folders(bin_file.parent):
+        part = folder / f"{_TOKENS}{bin_file.suffix}"
+        if part.exists() and part.samefile(bin_file):
+            bin_file.unlink()
+            return
 
 
 def digest(description: Any) -> str:
