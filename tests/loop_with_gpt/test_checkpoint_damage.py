@@ -1,5 +1,6 @@
 """Whatever happens to a checkpoint's files is found before anything of it is used."""
 
+import gc
 import io
 import os
 import shutil
@@ -9,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from bridge.training import checkpoint_manifest
+from bridge.training import checkpoint_manifest, checkpoint_writing
 from bridge.training.checkpoint_manifest import Manifest, refuse_damage, verified, write_manifest
 from bridge.training.checkpoint_weights import SavedWeights
 from bridge.training.distributed import one_process
@@ -252,3 +257,51 @@ def test_a_checkpoint_of_an_older_version_is_read_and_told_as_unverified(
     (place / "config.yaml").write_text(text.removesuffix("...\n"))
     refuse_damage(place)
     assert f"{place}: has no manifest.json, as an older version wrote it" in caplog.text
+
+
+def test_a_write_that_fails_does_not_crash_the_process_later(tmp_path: Path) -> None:
+    def body() -> str:
+        item = WriteItem(index=MetadataIndex("rng"), type=WriteItemType.BYTE_IO)
+        with checkpoint_writing._writing_in_this_process([]), open("/dev/full", "wb") as stream:
+            arguments = (_StorageWriterTransforms(), stream, io.BytesIO(bytes(1 << 20)), item, "")
+            try:
+                filesystem_async._write_item(*arguments, SerializationFormat.TORCH_SAVE)
+            except OSError as error:
+                error.args = (*error.args, error)  # A cycle, as loggers and queues make them.
+                cause = str(error.strerror)
+        gc.collect()
+        return cause
+
+    assert run_ranks(1, body) == ["No space left on device"]
+
+
+def test_rows_and_directories_are_durable_before_latest_names_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(tmp_path / "runs" / "run")
+
+    def body() -> list[str]:
+        synced: list[str] = []
+        fsync, publish = os.fsync, RunDirectory.publish
+
+        def noted(descriptor: int) -> None:
+            fsync(descriptor)
+            synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+        def ends(directory: RunDirectory, checkpoint: Path) -> None:
+            synced.append("published")
+            publish(directory, checkpoint)
+
+        # In a rank, which ends with this function.
+        monkeypatch.setattr(os, "fsync", noted)
+        monkeypatch.setattr(RunDirectory, "publish", ends)
+        pretrain(run_config(run.path), token_step)
+        return synced[: synced.index("published")]
+
+    [synced] = run_ranks(1, body, timeout=120)
+    partial = run.checkpoint(2).with_name(f"{run.checkpoint(2).name}.partial")
+    files = [path.name for path in run.checkpoint(2).iterdir()]
+    assert "__0_0.distcp" in files
+    parents = [run.metrics, run.checkpoints, run.path, run.path.parent, run.path.parent.parent]
+    wanted = [*parents, partial, *(partial / name for name in files)]
+    assert {str(path) for path in wanted} <= set(synced)

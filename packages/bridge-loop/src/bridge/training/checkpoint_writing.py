@@ -8,7 +8,7 @@ import functools
 import io
 import logging
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,9 @@ def saving(directory: RunDirectory) -> Iterator[None]:
         raise SaveError(f"{told}; {remedy}") from None
 
 
-def _line(error: OSError, path: str | None) -> str:
-    place = error.filename or path
-    cause = error.strerror or str(error)
+def _line(error: Exception, path: str | None) -> str:
+    place = getattr(error, "filename", None) or path
+    cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     return f"rank {rank()} cannot write{f' {place}' if place else ''}: {cause}"
 
 
@@ -96,6 +96,7 @@ def _writing_in_this_process(failures: list[str]) -> Iterator[None]:
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    errors: list[Exception] = []
     writer: Any = filesystem_async.FileSystemWriterAsync
     write, write_item = writer.write_preloaded_data, filesystem_async._write_item
     results = filesystem_async._results_queue
@@ -104,15 +105,20 @@ def _writing_in_this_process(failures: list[str]) -> Iterator[None]:
     @functools.wraps(write)
     def write_and_note(*arguments: Any, **keywords: Any) -> Any:
         outcome = write(*arguments, **keywords)
-        if isinstance(outcome, tuple) and isinstance(outcome[1], OSError):
-            failures.append(_line(outcome[1], str(keywords["write_bucket"][0])))
+        error = outcome[1] if isinstance(outcome, tuple) else None
+        if isinstance(error, Exception):
+            errors.append(error)
+            # What came first is the cause.
+            told = next((found for found in errors if isinstance(found, OSError)), errors[0])
+            failures.append(_line(told, str(keywords["write_bucket"][0])))
         return outcome
 
     @functools.wraps(write_item)
     def write_copied_item(transforms: Any, stream: Any, data: Any, *rest: Any, **named: Any) -> Any:
         if isinstance(data, io.BytesIO):
             data = _WithoutView(data.getvalue())
-        return write_item(transforms, stream, data, *rest, **named)
+        noting: Any = _Noting(stream, errors)
+        return write_item(transforms, noting, data, *rest, **named)
 
     was_disabled = log.disabled
     filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
@@ -127,6 +133,29 @@ def _writing_in_this_process(failures: list[str]) -> Iterator[None]:
         writer.write_preloaded_data = staticmethod(write)
         filesystem_async._write_item = write_item
         filesystem_async._results_queue = results
+
+
+class _Noting:
+    """A file that keeps its errors: torch's writer makes RuntimeErrors without a reason of them."""
+
+    def __init__(self, stream: Any, errors: list[Exception]) -> None:
+        self._stream, self._errors = stream, errors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, content: Any) -> Any:
+        return self._noted(self._stream.write, content)
+
+    def flush(self) -> None:
+        self._noted(self._stream.flush)
+
+    def _noted(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except OSError as error:
+            self._errors.append(error)
+            raise
 
 
 class _WithoutView(io.BytesIO):

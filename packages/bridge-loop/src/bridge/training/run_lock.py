@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from bridge.training.durable_files import sync_directory
 from bridge.training.run_directory import RunDirectory
 from bridge.training.usage_error import UsageError
 
@@ -215,7 +216,10 @@ def _take(path: Path, made: list[Path]) -> int:
                     "ended yet; wait until they have, or end them"
                 )
             return descriptor
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and _is_at(lock, descriptor):
+                # Not even the holder's name could be written.
+                lock.unlink()
             os.close(descriptor)
             raise
 
@@ -238,6 +242,7 @@ def _make_directory(path: Path, made: list[Path]) -> None:
         with contextlib.suppress(FileExistsError):  # Another has just made it.
             folder.mkdir()
             made.append(folder)
+            sync_directory(folder.parent)
 
 
 def _lock(descriptor: int, byte: int, kind: int) -> bool | None:

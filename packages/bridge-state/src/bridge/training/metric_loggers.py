@@ -65,7 +65,8 @@ class JsonlLogger:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        # Nothing is held back, so nothing is left for `close` where the disk is full.
+        self._file = self.path.open("ab", buffering=0)
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
         """Append one line.
@@ -89,8 +90,12 @@ class JsonlLogger:
             raise FileNotFoundError(
                 errno.ENOENT, "was deleted or replaced while the run goes on", str(self.path)
             )
-        self._file.write(line + "\n")
-        self._file.flush()
+        rest = memoryview((line + "\n").encode())
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def sync(self) -> None:
         """Make the rows durable."""
@@ -99,7 +104,6 @@ class JsonlLogger:
     def close(self) -> None:
         """Make the rows durable and close the file."""
         if not self._file.closed:
-            self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
 
