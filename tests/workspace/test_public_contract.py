@@ -159,6 +159,7 @@ FIELDS = {
         "checkpointer",
         "restored_from",
         "size",
+        "changes",
     ],
     "bridge.training.train.StepResult": [
         "learning_rate",

@@ -61,6 +61,8 @@ class TrainingParts:
     """The checkpoint that the run continues from, None if it starts at step 0."""
     size: ModelSize | None = None
     """Parameters of the model on all ranks, of a run that trains adapters."""
+    changes: list[str] = field(default_factory=list)
+    """A line for each rate that jumps where the run continues, as the configuration was changed."""
 
 
 @dataclass(kw_only=True)

@@ -232,16 +232,13 @@ def _built(
             loss_watch=forward_step.watch,
             base=base,
         )
+        changes: list[str] = []
         if checkpoint is not None or (pretrained is not None and base is None):
-            changes: list[str] = []
             with progress.phase("checkpoint"), verification.explaining_errors():
                 if checkpoint is not None:
                     changes = checkpointer.restore(checkpoint)
                 elif pretrained is not None:
                     checkpointer.load_weights(pretrained)
-            if state.train_state.step < data.train_iters:
-                for change in changes:
-                    progress.note(f"warning: {change}")
         verification.finish()
         yield TrainingParts(
             config=config,
@@ -256,6 +253,7 @@ def _built(
             directory=directory,
             checkpointer=checkpointer,
             restored_from=checkpoint,
+            changes=changes,
             size=size,
         )
 
@@ -495,5 +493,8 @@ def _introduce(run: Run) -> None:
     if run.restored_from is not None:
         step = run.state.train_state.step
         progress.note(f"continues after step {step}, from {run.restored_from}")
+        # A run that is finished takes no step at another rate.
+        for change in run.changes if left else []:
+            progress.note(f"warning: {change}")
     elif run.config.checkpoint.resume:
         progress.note("the run has no checkpoint yet: it starts again at step 0")
