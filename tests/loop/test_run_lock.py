@@ -4,19 +4,24 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 import own_recipe
 from bridge.training import run_lock
 from bridge.training.run_lock import claimed, joined
+from bridge.training.setup import training_parts
 from bridge.training.usage_error import UsageError
 from commands import Command, start
 from commands import run as run_command
+from ranks import run_ranks
+from training_runs import own_run, token_step
 
 SLOW = ("dataset.seconds_per_sample=0.02", "train.train_iters=400")
 
@@ -163,6 +168,22 @@ def _as_two_ranks(arguments: tuple[str, ...], work: Path) -> list[Command]:
         start(*arguments, folder=work / str(rank), environment={"RANK": str(rank), **addresses})
         for rank in range(2)
     ]
+
+
+def test_a_program_with_a_loop_of_its_own_saves_only_where_no_other_trains(work: Path) -> None:
+    def body() -> None:
+        with training_parts(own_run(work / "R"), token_step) as parts:
+            with pytest.raises(UsageError, match=r"checkpoint.run_dir='.*R': process \d+ on host"):
+                parts.checkpointer.save()
+            os.kill(holder, signal.SIGKILL)
+            while psutil.Process(holder).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+            parts.checkpointer.save()
+            assert (work / "R" / "run.lock").exists()
+        assert [path.name for path in (work / "R").iterdir()] == ["checkpoints"]
+
+    with held_elsewhere(claimed(work / "R")) as holder:
+        run_ranks(1, body)
 
 
 @pytest.mark.parametrize(("made_by", "other"), [("pretrain", "finetune"), ("finetune", "pretrain")])

@@ -23,7 +23,7 @@ import random
 import shutil
 import warnings
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,8 @@ class Checkpointer:
         self._loss_watch = loss_watch
         self._base = base
         self._last_saved: int | None = None
+        self.before_first_save: Callable[[], object] | None = None
+        """Called on rank 0 when the run is about to write for the first time."""
         let_sgd_be_loaded(optimizer)
 
     def save(self) -> Path | None:
@@ -148,6 +150,9 @@ class Checkpointer:
         return final
 
     def _prepare(self, partial: Path) -> None:
+        if self.before_first_save is not None:
+            self.before_first_save()
+            self.before_first_save = None
         with saving(self._directory):
             self._directory.checkpoints.mkdir(parents=True, exist_ok=True)
             for leftover in self._directory.checkpoints.glob(f"*{_PARTIAL}"):

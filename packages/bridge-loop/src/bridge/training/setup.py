@@ -64,7 +64,6 @@ from bridge.training.state import GlobalState, TrainState
 from bridge.training.stop_signals import stop_signals
 from bridge.training.trainable import gradients_reach_recomputed_layers, size_of_whole_model
 from bridge.training.training_log import TrainingLog
-from bridge.training.usage_error import UsageError
 
 
 @contextlib.contextmanager
@@ -75,9 +74,10 @@ def training_parts(
 
     The program keeps everything else: signals, logging, callbacks, when to evaluate and to save.
     Process groups that exist are used and left, others are made. Nothing is printed, and nothing
-    is written to disk without a call of ``checkpointer.save``. Within the block torch, numpy and
-    random draw from the run's streams. When it is left, the process is as it was before, and the
-    model remains usable: its parameters are whole on every rank.
+    is written to disk without a call of ``checkpointer.save``, the first of which claims the run's
+    directory (`bridge.training.run_lock`) until the block is left. Within the block torch, numpy
+    and random draw from the run's streams. When it is left, the process is as it was before, and
+    the model remains usable: its parameters are whole on every rank.
 
     Args:
         config: The run; it is not changed. Its validation and logger sections are not used.
@@ -94,7 +94,9 @@ def training_parts(
         ranks_of(config, device) as ranks,
         _chosen_directory(config, ranks, claim=False) as directory,
         _built(config, ranks, forward_step_func, Progress(enabled=False), directory) as parts,
+        contextlib.ExitStack() as stack,
     ):
+        parts.checkpointer.before_first_save = lambda: stack.enter_context(claimed(directory.path))
         yield parts
         # Only after a success: it is a collective.
         with parameters_in_sync(parts.model):
@@ -307,23 +309,17 @@ def _chosen_directory(
     config.checkpoint.run_dir = chosen[0]
     directory = RunDirectory(Path(chosen[0]))
     with contextlib.ExitStack() as stack:
-        # Rank 0 looks: other ranks may see a shared file system a moment later.
-        problem: list[str | None] = [None]
-        if is_logging_rank():
-            try:
-                if claim:
-                    stack.enter_context(claimed(directory.path))
-                refuse_wrong_directory(
-                    directory,
-                    resume=config.checkpoint.resume,
-                    holds_a_run=directory.holds_a_run(),
-                )
-                refuse_another_command(directory, config)
-            except UsageError as error:
-                problem = [str(error)]
-        dist.broadcast_object_list(problem, src=0, group=ranks.control_group)
-        if problem[0] is not None:
-            raise UsageError(problem[0])
+
+        def look() -> None:
+            if claim:
+                stack.enter_context(claimed(directory.path))
+            refuse_wrong_directory(
+                directory, resume=config.checkpoint.resume, holds_a_run=directory.holds_a_run()
+            )
+            refuse_another_command(directory, config)
+
+        # Other ranks may see a shared file system a moment later.
+        on_first_rank(look, ranks.control_group)
         if claim and not is_logging_rank():
             stack.enter_context(joined(directory.path))
         yield directory
