@@ -63,7 +63,13 @@ def test_weights_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_one_process_is_not_one_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (
+        ("WORLD_SIZE", "2"),
+        ("RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "1"),
+    ):
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="one process; start it without a launcher"):
         with one_process():
             pass
