@@ -1,11 +1,15 @@
 """A bug in a user's own code keeps its traceback; a rejection is one line, wherever it comes."""
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 import own_recipe
-from bridge.training.config import ConfigContainer, ConfigError
+from bridge.training.config import ConfigContainer, ConfigError, resolve
 from bridge.training.config.names import import_by_name
 from bridge.training.usage_error import UsageError
 from commands import Ended, run
@@ -80,6 +84,40 @@ def test_a_section_that_a_file_names_is_made_with_the_same_rule() -> None:
         ConfigContainer.from_yaml(configuration("own_recipe.Faulty, place: section"))
     assert type(raised.value) is ValueError
     assert raised.value.__notes__ == ["while making a Faulty of the configuration"]
+
+
+@dataclass
+class FussyTransformer(TransformerConfig):
+    """A model section that checks itself when it is asked, in code of its own."""
+
+    kernel_count: int = 3
+
+    def build(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+    def finalized(self) -> "FussyTransformer":
+        if self.kernel_count == 1:
+            raise ValueError("a bug")
+        if self.kernel_count == 2:
+            raise UsageError("model.kernel_count=2: give another number")
+        return dataclasses.replace(self)
+
+
+def test_a_models_own_check_keeps_its_traceback_and_megatrons_is_a_problem() -> None:
+    def resolved(**fields: Any) -> None:
+        model = FussyTransformer(num_layers=1, hidden_size=8, num_attention_heads=2)
+        for name, value in fields.items():
+            setattr(model, name, value)
+        config = ConfigContainer(model=model, dataset=own_recipe.Sine())
+        config.train.train_iters = 1
+        resolve(config, device="cpu", world_size=1)
+
+    with pytest.raises(ValueError, match="^a bug$"):
+        resolved(kernel_count=1)
+    with pytest.raises(ConfigError, match="model.kernel_count=2: give another number"):
+        resolved(kernel_count=2)
+    with pytest.raises(ConfigError, match="model.recompute_method"):
+        resolved(recompute_method="diagonal", recompute_granularity="full")
 
 
 def test_a_module_that_fails_while_it_is_imported_keeps_its_traceback(

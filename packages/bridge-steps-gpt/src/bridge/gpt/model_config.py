@@ -72,7 +72,7 @@ class GPTModelConfig(TransformerSection):
         rotary = self.position_embedding_type == "rope"
         values = self.device_defaults(device, rotary=rotary)
         if config.tokenizer is not None:
-            with contextlib.suppress(ValueError):  # `problems` says what is wrong with it
+            with contextlib.suppress(UsageError):  # `problems` says what is wrong with it
                 values["vocab_size"] = vocab_size(config.tokenizer)
         return values
 

@@ -10,7 +10,6 @@ import functools
 import inspect
 import numbers
 import pathlib
-import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 
-from bridge.training.config.errors import ConversionError, FieldProblems
+from bridge.training.config.errors import (
+    ConversionError,
+    FieldProblems,
+    is_raised_by_library,
+)
 from bridge.training.config.fields import (
     PARTIAL,
     TARGET,
@@ -319,23 +322,13 @@ def _instantiate(cls: type, values: dict[str, Any], path: str) -> Any:
             raise FieldProblems(
                 [problem_of(error, unchecked, path, dataclasses.replace)[0]]
             ) from error
-        if not is_usage_error(error) and not _is_raised_by_library(error):
+        if not is_usage_error(error) and not is_raised_by_library(error):
             error.add_note(f"while making a {cls.__name__} of the configuration")
             raise
         raise ConversionError(f"{cls.__name__} refuses these values: {error}") from error
     for name in values.keys() - initial.keys():
         object.__setattr__(instance, name, values[name])
     return instance
-
-
-def _is_raised_by_library(error: Exception) -> bool:
-    """Whether an exception comes from a check of megatron-core's or torch's, or from our own.
-
-    One of a section's own code may be a bug, and keeps its traceback.
-    """
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    module = str(frame.f_globals.get("__name__"))
-    return module.partition(".")[0] in ("bridge", "megatron", "torch", "transformer_engine")
 
 
 def _unchecked(cls: type, values: Mapping[str, Any]) -> Any:

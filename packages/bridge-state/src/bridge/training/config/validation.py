@@ -11,6 +11,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
+from bridge.training.config.errors import is_raised_by_library
 from bridge.training.config.layout import Layout, layout_of
 from bridge.training.config.megatron_errors import ERRORS, problem_of
 from bridge.training.config.optional_methods import misspelt_methods
@@ -18,6 +19,7 @@ from bridge.training.config.parts import parts_of
 from bridge.training.config.unsupported import unsupported_settings
 from bridge.training.config.urls import url_problems
 from bridge.training.contracts import ArrangesRanks, ChecksItself, DerivesFields, DrawsLayout
+from bridge.training.usage_error import is_usage_error
 
 
 @runtime_checkable
@@ -81,6 +83,8 @@ def rebuilt_sections(config: ConfigContainer, refused: set[str]) -> list[str]:
         try:
             setattr(config, name, dataclasses.replace(section))
         except ERRORS as error:
+            if not is_usage_error(error) and not is_raised_by_library(error):
+                raise
             problems.append(problem_of(error, section, name, dataclasses.replace)[0])
     return problems
 
@@ -307,6 +311,8 @@ def _megatrons_checks(model: Any, ours: list[str], path: str) -> Iterator[str]:
     try:
         _finalize_quietly(model)
     except ERRORS as error:
+        if not is_usage_error(error) and not is_raised_by_library(error):
+            raise
         problem, named = problem_of(error, model, path, _finalize_quietly)
         paths = [f"{path}.{name}" for name in named]
         # A problem of ours that speaks of all of them, or rejects one, says it better.
