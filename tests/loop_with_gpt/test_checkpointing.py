@@ -423,7 +423,8 @@ def test_a_run_whose_first_steps_were_skipped_is_saved_and_goes_on_bit_for_bit(
             before + after,
         ]
 
-    assert run_ranks(2, both, timeout=120) == [([], [[1, 2, 4], [1, 2, 4]])] * 2
+    ranks = 1 if kind in ("SGD", "fp16") else 2
+    assert run_ranks(ranks, both, timeout=120) == [([], [[1, 2, 4], [1, 2, 4]])] * ranks
     rates = [[row["learning_rate"] for row in rows(tmp_path / name)] for name in ("whole", "cut")]
     assert len(set(rates[0])) == 2
     assert rates[0] == rates[1]
