@@ -57,6 +57,9 @@ class Layout:
     """One of those with four ranks that nothing leaves out."""
 
     def suits(self, model: Model) -> bool:
+        placed = self.model.get("pipeline_model_parallel_layout", "")
+        if placed and ("m" in placed) != ("mtp_num_layers" in model.changes):
+            return False
         if model.kinds is not None and self.kind not in model.kinds:
             return False
         if model.has_experts:
@@ -148,6 +151,12 @@ _NO_OVERLAP = {"overlap_grad_reduce": False, "overlap_param_gather": False}
 _PLAIN_DDP = _NO_OVERLAP | {"use_distributed_optimizer": False}
 _SMALL_BUCKETS = {"bucket_size": 5000}
 _ALIGNED_GATHER = {"align_param_gather": True}
+
+
+def _placed(layers: str) -> dict[str, Any]:
+    return {"pipeline_model_parallel_layout": layers}
+
+
 _ONE_THEN_THREE: dict[str, Any] = {"num_layers_in_first_pipeline_stage": 1}
 _GROUPS_OF_FOUR: dict[str, Any] = {"microbatch_group_size_per_vp_stage": 4}
 
@@ -165,6 +174,8 @@ LAYOUTS = (
     _layout("PP2", "pipeline", 2, "pp2", mbs=1),
     _layout("PP2, 1 microbatch", "pipeline", 2, "pp2", mbs=8),
     _layout("PP2, 1 + 3 layers", "pipeline", 2, "pp2", **_ONE_THEN_THREE),
+    _layout("PP3, MTP alone", "pipeline", 3, "pp3", **_placed("Etttt|m|L")),
+    _layout("PP3, layers alone", "pipeline", 3, "pp3", **_placed("E|tttt|L")),
     _layout("PP4", "pipeline", 4, "pp4"),
     _layout("PP4, 2 microbatches", "pipeline", 4, "pp4", mbs=4),
     _layout("PP2xVPP2", "interleaved pipeline", 2, "pp2 vpp2", mbs=1),
@@ -230,6 +241,10 @@ MODELS = (
         | _RECOMPUTED,
     ),
     Model(name="mtp", changes={"mtp_num_layers": 1}),
+    Model(
+        name="mtp-tied",
+        changes={"mtp_num_layers": 1, "share_embeddings_and_output_weights": True},
+    ),
     Model(name="experts", changes=_EXPERTS, everywhere=True),
     Model(
         name="experts-allgather",

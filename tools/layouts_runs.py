@@ -147,6 +147,8 @@ class RankTrace:
     """What a run left on one rank."""
 
     losses: list[float] = field(default_factory=list)
+    other_losses: dict[str, list[float]] = field(default_factory=dict)
+    """By name those that no loss function returns: of experts and of multi-token prediction."""
     grad_norms: list[float] = field(default_factory=list)
     validation: float = float("nan")
     collected: list[float] = field(default_factory=list)
@@ -163,6 +165,9 @@ class RankTrace:
 
     def on_log(self, context: Any, row: dict[str, Any]) -> None:
         self.losses.append(row["lm loss"])
+        for name in row:
+            if name.endswith("loss") and name != "lm loss":
+                self.other_losses.setdefault(name, []).append(row[name])
         self.grad_norms.append(row["grad_norm"])
 
 
@@ -271,7 +276,7 @@ def train_all(
 def deviation(case: Case, traces: Sequence[RankTrace], reference: RankTrace) -> Deviation:
     """Compare the ranks of a run with the one rank of the same run alone."""
     faults = []
-    for name in ("losses", "grad_norms", "validation"):
+    for name in ("losses", "other_losses", "grad_norms", "validation"):
         if any(getattr(trace, name) != getattr(traces[0], name) for trace in traces):
             faults.append(f"ranks disagree on their {name}")
     first, first_faults = assembled([trace.first for trace in traces])
@@ -281,6 +286,8 @@ def deviation(case: Case, traces: Sequence[RankTrace], reference: RankTrace) -> 
     faults += first_faults + last_faults
     if not _equal(first, wanted_first):
         faults.append("the initial weights are others")
+    if traces[0].other_losses.keys() != reference.other_losses.keys():
+        faults.append("other losses are logged")
     samples = max(case.micro_batch_size, MICRO_BATCH)
     change = worst(_distance(wanted_last[name], wanted_first[name]) for name in wanted_last)
     collected = _relative_to_largest(
@@ -288,7 +295,16 @@ def deviation(case: Case, traces: Sequence[RankTrace], reference: RankTrace) -> 
         _collected_of_all([reference], samples // MICRO_BATCH),
     )
     return Deviation(
-        loss=_relative(traces[0].losses, reference.losses),
+        loss=worst(
+            [
+                _relative(traces[0].losses, reference.losses),
+                *(
+                    _relative(values, reference.other_losses[name])
+                    for name, values in traces[0].other_losses.items()
+                    if name in reference.other_losses
+                ),
+            ]
+        ),
         grad_norm=_relative(traces[0].grad_norms, reference.grad_norms),
         evaluation=worst([_relative([traces[0].validation], [reference.validation]), collected]),
         parameters=worst(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from bridge.training.config import resolve
 from bridge.training.distributed import (
@@ -15,6 +16,7 @@ from bridge.training.distributed import (
     ranks_of,
     world_size,
 )
+from bridge.training.usage_error import UsageError
 from gpt_models import tiny_gpt
 from ranks import run_ranks
 from training_runs import gpt_run
@@ -53,6 +55,38 @@ def test_losses_are_known_at_the_end_of_the_pipeline() -> None:
             return ranks.is_last_stage, ranks.control_group.size()
 
     assert run_ranks(2, body, timeout=120) == [(False, 2), (True, 2)]
+
+
+@pytest.mark.parametrize("ranks_with_embedding", [None, [0, 1], [0, 1, 2]])
+def test_groups_that_leave_out_a_copy_of_the_embedding_are_rejected_on_every_rank(
+    ranks_with_embedding: list[int] | None,
+) -> None:
+    model = tiny_gpt(
+        pipeline_model_parallel_size=3,
+        pipeline_model_parallel_layout="Etttt|m|L",
+        mtp_num_layers=1,
+    )
+
+    def embedding_ranks(pipeline: list[int], _: int | None = None) -> list[int]:
+        return ranks_with_embedding or pipeline
+
+    def body() -> str:
+        config = resolve(gpt_run("unused", model), device="cpu", world_size=3)
+        parallel_state.initialize_model_parallel(
+            pipeline_model_parallel_size=3,
+            get_embedding_ranks=embedding_ranks if ranks_with_embedding else None,
+        )
+        try:
+            with ranks_of(config, "cpu"):
+                return "accepted"
+        except UsageError as error:
+            return str(error)
+
+    for found in run_ranks(3, body, timeout=120):
+        if ranks_with_embedding == [0, 1]:  # The output layer is not tied.
+            assert found == "accepted"
+        else:
+            assert "ranks [0, 1] hold the embedding's weight" in found
 
 
 @pytest.mark.parametrize("present", [True, False])

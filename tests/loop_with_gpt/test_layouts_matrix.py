@@ -1,7 +1,7 @@
 """A sample of the matrix of tools/layouts.py: every layout trains as one process does.
 
-Losses, gradient norms, both kinds of evaluation and all parameters are compared, with masks that
-differ between samples, some of which count no token.
+Every loss, gradient norms, both kinds of evaluation and all parameters are compared, with masks
+that differ between samples, some of which count no token.
 """
 
 import math
@@ -71,6 +71,8 @@ def on_one_process() -> Callable[[Case], RankTrace]:
         ("llama", SUMS, ["CP2xDP2"]),
         ("gpt2", SUMS, ["PP2"]),
         ("recomputed", SUMS, ["PP2, 1 + 3 layers"]),
+        ("mtp", SUMS, ["PP3, MTP alone"]),
+        ("mtp-tied", SUMS, ["PP3, MTP alone"]),
         ("experts", SUMS, ["EP2xTP2+SP, ETP1"]),
         ("experts", PORTING, ["EP2xCP2"]),
         ("dropout-recomputed", SUMS, ["TP2"]),

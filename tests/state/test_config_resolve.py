@@ -325,6 +325,29 @@ def transformer(**values: Any) -> Any:
             "which model.sequence_parallel=true needs",
         ),
         (transformer(virtual_pipeline_model_parallel_size=2), 1, "needs model.pipeline_model"),
+        (
+            transformer(
+                num_layers=2,
+                pipeline_model_parallel_size=2,
+                pipeline_model_parallel_layout="E|t|t|L",
+            ),
+            2,
+            "model.pipeline_model_parallel_layout: 4 stages on "
+            "model.pipeline_model_parallel_size=2 ranks need "
+            "model.virtual_pipeline_model_parallel_size=2",
+        ),
+        (
+            transformer(
+                num_layers=2,
+                pipeline_model_parallel_size=2,
+                virtual_pipeline_model_parallel_size=2,
+                mtp_num_layers=1,
+                pipeline_model_parallel_layout="Et|t|m|L",
+            ),
+            2,
+            "model.pipeline_model_parallel_layout: the stage of the multi-token prediction layers "
+            "(m) is on the rank of the embedding (E)",
+        ),
         (transformer(pipeline_model_parallel_size=3), 3, "model.num_layers=4 is not a multiple"),
         (
             transformer(

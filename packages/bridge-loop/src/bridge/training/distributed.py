@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from bridge.training import cpu
 from bridge.training.config import ConfigContainer, Layout, layout_of
+from bridge.training.config.pipeline_layout import embedding_stages
 from bridge.training.contracts import DataShare, ModuleRanks, PlacesModules, own_groups
 from bridge.training.megatron_globals import globals_kept
 from bridge.training.megatron_import import expected_messages_held_back
@@ -134,7 +135,8 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
         if isinstance(config.model, PlacesModules):
             of_modules = config.model.module_ranks(world_size=world_size(), timeout=timeout)
         if of_modules is None:
-            groups: Any = stack.enter_context(_megatrons_groups(layout, timeout))
+            stages = embedding_stages(config.model)
+            groups: Any = stack.enter_context(_megatrons_groups(layout, timeout, stages))
         else:
             groups = stack.enter_context(of_modules)
         control_group = dist.new_group(backend="gloo", timeout=timeout)
@@ -144,7 +146,7 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
 
 @contextlib.contextmanager
 def _megatrons_groups(
-    layout: Layout, timeout: datetime.timedelta
+    layout: Layout, timeout: datetime.timedelta, stages_with_embedding: list[int]
 ) -> Iterator["ProcessGroupCollection"]:
     """Bring up megatron-core's own groups, or use those that there are."""
     from megatron.core import parallel_state
@@ -152,8 +154,13 @@ def _megatrons_groups(
 
     if parallel_state.model_parallel_is_initialized():
         _check_layout(layout)
+        _check_embedding_group(stages_with_embedding)
         yield ProcessGroupCollection.use_mpu_process_groups()
         return
+
+    def embedding_ranks(pipeline: list[int], _: int | None = None) -> list[int]:
+        return [pipeline[stage] for stage in stages_with_embedding]
+
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -161,6 +168,7 @@ def _megatrons_groups(
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        get_embedding_ranks=embedding_ranks,
         # A timedelta is made of it, so it may be a fraction, whatever its annotation says.
         distributed_timeout_minutes=timeout / datetime.timedelta(minutes=1),  # type: ignore[arg-type]
     )
@@ -271,6 +279,22 @@ def _check_layout(wanted: Layout) -> None:
             f"model: the configuration asks for parallel sizes {asked}, and megatron-core's groups "
             f"are initialised already with {found}; make them equal, or let pretrain make the "
             "groups (parallel_state.destroy_model_parallel before it)"
+        )
+
+
+def _check_embedding_group(stages: list[int]) -> None:
+    """Refuse groups of another part of the program in which a copy of the embedding is left out."""
+    from megatron.core import parallel_state
+
+    pipeline = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    wanted = [pipeline[stage] for stage in stages]
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    present = [] if group is None else dist.get_process_group_ranks(group)
+    if present != (wanted if dist.get_rank() in wanted else []):
+        raise UsageError(
+            f"model.pipeline_model_parallel_layout: ranks {wanted} hold the embedding's weight, "
+            "and megatron-core's groups are initialized already with another embedding group; pass "
+            "get_embedding_ranks to initialize_model_parallel, or let pretrain make the groups"
         )
 
 

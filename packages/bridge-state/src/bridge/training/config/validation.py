@@ -16,6 +16,7 @@ from bridge.training.config.layout import Layout, layout_of
 from bridge.training.config.megatron_errors import ERRORS, problem_of
 from bridge.training.config.optional_methods import misspelt_methods
 from bridge.training.config.parts import parts_of
+from bridge.training.config.pipeline_layout import placement_problems
 from bridge.training.config.unsupported import unsupported_settings
 from bridge.training.config.urls import url_problems
 from bridge.training.contracts import ArrangesRanks, ChecksItself, DerivesFields, DrawsLayout
@@ -437,6 +438,7 @@ def _pipeline(model: ModelParallelConfig, layout: Layout) -> Iterator[str]:
         )
     if not isinstance(model, TransformerConfig):
         return
+    yield from placement_problems(model)
     uneven = (
         model.num_layers_in_first_pipeline_stage is not None
         or model.num_layers_in_last_pipeline_stage is not None
