@@ -29,7 +29,6 @@ def drawn(
                 MicrobatchSampler(
                     order,
                     start=start,
-                    stop=None,
                     micro_batch_size=2,
                     data_parallel_rank=rank,
                     data_parallel_size=data_parallel_size,

@@ -159,12 +159,11 @@ class SampleOrder:
 
 
 class MicrobatchSampler(Sampler[list[int]]):
-    """Yields the indices of this rank's microbatches, from a position on.
+    """Yields the indices of this rank's microbatches, from a position on, for ever.
 
     Args:
         order: The order of the samples.
         start: Samples consumed before.
-        stop: Position to stop at; None goes on for ever.
         micro_batch_size: Samples of a microbatch.
         data_parallel_rank: This rank's place among the data-parallel ranks.
         data_parallel_size: Number of data-parallel ranks.
@@ -175,14 +174,12 @@ class MicrobatchSampler(Sampler[list[int]]):
         order: SampleOrder,
         *,
         start: int,
-        stop: int | None,
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
     ) -> None:
         self._order = order
         self._start = start
-        self._stop = stop
         self._micro_batch_size = micro_batch_size
         self._rank = data_parallel_rank
         self._size = data_parallel_size
@@ -190,8 +187,6 @@ class MicrobatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         stride = self._micro_batch_size * self._size
         for block in itertools.count(self._start, stride):
-            if self._stop is not None and block + stride > self._stop:
-                return
             first = block + self._rank * self._micro_batch_size
             yield [self._order[first + i] for i in range(self._micro_batch_size)]
 
@@ -322,7 +317,7 @@ class RunData:
     @property
     def smallest_microbatch(self) -> int:
         """Samples of which every microbatch of a replica holds a multiple, 1 in most layouts."""
-        return smallest_microbatch(self._config, self._ranks.pg_collection)
+        return smallest_microbatch(self._ranks.pg_collection)
 
     def evaluation(
         self, dataset: SizedDataset, num_samples: int | None = None
@@ -355,7 +350,6 @@ class RunData:
         return MicrobatchSampler(
             self._order,
             start=consumed_samples,
-            stop=None,
             micro_batch_size=share.samples,
             data_parallel_rank=share.rank,
             data_parallel_size=share.size,

@@ -91,7 +91,7 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
     """
     batches = plan_of_run(state.cfg, pg_collection, num_samples, is_interleaved=len(model) > 1)
     if collect_non_loss_data and any(call.copies > 1 for batch in batches for call in batch):
-        unit = smallest_microbatch(state.cfg, pg_collection)
+        unit = smallest_microbatch(pg_collection)
         raise UsageError(
             f"num_samples={num_samples}: microbatches of this layout hold {unit} samples or a "
             f"multiple, and {num_samples} is none; collect from {num_samples // unit * unit} "

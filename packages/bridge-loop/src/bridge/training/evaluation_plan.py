@@ -16,7 +16,7 @@ No loss function needs to know. A mean over microbatches weighs each of them by 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bridge.training.contracts import DataShare, ModuleRanks, own_groups, replicas_of
 
@@ -154,21 +154,14 @@ def plan_of_run(
         global_batch_size=config.train.global_batch_size,
         replicas=replicas_of(pg_collection),
         group=group,
-        smallest=smallest_microbatch(config, pg_collection),
+        smallest=smallest_microbatch(pg_collection),
     )
 
 
-def smallest_microbatch(
-    config: "ConfigContainer", pg_collection: "ProcessGroupCollection | ModuleRanks"
-) -> int:
+def smallest_microbatch(pg_collection: "ProcessGroupCollection | ModuleRanks") -> int:
     """Return the samples of which a replica's microbatch holds a multiple.
 
     That is 1, but for modules on ranks of their own with more replicas than the language model,
-    which divide its microbatches among them, and for CUDA graphs, which know one size.
+    which divide its microbatches among them.
     """
-    model: Any = config.model
-    if getattr(model, "cuda_graph_impl", "none") not in (None, "none"):
-        return config.train.micro_batch_size
-    if isinstance(pg_collection, ModuleRanks):
-        return pg_collection.smallest_microbatch
-    return 1
+    return pg_collection.smallest_microbatch if isinstance(pg_collection, ModuleRanks) else 1

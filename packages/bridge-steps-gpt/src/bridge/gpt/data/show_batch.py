@@ -91,7 +91,6 @@ def microbatches(config: "ConfigContainer") -> Iterator["Batch"]:
     sampler = MicrobatchSampler(
         SampleOrder(len(train), shuffle=splits.shuffle, seed=config.rng.seed),
         start=0,
-        stop=None,
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_rank=0,
         data_parallel_size=1,
