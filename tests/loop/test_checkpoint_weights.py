@@ -157,6 +157,7 @@ def test_modules_keep_their_extra_states_where_a_checkpoint_has_none(tmp_path: P
         config.checkpoint.pretrained_checkpoint = str(tmp_path / "poisoned")
         with pytest.raises(RejectedType) as error, training_parts(config, token_step):
             pass
+        assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
         found += [error.value.entry, *error.value.types]
         # Outside of a checkpoint everything is unpickled as ever.
         pickle.loads(pickle.dumps(Poison(marker)))

@@ -17,7 +17,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -64,6 +64,10 @@ class RejectedType(UsageError):
         self.file = file
         self.entry = entry
         self.types = names
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, list[str]]]:
+        """Let other ranks raise it too."""
+        return type(self), (self.file, self.entry, self.types)
 
 
 @contextlib.contextmanager
@@ -133,15 +137,18 @@ class _Loading:
         """Stand in for pickle.load, with which `.metadata` is read."""
         path = Path(str(getattr(file, "name", self._checkpoint)))
         with self._noting_failure():
-            loaded = _unpickled(file, str(path), path.name, keywords)
+            loaded = _unpickled(file, str(path), lambda: path.name, keywords)
             if path.name == ".metadata":
                 _check_files(loaded, path)
         return loaded
 
     def loads(self, original: Callable[..., Any], data: Any, /, **keywords: Any) -> Any:
         """Stand in for pickle.loads, with which modules read their extra states."""
-        found = (key for key, value in self._extra_states.items() if _content(value) == bytes(data))
-        entry = next(found, "an extra state")
+
+        def entry() -> str:
+            states = self._extra_states.items()
+            return next((key for key, it in states if _content(it) == bytes(data)), "extra state")
+
         with self._noting_failure():
             return _unpickled(io.BytesIO(data), str(self._checkpoint), entry, keywords)
 
@@ -174,13 +181,13 @@ class _Loading:
         if isinstance(file, str | Path):
             return str(file), Path(file).name
         if self._reader is None:
-            return str(self._checkpoint), "an extra state"
+            return str(self._checkpoint), "extra state"
         entries = self._reader.storage_data.items()
         entry = next((index.fqn for index, place in entries if place is self._slice), "?")
         return str(self._checkpoint / self._slice.relative_path), entry
 
 
-def _unpickled(file: Any, path: str, entry: str, keywords: Mapping[str, Any]) -> Any:
+def _unpickled(file: Any, path: str, entry: Callable[[], str], keywords: Mapping[str, Any]) -> Any:
     from megatron.core.safe_globals import SafeUnpickler
 
     class Unpickler(SafeUnpickler):
@@ -191,7 +198,7 @@ def _unpickled(file: Any, path: str, entry: str, keywords: Mapping[str, Any]) ->
             try:
                 return super().find_class(module, name)
             except pickle.UnpicklingError as error:
-                raise RejectedType(path, entry, [f"{module}.{name}"]) from error
+                raise RejectedType(path, entry(), [f"{module}.{name}"]) from error
 
     try:
         return Unpickler(file, **keywords).load()
@@ -199,7 +206,7 @@ def _unpickled(file: Any, path: str, entry: str, keywords: Mapping[str, Any]) ->
         raise
     except Exception as error:  # Damaged pickles raise errors of any kind.
         raise UsageError(
-            f"{path}: {entry} cannot be read ({type(error).__name__}: {error}); the file is "
+            f"{path}: {entry()} cannot be read ({type(error).__name__}: {error}); the file is "
             "damaged, take another checkpoint"
         ) from error
 
@@ -211,7 +218,7 @@ def _check_files(metadata: Any, path: Path) -> None:
     if not isinstance(metadata, Metadata):
         raise UsageError(f"{path}: is no index of a checkpoint; it is damaged, take another one")
     for place in metadata.storage_data.values():
-        if Path(place.relative_path).name != place.relative_path:
+        if "/" in place.relative_path or place.relative_path in ("", ".", ".."):
             raise UsageError(
                 f"{path}: leads to {place.relative_path!r}, which is not a file of the checkpoint; "
                 "nothing was loaded; take a checkpoint from a source that you trust"
