@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -93,6 +94,18 @@ def test_a_run_without_latest_is_not_started_again(work: Path) -> None:
     assert [row["step"] for row in RunDirectory(work / "R").rows()] == [1, 2, 3, 4, 5, 6]
 
 
+def test_no_run_starts_from_a_checkpoint_with_a_flipped_bit(work: Path) -> None:
+    file = work / "R" / "checkpoints" / "step-0000006" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    ended = run("finetune", "sine", "--from", "R", "--run-dir", "T", folder=work)
+    assert ended.code == 2
+    assert ended.err.startswith(f"bridge: {file}: has other content than was written")
+    assert f"the newest older whole checkpoint is {file.parent.parent}/step-0000004" in ended.err
+    assert not (work / "T").exists()
+
+
 @pytest.mark.parametrize("kind", ["cut", "gone", "damaged"])
 def test_rows_that_are_missing_are_told(work: Path, kind: str) -> None:
     path = work / "R" / "metrics.jsonl"
@@ -149,16 +162,23 @@ def test_a_disk_that_is_full_in_a_save_is_told_with_rank_path_and_the_newest_che
         assert left == ["latest", "step-0000002", "step-0000004"]
 
 
-@pytest.mark.parametrize("kilobytes", [4, 8])
-def test_a_full_disk_at_the_start_is_told_in_one_line(tmp_path: Path, kilobytes: int) -> None:
+@pytest.mark.parametrize(
+    ("kilobytes", "cause"),
+    [(4, "No space left on device"), (8, "No space left on device"), (9, "Read-only file system")],
+)
+def test_a_disk_that_cannot_be_written_at_the_start_is_told_in_one_line(
+    tmp_path: Path, kilobytes: int, cause: str
+) -> None:
     with small_disk(tmp_path / "disk", kilobytes) as disk:
         if kilobytes == 4:
             (disk / "file").write_bytes(b"x" * 4096)
+        if kilobytes == 9:
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         folder = tmp_path / "work"
         ended = run("pretrain", "sine", "--run-dir", "../disk/R", folder=folder)
         assert ended.code == 2, ended.err
         assert ended.err.startswith("bridge: checkpoint.run_dir")
-        assert "No space left on device" in ended.err
+        assert cause in ended.err
         assert ended.err.count("\n") == 1
         assert not (disk / "R").exists()
 

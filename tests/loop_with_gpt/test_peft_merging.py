@@ -1,5 +1,6 @@
 """Adapters become one with their base, and travel to Hugging Face's peft."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,37 @@ def test_what_cannot_be_merged_is_refused(
     assert no_adapters.endswith("holds a whole model and no adapters")
     assert "bridge merge" in to_merge
     assert not (tmp_path / "merged").exists()
+
+
+def flip_a_bit(run: Path) -> Path:
+    """Damage the newest checkpoint of a run; return the file."""
+    [file] = run.glob("checkpoints/step-*/__0_0.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return file
+
+
+def test_damaged_weights_are_neither_exported_nor_merged(
+    runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("dense", "lora"):
+        shutil.copytree(runs / name, tmp_path / name)
+    damaged = [flip_a_bit(tmp_path / name) for name in ("dense", "lora")]
+    dense, lora = (str(tmp_path / name) for name in ("dense", "lora"))
+
+    def attempts() -> list[int]:
+        output = ["--output", str(tmp_path / "made")]
+        return [
+            main(["export", dense, "--to", "hf", *output]),
+            main(["export", lora, "--to", "hf-peft", *output]),
+            main(["merge", str(runs / "lora"), *output, "--base", dense]),
+            main(["merge", lora, *output]),
+        ]
+
+    assert run_ranks(1, attempts, process_group=False) == [[2] * 4]
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("bridge: ")]
+    base, adapters = (f"bridge: {file}: has other content than was written" for file in damaged)
+    for line, start in zip(lines, [base, adapters, base, adapters], strict=True):
+        assert line.startswith(start)
+    assert not (tmp_path / "made").exists()

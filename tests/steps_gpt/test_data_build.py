@@ -23,6 +23,7 @@ from bridge.training.config import TokenizerConfig
 from bridge.training.usage_error import UsageError
 from gpt_data import read_pair, tree, write_story
 from ranks import RankFailure, run_ranks
+from small_disks import small_disk
 
 
 def text_of(prefix: str | Path) -> bytes:
@@ -186,6 +187,20 @@ def test_a_cache_that_cannot_be_written_names_the_remedy(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"dataset\.cache_dir=DIR"):
         with published(tmp_path / "file" / "key"):
             pass
+
+
+def test_a_full_disk_is_told_and_nothing_is_left_on_it(tmp_path: Path) -> None:
+    story = write_story(tmp_path / "story.txt")
+    story.write_text(story.read_text() * 20)
+    files = find_source(str(story)).files
+    with small_disk(tmp_path / "disk", 16) as disk:
+        with pytest.raises(UsageError, match="No space left.*name another.*dataset.cache_dir=DIR"):
+            with cached_tokens(files, TokenizerConfig(), disk / "cache"):
+                pass
+        assert tree(disk / "cache") == ["tokens"]
+        with pytest.raises(UsageError, match="--output=.* cannot be written .No space left"):
+            build_index(files, ByteTokenizer(), str(disk / "out"))
+        assert tree(disk) == ["cache", "cache/tokens"]
 
 
 def test_the_default_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:

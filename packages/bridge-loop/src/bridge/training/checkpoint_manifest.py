@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _VERSION = 1
 _BLOCK = 1 << 26
-_PIECE = 1 << 22
+_PIECE = 1 << 20
 _MOST_THREADS = 8
 
 
@@ -249,6 +249,8 @@ class Verification:
             DamagedCheckpoint: On every rank.
         """
         found = self._find_damage()
+        # Data loading workers are forked next.
+        self._pool.shutdown()
         messages = from_every_rank(found, self._group) if self._together else [found]
         for message in messages:
             if message is not None:

@@ -245,7 +245,7 @@ def _others(config: ConfigContainer) -> Iterator[str]:
     if config.checkpoint.step is not None and not config.checkpoint.resume:
         yield (
             f"checkpoint.step={config.checkpoint.step} is that of a run to continue: add --resume "
-            "(checkpoint.resume=true), or leave it out"
+            "(checkpoint.resume=true), or leave it out and give the checkpoint's own path"
         )
     if config.dist.timeout_minutes <= 0:
         yield f"dist.timeout_minutes={config.dist.timeout_minutes} must be positive"
