@@ -42,7 +42,6 @@ _TYPES = frozenset(
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.serialization", "_get_layout"),
         ("torch", "Size"),
-        ("pathlib", "PosixPath"),
     }
 )
 """Types of `.metadata`; those of extra states are listed in megatron-core's SafeUnpickler."""
