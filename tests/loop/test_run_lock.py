@@ -117,7 +117,8 @@ def test_of_two_starts_at_once_one_trains_and_the_other_is_told_by_whom(work: Pa
     arguments = (
         "pretrain",
         "sine",
-        "dataset.seconds_per_sample=0.02",
+        "dataset.seconds_per_sample=0.05",
+        "checkpoint.save_interval=null",
         "--run-dir",
         str(work / "R"),
     )

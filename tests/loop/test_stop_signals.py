@@ -7,7 +7,12 @@ import time
 import pytest
 import torch.distributed as dist
 
-from bridge.training.stop_signals import SECONDS_OF_ONE_INTERRUPT, StopRequest, stop_signals
+from bridge.training.stop_signals import (
+    SECONDS_OF_ONE_INTERRUPT,
+    STOP_SIGNALS,
+    StopRequest,
+    stop_signals,
+)
 from ranks import run_ranks
 
 
@@ -18,6 +23,28 @@ def test_the_first_signal_is_remembered_and_handlers_come_back() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         assert request.signal == signal.SIGTERM
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_each_signal_is_the_cause_by_its_name(number: signal.Signals) -> None:
+    def body() -> tuple[str | None, bool]:
+        before = signal.getsignal(number)
+        with stop_signals() as request:
+            os.kill(os.getpid(), number)
+            cause = request.agreed(all_ranks())
+        return cause, signal.getsignal(number) == before
+
+    assert run_ranks(1, body) == [(number.name, True)]
+
+
+def test_a_hangup_stays_ignored_where_it_was_as_under_nohup() -> None:
+    def body() -> bool:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with stop_signals() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            return request.is_pending
+
+    assert run_ranks(1, body, process_group=False) == [False]
 
 
 def test_a_second_ctrl_c_ends_at_once_and_handlers_come_back() -> None:
