@@ -61,7 +61,7 @@ def problems_of(**model: Any) -> list[str]:
 def test_a_file_has_no_function_imported_that_could_do_anything(name: str, stranger: Path) -> None:
     for value in (name, {"_partial_": name}):
         (problem,) = problems_of(activation_func=value)
-        assert problem.startswith(f"model.activation_func: {name!r} is not imported at the word of")
+        assert problem.startswith(f"model.activation_func: {name!r} is not imported, as")
     assert not stranger.exists()
 
 

@@ -56,7 +56,7 @@ def files_of_this_program() -> Iterator[None]:
 
 
 def check_name(name: str) -> None:
-    """Reject a name that is not to be imported at the word of a file.
+    """Reject a name that is not to be imported because a file has it.
 
     Raises:
         ConversionError: With what can be done.
@@ -108,10 +108,11 @@ def _is_allowed(root: str, name: str) -> bool:
 
 def _rejection(name: str) -> ConversionError:
     return ConversionError(
-        f"{name!r} is not imported at the word of a file, as that could run any code; files may "
-        "name functions of tensors in torch, megatron-core, bridge and packages with entry points "
-        "of bridge; give your package an entry point (bridge.recipes), import its module in your "
-        f"program before the file is read, or give {name} in the command if it is an override"
+        f"{name!r} is not imported, as a configuration file may come from anybody and importing "
+        "runs code; give its package an entry point of bridge (bridge.recipes), import its module "
+        "in your program before the file is read, or, if it is a function, name it on the command "
+        "line (files may name functions of tensors in torch, and what megatron-core, bridge and "
+        "packages with such entry points have)"
     )
 
 
