@@ -78,7 +78,7 @@ def test_a_class_of_a_stranger_is_built_once_the_program_imports_it_or_its_packa
 ) -> None:
     plain = tiny_config().to_dict()
     plain["dataset"]["_target_"] = "stranger.Data"
-    with pytest.raises(ConfigError, match=r"dataset: 'stranger.Data' is not imported .*recipes"):
+    with pytest.raises(ConfigError, match=r"dataset: 'stranger.Data' is not imported, .*recipes"):
         ConfigContainer.from_dict(plain)
     assert not stranger.exists()
     with monkeypatch.context() as package:
