@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from bridge.training import checkpoint_manifest, checkpoint_writing
 from bridge.training.checkpoint_manifest import Manifest, refuse_damage, verified, write_manifest
 from bridge.training.checkpoint_weights import SavedWeights
+from bridge.training.checkpointing import refuse_another_base
 from bridge.training.distributed import one_process
 from bridge.training.pretrain import pretrain
 from bridge.training.run_directory import RunDirectory
@@ -204,11 +205,14 @@ def test_a_run_continues_from_the_step_that_is_asked_for_and_later_from_there(
         config.train.train_iters = 4
         pretrain(config, token_step, [Listen()])
         assert run.latest() == run.checkpoint(2)
-        pretrain(run_config(run.path, resume=True), token_step, [Listen()])
+        config = run_config(run.path, resume=True, save_interval=3, keep_last=2)
+        pretrain(config, token_step, [Listen()])
         assert steps == [2, 2]
 
     run_ranks(RANKS, body, timeout=120)
     assert run.latest() == run.checkpoint(6)
+    # The damaged one of the other course does not count among the last two.
+    assert run.saved() == [run.checkpoint(step) for step in (3, 4, 6)]
     losses = [row["error"] for row in RunDirectory(saved).rows()]
     assert [row["error"] for row in run.rows()][:2] == losses[:2]
     assert [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5, 6]
@@ -246,6 +250,20 @@ def test_a_block_of_a_large_file_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match=r"__0_0.distcp: has other content .*2,097,152 to 3,145,"):
         with verified(tmp_path):
             pass
+
+
+def test_a_format_version_that_has_manifests_does_without_none(run: RunDirectory) -> None:
+    place = run.checkpoint(4)
+    os.remove(place / "manifest.json")
+    (place / "config.yaml").write_text("")
+
+    def body() -> str:
+        with one_process(), pytest.raises(UsageError) as error:
+            refuse_another_base(place, None)
+        return str(error.value)
+
+    [message] = run_ranks(1, body, process_group=False)
+    assert told(run, "manifest.json", message), message
 
 
 def test_a_checkpoint_of_an_older_version_is_read_and_told_as_unverified(

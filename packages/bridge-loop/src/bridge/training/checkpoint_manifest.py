@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,7 +84,11 @@ def write_manifest(
     known = known or {}
     rest = [path for path in _files(checkpoint) if path.name not in known]
     files = {**known, **record_files(rest)}
-    manifest: dict[str, Any] = {"version": _VERSION, "block_bytes": _BLOCK}
+    manifest: dict[str, Any] = {
+        "version": _VERSION,
+        "block_bytes": _BLOCK,
+        "saved_at": time.time(),
+    }
     if step is not None:
         manifest["step"] = step
     if metrics is not None and metrics.exists():
@@ -100,6 +105,8 @@ class Manifest:
 
     checkpoint: Path
     step: int | None
+    saved_at: float
+    """Seconds since 1970."""
     metrics_bytes: int | None
     """Size of metrics.jsonl when the checkpoint was taken."""
     files: Mapping[str, FileRecord]
@@ -124,6 +131,7 @@ class Manifest:
             return cls(
                 checkpoint=checkpoint,
                 step=saved.get("step"),
+                saved_at=saved["saved_at"],
                 metrics_bytes=saved.get("metrics_bytes"),
                 files={name: FileRecord(**record) for name, record in saved["files"].items()},
             )
@@ -286,6 +294,38 @@ def refuse_damage(checkpoint: Path) -> None:
         DamagedCheckpoint: With file and cause.
     """
     _checked(checkpoint)
+
+
+def refuse_missing_manifest(checkpoint: Path) -> None:
+    """Refuse a checkpoint without a manifest, whose format version is one that has them.
+
+    Raises:
+        DamagedCheckpoint: It has none.
+    """
+    if not (checkpoint / MANIFEST).exists():
+        raise DamagedCheckpoint(_message(checkpoint, MANIFEST, "is missing"))
+
+
+def of_this_course(checkpoints: Sequence[Path]) -> list[Path]:
+    """Leave out checkpoints of a course that the run has taken before it went back to a step.
+
+    Those are older than one of fewer steps.
+
+    Args:
+        checkpoints: Of one run, by their steps.
+    """
+    kept, newest = [], 0.0
+    for path in checkpoints:
+        try:
+            manifest = Manifest.read(path)
+        except UsageError:
+            manifest = None
+        # What has no whole manifest tells no time.
+        moment = newest if manifest is None else manifest.saved_at
+        if moment >= newest:
+            kept.append(path)
+        newest = max(newest, moment)
+    return kept
 
 
 def is_whole(checkpoint: Path) -> bool:

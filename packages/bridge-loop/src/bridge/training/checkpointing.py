@@ -34,7 +34,9 @@ import torch.distributed as dist
 from bridge.training.base_checkpoint import Base
 from bridge.training.checkpoint_manifest import (
     FileRecord,
+    of_this_course,
     record_files,
+    refuse_missing_manifest,
     write_manifest,
     written_by,
 )
@@ -325,7 +327,7 @@ class Checkpointer:
         keep, step = self._config.checkpoint.keep_last, self._train_state.step
         # Later steps are those of a run that went on from here before; they do not count.
         known = [path for path in self._directory.saved() if step_of(path) <= step]
-        for old in known[:-keep] if keep else []:
+        for old in of_this_course(known)[:-keep] if keep else []:
             shutil.rmtree(old)
 
 
@@ -466,6 +468,8 @@ def _read_common(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint}: has format version {_format_version(common)}, and this version of "
             f"bridge reads versions up to {FORMAT_VERSION}; install the one that saved it"
         )
+    if "format_version" in common:
+        refuse_missing_manifest(checkpoint)
     return common
 
 
