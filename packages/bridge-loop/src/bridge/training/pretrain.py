@@ -59,8 +59,9 @@ def pretrain(
             `bridge.training.forward_step.prepare_forward_step_func` accepts.
         callbacks: Callbacks (`bridge.training.callbacks.Callback`), called in this order.
         on_failure: Called when the run fails on this rank, before anything is taken down, with the
-            exception and a line that says rank, phase and error. None writes the line to standard
-            error where there are several ranks.
+            exception and a line that says rank, phase and error; not where it fails since another
+            rank had a UsageError. None writes the line to standard error where there are several
+            ranks.
         resume_line: Returns the line at the run's end that says how to continue it, from its
             directory. None says it for a program that calls this function.
 
