@@ -1,9 +1,10 @@
 """Evaluation: the training schedule, forward only, and the same reduction as in training.
 
-The value of a metric is the sum over the whole set of its sums, divided by the sum of its counts:
-it does not depend on batch sizes or on the layout. A mean of pattern 1 weighs each microbatch by
-its samples, and so does the mean of microbatches' means of train.loss_normalization=microbatch,
-which depends on train.micro_batch_size as it does in training.
+Every sample of a set counts once (`bridge.training.evaluation_plan`). The value of a metric is the
+sum over the whole set of its sums, divided by the sum of its counts: it does not depend on batch
+sizes or on the layout. A mean of pattern 1 weighs each microbatch by its samples, and so does the
+mean of microbatches' means of train.loss_normalization=microbatch. That one depends on the sizes of
+the microbatches, as in training, and so on the layout for the samples that fill none.
 """
 
 import contextlib
