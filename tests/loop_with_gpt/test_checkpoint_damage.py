@@ -275,6 +275,16 @@ def test_a_checkpoint_of_an_older_version_is_read_and_told_as_unverified(
     (place / "config.yaml").write_text(text.removesuffix("...\n"))
     refuse_damage(place)
     assert f"{place}: has no manifest.json, as an older version wrote it" in caplog.text
+    (place / "metadata.json").write_text("")
+
+    def body() -> None:
+        with (
+            one_process(),
+            pytest.raises(UsageError, match=r"metadata.json: is no JSON \(.*damaged"),
+        ):
+            SavedWeights(place)
+
+    run_ranks(1, body, process_group=False)
 
 
 def test_a_write_that_fails_does_not_crash_the_process_later(tmp_path: Path) -> None:

@@ -525,6 +525,12 @@ def reading(checkpoint: Path, meaning: str) -> Iterator[None]:
             for message in _WARNINGS_OF_READING:
                 warnings.filterwarnings("ignore", message)
             yield
+    except json.JSONDecodeError as error:
+        # The one such file that megatron-core reads.
+        raise UsageError(
+            f"{checkpoint / 'metadata.json'}: is no JSON ({error}); the file is damaged, take "
+            "another checkpoint"
+        ) from error
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
         raise UsageError(
             f"{checkpoint}: {meaning} ({_first_reason(error)}); compare "
