@@ -165,10 +165,12 @@ def test_what_a_killed_build_left_is_removed_by_the_next_and_a_running_one_is_le
         monkeypatch.setattr(os, "link", dying_link)
         build_index(files, ByteTokenizer(), str(tmp_path / "made" / "out"))
 
+    of_another = tmp_path / "cache" / ".theirs.partial-1"
+    of_another.mkdir()
     killed(in_cache)
     killed(lambda: build_index(files, _IsKilled(), str(tmp_path / "made" / "out")))
     killed(between_the_halves)
-    assert len(tree(tmp_path / "cache")) == 2
+    assert len(tree(tmp_path / "cache")) == 3
     assert "out.bin" in tree(tmp_path / "made")
     for place in (tmp_path / "cache", tmp_path / "made"):
         made_long_ago(place)
@@ -177,7 +179,7 @@ def test_what_a_killed_build_left_is_removed_by_the_next_and_a_running_one_is_le
         with published(tmp_path / "cache" / "other"):
             pass
         assert running.is_dir()
-    assert tree(tmp_path / "cache") == ["other", "running"]
+    assert tree(tmp_path / "cache") == [of_another.name, "other", "running"]
     build_index(files, ByteTokenizer(), str(tmp_path / "made" / "out"))
     assert tree(tmp_path / "made") == ["out.bin", "out.idx"]
 

@@ -3,12 +3,14 @@
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+_PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{12}")
 _UNLOCKED_FOR_SECONDS = 2.0
 _UNTOUCHED_FOR_SECONDS = 3600.0
 
@@ -90,6 +92,8 @@ def abandoned_folders(parent: Path) -> list[Path]:
     """Return the folders of `temporary_folder` that killed processes have left in a directory."""
     found = []
     for partial in parent.glob(".*.partial-*"):
+        if not _PARTIAL.fullmatch(partial.name):
+            continue
         # Renamed or removed meanwhile, or not ours to look into.
         with contextlib.suppress(OSError):
             if _is_abandoned(partial):

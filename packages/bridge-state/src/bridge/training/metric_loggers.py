@@ -86,7 +86,7 @@ class JsonlLogger:
         if not_finite:
             row |= {**dict.fromkeys(not_finite), NOT_FINITE: not_finite}
         line = json.dumps(row, allow_nan=False, ensure_ascii=False)
-        if os.fstat(self._file.fileno()).st_nlink == 0:
+        if self._is_deleted():
             raise FileNotFoundError(
                 errno.ENOENT, "was deleted or replaced while the run goes on", str(self.path)
             )
@@ -96,6 +96,16 @@ class JsonlLogger:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def _is_deleted(self) -> bool:
+        opened = os.fstat(self._file.fileno())
+        if opened.st_nlink:
+            return False
+        # Some file systems tell no number of links.
+        try:
+            return not os.path.samestat(opened, self.path.stat())
+        except FileNotFoundError:
+            return True
 
     def sync(self) -> None:
         """Make the rows durable."""
