@@ -29,6 +29,7 @@ Everything is added in float64, so that counts are exact beyond 2**24.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -323,30 +324,27 @@ class MetricReducer:
 
     def _stack(self, records: Sequence[Mapping[str, Metric]], kinds: dict[str, Kind]) -> Block:
         """Stack K keys of M records' metrics with one kernel, Python numbers aside."""
-        host = torch.zeros(2, len(kinds), len(records), dtype=torch.float64)
-        present = torch.zeros(len(kinds), len(records), dtype=torch.float64)
-        cells = [self._zero] * host.numel()
-        flat_host = host.view(-1)
-        for row, (key, kind) in enumerate(kinds.items()):
-            if kind == "maximum":
-                host[0, row] = -torch.inf
-            for column, record in enumerate(records):
+        keys, width = tuple(kinds.items()), len(records)
+        half = len(keys) * width
+        # Lists, as writing to single elements of a tensor takes microseconds each.
+        cells, host, present = [self._zero] * (2 * half), [0.0] * (2 * half), [0.0] * half
+        for row, (key, kind) in enumerate(keys):
+            for place, record in enumerate(records, row * width):
                 metric = record.get(key)
                 if metric is None:
+                    host[place] = -math.inf if kind == "maximum" else 0.0
                     continue
-                present[row, column] = 1.0
-                host[0, row, column] = 0.0
-                place = row * len(records) + column
-                for number in (metric.value, metric.count):
+                present[place] = 1.0
+                for index, number in ((place, metric.value), (half + place, metric.count)):
                     if isinstance(number, torch.Tensor):
-                        cells[place] = number
+                        cells[index] = number
                     else:
-                        flat_host[place] = number
-                    place += present.numel()
-        values = torch.stack(cells).view_as(host)
-        if host.any():
-            values += _to_device(host, self._device)
-        return Block(tuple(kinds.items()), values, present)
+                        host[index] = number
+        values = torch.stack(cells).view(2, len(keys), width)
+        if any(host):
+            of_host = torch.tensor(host, dtype=torch.float64).view_as(values)
+            values += _to_device(of_host, self._device)
+        return Block(keys, values, torch.tensor(present, dtype=torch.float64).view(-1, width))
 
     def _weighted(self, block: Block, weight: int, copies: int) -> Block:
         """Give the microbatches of a block their weight in means, and count their samples once."""
