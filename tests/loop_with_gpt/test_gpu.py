@@ -15,6 +15,7 @@ from bridge.peft import CanonicalLoRA, DoRA, LoRA
 from bridge.training.gpt_step import forward_step
 from bridge.training.layer_specs import has_transformer_engine
 from bridge.training.pretrain import pretrain
+from bridge.training.train import StepResult
 from gpt_models import tiny_gpt
 from hf_models import run_from, write_folder
 from sft_data import write_rows
@@ -120,15 +121,20 @@ def test_a_step_that_is_not_logged_waits_for_nothing(tmp_path: Path, layer_spec:
     config.train.spike_factor = 3.0
     with a_run(config, forward_step) as run:
         data_iterator = run.data.training(0)
+
+        def step(**arguments: Any) -> StepResult:
+            return one_step(run, data_iterator=data_iterator, reducer=run.reducer, **arguments)
+
         for _ in range(2):  # What happens only once may wait.
-            one_step(run, data_iterator=data_iterator, reducer=run.reducer)
+            step()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            result = one_step(run, data_iterator=data_iterator)
+            kept = [step(is_logged=False) for _ in range(2)]
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert result.metrics == {}
+        assert [result.metrics for result in kept] == [{}, {}]
+        assert step().metrics.keys() == {"lm loss"}
 
 
 def weights(directory: Path, layer_spec: str) -> list[torch.Tensor]:

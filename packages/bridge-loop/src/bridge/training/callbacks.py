@@ -108,7 +108,11 @@ class Callback:
         """Before a step reads its data; `context.state.train_state.step` steps are done."""
 
     def on_step_end(self, context: CallbackContext, result: Any) -> None:
-        """After a step, with its StepResult (reading its metrics waits for the device)."""
+        """After a step, with its StepResult.
+
+        Reading its metrics waits for the device; only a logged step has some, those of its row
+        (logger.average).
+        """
 
     def on_before_optimizer_step(self, context: CallbackContext) -> None:
         """When the reduced gradients are in ``main_grad``, before clipping and the update.
