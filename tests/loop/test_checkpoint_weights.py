@@ -78,7 +78,7 @@ def test_one_process_is_not_one_of_several(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_folder_that_holds_no_checkpoint_is_an_error_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}: it is no checkpoint"):
         SavedWeights(tmp_path)
-    with pytest.raises(ValueError, match="config.yaml: is missing; what model"):
+    with pytest.raises(ValueError, match=".metadata: is missing, so the checkpoint is damaged"):
         saved_config(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="--from: .* Hugging Face's .* `bridge import-hf"):

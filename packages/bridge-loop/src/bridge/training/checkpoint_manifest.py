@@ -376,6 +376,8 @@ def missing_rows(run: RunDirectory, checkpoint: Path) -> Iterator[str]:
 def _checked(checkpoint: Path) -> Manifest | None:
     manifest = Manifest.read(checkpoint)
     if manifest is None:
+        if not (checkpoint / ".metadata").exists():
+            raise DamagedCheckpoint(_message(checkpoint, ".metadata", "is missing"))
         _tell_of_no_manifest(checkpoint)
     elif (problem := manifest.find_problem()) is not None:
         raise DamagedCheckpoint(_message(checkpoint, *problem))
