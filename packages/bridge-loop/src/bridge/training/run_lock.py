@@ -36,7 +36,11 @@ from pathlib import Path
 from typing import Self
 
 from bridge.training.durable_files import sync_directory
-from bridge.training.run_directory import RunDirectory
+from bridge.training.run_directory import (
+    RunDirectory,
+    refuse_what_is_no_directory,
+    refusing_what_cannot_be_written,
+)
 from bridge.training.usage_error import UsageError
 
 SECONDS_FOR_RANKS_TO_END = 3.0
@@ -49,6 +53,7 @@ _CLAIM, _MEMBER = 0, 1
 _HELD = (errno.EACCES, errno.EAGAIN)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _POLL_SECONDS = 0.05
+_ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -157,21 +162,16 @@ def _registered(key: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock_of(path: Path) -> Iterator[None]:
+    directory = RunDirectory(path)
     made: list[Path] = []
-    descriptor = None
     try:
-        descriptor = _take(path, made)
-        yield
-    except OSError as error:
-        if descriptor is not None:
-            raise
-        raise UsageError(
-            f"checkpoint.run_dir={str(path)!r}: the run cannot write there ({error.strerror}: "
-            f"{error.filename or path}); choose another directory with --run-dir"
-        ) from error
+        with refusing_what_cannot_be_written(directory):
+            descriptor = _take(path, made)
+        try:
+            yield
+        finally:
+            _release(directory.lock, descriptor)
     finally:
-        if descriptor is not None:
-            _release(RunDirectory(path).lock, descriptor)
         for folder in reversed(made):
             with contextlib.suppress(OSError):  # The run has left something in it.
                 folder.rmdir()
@@ -185,16 +185,16 @@ def _take(path: Path, made: list[Path]) -> int:
         made: Receives the directories that were made.
     """
     lock = RunDirectory(path).lock
+    attempts = 0
     while True:
-        if os.path.lexists(path) and not path.is_dir():
-            kind = "a broken link" if path.is_symlink() else "no directory"
-            raise UsageError(
-                f"checkpoint.run_dir={str(path)!r}: is {kind}; choose another with --run-dir"
-            )
+        refuse_what_is_no_directory(path, "checkpoint.run_dir")
+        attempts += 1
         try:
             _make_directory(path, made)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
+            if attempts == _ATTEMPTS:
+                raise
             continue  # A run that could not start has just removed the directory.
         try:
             locked = _lock(descriptor, _CLAIM, fcntl.LOCK_EX)
