@@ -2,11 +2,12 @@
 
 import enum
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 
+from bridge.training.config import TransformerConfig
 from bridge.training.config.fields import annotations_of, fields_of, is_runtime_hook
 from bridge.training.config.unsupported import text_of
 
@@ -48,6 +49,14 @@ class Trial:
     """Overrides of the run with the value alone."""
     ranks: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    is_multimodal: bool = False
+    """Whether the run is of a multimodal model, not of a GPT."""
+
+
+def audited_fields(section: str, holder: Any) -> list[str]:
+    """Return megatron-core's fields of a section, and those of our own that have a trial."""
+    own = set(fields_of(holder)) - set(fields_of(TransformerConfig)) if section == "model" else ()
+    return [name for name in fields_of(holder) if name not in own or f"model.{name}" in TRIALS]
 
 
 def trial_of(section: str, name: str, holder: Any) -> Trial | None:
@@ -66,9 +75,9 @@ def trial_of(section: str, name: str, holder: Any) -> Trial | None:
     if found is None:
         raise LookupError(f"{section}.{name} is new: give it a trial in tools/settings_cases.py")
     if section == "model" and name.startswith("moe_") and not found.beside:
-        found = Trial(found.value, EXPERTS, found.also, found.ranks, found.precision)
+        found = replace(found, beside=EXPERTS)
     if section == "ddp" and found.ranks == 1:
-        found = Trial(found.value, found.beside, found.also, 2, "bf16")
+        found = replace(found, ranks=2, precision="bf16")
     return found
 
 
@@ -207,7 +216,7 @@ TRIALS: dict[str, Trial] = (
         ),
         hidden_size="64",
         num_attention_heads="8",
-        num_query_groups="4",
+        num_query_groups="1",
         kv_channels="16",
         ffn_hidden_size="64",
         softmax_scale="0.5",
@@ -279,7 +288,7 @@ TRIALS: dict[str, Trial] = (
             ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
             ranks=2,
         ),
-        quant_recipe="null",
+        quant_recipe="{}",
         vocab_size="128",
         make_vocab_size_divisible_by="128",
         seq_length=Trial("32", ("model.position_embedding_type=learned_absolute",)),
@@ -288,6 +297,8 @@ TRIALS: dict[str, Trial] = (
         rotary_percent="0.5",
         rope_scaling_factor=Trial("2", ("model.rope_scaling=true",)),
         layer_spec="transformer_engine",
+        rope_scaling="true",
+        share_embeddings_and_output_weights="true",
     )
 )
 """Where the default alone does not say what to try, or the effect needs other settings too."""

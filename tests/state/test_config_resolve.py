@@ -425,8 +425,8 @@ def transformer(**values: Any) -> Any:
             2,
             "model.overlap_p2p_comm=true needs model.virtual_pipeline_model_parallel_size above 1",
         ),
-        (transformer(use_ring_exchange_p2p=True), 1, "model.use_ring_exchange_p2p=true needs"),
-        (transformer(tp_comm_overlap=True), 1, "model.tp_comm_overlap=true is not supported"),
+        (transformer(use_ring_exchange_p2p=True), 1, "model.use_ring_exchange_p2p=true: needs"),
+        (transformer(tp_comm_overlap=True), 1, "model.tp_comm_overlap=true: is not supported"),
         (
             changed(tiny_config(), ddp__num_distributed_optimizer_instances=2),
             2,

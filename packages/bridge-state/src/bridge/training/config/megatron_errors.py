@@ -21,8 +21,8 @@ def problem_of(
 ) -> tuple[str, frozenset[str]]:
     """Return an error as a problem of the fields that lead to it, and the names of those fields.
 
-    Those are the ones that, put back to their default alone, let the check pass; where no single
-    one does, those that the error's text names.
+    Those are the ones that, put back to their default alone, let the check pass, or, where
+    something else is wrong too, let it stop at that; else those that the error's text names.
 
     Args:
         error: What the check raised.
@@ -33,7 +33,7 @@ def problem_of(
     text = " ".join(str(error).split()).rstrip(".")
     names = fields_of(section)
     named = [word for word in _words(text) if word in names]
-    causes = _causes(section, check)
+    causes = _causes(section, check, text)
     # What the text names comes first: it is what the user reads about.
     causes.sort(key=lambda name: name not in named)
     if not causes:
@@ -73,9 +73,9 @@ def _in_our_form(text: str, path: str, names: Mapping[str, Any], error: Exceptio
     return text if word in names or not word[1:].islower() else text[0].lower() + text[1:]
 
 
-def _causes(section: Any, check: Callable[[Any], Any]) -> list[str]:
-    """Return the fields of which each alone is to blame."""
-    found = []
+def _causes(section: Any, check: Callable[[Any], Any], text: str) -> list[str]:
+    """Return the fields of which each alone is to blame for the error with this text."""
+    cured, changed = [], []
     for name, field in fields_of(section).items():
         if is_runtime_hook(field) or not field.init or _is_default(section, name):
             continue
@@ -83,10 +83,12 @@ def _causes(section: Any, check: Callable[[Any], Any]) -> list[str]:
         object.__setattr__(other, name, default_of(field))
         try:
             check(other)
-        except ERRORS:
-            continue
-        found.append(name)
-    return found
+        except ERRORS as error:
+            if " ".join(str(error).split()).rstrip(".") != text:
+                changed.append(name)
+        else:
+            cured.append(name)
+    return cured or changed
 
 
 def _is_default(section: Any, name: str) -> bool:

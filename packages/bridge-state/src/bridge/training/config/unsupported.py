@@ -420,6 +420,30 @@ MODEL = (
         what_to_do="leave it out; model.recompute_granularity recomputes",
     ),
     Rejection(
+        fields=("tp_comm_overlap",),
+        why="is not supported: the loop sets up none of the buffers of Transformer Engine that it "
+        "needs",
+    ),
+    Rejection(
+        fields=("use_ring_exchange_p2p",),
+        why="needs a torch with a kernel of its own",
+    ),
+    Rejection(
+        fields=("tensor_parallel_num_weight_shards",),
+        why="is not supported beyond the tensor-parallel size",
+        unless=lambda section, _: (
+            section.tensor_parallel_num_weight_shards == section.tensor_model_parallel_size
+        ),
+    ),
+    Rejection(
+        fields=("expert_tensor_parallel_num_weight_shards",),
+        why="is not supported beyond the experts' tensor-parallel size",
+        unless=lambda section, _: (
+            section.expert_tensor_parallel_num_weight_shards
+            == (section.expert_tensor_parallel_size or section.tensor_model_parallel_size)
+        ),
+    ),
+    Rejection(
         fields=(
             "tp_comm_bulk_wgrad",
             "tp_comm_bulk_dgrad",
@@ -452,6 +476,11 @@ MODEL = (
     Rejection(
         fields=("perform_initialization",),
         why="the weights would be whatever the memory held",
+    ),
+    Rejection(
+        fields=("config_logger_dir",),
+        why="megatron-core cannot write the arguments of a model that holds process groups",
+        what_to_do="leave it out; the run directory has the configuration",
     ),
     Rejection(
         fields=("init_model_with_meta_device",),

@@ -405,16 +405,6 @@ def _ranks(model: ModelParallelConfig, layout: Layout) -> Iterator[str]:
             "model.overlap_moe_expert_parallel_comm=true needs model.expert_model_parallel_size "
             "above 1"
         )
-    if model.tp_comm_overlap:
-        yield (
-            "model.tp_comm_overlap=true is not supported: the loop sets up none of the buffers of "
-            "Transformer Engine that it needs; set it to false"
-        )
-    for name in ("tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"):
-        shards = getattr(model, name)
-        whole = layout.expert_tensor if name.startswith("expert") else layout.tensor
-        if shards is not None and shards != whole:
-            yield f"model.{name}={shards} is not supported beyond the tensor-parallel size {whole}"
 
 
 def _pipeline(model: ModelParallelConfig, layout: Layout) -> Iterator[str]:
@@ -430,11 +420,6 @@ def _pipeline(model: ModelParallelConfig, layout: Layout) -> Iterator[str]:
         yield (
             "model.overlap_p2p_comm=true needs model.virtual_pipeline_model_parallel_size above 1: "
             "only the interleaved schedule overlaps"
-        )
-    if model.use_ring_exchange_p2p:
-        yield (
-            "model.use_ring_exchange_p2p=true needs a torch with a kernel of its own: set it to "
-            "false"
         )
     if not isinstance(model, TransformerConfig):
         return
