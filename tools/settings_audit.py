@@ -277,6 +277,8 @@ class Audit:
             return Finding("rejected", "experts are not supported by multimodal models")
         if rejected is not None and any("mtp_num_layers" in text for text in trial.beside):
             return Finding("rejected", "multi-token prediction is not supported by them")
+        if rejected is not None and any("use_mup" in text for text in trial.beside):
+            return Finding("rejected", "muP is not supported by them")
         return self.tried(path, trial, holder)
 
     def tried(self, path: str, trial: Trial, holder: Any) -> Finding:
@@ -332,7 +334,9 @@ class Audit:
             reason = own[0].partition(" contradicts ")[2].partition("=")[0]
             return Finding("derived", f"from {reason}")
         why = re.sub(rf"^{re.escape(path)}(=\S+?)?:? ", "", own[0])
-        why = re.sub(r"\s+", " ", why).partition("; ")[0].partition(": set it")[0]
+        first, _, rest = re.sub(r"\s+", " ", why).partition("; ")
+        # Some begin with the value.
+        why = (first if " " in first else rest).partition("; ")[0].partition(": set it")[0]
         path = path.replace(LANGUAGE, "model")
         never = "not supported" in own[0] or _rejected_on_gpu(path)
         on_gpu = _GPU_REASONS.search(own[0]) and not never

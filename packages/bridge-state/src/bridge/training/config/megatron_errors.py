@@ -12,6 +12,9 @@ from bridge.training.config.unsupported import text_of
 ERRORS = (ValueError, AssertionError, RuntimeError, TypeError, ZeroDivisionError, ImportError)
 """What they raise."""
 
+_WITHOUT_DEFAULT = frozenset({"num_layers", "hidden_size", "num_attention_heads"})
+"""Sizes of a transformer whose default is 0, with which no other check passes."""
+
 _MANY = 3
 """Fields that a problem names at most beside its own."""
 
@@ -78,6 +81,8 @@ def _causes(section: Any, check: Callable[[Any], Any], text: str) -> list[str]:
     cured, changed = [], []
     for name, field in fields_of(section).items():
         if is_runtime_hook(field) or not field.init or _is_default(section, name):
+            continue
+        if name in _WITHOUT_DEFAULT:
             continue
         other = copy.copy(section)
         object.__setattr__(other, name, default_of(field))

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -86,8 +86,18 @@ def rebuilt_sections(config: ConfigContainer, refused: set[str]) -> list[str]:
         except ERRORS as error:
             if not is_usage_error(error) and not is_raised_by_library(error):
                 raise
-            problems.append(problem_of(error, section, name, dataclasses.replace)[0])
+            problem, named = problem_of(error, section, name, dataclasses.replace)
+            if not _is_rejected(
+                {f"{name}.{field}" for field in named}, unsupported_settings(config)
+            ):
+                problems.append(problem)
     return problems
+
+
+def _is_rejected(paths: Collection[str], lines: Iterable[str]) -> bool:
+    """Whether a line is about one of these fields first of all."""
+    beginnings = tuple(f"{path}{sign}" for path in paths for sign in "=:")
+    return any(line.startswith(beginnings) for line in lines)
 
 
 def _positive(config: ConfigContainer, section: str, *names: str) -> Iterator[str]:
@@ -317,8 +327,9 @@ def _megatrons_checks(model: Any, ours: list[str], path: str) -> Iterator[str]:
         problem, named = problem_of(error, model, path, _finalize_quietly)
         paths = [f"{path}.{name}" for name in named]
         # A problem of ours that speaks of all of them, or rejects one, says it better.
-        rejected = any(line.startswith((f"{it}=", f"{it}:")) for it in paths for line in ours)
-        if not rejected and not (paths and any(all(it in line for it in paths) for line in ours)):
+        if not _is_rejected(paths, ours) and not (
+            paths and any(all(it in line for it in paths) for line in ours)
+        ):
             yield problem
 
 
