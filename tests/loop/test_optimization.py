@@ -9,6 +9,7 @@ from megatron.core.optimizer import OptimizerConfig
 
 from bridge.training.config import SchedulerConfig, TrainConfig
 from bridge.training.optimization import learning_rate
+from bridge.training.usage_error import UsageError
 from ranks import run_ranks
 from training_runs import OwnModel, a_run, one_step, own_run, parameters_of, token_step
 
@@ -115,3 +116,47 @@ def test_a_model_may_have_a_rate_for_each_of_its_parameters(
         "outer.bias": pytest.approx(0.5),
     }
     assert sorted(last) == pytest.approx([0.025, 0.25])
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_run_with_several_rates_goes_on_at_another_rate_or_is_rejected_in_our_words(
+    tmp_path: Path, distributed: bool
+) -> None:
+    def continued(**changes: Any) -> list[float]:
+        config = own_run(tmp_path / f"{distributed}", model=TwoRates())
+        config.ddp.use_distributed_optimizer = distributed
+        config.ddp.overlap_param_gather = distributed
+        config.checkpoint.resume = bool(changes)
+        for name, value in changes.items():
+            section, _, field = name.rpartition("__")
+            setattr(getattr(config, section) if section else config, field, value)
+        with a_run(config, token_step) as run:
+            if not changes:
+                one_step(run)
+                run.checkpointer.save()
+            return sorted({group["max_lr"] for group in run.optimizer.param_groups})
+
+    class ThreeRates(TwoRates):
+        def learning_rate_multiplier(self, parameter: str) -> float:
+            return 0.3 if parameter == "inner.bias" else super().learning_rate_multiplier(parameter)
+
+    def body() -> list[Any]:
+        found: list[Any] = [continued(), continued(optimizer__lr=0.2)]
+        fields = ("ddp__use_distributed_optimizer", "ddp__overlap_param_gather")
+        rejected: list[dict[str, Any]] = [
+            {"model": ThreeRates()},
+            dict.fromkeys(fields, not distributed),
+        ]
+        for changes in rejected:
+            with pytest.raises(UsageError) as error:
+                continued(**changes)
+            found.append(str(error.value))
+        return found
+
+    [[before, after, third, other]] = run_ranks(1, body, timeout=120)
+    assert before == pytest.approx([0.005, 0.05])
+    assert after == pytest.approx([0.02, 0.2])
+    assert "some parameters learn at 0.015 at most, and the checkpoint has none that did" in third
+    value = "false" if distributed else "true"
+    assert other.startswith(f"ddp.use_distributed_optimizer={value}: ")
+    assert "leave it so, or start a new run from its weights with checkpoint.pretrained" in other

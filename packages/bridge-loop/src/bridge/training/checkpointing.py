@@ -54,6 +54,7 @@ from bridge.training.optimizer_state import (
     let_sgd_be_loaded,
     make_state,
     offsets_without_padding,
+    take_saved_rates,
 )
 from bridge.training.run_directory import RunDirectory, step_of
 from bridge.training.run_files import write_config
@@ -189,6 +190,7 @@ class Checkpointer:
         common = _read_common(checkpoint)
         saved_ranks = common["world_size"]
         self._check_same_data(checkpoint, common["data_fingerprint"])
+        self._check_same_optimizer(checkpoint, common)
         # Other ranks have other random streams and losses; each starts its own anew.
         same_ranks = saved_ranks == world_size()
         state = _load(
@@ -247,10 +249,7 @@ class Checkpointer:
         """
         groups = self._optimizer.param_groups
         wanted = [{**group, "params": None} for group in groups]
-        for group in groups:
-            for name in ("max_lr", "min_lr"):
-                if group.get(name) == getattr(self._scheduler, name):
-                    group[name] = schedule[name]
+        take_saved_rates(groups, state, saved=schedule["max_lr"], present=self._scheduler.max_lr)
         self._optimizer.load_state_dict(fitted_to(self._optimizer, state))
         for group, settings in zip(self._optimizer.param_groups, wanted, strict=True):
             group.update(
@@ -311,6 +310,7 @@ class Checkpointer:
             "train_state": dataclasses.asdict(self._train_state),
             "data_fingerprint": self._data_fingerprint,
             "world_size": world_size(),
+            "optimizer": self._kind_of_optimizer(),
         }
         return state if self._base is None else {**state, "base": self._base.record()}
 
@@ -323,12 +323,34 @@ class Checkpointer:
                 "checkpoint.pretrained_checkpoint"
             )
 
+    def _kind_of_optimizer(self) -> dict[str, Any]:
+        """Return the settings that decide what an optimizer's state consists of."""
+        return {
+            "optimizer.optimizer": self._config.optimizer.optimizer,
+            "ddp.use_distributed_optimizer": self._config.ddp.use_distributed_optimizer,
+        }
+
+    def _check_same_optimizer(self, checkpoint: Path, common: Mapping[str, Any]) -> None:
+        # Checkpoints of an older form do not say it.
+        saved = common.get("optimizer", {})
+        for field, value in self._kind_of_optimizer().items():
+            if saved.get(field, value) != value:
+                raise UsageError(
+                    f"{field}={_shown(value)}: {checkpoint} has the optimizer state of "
+                    f"{field}={_shown(saved[field])}; leave it so, or start a new run from its "
+                    f"weights with checkpoint.pretrained_checkpoint={checkpoint}"
+                )
+
     def _remove_old(self) -> None:
         keep, step = self._config.checkpoint.keep_last, self._train_state.step
         # Later steps are those of a run that went on from here before; they do not count.
         known = [path for path in self._directory.saved() if step_of(path) <= step]
         for old in of_this_course(known)[:-keep] if keep else []:
             shutil.rmtree(old)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def refuse_another_base(checkpoint: Path, base: Base | None) -> None:

@@ -6,6 +6,7 @@ the settings of the parameter groups and the number of steps, is saved for each 
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 from bridge.training.usage_error import UsageError
+
+_RATES = ("max_lr", "min_lr")
 
 
 @contextlib.contextmanager
@@ -95,6 +98,52 @@ def is_shifted(optimizer: Any, state: Any) -> bool:
             weight for buffer in _buffers_of(part) for weight in buffer.param_index_map
         )
     )
+
+
+def take_saved_rates(
+    groups: list[dict[str, Any]], state: Any, *, saved: float, present: float
+) -> None:
+    """Give groups of parameters the highest and lowest rates that they had when they were saved.
+
+    megatron-core finds the settings of a group by its rates among other things.
+
+    Args:
+        groups: The optimizer's, changed in place.
+        state: What was loaded for it.
+        saved: Highest rate of the schedule when the state was saved.
+        present: That of the present schedule. Rates that are multiples of it follow it.
+
+    Raises:
+        UsageError: No parameters were saved that learned so.
+    """
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    others = set(param_group_identifier_keys) - {*_RATES, "is_expert_parallel"}
+    known = list(_groups_in(state))
+    for group in groups:
+        highest = group.get("max_lr")
+        if highest is None:
+            continue
+        alike = [s for s in known if all(s.get(name) == group.get(name) for name in others)]
+        candidates = [highest * saved / present, highest] if present else [highest]
+        rates = next(
+            (
+                {name: s.get(name) for name in _RATES}
+                for rate in candidates
+                for s in alike
+                if s.get("max_lr") is not None and math.isclose(s["max_lr"], rate)
+            ),
+            None,
+        )
+        if rates is None:
+            were = sorted({s["max_lr"] for s in known if s.get("max_lr") is not None})
+            raise UsageError(
+                f"optimizer.lr: some parameters learn at {highest} at most, and the checkpoint has "
+                f"none that did ({', '.join(map(str, were))}); undo the overrides of "
+                "optimizer.decoupled_lr and of other rates of single parameters, or start a new "
+                "run from its weights with checkpoint.pretrained_checkpoint"
+            )
+        group.update(rates)
 
 
 def fitted_to(optimizer: Any, state: Any) -> Any:
@@ -191,6 +240,16 @@ def _rounds_to(weight: torch.Tensor, exact: torch.Tensor) -> bool:
     return torch.allclose(
         weight.detach().float().cpu(), exact.float().cpu(), rtol=precision, atol=0.0
     )
+
+
+def _groups_in(state: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the settings of all groups that a state holds."""
+    if isinstance(state, Mapping):
+        if "param_groups" in state:
+            yield from state["param_groups"]
+        else:
+            for part in state.values():
+                yield from _groups_in(part)
 
 
 def _numbers(state: Mapping[Any, Any]) -> list[int]:
