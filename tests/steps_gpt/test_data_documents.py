@@ -29,6 +29,27 @@ def test_one_file_a_directory_and_a_glob_are_found_sorted(tmp_path: Path) -> Non
     assert names(find_source(str(tmp_path))) == ["a.md", "b.txt", "c.txt"]
     assert names(find_source(str(tmp_path / "*.txt"))) == ["b.txt"]
     assert names(find_source(str(tmp_path / "**/*.txt"))) == ["x.txt", "b.txt", "c.txt"]
+    assert find_source(str(tmp_path / "**")).not_read == ()
+
+
+def test_a_directory_is_read_behind_links_too_and_once(tmp_path: Path) -> None:
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("text")
+    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts" / "deep" / "round").symlink_to(tmp_path / "texts")
+    (tmp_path / "texts" / "gone").symlink_to(tmp_path / "nowhere")
+    assert names(find_source(str(tmp_path / "texts"))) == ["a.txt"]
+
+
+def test_folders_that_a_glob_matches_are_named_since_it_takes_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    with pytest.raises(ValueError, match="no file is there .1 folder is not read: .*/deep, match"):
+        find_source(str(tmp_path / "*"))
+    (tmp_path / "a.txt").write_text("text")
+    [line] = find_source(str(tmp_path / "*")).not_read
+    assert line.startswith(f"1 folder is not read: {tmp_path}/deep, matched by '{tmp_path}/*'")
 
 
 def test_a_pair_of_token_files_is_found_by_prefix_by_either_half_and_in_a_directory(
@@ -43,6 +64,10 @@ def test_a_pair_of_token_files_is_found_by_prefix_by_either_half_and_in_a_direct
         source = find_source(str(entry))
         assert source.prefixes == (str(prefix),)
         assert source.files == ()
+        is_folder = entry in (tmp_path, tmp_path / "*")
+        assert [line.partition(",")[0] for line in source.not_read] == (
+            [f"1 file is not read: {tmp_path}/README.md"] if is_folder else []
+        )
 
 
 def test_half_a_pair_names_the_other_half(tmp_path: Path) -> None:
@@ -126,8 +151,10 @@ def test_each_line_of_json_lines_is_a_document(tmp_path: Path) -> None:
     [
         ('{"content": "x"}', r"line 2: no text under the key 'text' \(there is: content\).*json"),
         ('{"text": 3}', "line 2: no text under the key 'text'"),
-        ('["x"]', "line 2: no text under the key 'text'"),
-        ('{"text": ', "line 2: not JSON"),
+        ('["x"]', "line 2: no text under the key 'text', since it is no object; write an object"),
+        ('{"text": null}', "line 2: no text under the key 'text' .*; write a text there, or take"),
+        ('{"text": ', r"line 2: not JSON \(.*, at character 11\); write an object a line"),
+        pytest.param("[" * 100_000, "line 2: not JSON .*; write an object a line", id="deep"),
     ],
 )
 def test_a_wrong_line_of_json_lines_is_named(line: str, message: str, tmp_path: Path) -> None:

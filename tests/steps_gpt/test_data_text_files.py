@@ -6,8 +6,10 @@ import json
 import lzma
 import pickle
 import re
+import shutil
 import sqlite3
 import struct
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -114,6 +116,24 @@ def test_the_first_wrong_byte_is_found_far_within_a_file(tmp_path: Path) -> None
     path.write_bytes(b"line\n" * 500_000 + b"ab\xe9!" + b"line\n" * 500_000)
     with pytest.raises(ValueError, match=r"a.txt: is not text in UTF-8 .byte 2500002, in line 500"):
         list(read_documents(find_source(str(path)).files))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-32"])
+def test_text_of_another_encoding_is_read_after_the_command_that_is_advised(
+    encoding: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("iconv") is None:
+        pytest.skip("needs iconv")
+    monkeypatch.chdir(tmp_path)
+    raw = (json.dumps({"text": "Grüße"}, ensure_ascii=False) + "\n").encode(encoding)
+    path = tmp_path / ("it's a file.jsonl" + ".gz" * packed)
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    with pytest.raises(ValueError, match="iconv") as error:
+        find_source(str(path))
+    subprocess.run(re.split(r"as with: |of it: ", str(error.value))[-1], shell=True, check=True)
+    made = find_source("it's a file-utf8.jsonl")
+    assert list(read_documents(made.files)) == ["Grüße".encode()]
 
 
 @pytest.mark.parametrize("chunk", range(1, 9))

@@ -3,11 +3,13 @@
 import dataclasses
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bridge.gpt.data.sft.dataset_config import SFTDatasetConfig
 from bridge.gpt.data.sft.rows import (
     RowKeys,
     StoredRows,
@@ -15,7 +17,9 @@ from bridge.gpt.data.sft.rows import (
     find_rows,
     refuse_missing_library,
 )
+from bridge.training.config import ConfigContainer, apply_overrides
 from sft_data import chat, write_rows
+from tiny_configs import TinyModel
 
 KEYS = RowKeys(prompt="prompt", completion="completion", messages="messages")
 
@@ -51,7 +55,17 @@ def test_the_three_forms_of_a_row() -> None:
         ({"messages": ["hi"]}, r"messages\[0\]: expected an object with 'role' and 'content'"),
         (chat("user: u", "assitant: a"), r"messages\[1\]: the role 'assitant'.*'assistant'\?"),
         ({"messages": [{"role": "user", "content": None}]}, r"\[0\]: content: expected text"),
-        ({"conversations": [{"from": "bing", "value": "x"}]}, "'bing' is none of"),
+        ({"conversations": [{"from": "bing", "value": "x"}]}, "'bing' is none of .*; write one"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"role \['user'\] is none of"),
+        ({"messages": [{"role": {"a": 1}, "content": "x"}]}, "role {'a': 1} is none of"),
+        (
+            {"conversations": [{"role": "user", "content": "x"}]},
+            "with 'from' and 'value', .*; .* are read with dataset.messages_key=conversations",
+        ),
+        (
+            {"messages": [{"from": "human", "value": "x"}]},
+            "with 'role' and 'content', .*; turns with from and value are read under 'conversat",
+        ),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "a preference row.*write it as 'compl"),
         (
             {"prompt": chat("user: u")["messages"], "completion": "c"},
@@ -139,6 +153,26 @@ def test_keys_that_are_not_read_are_rejected_all_at_once_unless_they_are_given_u
         assert len(list(source.conversations())) == 1 + len(rows)
 
 
+def test_the_setting_that_gives_up_keys_can_be_pasted_whatever_their_names_are(
+    tmp_path: Path,
+) -> None:
+    names = ["a, b", "c d", "1", "null", "True", "[z]", "", "it's", 'q"q', "k: v", "#h", "é", "ok"]
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": TALK, **dict.fromkeys(names, 1)}])
+    with pytest.raises(ValueError, match="keys that are not read") as error:
+        find_rows(str(path), "dataset.path", KEYS)["train"].check()
+    [setting] = shlex.split(str(error.value).partition("give them up with ")[2])
+    config = ConfigContainer(model=TinyModel(), dataset=SFTDatasetConfig(path=str(path)))
+    dataset: Any = apply_overrides(config, [setting]).dataset
+    assert dataset.ignore_keys == names
+
+
+def test_a_list_of_rows_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "p", "completion": "c"}], indent=1), "utf-8-sig")
+    [row] = find_rows(str(path), "dataset.path", KEYS)["train"].conversations()
+    assert row.turns[0].text == "p"
+
+
 def test_the_first_malformed_row_and_all_keys_that_are_not_read_come_in_one_report(
     tmp_path: Path,
 ) -> None:
@@ -163,6 +197,7 @@ def test_the_first_malformed_row_and_all_keys_that_are_not_read_come_in_one_repo
     [
         ("{oops", r"line 3: not JSON \(.*, at character 2\); write an object a line, in UTF-8"),
         ("[1]", r"line 3: expected an object with keys, got \[1\]; write an object a line"),
+        pytest.param("[" * 100_000, "line 3: not JSON .maximum recursion depth.*", id="deep"),
     ],
 )
 def test_a_line_that_is_no_row_is_refused_with_file_and_line(

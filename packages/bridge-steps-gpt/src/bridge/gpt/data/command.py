@@ -92,5 +92,6 @@ def run_build(arguments: argparse.Namespace) -> int:
         f"in {time.monotonic() - start:.1f} s\n"
         f"wrote {arguments.output}.bin and {arguments.output}.idx\n"
     )
-    sys.stdout.writelines(f"warning: {line}\n" for line in counts.warnings())
+    not_read = [line for source in sources for line in source.not_read]
+    sys.stdout.writelines(f"warning: {line}\n" for line in [*not_read, *counts.warnings()])
     return 0

@@ -310,6 +310,7 @@ class GPTDatasetConfig:
                         "has one weight; list them one by one"
                     )
                 order += parts
+        noticed += [f"warning: {name} data: {line}" for s in sources for line in s.not_read]
         vocabulary = vocab_size(config.tokenizer)
         corpora = []
         for part in order:

@@ -13,12 +13,14 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from bridge.gpt.data.text_files import (
     HOLDS_ROWS,
     beginning_not_text,
     conversion_of_folder,
+    json_error,
     mapped_text,
     not_text,
     open_text,
@@ -80,15 +82,17 @@ class Source:
     """Token files that are there already: the paths without .bin and .idx."""
     files: tuple[TextFile, ...] = ()
     """Files of text that have to be tokenized."""
+    not_read: tuple[str, ...] = ()
+    """What the entry means too and nothing is read of, a line for each kind."""
 
 
 def find_source(entry: str, *, field: str = "dataset.path") -> Source:
     """Find the files that an entry stands for; reads no more of them than their beginnings.
 
     Args:
-        entry: A text file, a directory (searched through, without hidden files), a glob, a JSON
-            Lines file (.jsonl), each also compressed with gzip, bzip2 or xz, or the prefix of a
-            .bin/.idx pair. A directory or glob that holds such pairs stands for them alone.
+        entry: A text file, a directory (searched through, without hidden files), a glob of files,
+            a JSON Lines file (.jsonl), each also compressed with gzip, bzip2 or xz, or the prefix
+            of a .bin/.idx pair. A directory or glob that holds such pairs stands for them alone.
         field: What the user calls the entry, for error messages.
 
     Raises:
@@ -109,7 +113,9 @@ def find_source(entry: str, *, field: str = "dataset.path") -> Source:
         return _source_of_files(entry, [_text_file(path, chosen=True)], field)
     if glob.has_magic(entry):
         found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-        return _source_of_many(entry, [p for p in found if p.is_file()], field)
+        files = [p for p in found if p.is_file()]
+        folders = [p for p in found if p.is_dir() and not any(f.is_relative_to(p) for f in files)]
+        return _source_of_many(entry, files, field, folders)
     for half in (Path(f"{path}.bin"), Path(f"{path}.idx")):
         if half.is_file():
             _prefix_of_half(half, field)
@@ -222,14 +228,26 @@ def _read_json_lines(path: Path, key: str) -> Iterator[bytes]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
-                raise UsageError(f"{path}, line {number}: not JSON ({error})") from None
-            text = record.get(key) if isinstance(record, dict) else None
+            except (ValueError, RecursionError) as error:
+                raise UsageError(
+                    f"{path}, line {number}: not JSON ({json_error(error)}); write an object a "
+                    "line, in UTF-8"
+                ) from None
+            if not isinstance(record, dict):
+                raise UsageError(
+                    f"{path}, line {number}: no text under the key {key!r}, since it is no object; "
+                    f"write an object a line, as {{{json.dumps(key)}: ...}}"
+                )
+            text = record.get(key)
             if not isinstance(text, str):
-                keys = ", ".join(record) if isinstance(record, dict) else "no object"
+                keys = ", ".join(record) or "nothing"
+                remedy = "write a text there, or take the line out"
+                if key not in record:
+                    remedy = "name the right one with dataset.json_key (bridge data build: "
+                    remedy += "--json-key)"
                 raise UsageError(
                     f"{path}, line {number}: no text under the key {key!r} (there is: {keys}); "
-                    "name the right one with dataset.json_key (bridge data build: --json-key)"
+                    f"{remedy}"
                 )
             if text:
                 # JSON can hold lone surrogates, which UTF-8 cannot.
@@ -241,7 +259,7 @@ def _first_object(path: Path) -> dict[str, Any] | None:
     with open_text(path) as stream:
         try:
             first = json.loads(stream.readline(_LONGEST_FIRST_LINE))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     return first if isinstance(first, dict) else None
 
@@ -250,13 +268,25 @@ def _reject_json_document(path: Path, name: str) -> None:
     """Reject a .json file that holds one document of JSON, not a row a line."""
     if text_suffix(path) == ".json" and path.stat().st_size and _first_object(path) is None:
         raise UsageError(
-            f"{name}: is JSON and not JSON Lines; write a row a line, as with: jq -c '.[]' {path} "
-            f"> {path.stem}.jsonl (or call it .txt to train on it as it stands)"
+            f"{name}: is JSON and not JSON Lines; write a row a line, as with: jq -c '.[]' "
+            f"{quote(str(path))} > {quote(f'{path.stem}.jsonl')} (or call it .txt to train on it "
+            "as it stands)"
         )
 
 
-def _source_of_many(entry: str, paths: Sequence[Path], field: str) -> Source:
-    """Take token files alone where there are any: what lies beside them is seldom text."""
+def _source_of_many(
+    entry: str, paths: Sequence[Path], field: str, folders: Sequence[Path] = ()
+) -> Source:
+    """Take token files alone where there are any: what lies beside them is seldom text.
+
+    Nothing is read of `folders` that a glob matches and none of whose files it does.
+    """
+    not_read = []
+    if folders:
+        not_read.append(
+            f"{_listed(folders, 'folder')} matched by {entry!r}, which takes files alone (name a "
+            "folder to read what is in it)"
+        )
     for folder in sorted({path.parent for path in paths}):
         if conversion := conversion_of_folder(folder):
             raise UsageError(
@@ -272,23 +302,50 @@ def _source_of_many(entry: str, paths: Sequence[Path], field: str) -> Source:
             if path.suffix in (".bin", ".idx"):
                 _prefix_of_half(path, field)
         prefixes = tuple(_absolute(path.with_suffix("")) for path in pairs)
-        return Source(entry=entry, prefixes=prefixes)
-    return _source_of_files(entry, [_text_file(path) for path in paths], field)
+        if others := [path for path in paths if path.suffix not in (".bin", ".idx")]:
+            not_read.append(
+                f"{_listed(others, 'file')} beside the token files of {entry!r}, which are read "
+                "alone (name the others to read them too)"
+            )
+        return Source(entry=entry, prefixes=prefixes, not_read=tuple(not_read))
+    return _source_of_files(entry, [_text_file(path) for path in paths], field, not_read)
 
 
-def _source_of_files(entry: str, files: Sequence[TextFile], field: str) -> Source:
+def _listed(paths: Sequence[Path], noun: str) -> str:
+    shown, more = ", ".join(map(str, paths[:3])), len(paths) - 3
+    counted = f"1 {noun} is" if len(paths) == 1 else f"{len(paths)} {noun}s are"
+    return f"{counted} not read: {shown}" + (f" and {more} more" if more > 0 else "") + ","
+
+
+def _source_of_files(
+    entry: str, files: Sequence[TextFile], field: str, not_read: Sequence[str] = ()
+) -> Source:
     if not files:
-        raise UsageError(f"{field}={entry!r}: no file is there; give files that hold text")
+        beside = f" ({'; '.join(not_read)})" if not_read else ""
+        raise UsageError(f"{field}={entry!r}: no file is there{beside}; give files that hold text")
     if not any(file.size for file in files):
         what = "the file is empty" if len(files) == 1 else f"all {len(files)} files are empty"
         raise UsageError(f"{field}={entry!r}: {what}; give files that hold text")
-    return Source(entry=entry, files=tuple(files))
+    return Source(entry=entry, files=tuple(files), not_read=tuple(not_read))
 
 
 def _walk(root: Path) -> list[Path]:
-    found = []
-    for directory, subdirectories, names in os.walk(root):
-        subdirectories[:] = [d for d in subdirectories if d[0] != "." and d != "__pycache__"]
+    """Return the files below a directory, those behind links too; each directory counts once."""
+    found, entered = [], {os.path.realpath(root)}
+
+    def is_new(place: str) -> bool:
+        known = place in entered
+        entered.add(place)
+        return not known
+
+    for directory, subdirectories, names in os.walk(root, followlinks=True):
+        subdirectories[:] = [
+            name
+            for name in sorted(subdirectories)
+            if name[0] != "."
+            and name != "__pycache__"
+            and is_new(os.path.realpath(os.path.join(directory, name)))
+        ]
         found += [Path(directory, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.is_file())
 

@@ -6,6 +6,7 @@ for kinds that hold rows, with the command that makes JSON Lines of it.
 
 import bz2
 import gzip
+import json
 import lzma
 import mmap
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO
 
 from bridge.training.file_kinds import (
@@ -34,6 +36,11 @@ _COMPRESSED: dict[FileKind | None, Callable[..., Any]] = {
     FileKind.XZ: lzma.open,
 }
 _COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz")
+_UNPACKING: dict[FileKind | None, str] = {
+    FileKind.GZIP: "gzip -dc",
+    FileKind.BZIP2: "bzip2 -dc",
+    FileKind.XZ: "xz -dc",
+}
 
 HOLDS_ROWS = frozenset(
     {
@@ -65,14 +72,42 @@ class NotText:
     def problem(self, name: str) -> str:
         """Return the line that rejects the file, which the user calls `name`."""
         if self.kind is not None:
-            return f"{name}: is {self.what()}, not text; {_remedy(self.kind, str(self.path))}"
+            return f"{name}: is {self.what()}, not text; {self._remedy(self.kind)}"
         assert self.wrong is not None
         if self.wrong.value == 0:
             return f"{name}: is not text ({self.wrong}); give files of text"
         return (
-            f"{name}: is not text in UTF-8 ({self.wrong}); convert it, as with: iconv -f latin1 "
-            f"-t utf-8 {self.path} > {self.path.stem}-utf8{self.path.suffix}"
+            f"{name}: is not text in UTF-8 ({self.wrong}); convert it, as with: "
+            f"{self._converted('latin1')}"
         )
+
+    def _remedy(self, kind: FileKind) -> str:
+        if kind in (FileKind.UTF_16, FileKind.UTF_32):
+            return f"give what comes of it: {self._converted(kind.removeprefix('text in '))}"
+        return _remedy(kind, str(self.path))
+
+    def _converted(self, encoding: str) -> str:
+        """Return the command that makes UTF-8 of the file, which keeps its suffix."""
+        name = self.path.name
+        unpack = ""
+        packed = kind_of(head_of(self.path))
+        if packed in _UNPACKING:
+            unpack = f"{_UNPACKING[packed]} < {quote(str(self.path))} | "
+            if self.path.suffix.lower() in _COMPRESSION_SUFFIXES:
+                name = self.path.stem
+        made = Path(name)
+        source = "" if unpack else f" {quote(str(self.path))}"
+        return (
+            f"{unpack}iconv -f {encoding} -t utf-8{source} > "
+            f"{quote(f'{made.stem}-utf8{made.suffix}')}"
+        )
+
+
+def json_error(error: ValueError | RecursionError) -> str:
+    """Return why a line is not JSON, without the line number that counts within it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, at character {error.pos + 1}"
+    return str(error)
 
 
 def text_suffix(path: Path) -> str:
@@ -190,14 +225,12 @@ def _remedy(kind: FileKind, path: str) -> str:
             code = f"import pandas; pandas.read_orc({path!r}).{to_json}"
         case _:
             unpack = {
-                FileKind.ZSTD: f"zstd -d {path}",
-                FileKind.LZ4: f"lz4 -d {path}",
-                FileKind.ZIP: f"unzip {path}",
-                FileKind.SEVEN_ZIP: f"7z x {path}",
-                FileKind.TAR: f"tar -xf {path}",
-                FileKind.LFS_POINTER: f"git lfs pull --include {path}",
-                FileKind.UTF_16: f"iconv -f UTF-16 -t UTF-8 {path} > {Path(path).stem}-utf8.txt",
-                FileKind.UTF_32: f"iconv -f UTF-32 -t UTF-8 {path} > {Path(path).stem}-utf8.txt",
+                FileKind.ZSTD: f"zstd -d {quote(path)}",
+                FileKind.LZ4: f"lz4 -d {quote(path)}",
+                FileKind.ZIP: f"unzip {quote(path)}",
+                FileKind.SEVEN_ZIP: f"7z x {quote(path)}",
+                FileKind.TAR: f"tar -xf {quote(path)}",
+                FileKind.LFS_POINTER: f"git lfs pull --include {quote(path)}",
             }
             if kind in unpack:
                 return f"give what comes of it: {unpack[kind]}"

@@ -9,6 +9,7 @@ A row is a JSON object, or a row of a Hugging Face dataset, in one of three form
 Other keys are rejected, unless the user gives them up.
 """
 
+import codecs
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from bridge.gpt.data.sft.unused_keys import Holder, UnusedKeys, unused_in
-from bridge.gpt.data.text_files import open_text, reject_what_is_not_text
+from bridge.gpt.data.text_files import json_error, open_text, reject_what_is_not_text
 from bridge.training.file_kinds import HEAD_BYTES
 from bridge.training.spelling import did_you_mean
 from bridge.training.usage_error import UsageError
@@ -225,7 +226,7 @@ def refuse_missing_library(source: StoredRows, field: str) -> None:
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the rows of a file, a line each or items of one list, each with its place."""
     with open_text(path) as stream:
-        beginning = stream.read(HEAD_BYTES).lstrip()
+        beginning = stream.read(HEAD_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     if beginning.startswith(b"["):
         yield from _json_list(path)
         return
@@ -236,9 +237,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             place = f"{path}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UsageError(
-                    f"{place}: not JSON ({_reason(error)}); write an object a line, in UTF-8"
+                    f"{place}: not JSON ({json_error(error)}); write an object a line, in UTF-8"
                 ) from None
             if not isinstance(record, dict):
                 raise UsageError(
@@ -252,7 +253,7 @@ def _json_list(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with open_text(path) as stream:
         try:
             records = json.load(stream)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(
                 f"{path}: not a list of rows in JSON ({error}); write one, or an object a line"
             ) from None
@@ -263,13 +264,6 @@ def _json_list(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 "a list of objects"
             )
         yield f"{path}, item {number}", record
-
-
-def _reason(error: ValueError) -> str:
-    """Return what a line is not JSON for, without the line number that counts within it."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg}, at character {error.pos + 1}"
-    return str(error)
 
 
 def _hugging_face(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -297,9 +291,10 @@ def unused_keys_of(record: Mapping[str, Any], keys: RowKeys) -> Iterator[tuple[s
         return  # a malformed row, whose error tells what it has
     for key in unused_in(record, used):
         yield key, "rows"
-    turns = record[next(iter(used))]
+    turns, role_key = record[next(iter(used))], next(iter(turn_keys), "")
     for turn in turns if turn_keys and isinstance(turns, Sequence) else ():
-        if isinstance(turn, Mapping):
+        # One without a role is malformed.
+        if isinstance(turn, Mapping) and turn.get(role_key) is not None:
             for key in unused_in(turn, turn_keys):
                 yield key, "turns"
 
@@ -340,7 +335,10 @@ def _turns(
     messages: Any, place: str, turn_keys: tuple[str, str], keys: RowKeys
 ) -> tuple[Turn, ...]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UsageError(f"{place}: expected a list of messages, got {_shown(messages)}")
+        raise UsageError(
+            f"{place}: expected a list of messages, got {_shown(messages)}; write one, as "
+            f'[{{"{turn_keys[0]}": ..., "{turn_keys[1]}": ...}}], or take the row out'
+        )
     return tuple(
         _turn(message, f"{place}[{number}]", turn_keys, keys)
         for number, message in enumerate(messages)
@@ -352,12 +350,14 @@ def _turn(message: Any, place: str, turn_keys: tuple[str, str], keys: RowKeys) -
     if not isinstance(message, Mapping) or message.get(role_key) is None:
         raise UsageError(
             f"{place}: expected an object with {role_key!r} and {text_key!r}, got {_shown(message)}"
+            f"; {_advice_for_turn(message, turn_keys)}"
         )
-    role = _SHAREGPT_ROLES.get(message[role_key], message[role_key])
+    role = message[role_key]
+    role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise UsageError(
             f"{place}: the role {role!r} is none of {', '.join((*ROLES, *_SHAREGPT_ROLES))}"
-            f"{did_you_mean(str(role), ROLES)}"
+            f"{did_you_mean(str(role), ROLES)}; write one of these, or take the row out"
         )
     text = message.get(text_key)
     if text is None and unused_in(message, {*turn_keys, *keys.ignored}):
@@ -372,10 +372,23 @@ def _text(value: Any, place: str) -> str:
     return value.encode("utf-8", errors="replace").decode("utf-8")
 
 
+def _advice_for_turn(message: Any, turn_keys: tuple[str, str]) -> str:
+    """Return what to do with a turn that has its role and its text elsewhere, or none."""
+    if isinstance(message, Mapping):
+        if turn_keys == _OF_SHAREGPT and _OF_CHAT[0] in message:
+            return (
+                f"rows with {' and '.join(_OF_CHAT)} are read with "
+                f"dataset.messages_key={_SHAREGPT_KEY}"
+            )
+        if turn_keys == _OF_CHAT and _OF_SHAREGPT[0] in message:
+            return f"turns with {' and '.join(_OF_SHAREGPT)} are read under {_SHAREGPT_KEY!r}"
+    return "write one, or take the row out"
+
+
 def _advice_for(value: Any) -> str:
-    """Return what to do with the lists that others write where a text stands here."""
+    """Return what to do with what others write where a text stands here."""
     if not isinstance(value, Sequence) or not value or not isinstance(value[0], Mapping):
-        return ""
+        return "; write one, or take the row out"
     if "role" in value[0]:
         return "; write prompt and completion as one chat, under 'messages'"
     return "; write the parts of a message as one text"

@@ -3,8 +3,11 @@
 A tool, a reasoning or a weight of 0 that is left out in silence makes other data of the rows.
 """
 
+import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import Any, Literal
 
 type Holder = Literal["rows", "turns"]
@@ -51,10 +54,11 @@ class UnusedKeys:
             f"{seen.first})"
             for (key, holder), seen in found.items()
         )
-        names = ",".join(dict.fromkeys([*self.ignored, *(key for key, _ in found)]))
+        names = dict.fromkeys([*self.ignored, *(key for key, _ in found)])
+        setting = f"dataset.ignore_keys=[{','.join(map(_in_yaml, names))}]"
         return (
             f"keys that are not read would be lost: {described}; take them out, or give them up "
-            f"with 'dataset.ignore_keys=[{names}]'"
+            f"with {quote(setting)}"
         )
 
 
@@ -70,4 +74,11 @@ def unused_in(record: Mapping[str, Any], used: Collection[str]) -> list[str]:
     ]
 
 
+def _in_yaml(name: str) -> str:
+    """Write a name as an item of a list on the command line, which is YAML."""
+    is_plain = _PLAIN.fullmatch(name) and name.lower() not in ("true", "false", "null")
+    return name if is_plain else json.dumps(name)
+
+
+_PLAIN = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 _EMPTY = (str, list, tuple, dict)
