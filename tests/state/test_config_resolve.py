@@ -312,6 +312,35 @@ def transformer(**values: Any) -> Any:
             1,
             "optimizer.exp_avg_dtype=bfloat16: can only be fp32",
         ),
+        (
+            changed(tiny_config(), optimizer__adam_beta1=1.5),
+            1,
+            "optimizer.adam_beta1=1.5: must be at least 0 and below 1; change it",
+        ),
+        (changed(tiny_config(), ddp__bucket_size=-1), 1, "ddp.bucket_size=-1: must be positive"),
+        (
+            transformer(
+                recompute_granularity="full", recompute_method="uniform", recompute_num_layers=0
+            ),
+            1,
+            "model.recompute_num_layers=0: must be positive; change it",
+        ),
+        (transformer(hidden_dropout=1.5), 1, "model.hidden_dropout=1.5: must be at least 0 and"),
+        (
+            transformer(num_moe_experts=4, moe_router_topk=5),
+            1,
+            "more than model.num_moe_experts=4 experts; lower it",
+        ),
+        (
+            transformer(num_moe_experts=4, moe_layer_freq=[1, 0]),
+            1,
+            "model.moe_layer_freq=[1,0]: must have a number for each of model.num_layers=4 layers",
+        ),
+        (
+            transformer(num_moe_experts=4, moe_router_load_balancing_type="auxloss"),
+            1,
+            "there is no auxloss; take one of aux_loss, seq",
+        ),
         (transformer(tensor_model_parallel_size=2), 1, "1 ranks are not a multiple of"),
         (transformer(tensor_model_parallel_size=0), 1, "must be positive"),
         (transformer(tensor_model_parallel_size=8), 8, "model.num_attention_heads=4 is not a"),

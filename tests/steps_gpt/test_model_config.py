@@ -193,6 +193,7 @@ class TestProblems:
                 {"mtp_num_layers": 1, "position_embedding_type": "learned_absolute"},
                 "model.mtp_num_layers",
             ),
+            ({"kv_channels": 7}, "model.kv_channels"),
             ({"layer_spec": "transformer_engine"}, "model.layer_spec"),
             ({"transformer_impl": "local"}, "model.transformer_impl"),
             ({"fp8": "hybrid"}, "model.fp8"),

@@ -166,6 +166,11 @@ class GPTModelConfig(TransformerSection):
         """Yield what megatron-core would refuse only while it builds, or would not notice."""
         yield from self._vocabulary_problems(config)
         yield from self.feature_problems("model", config)
+        if self.kv_channels and self.kv_channels % 2 and self.position_embedding_type == "rope":
+            yield (
+                f"model.kv_channels={self.kv_channels}: a rotary embedding turns pairs of "
+                "channels; take an even number, or model.position_embedding_type=none"
+            )
         if self.mtp_num_layers and self.position_embedding_type == "learned_absolute":
             yield (
                 "model.mtp_num_layers: multi-token prediction needs "

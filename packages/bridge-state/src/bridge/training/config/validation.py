@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from bridge.training.config.bounds import problems_of_bounds
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.errors import is_raised_by_library
 from bridge.training.config.layout import Layout, layout_of
@@ -47,7 +48,11 @@ def validate(config: ConfigContainer, *, world_size: int, refused: set[str]) -> 
     """
     urls = url_problems(config)
     refused = refused | urls.keys()
-    ours = [*unsupported_settings(config), *_own_checks(config, refused)]
+    ours = [
+        *unsupported_settings(config),
+        *problems_of_bounds(config),
+        *_own_checks(config, refused),
+    ]
     lines = [
         *_train(config),
         *_validation(config),
