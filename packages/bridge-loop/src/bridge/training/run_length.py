@@ -4,6 +4,8 @@ The global batch size may differ from that of the steps that are done. A run ove
 ends after so many samples all the same, one over steps after so many steps.
 """
 
+import math
+
 from bridge.training.config import TrainConfig
 from bridge.training.state import TrainState
 from bridge.training.usage_error import UsageError
@@ -47,7 +49,7 @@ def last_step(train: TrainConfig, size: int, done: TrainState) -> int:
             raise UsageError(
                 f"train.global_batch_size={batch}: {left} of train.train_samples="
                 f"{train.train_samples} are left, which is not a multiple; give a batch size that "
-                f"divides {left}"
+                f"divides {left}, or train.train_samples={drawn + math.ceil(left / batch) * batch}"
             )
         return done.step + left // batch
     assert train.epochs is not None

@@ -141,7 +141,8 @@ def _train(config: ConfigContainer) -> Iterator[str]:
             "mean of recent losses"
         )
     batch, samples = train.global_batch_size, train.train_samples
-    if batch > 0 and samples is not None and samples % batch:
+    # Of a run that goes on, what is left has to be one (bridge.training.run_length).
+    if batch > 0 and samples is not None and samples % batch and not config.checkpoint.resume:
         yield (
             f"train.train_samples={samples} is not a multiple of "
             f"train.global_batch_size={batch}; the nearest is {_nearest_multiple(samples, batch)}"
