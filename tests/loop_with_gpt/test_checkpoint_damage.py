@@ -2,8 +2,10 @@
 
 import gc
 import io
+import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +252,32 @@ def test_a_block_of_a_large_file_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match=r"__0_0.distcp: has other content .*2,097,152 to 3,145,"):
         with verified(tmp_path):
             pass
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"files": {"../x": {"size": 1, "crc32": [1]}}}, "'../x' is not a file of the checkpoint"),
+        ({"files": {"/dev/zero": {"size": 0, "crc32": [1]}}}, "'/dev/zero' is not a file"),
+        ({"files": {"a": {"size": "1", "crc32": [1]}}}, "the record of 'a' has no size"),
+        ({"files": {"a": {"size": 9, "crc32": []}}}, "the record of 'a' has no size"),
+        ({"files": {}}, "it lacks .metadata"),
+        ({"files": []}, "is no whole manifest"),
+        ({"saved_at": "now"}, "is no whole manifest"),
+        ({"step": "8"}, "'8' is no number"),
+    ],
+)
+def test_a_manifest_from_somebody_else_is_rejected_for_what_it_says(
+    tmp_path: Path, change: dict[str, Any], cause: str
+) -> None:
+    (tmp_path / ".metadata").write_bytes(b"index")
+    write_manifest(tmp_path, step=8)
+    saved = json.loads((tmp_path / "manifest.json").read_bytes()) | change
+    del saved["crc32"]
+    saved["crc32"] = zlib.crc32(json.dumps(saved, sort_keys=True).encode())
+    (tmp_path / "manifest.json").write_text(json.dumps(saved))
+    with pytest.raises(UsageError, match=f"manifest.json: .*{cause}"):
+        refuse_damage(tmp_path)
 
 
 def test_a_format_version_that_has_manifests_does_without_none(run: RunDirectory) -> None:

@@ -45,6 +45,14 @@ class FileRecord:
     crc32: list[int]
     """Checksums of its blocks, in order."""
 
+    def is_valid(self) -> bool:
+        """Whether it has a size, and a checksum for each block."""
+        return (
+            isinstance(self.size, int)
+            and isinstance(self.crc32, list)
+            and len(self.crc32) == len(_blocks(self.size))
+        )
+
 
 class DamagedCheckpoint(UsageError):
     """A checkpoint's files are not those that were written."""
@@ -130,10 +138,10 @@ class Manifest:
                 raise ValueError("its own checksum is another")
             return cls(
                 checkpoint=checkpoint,
-                step=saved.get("step"),
-                saved_at=saved["saved_at"],
-                metrics_bytes=saved.get("metrics_bytes"),
-                files={name: FileRecord(**record) for name, record in saved["files"].items()},
+                step=_number(saved.get("step")),
+                saved_at=float(saved["saved_at"]),
+                metrics_bytes=_number(saved.get("metrics_bytes")),
+                files=_records(saved["files"]),
             )
         except FileNotFoundError as error:
             # Manifests are as old as the mark at the end of config.yaml.
@@ -404,6 +412,25 @@ def _message(checkpoint: Path, name: str, cause: str) -> str:
             f"--resume --step {step_of(older)} (checkpoint.step={step_of(older)})"
         )
     return f"{checkpoint / name}: {cause}, so the checkpoint is damaged; {remedy}"
+
+
+def _records(files: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """Return the records of a manifest; it may be from anybody, and name files of the system."""
+    records = {name: FileRecord(**record) for name, record in files.items()}
+    for name, record in records.items():
+        if "/" in name or name in ("", ".", ".."):
+            raise ValueError(f"{name!r} is not a file of the checkpoint")
+        if not record.is_valid():
+            raise ValueError(f"the record of {name!r} has no size with its checksums")
+    if ".metadata" not in records:
+        raise ValueError("it lacks .metadata")
+    return records
+
+
+def _number(value: Any) -> int | None:
+    if value is not None and not isinstance(value, int):
+        raise TypeError(f"{value!r} is no number")
+    return value
 
 
 def _checksum_of(manifest: Mapping[str, Any]) -> int:
