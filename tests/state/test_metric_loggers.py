@@ -18,6 +18,7 @@ from bridge.training.metric_loggers import (
     as_logged,
     truncate_jsonl,
 )
+from bridge.training.usage_error import UsageError
 from wandb_files import history, read_wandb
 
 TRAIN = {"lm loss": 2.5, "consumed_samples": 32, "learning_rate": 1e-3}
@@ -123,6 +124,21 @@ def test_a_resumed_run_continues_its_wandb_run(tmp_path: Path) -> None:
         if record["type"] == "exit"
     ]
     assert codes == [0, 1]
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("content", [b"", b"\0" * 9, b"\xff\xfe", b"../../elsewhere", None])
+def test_a_damaged_id_of_a_wandb_run_does_not_start_another(
+    content: bytes | None, tmp_path: Path
+) -> None:
+    place = tmp_path / "wandb" / "run_id"
+    if content is None:
+        place.mkdir(parents=True)
+    else:
+        place.parent.mkdir()
+        place.write_bytes(content)
+    with pytest.raises(UsageError, match=f"^{place}: .*; write the id of the W&B run into it"):
+        WandbLogger(tmp_path, project="unit")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from wandb import Run
 
 log = logging.getLogger(__name__)
+
+# W&B's own rule, and no U+FFFD, which stands for bytes that are no text.
+_WANDB_ID = re.compile(r"[^/\\#?%:\x00-\x1f\x7f\ufffd]{1,128}")
+_ID_REMEDY = (
+    "write the id of the W&B run into it (it is in the names wandb/*run-*-ID), or remove it for a "
+    "new W&B run"
+)
 
 NOT_FINITE = "not_finite"
 """The key in a row of metrics.jsonl of the values that JSON does not have."""
@@ -190,7 +198,8 @@ class WandbLogger:
             config: Shown as the run's configuration.
 
         Raises:
-            UsageError: wandb is not installed, or it cannot start (no API key, say).
+            UsageError: wandb is not installed, it cannot start (no API key, say), or the id of the
+                run's W&B run cannot be read.
         """
         try:
             import wandb
@@ -201,7 +210,7 @@ class WandbLogger:
             ) from error
         folder = Path(run_dir).absolute()
         id_file = folder / "wandb" / "run_id"
-        known_id = id_file.read_text(encoding="ascii").strip() if id_file.exists() else None
+        known_id = _saved_wandb_id(id_file)
         (folder / "wandb").mkdir(parents=True, exist_ok=True)
         try:
             self.run: Run = wandb.init(
@@ -313,6 +322,23 @@ class MetricLoggers:
     ) -> None:
         """Close every logger."""
         self.close()
+
+
+def _saved_wandb_id(path: Path) -> str | None:
+    """Return the id of the W&B run that a file names; None if there is no file.
+
+    Raises:
+        UsageError: It cannot be read, or is no id: rows would go to another W&B run.
+    """
+    try:
+        text = path.read_bytes().decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); {_ID_REMEDY}") from error
+    if not _WANDB_ID.fullmatch(text):
+        raise UsageError(f"{path}: {text[:40]!r} is no id of a W&B run; {_ID_REMEDY}")
+    return text
 
 
 def as_logged(row: Mapping[str, Any]) -> dict[str, Any]:
