@@ -12,6 +12,7 @@ import pytest
 import own_recipe
 from bridge.cli import main
 from bridge.training.run_directory import RunDirectory
+from bridge.training.usage_error import UsageError
 from commands import Ended, run, start
 from small_disks import small_disk
 from small_runs import contents
@@ -56,6 +57,7 @@ def change(keep: Callable[[bytes], bytes]) -> Callable[[Path], None]:
         (change(lambda text: text[: text.index(b"\noptimizer:") + 1]), "is cut off (a whole one"),
         (change(lambda text: text.removesuffix(b"\n...\n")), "is cut off (a whole one"),
         (change(lambda text: b"a: [" + text), "is not valid YAML"),
+        (change(lambda text: bytes(len(text))), "is not valid YAML"),
         (change(lambda text: b"\xff" * 9), "is no text"),
     ],
 )
@@ -71,6 +73,24 @@ def test_a_damaged_configuration_is_not_replaced_by_the_recipes_defaults(
     assert told.count("\n") == 1
     shutil.copy("R/checkpoints/step-0000006/config.yaml", "R/config.yaml")
     assert main(command) == 0
+
+
+def test_the_advice_for_a_damaged_configuration_works_as_it_is_given(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "it's a run")
+    run.checkpoint(3).mkdir(parents=True)
+    (run.checkpoint(3) / "config.yaml").write_text("checkpoint: {}\n...\n")
+    for what in ("missing", "a directory"):
+        if what == "a directory":
+            run.config.unlink()
+            run.config.mkdir()
+        with pytest.raises(UsageError) as error:
+            run.saved_config()
+        advice = str(error.value).rpartition("; ")[2]
+        if what == "a directory":
+            assert advice.startswith("take that of a checkpoint, once what is there is moved away")
+            run.config.rmdir()
+        subprocess.run(advice.rpartition(": ")[2], shell=True, check=True)
+        assert run.saved_config() == "checkpoint: {}\n...\n"
 
 
 def test_a_run_without_latest_is_not_started_again(work: Path) -> None:

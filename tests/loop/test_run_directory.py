@@ -20,6 +20,8 @@ def directory(tmp_path: Path) -> RunDirectory:
 
 def test_checkpoints_are_listed_by_step(directory: RunDirectory) -> None:
     (directory.checkpoints / "step-0000200.partial").mkdir()
+    (directory.checkpoints / "step-0000300").write_text("no folder")
+    (directory.checkpoints / "step-0000400").symlink_to("no")
     assert [step_of(path) for path in directory.saved()] == [3, 20, 100]
 
 

@@ -24,10 +24,12 @@ from bridge.training.config import ConfigContainer, TokenizerConfig, resolve
 from bridge.training.contracts import ExportRequest, NamesWeights
 from bridge.training.distributed import one_process
 from bridge.training.run_directory import find_checkpoint, new_folder
+from bridge.training.usage_error import UsageError
 from commands import run
 from gpt_models import run_of, tiny_gpt
 from hf_models import LLAMA3_ROPE, VOCABULARY, config_of, tensors_of, write_folder
 from ranks import run_ranks
+from small_disks import small_disk
 from training_runs import OwnModel
 
 
@@ -353,3 +355,27 @@ def test_a_config_of_another_model_beside_the_tokenizer_says_nothing(tmp_path: P
     assert config_json(model, torch.float32, another)["eos_token_id"] is None
     assert copy_tokenizer(tmp_path, tmp_path) == []
     assert model.vocab_size == VOCABULARY
+
+
+@pytest.mark.parametrize("how", ["tensors", "bytes"])
+def test_an_output_on_a_full_disk_is_told_in_one_line_and_removed(tmp_path: Path, how: str) -> None:
+    with small_disk(tmp_path / "small", 64) as disk:
+        output = disk / "out"
+        cause = r"--output: .*/out' cannot be written \(.*No space left.*\); make room, or give"
+
+        def write() -> None:
+            with new_folder(output, "--output") as folder:
+                if how == "tensors":
+                    write_tensors(folder, [("w", torch.zeros(1 << 16))], max_shard_size=1 << 20)
+                else:
+                    (folder / "file").write_bytes(bytes(1 << 18))
+
+        with pytest.raises(UsageError, match=cause):
+            write()
+        assert not list(disk.iterdir())
+
+
+def test_an_error_of_what_is_read_is_not_taken_for_one_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out", "--output"):
+        (tmp_path / "source").read_bytes()
+    assert not list(tmp_path.iterdir())

@@ -9,8 +9,10 @@ run.lock             while a process trains there (`bridge.training.run_lock`)
 
 import contextlib
 import datetime
+import errno
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -186,7 +188,13 @@ class RunDirectory:
         """Say what to do where config.yaml is damaged."""
         if not (saved := self.saved()):
             return "start a new run with another --run-dir"
-        return f"take that of a checkpoint: cp {saved[-1] / self.config.name} {self.config}"
+        source = saved[-1] / self.config.name
+        # Else `cp` copies into a directory, and not at all through a link to nothing.
+        in_the_way = self.config.is_dir() or self.config.is_symlink()
+        return (
+            f"take that of a checkpoint{', once what is there is moved away' if in_the_way else ''}"
+            f": {shlex.join(['cp', str(source), str(self.config)])}"
+        )
 
     def _refuse_to_restart_what_was_saved(self) -> None:
         """Refuse to start again at step 0 where the rows tell of steps beyond a checkpoint."""
@@ -216,7 +224,7 @@ class RunDirectory:
         if not self.checkpoints.is_dir():
             return []
         found = [path for path in self.checkpoints.iterdir() if _STEP.fullmatch(path.name)]
-        return sorted(found, key=lambda path: step_of(path))
+        return sorted((path for path in found if path.is_dir()), key=lambda path: step_of(path))
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl, without a torn last line.
@@ -356,7 +364,8 @@ def find_checkpoint(path: str | Path, field: str) -> Path:
     if latest is None and any(place.glob("*.safetensors")):
         raise UsageError(
             f"{field}: {str(path)!r} holds weights in Hugging Face's format; make a checkpoint of "
-            f"them with `bridge import-hf {path} --output CHECKPOINT` and give that"
+            f"them with `bridge import-hf {shlex.quote(str(path))} --output CHECKPOINT` and give "
+            "that"
         )
     if latest is None:
         raise UsageError(
@@ -390,5 +399,22 @@ def new_folder(path: Path, field: str) -> Iterator[Path]:
             raise UsageError(
                 f"{field}: {str(path)!r} cannot be written ({error.strerror}); give another folder"
             ) from error
-        yield partial
-        publish_folder(partial, path)
+        try:
+            yield partial
+            publish_folder(partial, path)
+        except OSError as error:
+            if not _is_of_writing(error, partial):
+                raise
+            raise UsageError(
+                f"{field}: {str(path)!r} cannot be written ({error.strerror or error}); make room, "
+                "or give another folder"
+            ) from error
+
+
+def _is_of_writing(error: OSError, folder: Path) -> bool:
+    """Whether an error has come from writing into a folder, not from reading what goes into it."""
+    if error.filename is not None:
+        return Path(os.fsdecode(error.filename)).is_relative_to(folder)
+    # Writing into an open file gives no name; the writers of checkpoints and of safetensors no
+    # number either.
+    return error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

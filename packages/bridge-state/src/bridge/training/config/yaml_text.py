@@ -91,7 +91,7 @@ def load_yaml(text: str) -> Any:
         place = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise ConversionError(f"is not valid YAML: {error.problem}{place}") from error
     except yaml.YAMLError as error:
-        raise ConversionError(f"is not valid YAML: {error}") from error
+        raise ConversionError(f"is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def dump_yaml(plain: Mapping[str, Any]) -> str:

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from bridge.gpt.conversion.safetensors_files import write_json
+from bridge.gpt.conversion.safetensors_files import write_file, write_json
 from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.contracts import AdaptedLayer, ExportedWeight, ExportRequest, LowRankUpdate
 from bridge.training.merging import adapted_model
@@ -43,7 +42,7 @@ def export_hf_peft(request: ExportRequest) -> str:
             for module, part in _in_modules(layer, update, weights)
         ]
         tensors = dict(_tensors(found, request.dtype))
-        save_file(tensors, request.output / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_file(request.output / "adapter_model.safetensors", tensors)
         modules = [module for module, _, _ in found]
         _, first, _ = found[0]
         write_json(

@@ -109,13 +109,16 @@ def write_tensors(
         folder: An existing folder.
         tensors: Names and tensors, in the order in which they fill the files.
         max_shard_size: Bytes of a file; a tensor that is larger has one for itself.
+
+    Raises:
+        OSError: The disk is full, say.
     """
     written: list[list[str]] = []
     total, shard = 0, _Shard()
 
     def finish() -> None:
         if shard.tensors:
-            save_file(shard.tensors, _numbered(folder, len(written)), metadata={"format": "pt"})
+            write_file(_numbered(folder, len(written)), shard.tensors)
             written.append(list(shard.tensors))
 
     for name, tensor in tensors:
@@ -129,6 +132,18 @@ def write_tensors(
     finish()
     _name_files(folder, written, total)
     return total, len(written)
+
+
+def write_file(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a file of tensors.
+
+    Raises:
+        OSError: The disk is full, say.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def _numbered(folder: Path, number: int) -> Path:
