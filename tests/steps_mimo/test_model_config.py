@@ -1,11 +1,16 @@
 """The model's section: what contradicts, what follows, which part a parameter belongs to."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bridge.cli.base import find_base
 from bridge.mimo.sections import ModuleParallelism
+from bridge.training.checkpoint_manifest import write_manifest
 from bridge.training.config import ConfigError, resolve
+from bridge.training.recipes import configure, find_recipe
+from bridge.training.run_files import write_config
 from mimo_models import mimo_run, resolved, tiny_mimo
 
 
@@ -53,3 +58,21 @@ def test_modules_on_their_own_ranks_tell_each_other_shapes() -> None:
     assert model.language.tensor_model_parallel_size == 2
     assert model.encoders["vision"].tensor_model_parallel_size == 1
     assert not resolved(tiny_mimo()).language.variable_seq_lengths
+
+
+@pytest.mark.parametrize("placement", ["colocated", "separate"])
+def test_a_checkpoint_is_fine_tuned_by_its_own_recipe_under_any_placement(
+    placement: str, tmp_path: Path
+) -> None:
+    recipe = find_recipe("mimo-digits")
+    (tmp_path / ".metadata").touch()
+    write_config(tmp_path / "config.yaml", configure(recipe, [], [], world_size=1))
+    write_manifest(tmp_path)
+    base = find_base(str(tmp_path), recipe)
+    ranks = 1 if placement == "colocated" else 2
+    asked = [f"model.placement={placement}"]
+    base.refuse_another_model(configure(recipe, [base.document], asked, world_size=ranks))
+    asked += ["model.language.num_layers=3"]
+    other = configure(recipe, [base.document], asked, world_size=ranks)
+    with pytest.raises(ConfigError, match="is of a model with"):
+        base.refuse_another_model(other)

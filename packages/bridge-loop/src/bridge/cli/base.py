@@ -116,7 +116,9 @@ def _decided_by_checkpoint(section: dict[str, Any], place: str = "") -> dict[str
     for name, value in section.items():
         path = f"{place}{name}"
         if isinstance(value, dict):
-            kept[name] = _decided_by_checkpoint(value, f"{path}.")
+            decided = _decided_by_checkpoint(value, f"{path}.")
+            # A section of which all is the recipe's is not to be compared as an empty one.
+            kept |= {name: decided} if decided or not value else {}
         elif not any(part in path for part in (*FREE_MODEL_FIELDS, *_RECIPE_FIELDS)):
             kept[name] = value
     return kept
