@@ -77,7 +77,9 @@ def test_every_row_is_there_once_after_two_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-def test_rows_of_any_size_are_found_in_a_torn_file(tmp_path: Path) -> None:
+def test_rows_of_any_size_are_found_in_a_torn_or_damaged_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def body() -> None:
         run = wandb.init(project="unit", dir=tmp_path)
         for number in range(40):  # Most of them stand across the border of two blocks of 32 KiB.
@@ -89,6 +91,11 @@ def test_rows_of_any_size_are_found_in_a_torn_file(tmp_path: Path) -> None:
     found = written_rows(tmp_path / "wandb")
     assert [(row.number, row.step) for row in found] == [(n, 10 * n) for n in range(40)]
     assert all(row.names == {"x", "text"} for row in found)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    whole = file.read_bytes()
+    position = whole.index(b"_step", whole.index(b"a" * 3001))
+    file.write_bytes(whole[:position] + b"\0" + whole[position + 1 :])
+    assert len(set(found) - set(written_rows(tmp_path / "wandb"))) == 1
+    assert f"{file}: 1 of its records are damaged" in caplog.text
+    file.write_bytes(whole[: len(whole) // 2])
     assert written_rows(tmp_path / "wandb") == found[: len(written_rows(tmp_path / "wandb"))]
     assert 10 < len(written_rows(tmp_path / "wandb")) < 30

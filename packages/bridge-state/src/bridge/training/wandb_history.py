@@ -5,11 +5,14 @@ format of LevelDB's log, each a protobuf message of wandb's. A file whose writer
 somewhere; the records before that are whole.
 """
 
+import logging
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+_logger = logging.getLogger(__name__)
 
 _HEADER, _BLOCK, _CHUNK_HEADER = 7, 32768, 7
 _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
@@ -30,24 +33,48 @@ class WandbRow:
 def written_rows(folder: Path) -> list[WandbRow]:
     """Return the rows in the files of all starts below ``folder``, in the order of their numbers.
 
+    A record that is damaged is left out with a warning.
+
     Args:
         folder: ``run_dir/wandb``, of one W&B run.
+    """
+    rows = []
+    for path in folder.glob("*run-*/run-*.wandb"):
+        damaged = 0
+        for content in _records(path.read_bytes()):
+            try:
+                row = _row(content)
+            except (ValueError, KeyError):
+                damaged += 1
+                continue
+            rows += [] if row is None else [row]
+        if damaged:
+            _logger.warning(
+                "%s: %d of its records are damaged; rows that W&B has already may be sent again",
+                path,
+                damaged,
+            )
+    return sorted(rows, key=lambda row: row.number)
+
+
+def _row(content: bytes) -> WandbRow | None:
+    """Return the row of a record, None for a record of something else.
+
+    Raises:
+        ValueError: The record is damaged.
+        KeyError: The same.
     """
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2
-
-    rows = []
-    for path in folder.glob("*run-*/run-*.wandb"):
-        for content in _records(path.read_bytes()):
-            record = messages.Record()
-            record.ParseFromString(content)
-            if record.WhichOneof("record_type") == "history":
-                rows.append(_row(record.history))
-    return sorted(rows, key=lambda row: row.number)
-
-
-def _row(history: Any) -> WandbRow:
+    record = messages.Record()
+    try:
+        record.ParseFromString(content)
+    except Exception as error:  # protobuf's own, which is no ValueError.
+        raise ValueError(str(error)) from error
+    if record.WhichOneof("record_type") != "history":
+        return None
+    history = record.history
     values = {item.key or ".".join(item.nested_key): item.value_json for item in history.item}
     number = int(values["_step"])
     return WandbRow(
