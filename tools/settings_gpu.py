@@ -18,6 +18,8 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
 from bridge.training.config import ConfigContainer, ConfigError, apply_overrides
 from bridge.training.gpt_step import forward_step
 from gpt_models import tiny_gpt
@@ -172,6 +174,8 @@ def main() -> None:
             except Exception as error:
                 told = f"FAILS {type(error).__name__}: {error}"[:400]
                 print(*traceback.format_exc().splitlines()[-6:], sep="\n", file=sys.stderr)
+                # An exception in a step leaves Transformer Engine's autocast switched on.
+                FP8GlobalStateManager.reset()
             else:
                 changed = [name for name in before if before[name] != after[name]]
                 ends = [round(run["losses"][-1], 4) for run in (before, after)]

@@ -6,8 +6,10 @@ They belong to what our layers are not made of, to inference, or to a feature th
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from bridge.training.config import ConfigContainer, TransformerConfig
-from bridge.training.config.unsupported import Condition, Rejection
+from bridge.training.config.unsupported import Condition, Rejection, text_of
 
 
 def _engine(section: Any, _: ConfigContainer) -> bool:
@@ -45,6 +47,17 @@ def _flex(*backends: str) -> Condition:
             section.moe_token_dispatcher_type == "flex"
             and section.moe_flex_dispatcher_backend in backends
         )
+
+    return condition
+
+
+def _no_format_of_blackwell(name: str, *values: str) -> Condition:
+    """Whether a field asks for none of the formats of Blackwell cards, or the card is one."""
+
+    def condition(section: Any, config: ConfigContainer) -> bool:
+        if str(text_of(getattr(section, name))) not in values:
+            return True
+        return config.dist.device == "cuda" and torch.cuda.get_device_capability() >= (10, 0)
 
     return condition
 
@@ -207,6 +220,18 @@ LAYERS = (
             "apply_query_key_layer_scaling",
         ),
         why="acts in megatron-core's own norm and attention, which the layers are not made of",
+    ),
+    Rejection(
+        fields=("fp8_recipe",),
+        why="needs a card of compute capability 10.0 (Blackwell)",
+        what_to_do="give tensorwise, delayed or blockwise",
+        unless=_no_format_of_blackwell("fp8_recipe", "mxfp8"),
+    ),
+    Rejection(
+        fields=("fp4",),
+        why="needs a card of compute capability 10.0 (Blackwell)",
+        what_to_do="leave it out, or set fp8=hybrid in its place",
+        unless=_no_format_of_blackwell("fp4", "e2m1"),
     ),
     Rejection(
         fields=(
