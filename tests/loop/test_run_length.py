@@ -77,8 +77,8 @@ def run_of(directory: Path, length: Mapping[str, Any], **train: Any) -> ConfigCo
     [
         # At step 3, of 8 samples each before; the warm-up is 0.4 of the run.
         ({"train_samples": 48}, {"global_batch_size": 4}, 48, False),
-        # 32 samples are left, and 48 is no multiple of 32.
-        ({"train_samples": 48}, {"global_batch_size": 32}, 48, False),
+        # 40 samples are left, and 56 is no multiple of 10.
+        ({"train_samples": 56}, {"global_batch_size": 10}, 56, False),
         ({"epochs": 2}, {"global_batch_size": 4}, 48, False),
         ({"train_iters": 5}, {"global_batch_size": 4}, 28, False),
         ({"train_iters": 5}, {"global_batch_size": 16}, 64, False),
