@@ -18,7 +18,9 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
-from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+from transformer_engine.pytorch.quantization import (  # type: ignore[import-not-found]
+    FP8GlobalStateManager,
+)
 
 from bridge.training.config import ConfigContainer, ConfigError, apply_overrides
 from bridge.training.gpt_step import forward_step
