@@ -32,6 +32,8 @@ def problems_of(section: str, base: type, **methods: Callable[..., Any]) -> list
     ("section", "base", "name", "meant"),
     [
         ("model", TinyModel, "lr_multiplier", "learning_rate_multiplier"),
+        ("model", TinyModel, "lr_multiplyer", "learning_rate_multiplier"),
+        ("model", TinyModel, "lr_mult", "learning_rate_multiplier"),
         ("model", TinyTransformer, "learning_rate_multipliers", "learning_rate_multiplier"),
         ("model", TinyModel, "problem", "problems"),
         ("model", TinyModel, "derive_fields", "derived_fields"),
@@ -50,6 +52,7 @@ def test_a_misspelt_optional_method_is_named_with_the_one_that_was_meant(
 
 def test_methods_of_ones_own_and_those_that_are_there_are_left_alone() -> None:
     assert problems_of("model", TinyModel, parameters_of=method, _lr_multiplier=method) == []
+    assert problems_of("model", TinyModel, lr=method, lr_schedule=method) == []
     both: dict[str, Any] = {"more_problems": method, "problems": lambda self, config: []}
     assert problems_of("model", TinyModel, **both) == []
 

@@ -1,5 +1,6 @@
 """Methods that a model or dataset section may have, and names that were probably meant for them."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,8 +34,7 @@ _OF_MODELS = (
 # Those that are looked for elsewhere: validation.CanBeFinalized, throughput.CountsFlops.
 _MORE = ("finalized", "training_flops_per_token", "weight_gradient_flops_per_token")
 _OF_DATASETS = (DatasetConfig, ChecksItself)
-# lr_multiplier is as near as 0.70 to learning_rate_multiplier.
-_NEAR = 0.65
+_NEAR, _NEAR_SPELT_OUT = 0.65, 0.8
 
 
 def misspelt_methods(config: ConfigContainer) -> Iterator[str]:
@@ -46,7 +46,7 @@ def misspelt_methods(config: ConfigContainer) -> Iterator[str]:
         holder = getattr(config, section)
         known = {name for contract in contracts for name in _methods(contract)} | set(more)
         for owner, name in _own_methods(holder):
-            near = None if name in known else nearest(name, sorted(known), cutoff=_NEAR)
+            near = None if name in known else _meant(name, sorted(known))
             if near is not None and not hasattr(holder, near):
                 yield (
                     f"{section}.{name}: {owner} has a method of this name, which nothing calls; "
@@ -61,6 +61,12 @@ def misspelt_methods(config: ConfigContainer) -> Iterator[str]:
             f"model.{given[0]}: is called only beside {missing}, which {type(model).__name__} "
             "does not have; define both"
         )
+
+
+def _meant(name: str, known: list[str]) -> str | None:
+    spelt = re.sub(r"(?<![a-z])lr(?![a-z])", "learning_rate", name)
+    # What is spelt out has many letters of learning_rate_multiplier, whatever it is.
+    return nearest(spelt, known, cutoff=_NEAR if spelt == name else _NEAR_SPELT_OUT)
 
 
 def _methods(contract: type) -> list[str]:
