@@ -8,6 +8,7 @@ import torch
 
 from bridge.peft import CanonicalLoRA, DoRA, LoRA
 from bridge.training.gpt_step import forward_step
+from bridge.training.run_directory import RunDirectory
 from bridge.training.throughput import model_flops_per_token
 from bridge.training.trainable import trained_parameters
 from gpt_models import SEQUENCE
@@ -161,7 +162,7 @@ def test_a_typo_in_the_targets_is_refused_on_every_stage(
     )
     with pytest.raises(RankFailure, match=r"'linear_qkw' matches no layer; did you mean 'linear_q"):
         run_ranks(2, trained, config)
-    assert not (tmp_path / "run").exists()
+    assert not RunDirectory(tmp_path / "run").holds_a_run()
 
 
 def test_flops_are_what_torch_counts_of_a_frozen_model(

@@ -244,12 +244,12 @@ def _rounds_to(weight: torch.Tensor, exact: torch.Tensor) -> bool:
 
 def _groups_in(state: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the settings of all groups that a state holds."""
-    if isinstance(state, Mapping):
-        if "param_groups" in state:
-            yield from state["param_groups"]
-        else:
-            for part in state.values():
-                yield from _groups_in(part)
+    for key, part in state.items():
+        # megatron-core's MimoOptimizer keeps them under a name of its own.
+        if str(key).removeprefix("_mimo_").startswith("param_groups"):
+            yield from part
+        elif isinstance(part, Mapping):
+            yield from _groups_in(part)
 
 
 def _numbers(state: Mapping[Any, Any]) -> list[int]:
