@@ -2,6 +2,7 @@ import json
 import os
 import shlex
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,13 +24,14 @@ RUN = "the run"
 
 @pytest.fixture(autouse=True)
 def _folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    site, temporary = tmp_path / "site", tmp_path / "temporary"
+    site = tmp_path / "site"
     site.mkdir()
-    temporary.mkdir()
     own_recipe.install(site, monkeypatch)
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    yield
-    assert list(temporary.iterdir()) == []
+    # Short: the names of sockets in it have 107 bytes at most.
+    with tempfile.TemporaryDirectory() as temporary:
+        monkeypatch.setattr("tempfile.tempdir", temporary)
+        yield
+        assert os.listdir(temporary) == []
 
 
 def test_the_rank_that_fails_is_named_with_its_step_and_the_others_end_too(tmp_path: Path) -> None:

@@ -52,6 +52,29 @@ def test_a_bug_of_the_users_own_code_keeps_its_traceback(
     assert last in ended.err
 
 
+def test_a_batch_that_a_worker_cannot_send_ends_the_run(tmp_path: Path) -> None:
+    ended = fail("dataset.place=sending train.num_workers=1", tmp_path)
+    assert ended.code == 1
+    assert (
+        "AttributeError: Can't pickle local object 'Faulty.collate.<locals>.<lambda>'" in ended.err
+    )
+    assert "data loading worker 1 of 1" in ended.err
+    assert "ended with exit code 1" in ended.err
+
+
+def test_a_folder_for_temporary_files_with_too_long_a_name_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    ended = fail("train.num_workers=1", tmp_path)
+    assert ended.code == 2
+    assert "train.num_workers=1: data loading workers make sockets in the folder" in ended.err
+    assert "Traceback" not in ended.err
+    assert fail("train.num_workers=0", tmp_path).code == 0
+
+
 @pytest.mark.parametrize(
     "fault",
     [

@@ -80,7 +80,9 @@ class Faulty:
 
     def collate(self, samples: Sequence[Any]) -> Any:
         self.fail("collate")
-        return torch.utils.data.default_collate(list(samples))
+        batch = torch.utils.data.default_collate(list(samples))
+        # A function that was made here cannot be sent to another process.
+        return [*batch, lambda: None] if self.place == "sending" else batch
 
 
 class FaultySamples:
@@ -108,7 +110,7 @@ class FaultyPerceptron(Perceptron):
 
 
 def forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
-    x, y = next(data_iterator)
+    x, y, *_ = next(data_iterator)
     return model(x), lambda output: (torch.nn.functional.mse_loss(output, y), {})
 
 

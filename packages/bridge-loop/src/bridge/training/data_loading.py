@@ -22,7 +22,7 @@ from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, nam
 from bridge.training.distributed import Ranks
 from bridge.training.evaluation_plan import EvaluationCall, plan_of_run, smallest_microbatch
 from bridge.training.loader_errors import RejectingCollate, RejectingDataset, raised
-from bridge.training.loader_workers import LoaderWorkers, ignore_stop_signals
+from bridge.training.loader_workers import LoaderWorkers, prepare_worker
 from bridge.training.run_length import last_step, samples_to_draw, schedule_samples
 from bridge.training.state import TrainState
 from bridge.training.usage_error import UsageError
@@ -229,7 +229,7 @@ class RunData:
         splits, cuts = cut_to_the_smallest(splits, ranks.control_group)
         self.warnings = [*splits.warnings, *cuts]
         self.splits = splits
-        self.workers = LoaderWorkers()
+        self.workers = LoaderWorkers(config.train.num_workers)
         """The data loading processes of this rank."""
         self._config = config
         self._ranks = ranks
@@ -371,7 +371,7 @@ class RunData:
             generator=torch.Generator().manual_seed(self._config.rng.seed + position),
             pin_memory=self._ranks.device == "cuda",
             collate_fn=collate,
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=prepare_worker,
         )
         iterator = self.workers.iterate(loader)
         return raised(iterator) if has_workers else iterator

@@ -9,7 +9,11 @@ which torch sees to.
 
 import contextlib
 import multiprocessing
+import multiprocessing.queues
+import os
 import signal
+import tempfile
+import traceback
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +21,11 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from bridge.training.stop_signals import STOP_SIGNALS
+from bridge.training.usage_error import UsageError
+
+_SOCKET_BYTES = 107
+_SOCKET_NAME = "/pymp-xxxxxxxx/listener-xxxxxxxx"
+"""As Python's multiprocessing names a socket in the folder for temporary files."""
 
 
 class WorkerDied(RuntimeError):
@@ -24,13 +33,22 @@ class WorkerDied(RuntimeError):
 
 
 class LoaderWorkers:
-    """The data loading processes of one run on this rank; close them when it ends."""
+    """The data loading processes of one run on this rank; close them when it ends.
 
-    def __init__(self) -> None:
+    Args:
+        number: Processes of a loader.
+
+    Raises:
+        UsageError: They could not send anything.
+    """
+
+    def __init__(self, number: int) -> None:
+        if number:
+            _check_temporary_folder(number)
         self._loaders: list[tuple[weakref.ref[Any], list[multiprocessing.process.BaseProcess]]] = []
 
     def iterate(self, loader: DataLoader[Any]) -> Iterator[Any]:
-        """Start the workers of a loader that has `ignore_stop_signals`; return its iterator."""
+        """Start the workers of a loader that has `prepare_worker`; return its iterator."""
         if not loader.num_workers:
             return iter(loader)
         self._loaders = [
@@ -130,8 +148,21 @@ def _advice(by: signal.Signals, workers: int) -> str:
     return f"the fault is in the dataset or a library that it uses; to find it {fewer}"
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """Let a worker go on when the run is asked to stop: a loader's `worker_init_fn`.
+def _check_temporary_folder(workers: int) -> None:
+    folder = tempfile.gettempdir()
+    longest = _SOCKET_BYTES - len(_SOCKET_NAME)
+    if len(os.fsencode(folder)) > longest:
+        raise UsageError(
+            f"train.num_workers={workers}: data loading workers make sockets in the folder for "
+            f"temporary files, and {folder!r} is too long for their names; set TMPDIR to a path of "
+            f"at most {longest} bytes, or train.num_workers=0"
+        )
+
+
+def prepare_worker(worker: int) -> None:
+    """Let a worker go on when the run is asked to stop, and end when it cannot send a batch.
+
+    A loader's `worker_init_fn`.
 
     Args:
         worker: Its number.
@@ -139,3 +170,11 @@ def ignore_stop_signals(worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    # A hook of Python's for subclasses. Without it the batch is dropped, and the run waits for it.
+    queue: Any = multiprocessing.queues.Queue
+    queue._on_queue_feeder_error = staticmethod(_end_with_error)
+
+
+def _end_with_error(error: Exception, batch: Any) -> None:
+    traceback.print_exception(error)
+    os._exit(1)
