@@ -252,10 +252,14 @@ def refuse_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run
     """
     place = str(directory.path)
     if holds_a_run and not resume:
-        raise UsageError(
-            f"checkpoint.run_dir: {place!r} holds a run already; continue it with --resume "
-            "(checkpoint.resume=true) or choose another directory with --run-dir"
+        _, problem = directory.look_up_latest()
+        how = (
+            "continue it with --resume (checkpoint.resume=true) or choose another directory with "
+            "--run-dir"
+            if problem is None
+            else f"{problem}; {directory.choices()}"
         )
+        raise UsageError(f"checkpoint.run_dir: {place!r} holds a run already; {how}")
     if resume and not holds_a_run:
         raise UsageError(
             f"checkpoint.run_dir: {place!r} holds no run to resume; check the path, or start a new "

@@ -200,6 +200,12 @@ LAYERS = (
         unless=_engine,
     ),
     Rejection(
+        fields=("use_grouped_gemm_for_shared_expert",),
+        why="megatron-core builds it for interleaved gated weights alone",
+        what_to_do="leave it out, or set moe_shared_expert_glu_interleave_size beside it",
+        unless=_set("moe_shared_expert_glu_interleave_size"),
+    ),
+    Rejection(
         fields=("cross_entropy_fusion_impl",),
         why="is Transformer Engine's loss, and the layers are local ones (layer_spec)",
         what_to_do="leave it out, or run it on a GPU with Transformer Engine",
