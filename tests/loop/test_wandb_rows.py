@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import wandb
 
+from bridge.training.metric_loggers import WandbLogger
 from bridge.training.pretrain import pretrain
 from bridge.training.wandb_history import written_rows
 from ranks import RankFailure, run_ranks
@@ -82,10 +83,11 @@ def test_rows_of_any_size_are_found_in_a_torn_or_damaged_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def body() -> None:
-        run = wandb.init(project="unit", dir=tmp_path)
+        logger = WandbLogger(tmp_path, project="unit")
         for number in range(40):  # Most of them stand across the border of two blocks of 32 KiB.
-            run.log({"step": 10 * number, "x": 0.5, "text": "a" * 3001 * (number % 12)})
-        run.finish()
+            text: Any = "a" * 3001 * (number % 12)
+            logger.log({"x": 0.5, "text": text}, 10 * number)
+        logger.close()
 
     run_ranks(1, body)
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")

@@ -268,6 +268,8 @@ class WandbLogger:
         """Finish the W&B run."""
         if not self._closed:
             self._closed = True
+            # A rank that was forked ends before the process that writes the file has done so.
+            self.sync()
             self.run.finish(exit_code=self._exit_code)
 
 
