@@ -104,7 +104,7 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 class ModuleWithExtraState(OwnModule):
-    """Pickles something beside its tensors, as Transformer Engine's modules do."""
+    """A module that pickles an extra state, as Transformer Engine's modules do."""
 
     extra: Any = "own"
 

@@ -59,4 +59,4 @@ def test_methods_of_ones_own_and_those_that_are_there_are_left_alone() -> None:
 
 def test_half_of_a_pair_of_methods_is_named_with_the_other() -> None:
     (problem,) = problems_of("model", TinyModel, layout=method)
-    assert problem.startswith("model.layout: is called only beside layout_problems, which Mine")
+    assert problem.startswith("model.layout: is called only with layout_problems, which Mine")

@@ -15,7 +15,7 @@ from bridge.training.run_directory import step_in_name
 
 
 class Poison:
-    """Whoever unpickles it makes a folder, as it could do anything else."""
+    """An object whose unpickling makes a folder, as it could do anything else."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

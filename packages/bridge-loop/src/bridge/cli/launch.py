@@ -147,7 +147,7 @@ class Launcher:
     folder: Path
     """Where ranks leave word of what made them fail."""
     start: "StartCommand"
-    """How the command was started."""
+    """The words with which the command was started."""
     signals: list[int] = field(default_factory=list)
     """Those that asked to stop: in the launcher all that it passed on, in a forked rank those that
     came before it could obey."""

@@ -17,7 +17,7 @@ _MODULE_OF_TORCHRUN = "torch.distributed.run"
 
 @dataclass(frozen=True)
 class StartCommand:
-    """How the command was started, without its own arguments."""
+    """The words with which the command was started, without its own arguments."""
 
     words: tuple[str, ...]
     """Such as ("bridge",), ("uv", "run", "bridge") or ("python", "-m", "bridge.cli")."""

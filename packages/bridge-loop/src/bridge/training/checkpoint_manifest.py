@@ -109,7 +109,7 @@ def write_manifest(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What the manifest of a checkpoint says."""
+    """The content of a checkpoint's manifest."""
 
     checkpoint: Path
     step: int | None

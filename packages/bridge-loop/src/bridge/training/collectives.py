@@ -1,4 +1,4 @@
-"""What one rank finds out and all learn, exceptions included."""
+"""Collectives on Python objects: one rank decides and all learn it, exceptions included."""
 
 import pickle
 import traceback

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, frozen=True)
 class EvaluationCall:
-    """What the schedule runs at once: on every rank as many microbatches of one size."""
+    """One call of the schedule: the same number of microbatches of one size on every rank."""
 
     first: int
     """Position of the first sample in the set."""
@@ -39,7 +39,7 @@ class EvaluationCall:
     microbatches: int
     """On every rank."""
     copies: int = 1
-    """How often each sample stands in its microbatch."""
+    """Number of times that each sample is in its microbatch."""
 
     @property
     def weight(self) -> int:

@@ -222,7 +222,7 @@ def learning_rate(optimizer: Any, scheduler: Any) -> float:
 
 @dataclass(kw_only=True, frozen=True)
 class OptimizerStep:
-    """What a step of the optimizer did."""
+    """The outcome of a step of the optimizer."""
 
     succeeded: bool
     """Whether the weights were changed."""

@@ -64,7 +64,7 @@ class RunDirectory:
 
     @property
     def lock(self) -> Path:
-        """What the process holds that trains there."""
+        """The lock file of the process that trains there."""
         return self.path / "run.lock"
 
     def checkpoint(self, step: int) -> Path:

@@ -122,7 +122,7 @@ def _in_this_thread(
 
 
 class _Loading:
-    """What stands in for the functions that unpickle; it knows what is read at the moment."""
+    """Replacements of the functions that unpickle; they know what is read at the moment."""
 
     def __init__(self, checkpoint: Path, extra_states: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint

@@ -71,7 +71,7 @@ _UNREAD = "megatron-core 0.19 reads it nowhere"
 
 
 def _needs(what: str) -> str:
-    return f"leave it out, or set {what} beside it"
+    return f"leave it out, or set {what} too"
 
 
 LAYERS = (
@@ -202,7 +202,7 @@ LAYERS = (
     Rejection(
         fields=("use_grouped_gemm_for_shared_expert",),
         why="megatron-core builds it for interleaved gated weights alone",
-        what_to_do="leave it out, or set moe_shared_expert_glu_interleave_size beside it",
+        what_to_do="leave it out, or set moe_shared_expert_glu_interleave_size too",
         unless=_set("moe_shared_expert_glu_interleave_size"),
     ),
     Rejection(
@@ -552,4 +552,4 @@ LAYERS = (
         unless=_engine_and("use_transformer_engine_op_fuser"),
     ),
 )
-"""What a transformer of ours may not have."""
+"""Rejections of fields of our transformers."""

@@ -1,4 +1,4 @@
-"""What a file is by its contents: text, or one of the kinds that users give in its place."""
+"""Kinds of files by their content: text, or what users give in its place."""
 
 import codecs
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ _FIRST_PORT, _PORTS = 10_000, 20_000
 
 @dataclass(kw_only=True, frozen=True)
 class RankEnvironment:
-    """Where this process stands among the ranks that were started together."""
+    """The position of this process among the ranks that were started together."""
 
     launcher: Literal["torchrun", "Slurm"] | None = None
     """Who started the ranks; None for one process that nobody else belongs to."""

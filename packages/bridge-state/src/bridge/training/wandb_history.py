@@ -27,7 +27,7 @@ class WandbRow:
     step: int
     """The optimizer step that the row is of."""
     names: frozenset[str]
-    """What it has a value of."""
+    """The names of the values that it has."""
 
 
 def written_rows(folder: Path) -> list[WandbRow]:

@@ -50,7 +50,7 @@ class GPTModelConfig(TransformerSection):
     share_embeddings_and_output_weights: bool = False
     """Use the token embedding as the output layer's weight."""
     hf_files: dict[str, str] | None = None
-    """What the folder of Hugging Face's said that the model was imported from: the JSON of
+    """Content of the Hugging Face folder that the model was imported from: the JSON of
     config.json and generation_config.json, for `bridge export`; not to be set by hand."""
 
     def __getstate__(self) -> dict[str, Any]:

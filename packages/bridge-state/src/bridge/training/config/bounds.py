@@ -78,7 +78,7 @@ BALANCING = (
     *("aux_loss", "seq_aux_loss", "global_aux_loss"),
     *("sinkhorn", "quantile_balancing", "none"),
 )
-"""What moe_router_load_balancing_type may be: megatron-core balances nothing for another text."""
+"""Values of moe_router_load_balancing_type; megatron-core balances nothing for another one."""
 
 
 def problems_of_bounds(config: "ConfigContainer") -> Iterator[str]:

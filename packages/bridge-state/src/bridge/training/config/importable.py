@@ -1,4 +1,4 @@
-"""Which names a configuration file may have imported: files may come from anybody.
+"""Limits on the names that a configuration file has imported: files may come from anybody.
 
 Importing a module runs it, and a function that is named may be called. A program and its recipes
 may name anything; a file, such as the config.yaml of a checkpoint, may name what torch,

@@ -1,4 +1,4 @@
-"""What megatron-core's dataclasses raise as they check themselves, as problems of their fields."""
+"""Errors that megatron-core's dataclasses raise about their fields, as problems of these."""
 
 import copy
 import dataclasses
@@ -10,13 +10,13 @@ from bridge.training.config.fields import default_of, fields_of, is_runtime_hook
 from bridge.training.config.unsupported import text_of
 
 ERRORS = (ValueError, AssertionError, RuntimeError, TypeError, ZeroDivisionError, ImportError)
-"""What they raise."""
+"""The types of these errors."""
 
 _WITHOUT_DEFAULT = frozenset({"num_layers", "hidden_size", "num_attention_heads"})
 """Sizes of a transformer whose default is 0, with which no other check passes."""
 
 _MANY = 3
-"""Fields that a problem names at most beside its own."""
+"""Fields that a problem names at most on top of its own."""
 
 
 def problem_of(

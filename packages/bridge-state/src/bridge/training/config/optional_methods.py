@@ -58,7 +58,7 @@ def misspelt_methods(config: ConfigContainer) -> Iterator[str]:
     if given and not isinstance(model, ArrangesRanks):
         missing = next(name for name in _methods(ArrangesRanks) if name not in given)
         yield (
-            f"model.{given[0]}: is called only beside {missing}, which {type(model).__name__} "
+            f"model.{given[0]}: is called only with {missing}, which {type(model).__name__} "
             "does not have; define both"
         )
 

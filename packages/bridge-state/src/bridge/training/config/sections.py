@@ -153,7 +153,7 @@ class DistConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes the GPU where there is one; cpu rehearses the same run over gloo."""
     timeout_minutes: float = 10.0
-    """How long a collective may wait for the other ranks; 0.5 is thirty seconds."""
+    """Minutes that a collective may wait for the other ranks; 0.5 is thirty seconds."""
 
 
 @dataclass(kw_only=True)

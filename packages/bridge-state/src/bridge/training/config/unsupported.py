@@ -32,7 +32,7 @@ class Rejection:
 
     fields: tuple[str, ...]
     why: str
-    """What is wrong, behind "section.field=value: "."""
+    """The text behind "section.field=value: "."""
     what_to_do: str = "leave it out"
     unless: Condition | None = None
     """When the fields have their effect; None is never."""
@@ -298,7 +298,7 @@ OPTIMIZER = (
         unless=_times_level_1,
     ),
 )
-"""What the optimizer section may not have."""
+"""Rejections of fields of the optimizer section."""
 
 DDP = (
     Rejection(
@@ -370,7 +370,7 @@ DDP = (
         unless=_is("nccl_ub"),
     ),
 )
-"""What the ddp section may not have."""
+"""Rejections of fields of the ddp section."""
 
 MODEL = (
     Rejection(
@@ -538,8 +538,8 @@ MODEL = (
             "mup_attn_scale_power",
         ),
         why="is part of muP, which is off",
-        what_to_do="leave it out, or set use_mup=true beside it",
+        what_to_do="leave it out, or set use_mup=true too",
         unless=_is("use_mup"),
     ),
 )
-"""What no transformer may have, in any model."""
+"""Rejections of fields of any model's transformers."""

@@ -42,7 +42,7 @@ _TOKENS = "tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCounts:
-    """What was written, and what was noticed."""
+    """The files that were written, and remarks about them."""
 
     documents: int
     tokens: int
@@ -76,7 +76,7 @@ class CachedTokens:
     readable_prefix: str
     """Where they are inside that block."""
     counts: TokenCounts
-    """What is in them."""
+    """Their contents."""
 
 
 def default_cache_dir() -> Path:

@@ -75,7 +75,7 @@ class GPTDatasetConfig:
     test_path: str | list[str] | dict[str, str | list[str]] | None = local_path()
     """As validation_path, for test."""
     json_key: str = "text"
-    """Where a line of JSON Lines holds its text; its other keys are not read."""
+    """Key of the text in a line of JSON Lines; other keys are not read."""
     seq_length: int | None = None
     """Tokens of a sample; model.seq_length if None."""
     reset_position_ids: bool = False

@@ -83,7 +83,7 @@ class Source:
     files: tuple[TextFile, ...] = ()
     """Files of text that have to be tokenized."""
     not_read: tuple[str, ...] = ()
-    """What the entry means too and nothing is read of, a line for each kind."""
+    """Files that the entry also matches and that are not read: a line for each kind."""
 
 
 def find_source(entry: str, *, field: str = "dataset.path") -> Source:

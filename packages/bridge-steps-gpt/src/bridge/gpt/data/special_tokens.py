@@ -48,7 +48,7 @@ class HiddenTokens:
     def __init__(self, texts: list[str], pattern: re.Pattern[str] | None, tokenizer: Any) -> None:
         self._inner = hugging_face_tokenizer(tokenizer)
         self._written: dict[str, str] = {}
-        """What each private character stands for."""
+        """The text that each private character stands for."""
         self.texts = texts if pattern is None else [self._hidden(t, pattern, texts) for t in texts]
 
     def __bool__(self) -> bool:

@@ -57,9 +57,9 @@ class NotText:
 
     path: Path
     kind: FileKind | None
-    """What it is, if it is of a known kind."""
+    """Its kind, if that is known."""
     packed: FileKind | None
-    """What that is compressed with."""
+    """Its compression."""
     wrong: WrongByte | None = None
     """The first byte that is not text, after decompression."""
 

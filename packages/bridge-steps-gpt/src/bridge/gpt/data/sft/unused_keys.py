@@ -11,12 +11,12 @@ from shlex import quote
 from typing import Any, Literal
 
 type Holder = Literal["rows", "turns"]
-"""What has a key: rows, or the turns of their conversations."""
+"""Objects with keys: rows, or the turns of their conversations."""
 
 
 @dataclass
 class _Seen:
-    """Where a key was seen."""
+    """Places of a key in the data."""
 
     first: str
     """The first row that has it."""
