@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from bridge.training.base_checkpoint import Base
 from bridge.training.checkpointing import load_model_weights
+from bridge.training.collectives import from_every_rank, on_first_rank
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import AdaptedLayer, PEFTMethod
-from bridge.training.distributed import Ranks, rank
+from bridge.training.distributed import Ranks
 from bridge.training.trainable import ModelSize, trained_parameters
 from bridge.training.usage_error import UsageError
 from bridge.training.weights_init import initialize_added_weights
@@ -41,10 +40,7 @@ def find_base(config: ConfigContainer, ranks: Ranks, checkpoint: Path | None) ->
         )
     if checkpoint is not None:
         config.checkpoint.pretrained_checkpoint = str(checkpoint.resolve())
-    found = [Base.of(config, checkpoint) if rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0, group=ranks.control_group)
-    assert found[0] is not None
-    return found[0]
+    return on_first_rank(lambda: Base.of(config, checkpoint), ranks.control_group)
 
 
 def attach_adapters(
@@ -87,8 +83,7 @@ def notes(
         base: The frozen weights.
         ranks: The process groups.
     """
-    everywhere: list[Any] = [None] * dist.get_world_size(ranks.control_group)
-    dist.all_gather_object(everywhere, [layer.name for layer in layers], ranks.control_group)
+    everywhere = from_every_rank([layer.name for layer in layers], ranks.control_group)
     names = sorted({name for of_rank in everywhere for name in of_rank})
     kinds = Counter(name.rpartition(".")[2] for name in names)
     yield (

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from bridge.training import rerun
 from bridge.training.callbacks import CallbackContext, Callbacks
@@ -17,7 +16,7 @@ from bridge.training.collectives import on_first_rank
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import TOKENS, SizedDataset
 from bridge.training.data_loading import RunData
-from bridge.training.distributed import Ranks, is_logging_rank
+from bridge.training.distributed import Ranks
 from bridge.training.evaluate import EvaluationResult, evaluate, has_sequences
 from bridge.training.forward_step import prepare_forward_step_func
 from bridge.training.loss_adapter import LossAdapter
@@ -168,9 +167,8 @@ class Run(TrainingParts):
         A run that had finished is then not evaluated a second time.
         """
         step = self.state.train_state.step
-        recalled = [self.directory.rows_of(step) if is_logging_rank() else []]
-        dist.broadcast_object_list(recalled, src=0, group=self.ranks.control_group)
-        for row in recalled[0]:
+        recalled = on_first_rank(lambda: self.directory.rows_of(step), self.ranks.control_group)
+        for row in recalled:
             evaluated = {key.partition("/")[0] for key in row} & {"validation", "test"}
             if not evaluated:
                 self.metrics = row
