@@ -24,10 +24,10 @@ from bridge.training.config import (
 )
 from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.gpt_step import forward_step
-from bridge.training.model_building import parameters_in_sync
+from bridge.training.model.ddp import parameters_in_sync
+from bridge.training.model.initial_weights import shards_of_parameters
 from bridge.training.run import Run
 from bridge.training.train import train
-from bridge.training.weights_init import shards_of_parameters
 from layouts_cases import GLOBAL_BATCH, MICRO_BATCH, Case
 from ranks import RankFailure, run_ranks
 from training_runs import a_run, gpt_run

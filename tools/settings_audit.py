@@ -40,11 +40,11 @@ from bridge.training.config import (
     apply_overrides,
     configure,
 )
-from bridge.training.config.fields import annotations_of
-from bridge.training.config.unsupported import DDP, MODEL, OPTIMIZER, rejections_in
+from bridge.training.config.checks.unsupported import DDP, MODEL, OPTIMIZER, rejections_in
+from bridge.training.config.schema.fields import annotations_of
 from bridge.training.gpt_step import forward_step
 from bridge.training.mimo_step import forward_step as mimo_step
-from bridge.training.transformer_limits import LAYERS
+from bridge.training.model.transformer_limits import LAYERS
 from gpt_models import tiny_gpt
 from mimo_models import mimo_run, tiny_mimo
 from ranks import RankFailure, import_megatron_once, run_ranks

@@ -8,8 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import torch
 
 from bridge.training.config import TransformerConfig
-from bridge.training.config.fields import annotations_of, fields_of, is_runtime_hook
-from bridge.training.config.unsupported import text_of
+from bridge.training.config.schema.fields import annotations_of, fields_of, is_runtime_hook
+from bridge.training.config.schema.to_plain import text_of
 
 NO_OVERLAP = ("ddp.overlap_param_gather=false",)
 PLAIN_OPTIMIZER = (*NO_OVERLAP, "ddp.use_distributed_optimizer=false")

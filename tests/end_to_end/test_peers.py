@@ -11,9 +11,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from bridge.training import peers
 from bridge.training.gpt_step import forward_step
 from bridge.training.pretrain import pretrain
+from bridge.training.ranks import failure_watch
 from bridge.training.state import GlobalState
 from gpt_models import tiny_gpt
 from ranks import RankFailure, run_ranks
@@ -58,7 +58,7 @@ def test_data_that_fail_on_one_rank_end_the_other(
     failing: int,
     error: type[Exception],
 ) -> None:
-    monkeypatch.setattr(peers, "SECONDS_TO_NOTICE", 0.5)
+    monkeypatch.setattr(failure_watch, "SECONDS_TO_NOTICE", 0.5)
     kept = []
 
     def step(state: GlobalState, data_iterator: Any, model: Any) -> Any:
@@ -124,7 +124,7 @@ except ValueError as error:
 def test_a_script_under_torchrun_that_catches_its_error_ends_on_all_ranks(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "SECONDS_TO_NOTICE", 0.5)
+    monkeypatch.setattr(failure_watch, "SECONDS_TO_NOTICE", 0.5)
     (tmp_path / "own.py").write_text(SCRIPT)
 
     def rank() -> None:

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from bridge.training import gpt_step, mimo_step
 from bridge.training.callbacks import Callback, CallbackContext
 from bridge.training.config import ConfigContainer, TrainConfig
-from bridge.training.model_building import ddp_parts
+from bridge.training.model.ddp import ddp_parts
 from bridge.training.pretrain import TrainResult, pretrain
 from gpt_models import tiny_gpt
 from mimo_layout_runs import MIXED, Chosen

@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 import own_recipe
 from bridge.training.callbacks import Callback, CallbackContext, Callbacks
-from bridge.training.checkpoint_writing import SaveError
+from bridge.training.checkpoint.megatron_io import SaveError
 from bridge.training.config import ConfigContainer
 from bridge.training.finetune import finetune
-from bridge.training.model_building import parameters_in_sync
+from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.pretrain import pretrain
 from bridge.training.state import GlobalState
 from bridge.training.usage_error import UsageError

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.training.checkpoint_weights import SavedWeights, saved_config, write_weights
+from bridge.training.checkpoint.safe_loading import RejectedType
+from bridge.training.checkpoint.single_weights import SavedWeights, saved_config, write_weights
 from bridge.training.config import CheckpointConfig
-from bridge.training.distributed import one_process
 from bridge.training.pretrain import pretrain
-from bridge.training.run_directory import find_checkpoint, new_folder
-from bridge.training.safe_loading import RejectedType
+from bridge.training.ranks.groups import one_process
+from bridge.training.run_files.directory import find_checkpoint, new_folder
 from bridge.training.setup import training_parts
 from bridge.training.usage_error import UsageError
 from poisoned_checkpoints import POISON_TYPE, Poison

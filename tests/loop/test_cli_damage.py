@@ -11,7 +11,7 @@ import pytest
 
 import own_recipe
 from bridge.cli import main
-from bridge.training.run_directory import RunDirectory
+from bridge.training.run_files.directory import RunDirectory
 from bridge.training.usage_error import UsageError
 from commands import Ended, run, start
 from small_disks import small_disk

@@ -8,7 +8,7 @@ import yaml
 import own_recipe
 from bridge.cli import main
 from bridge.cli.base import find_base
-from bridge.training.recipes import find_recipe
+from bridge.training.recipe_lookup import find_recipe
 from commands import run
 
 

@@ -236,7 +236,7 @@ def test_ranks_can_be_processes_of_their_own_as_on_gpus(
     launch_ranks = launch._launch
 
     def launch_as_on_gpus(*arguments: Any) -> int:
-        monkeypatch.setattr("bridge.training.distributed.choose_device", lambda wanted: "cuda")
+        monkeypatch.setattr("bridge.training.ranks.groups.choose_device", lambda wanted: "cuda")
         return launch_ranks(*arguments)
 
     monkeypatch.setattr(launch, "_launch", launch_as_on_gpus)

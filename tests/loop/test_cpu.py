@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bridge.training import cpu
-from bridge.training.cpu_optimizer import FusedAdam
+from bridge.training.cpu import patches
+from bridge.training.cpu.adam import FusedAdam
 from ranks import run_ranks
 
 
@@ -32,18 +33,18 @@ def stand_in() -> Iterator[None]:
 def test_every_replaced_attribute_exists() -> None:
     assert not cpu.is_active()
     missing = [
-        f"{owner.__name__}.{name}" for owner, name, _ in cpu.patches() if not hasattr(owner, name)
+        f"{owner.__name__}.{name}" for owner, name, _ in patches.table() if not hasattr(owner, name)
     ]
     assert missing == []
 
 
 def test_no_attribute_is_replaced_twice() -> None:
-    names = [(id(owner), name) for owner, name, _ in cpu.patches()]
+    names = [(id(owner), name) for owner, name, _ in patches.table()]
     assert len(names) == len(set(names))
 
 
 def test_nothing_is_left_behind() -> None:
-    table = list(cpu.patches())
+    table = list(patches.table())
     owners = {id(owner): owner for owner, _, _ in table}.values()
     before = [dict(vars(owner)) for owner in owners]
     with cpu.cpu_training():

@@ -8,7 +8,7 @@ import pytest
 
 from bridge.training.config import ValidationConfig
 from bridge.training.contracts import DataSplits, named_sets
-from bridge.training.data_loading import (
+from bridge.training.data.run_data import (
     MicrobatchSampler,
     SampleOrder,
     as_splits,

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from bridge.training.contracts import DataShare
-from bridge.training.evaluation_plan import EvaluationCall, plan_evaluation
+from bridge.training.data.evaluation_plan import EvaluationCall, plan_evaluation
 
 SIZES = list(itertools.product([1, 2, 3], [1, 2, 4], [1, 2, 6], [1, 2]))
 """Replicas, microbatches of a group, samples of a microbatch, smallest microbatch."""

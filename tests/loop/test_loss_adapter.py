@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.training.loss_adapter import LossAdapter
+from bridge.training.loss.adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer, maximum
 from bridge.training.losses import masked_token_loss
 from oracle_cells import (

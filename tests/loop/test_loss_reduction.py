@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bridge.training.loss.metrics import ratio
 from bridge.training.loss_reduction import (
     Metric,
     MetricReducer,
@@ -20,7 +21,6 @@ from bridge.training.loss_reduction import (
     token_mean,
     total,
 )
-from bridge.training.metric_kinds import ratio
 from ranks import run_ranks
 
 CPU = torch.device("cpu")

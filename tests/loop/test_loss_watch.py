@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from bridge.training.config import TrainConfig
-from bridge.training.loss_watch import WINDOW, LossWatch
+from bridge.training.loss.anomalies import WINDOW, LossWatch
 from ranks import run_ranks
 
 NAN, INF = float("nan"), float("inf")

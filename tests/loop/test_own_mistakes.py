@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 import own_recipe
 from bridge.training.config import ConfigContainer, ConfigError, resolve
-from bridge.training.config.names import import_by_name
+from bridge.training.config.schema.importable_names import import_by_name
 from bridge.training.usage_error import UsageError
 from commands import Ended, run
 

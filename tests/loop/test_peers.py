@@ -23,10 +23,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bridge.training import peers
 from bridge.training.config import ConfigContainer, ConfigError
 from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.pretrain import pretrain
+from bridge.training.ranks import failure_watch
 from ranks import RankFailure, run_ranks
 from training_runs import OwnData, OwnModel, OwnModule, Samples, own_run, rows, token_step
 
@@ -37,8 +37,8 @@ _kept: list[BaseException] = []
 
 @pytest.fixture(autouse=True)
 def _short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "SECONDS_TO_NOTICE", NOTICE)
-    monkeypatch.setattr(peers, "SECONDS_TO_HEAR", 10.0)  # On a busy machine.
+    monkeypatch.setattr(failure_watch, "SECONDS_TO_NOTICE", NOTICE)
+    monkeypatch.setattr(failure_watch, "SECONDS_TO_HEAR", 10.0)  # On a busy machine.
 
 
 def rank() -> int:
@@ -256,7 +256,7 @@ def test_who_presses_ctrl_c_twice_is_told_nothing_and_leaves_no_rank_behind(
 def test_a_rank_that_has_failed_and_does_not_come_to_its_end_ends_too(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "SECONDS_TO_LEAVE", NOTICE)
+    monkeypatch.setattr(failure_watch, "SECONDS_TO_LEAVE", NOTICE)
 
     def body() -> str:
         callbacks = [
@@ -305,7 +305,7 @@ def test_an_error_of_all_ranks_is_an_exception_on_each_and_the_next_run_trains(
 def test_a_rank_that_waits_too_long_for_another_names_the_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "SECONDS_TO_NOTICE", 30.0)
+    monkeypatch.setattr(failure_watch, "SECONDS_TO_NOTICE", 30.0)
     told: list[str] = []
 
     def step(state: Any, data_iterator: Iterator[Any], model: Any) -> Any:

@@ -17,7 +17,7 @@ from megatron.core import num_microbatches_calculator, parallel_state, rerun_sta
 from bridge.training import cpu
 from bridge.training.config import TrainConfig, ValidationConfig
 from bridge.training.pretrain import pretrain
-from bridge.training.stop_signals import STOP_SIGNALS
+from bridge.training.ranks.stop_request import STOP_SIGNALS
 from ranks import run_ranks
 from training_runs import OwnData, own_run, rows, series, token_step
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from bridge.training.progress import Progress
+from bridge.training.reporting.progress import Progress
 
 ROW: dict[str, float | None] = {
     "consumed_samples": 80,

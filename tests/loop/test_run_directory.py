@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.training.run_directory import (
+from bridge.training.run_files.directory import (
     RunDirectory,
     find_checkpoint,
     refuse_wrong_directory,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from bridge.training.config import ConfigContainer, TrainConfig
+from bridge.training.data.run_length import last_step, samples_to_draw, schedule_samples
 from bridge.training.pretrain import pretrain
-from bridge.training.run_length import last_step, samples_to_draw, schedule_samples
 from bridge.training.state import TrainState
 from bridge.training.usage_error import UsageError
 from ranks import run_ranks

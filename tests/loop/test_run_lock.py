@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 import own_recipe
-from bridge.training import run_lock
-from bridge.training.run_lock import claimed, joined
+from bridge.training.run_files import lock
+from bridge.training.run_files.lock import claimed, joined
 from bridge.training.setup import training_parts
 from bridge.training.usage_error import UsageError
 from commands import Command, start
@@ -90,7 +90,7 @@ def test_a_claim_is_taken_over_once_within_a_process(work: Path) -> None:
 def test_a_rank_that_outlives_the_holder_keeps_others_away(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_lock, "SECONDS_FOR_RANKS_TO_END", 0.1)
+    monkeypatch.setattr(lock, "SECONDS_FOR_RANKS_TO_END", 0.1)
     with held_elsewhere(claimed(work / "R")) as holder, held_elsewhere(joined(work / "R")):
         os.kill(holder, signal.SIGKILL)
         os.waitid(os.P_PID, holder, os.WEXITED | os.WNOWAIT)

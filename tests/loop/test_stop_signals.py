@@ -7,7 +7,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from bridge.training.stop_signals import (
+from bridge.training.ranks.stop_request import (
     SECONDS_OF_ONE_INTERRUPT,
     STOP_SIGNALS,
     StopRequest,

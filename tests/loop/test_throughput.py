@@ -1,6 +1,6 @@
 import pytest
 
-from bridge.training.throughput import Throughput, model_flops_per_token, peak_bf16_flops
+from bridge.training.reporting.throughput import Throughput, model_flops_per_token, peak_bf16_flops
 
 
 @pytest.mark.parametrize(

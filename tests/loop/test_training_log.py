@@ -12,10 +12,10 @@ import torch
 
 from bridge.training import cpu
 from bridge.training.config import CheckpointConfig, LoggerConfig
-from bridge.training.progress import Progress
+from bridge.training.reporting.progress import Progress
+from bridge.training.reporting.training_log import _TIMERS, TrainingLog
 from bridge.training.state import GlobalState
 from bridge.training.train import StepResult
-from bridge.training.training_log import _TIMERS, TrainingLog
 from ranks import run_ranks
 
 

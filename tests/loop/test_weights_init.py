@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor
 
-from bridge.training.weights_init import draw_with, initialize_weights
+from bridge.training.model.initial_weights import draw_with, initialize_weights
 from ranks import run_ranks
 from tiny_models import SEQUENCE, VOCABULARY, build_tiny_gpt, layout_of, tiny_config
 

@@ -14,8 +14,8 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from auxiliary_oracle import EXPERTS, LAYOUTS, Found, Objective, step_by_definition, step_of_ours
-from bridge.training.auxiliary_losses import own_trackers
 from bridge.training.gpt_step import forward_step
+from bridge.training.loss.auxiliary import own_trackers
 from bridge.training.pretrain import pretrain
 from bridge.training.state import GlobalState
 from gpt_models import VOCABULARY, build_chunks, run_of, tiny_gpt

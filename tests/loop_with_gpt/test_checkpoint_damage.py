@@ -18,13 +18,14 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _Storag
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from bridge.training import checkpoint_manifest, checkpoint_writing
-from bridge.training.checkpoint_manifest import Manifest, refuse_damage, verified, write_manifest
-from bridge.training.checkpoint_weights import SavedWeights
-from bridge.training.checkpointing import refuse_another_base
-from bridge.training.distributed import one_process
+from bridge.training.checkpoint import manifest as checkpoint_manifest
+from bridge.training.checkpoint import megatron_io
+from bridge.training.checkpoint.base import refuse_another_base
+from bridge.training.checkpoint.manifest import Manifest, refuse_damage, verified, write_manifest
+from bridge.training.checkpoint.single_weights import SavedWeights
 from bridge.training.pretrain import pretrain
-from bridge.training.run_directory import RunDirectory
+from bridge.training.ranks.groups import one_process
+from bridge.training.run_files.directory import RunDirectory
 from bridge.training.usage_error import UsageError
 from ranks import run_ranks
 from training_runs import own_run, token_step
@@ -318,7 +319,7 @@ def test_a_checkpoint_of_an_older_version_is_read_and_told_as_unverified(
 def test_a_write_that_fails_does_not_crash_the_process_later(tmp_path: Path) -> None:
     def body() -> str:
         item = WriteItem(index=MetadataIndex("rng"), type=WriteItemType.BYTE_IO)
-        with checkpoint_writing._writing_in_this_process([]), open("/dev/full", "wb") as stream:
+        with megatron_io._writing_in_this_process([]), open("/dev/full", "wb") as stream:
             arguments = (_StorageWriterTransforms(), stream, io.BytesIO(bytes(1 << 20)), item, "")
             try:
                 filesystem_async._write_item(*arguments, SerializationFormat.TORCH_SAVE)

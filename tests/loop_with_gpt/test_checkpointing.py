@@ -17,9 +17,9 @@ import torch
 
 from bridge.training.config import ConfigContainer
 from bridge.training.gpt_step import forward_step as gpt_forward_step
-from bridge.training.model_building import parameters_in_sync
+from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.pretrain import pretrain
-from bridge.training.run_directory import RunDirectory
+from bridge.training.run_files.directory import RunDirectory
 from bridge.training.state import GlobalState
 from gpt_models import tiny_gpt
 from ranks import run_ranks

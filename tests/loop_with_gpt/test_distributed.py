@@ -9,13 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from bridge.training.config import resolve
-from bridge.training.distributed import (
-    choose_device,
-    is_logging_rank,
-    rank,
-    ranks_of,
-    world_size,
-)
+from bridge.training.ranks.groups import choose_device, ranks_of
+from bridge.training.ranks.launcher_store import is_logging_rank, rank, world_size
 from bridge.training.usage_error import UsageError
 from gpt_models import tiny_gpt
 from ranks import run_ranks

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from bridge.training.config import ConfigContainer
 from bridge.training.gpt_step import forward_step
-from bridge.training.model_building import parameters_in_sync
+from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.run import Run
 from gpt_models import tiny_gpt
 from ranks import run_ranks

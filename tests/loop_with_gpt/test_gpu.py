@@ -13,7 +13,7 @@ from bridge.gpt.conversion.hf_import import import_hf
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.peft import CanonicalLoRA, DoRA, LoRA
 from bridge.training.gpt_step import forward_step
-from bridge.training.layer_specs import has_transformer_engine
+from bridge.training.model.layer_specs import has_transformer_engine
 from bridge.training.pretrain import pretrain
 from bridge.training.train import StepResult
 from gpt_models import tiny_gpt

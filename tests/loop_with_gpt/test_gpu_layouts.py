@@ -19,7 +19,7 @@ import torch
 
 from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.gpt_step import forward_step
-from bridge.training.layer_specs import has_transformer_engine
+from bridge.training.model.layer_specs import has_transformer_engine
 from bridge.training.pretrain import pretrain
 from gpt_models import microbatch, tiny_gpt
 from training_runs import gpt_run, series

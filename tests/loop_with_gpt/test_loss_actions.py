@@ -17,12 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 from bridge.training.config import ConfigContainer, TrainConfig
 from bridge.training.gpt_step import forward_step as gpt_forward_step
-from bridge.training.loss_watch import WINDOW
-from bridge.training.model_building import parameters_in_sync
+from bridge.training.loss.anomalies import WINDOW
+from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.pretrain import pretrain
-from bridge.training.rerun import RerunRequest
 from bridge.training.run import Run
 from bridge.training.state import GlobalState
+from bridge.training.step.rerun import RerunRequest
 from bridge.training.train import train
 from gpt_models import tiny_gpt
 from ranks import run_ranks

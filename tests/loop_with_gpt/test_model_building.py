@@ -11,12 +11,9 @@ import torch
 from megatron.core.utils import get_model_config
 
 from bridge.training.gpt_step import forward_step
-from bridge.training.model_building import (
-    GradientFinalizer,
-    attach_hooks,
-    count_parameters,
-    parameters_in_sync,
-)
+from bridge.training.model.building import count_parameters
+from bridge.training.model.ddp import parameters_in_sync
+from bridge.training.model.hooks import GradientFinalizer, attach_hooks
 from bridge.training.run import Run
 from gpt_models import tiny_gpt
 from ranks import run_ranks

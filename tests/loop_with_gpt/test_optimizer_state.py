@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.training import checkpointing
+from bridge.training.checkpoint import checkpointer, run_state
 from bridge.training.config import ConfigContainer
 from bridge.training.usage_error import UsageError
 from ranks import run_ranks
@@ -129,8 +129,8 @@ def test_the_state_of_every_parameter_comes_back_from_buckets_of_any_size_on_any
 
 def save_as_before(directory: Path, seeds: Iterable[int], ranks: int) -> list[int]:
     """Save as it was done in the first format."""
-    checkpointing.FORMAT_VERSION = 1
-    checkpointing.offsets_without_padding = contextlib.nullcontext  # type: ignore[assignment,attr-defined]
+    checkpointer.FORMAT_VERSION = 1  # type: ignore[attr-defined]
+    checkpointer.offsets_without_padding = contextlib.nullcontext  # type: ignore[assignment,attr-defined]
     return save(directory, seeds, ranks)
 
 
@@ -151,7 +151,7 @@ def test_a_shifted_state_of_the_first_format_is_rejected_and_a_whole_one_goes_on
             with pytest.raises(UsageError, match="its weights are whole") as error:
                 load(tmp_path, [seed], 1)
             found.append(str(error.value))
-        checkpointing.FORMAT_VERSION = 0
+        run_state.FORMAT_VERSION = 0
         with pytest.raises(UsageError, match="has format version 1, .* reads versions up to 0"):
             load(tmp_path, whole, 1)
         return found

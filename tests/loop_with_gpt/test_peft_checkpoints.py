@@ -8,7 +8,7 @@ import pytest
 from megatron.core.dist_checkpointing import load_tensors_metadata
 
 from bridge.peft import DoRA, LoRA
-from bridge.training.base_checkpoint import fingerprint
+from bridge.training.checkpoint.base import fingerprint
 from bridge.training.config import ConfigContainer
 from bridge.training.gpt_step import forward_step
 from bridge.training.pretrain import pretrain

@@ -8,9 +8,9 @@ import torch
 
 from bridge.peft import CanonicalLoRA, DoRA, LoRA
 from bridge.training.gpt_step import forward_step
-from bridge.training.run_directory import RunDirectory
-from bridge.training.throughput import model_flops_per_token
-from bridge.training.trainable import trained_parameters
+from bridge.training.model.frozen import trained_parameters
+from bridge.training.reporting.throughput import model_flops_per_token
+from bridge.training.run_files.directory import RunDirectory
 from gpt_models import SEQUENCE
 from peft_runs import EP, PP, SP, TP, adapted_run, train_bases, trained
 from ranks import RankFailure, run_ranks
@@ -115,9 +115,9 @@ def test_adapters_without_gradients_are_an_error_that_names_them(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
     def without_the_remedy() -> None:
-        from bridge.training import trainable
+        from bridge.training.model import frozen
 
-        trainable._recomputes = lambda chunk: False
+        frozen._recomputes = lambda chunk: False
         trained(adapted_run(tmp_path / "run", bases["dense"], **RECOMPUTED[1]))
 
     with pytest.raises(RankFailure, match=r"parameters that train got no gradient.*linear_qkv\.ad"):

@@ -7,8 +7,8 @@ import pytest
 
 from bridge.training.gpt_step import forward_step
 from bridge.training.pretrain import pretrain
-from bridge.training.rerun import RerunRequest
 from bridge.training.state import GlobalState
+from bridge.training.step.rerun import RerunRequest
 from gpt_models import tiny_gpt
 from ranks import run_ranks
 from training_runs import TokenData, gpt_run, own_run, series, token_step

@@ -15,7 +15,7 @@ from bridge.training.config import (
     resolve,
 )
 from bridge.training.gpt_step import forward_step
-from bridge.training.model_building import ddp_parts
+from bridge.training.model.ddp import ddp_parts
 from gpt_models import tiny_gpt
 from ranks import run_ranks
 from training_runs import TokenData, a_run, gpt_run, one_step

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
 from bridge.training.config import ConfigContainer, TrainConfig
-from bridge.training.model_building import GradientFinalizer
+from bridge.training.model.hooks import GradientFinalizer
 from bridge.training.pretrain import pretrain
 from ranks import run_ranks
 from training_runs import (

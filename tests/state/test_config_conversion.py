@@ -13,11 +13,11 @@ from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.enums import AttnBackend
 
-from bridge.training.config.conversion import convert
-from bridge.training.config.errors import ConversionError, FieldProblems
-from bridge.training.config.fields import annotations_of
-from bridge.training.config.plain import to_plain
-from bridge.training.config.yaml_text import dump_yaml, load_yaml
+from bridge.training.config.schema.convert import convert
+from bridge.training.config.schema.errors import ConversionError, FieldProblems
+from bridge.training.config.schema.fields import annotations_of
+from bridge.training.config.schema.to_plain import to_plain
+from bridge.training.config.schema.yaml12 import dump_yaml, load_yaml
 from tiny_configs import Augmentation, TinyModel
 
 

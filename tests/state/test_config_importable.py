@@ -53,7 +53,7 @@ def problems_of(**model: Any) -> list[str]:
         "torch.nn.functional.torch.os.system",
         "torch.utils.cpp_extension.load",
         "torch.nn.functional.boolean_dispatch.__globals__.get",
-        "bridge.training.config.yaml_text.yaml.load",
+        "bridge.training.config.schema.yaml12.yaml.load",
         "bridge.cli.__main__.main",
         "numpy.load",
     ],

@@ -126,7 +126,7 @@ def test_without_a_package_of_methods_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nobodys = dataclasses.replace(PEFT_METHODS, group="bridge.none")
-    monkeypatch.setattr("bridge.training.config.methods.PEFT_METHODS", nobodys)
+    monkeypatch.setattr("bridge.training.config.schema.chosen_by_name.PEFT_METHODS", nobodys)
     [line] = refused("peft.method=lora")
     assert "such as bridge-peft (pip install --find-links DIST bridge-peft" in line
     paths = {key.path for key in describe(tiny_config())}

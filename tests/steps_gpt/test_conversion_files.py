@@ -19,11 +19,11 @@ from bridge.gpt.conversion.hf_import import import_hf, read_weights
 from bridge.gpt.conversion.safetensors_files import TensorFolder, write_tensors
 from bridge.gpt.conversion.tokenizer_files import copy_tokenizer
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
-from bridge.training.checkpoint_weights import saved_config, write_weights
+from bridge.training.checkpoint.single_weights import saved_config, write_weights
 from bridge.training.config import ConfigContainer, TokenizerConfig, resolve
 from bridge.training.contracts import ExportRequest, NamesWeights
-from bridge.training.distributed import one_process
-from bridge.training.run_directory import find_checkpoint, new_folder
+from bridge.training.ranks.groups import one_process
+from bridge.training.run_files.directory import find_checkpoint, new_folder
 from bridge.training.usage_error import UsageError
 from commands import run
 from gpt_models import run_of, tiny_gpt

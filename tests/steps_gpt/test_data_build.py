@@ -18,8 +18,8 @@ from bridge.gpt.data.build import (
 )
 from bridge.gpt.data.documents import find_source, read_documents
 from bridge.gpt.data.tokenizers import ByteTokenizer
-from bridge.training.collectives import on_first_rank
 from bridge.training.config import TokenizerConfig
+from bridge.training.ranks.collectives import on_first_rank
 from bridge.training.usage_error import UsageError
 from gpt_data import read_pair, tree, write_story
 from ranks import RankFailure, run_ranks

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional
 
 from bridge.gpt.model_config import GPTModelConfig
-from bridge.training import transformer_section
 from bridge.training.config import TokenizerConfig
+from bridge.training.model import transformer_section
 from gpt_models import build_chunks, run_of, tiny_gpt
 from ranks import run_ranks
 

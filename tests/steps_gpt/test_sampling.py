@@ -5,7 +5,7 @@ import torch
 
 from bridge.gpt.data.tokenizers import ByteTokenizer
 from bridge.gpt.sampling import sample_text
-from bridge.training.cpu_optimizer import FusedAdam
+from bridge.training.cpu.adam import FusedAdam
 from gpt_models import build_chunks, tiny_gpt
 from ranks import run_ranks
 

@@ -13,8 +13,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from bridge.mimo.model import build_mimo
 from bridge.training.forward_step import prepare_forward_step_func
 from bridge.training.mimo_step import KEYS, forward_step, get_batch, loss_func
+from bridge.training.model.initial_weights import initialize_weights
 from bridge.training.state import GlobalState
-from bridge.training.weights_init import initialize_weights
 from mimo_models import IMAGE, build, microbatch, mimo_run, resolved, tiny_mimo
 from ranks import run_ranks
 

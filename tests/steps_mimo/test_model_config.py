@@ -7,10 +7,10 @@ import pytest
 
 from bridge.cli.base import find_base
 from bridge.mimo.sections import ModuleParallelism
-from bridge.training.checkpoint_manifest import write_manifest
+from bridge.training.checkpoint.manifest import write_manifest
 from bridge.training.config import ConfigError, resolve
-from bridge.training.recipes import configure, find_recipe
-from bridge.training.run_files import write_config
+from bridge.training.recipe_lookup import configure, find_recipe
+from bridge.training.run_files.configuration import write_config
 from mimo_models import mimo_run, resolved, tiny_mimo
 
 

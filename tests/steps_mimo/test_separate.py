@@ -16,7 +16,7 @@ from bridge.mimo.data.mock import MockDatasetConfig
 from bridge.mimo.sections import VisionEncoderConfig
 from bridge.training.config import MixedPrecisionConfig
 from bridge.training.mimo_step import forward_step
-from bridge.training.model_building import parameters_in_sync
+from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.pretrain import pretrain
 from mimo_layout_runs import (
     ALONE,

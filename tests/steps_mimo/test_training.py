@@ -118,7 +118,7 @@ def test_what_is_frozen_stays_as_it_was_bit_for_bit(
             before = parameters_of(run.model)
             for _ in range(2):
                 one_step(run)
-            from bridge.training.model_building import parameters_in_sync
+            from bridge.training.model.ddp import parameters_in_sync
 
             with parameters_in_sync(run.model):
                 after = parameters_of(run.model)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from bridge.training import cpu
-from bridge.training.stop_signals import STOP_SIGNALS
+from bridge.training.ranks.stop_request import STOP_SIGNALS
 
 _COUNTERS = {
     # Numbers that torch gives out, and never a second time.

@@ -12,7 +12,7 @@ from torch.nn import functional
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.config import ConfigContainer, TrainConfig
-from bridge.training.weights_init import initialize_weights
+from bridge.training.model.initial_weights import initialize_weights
 
 VOCABULARY = 64
 SEQUENCE = 16

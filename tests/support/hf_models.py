@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
-from bridge.training.checkpoint_weights import saved_config
+from bridge.training.checkpoint.single_weights import saved_config
 from bridge.training.config import (
     CheckpointConfig,
     ConfigContainer,

@@ -19,7 +19,7 @@ from bridge.mimo.sections import (
     VisionEncoderConfig,
 )
 from bridge.training.config import ConfigContainer, TrainConfig, resolve
-from bridge.training.weights_init import initialize_weights
+from bridge.training.model.initial_weights import initialize_weights
 from training_runs import own_run
 
 VOCABULARY = 24

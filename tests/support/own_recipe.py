@@ -14,7 +14,7 @@ import torch
 import installed_packages
 from bridge.training.config import CheckpointConfig, ConfigContainer, LoggerConfig, TrainConfig
 from bridge.training.contracts import DataRequest, DataSplits, Recipe
-from bridge.training.distributed import is_logging_rank
+from bridge.training.ranks.launcher_store import is_logging_rank
 from bridge.training.state import GlobalState
 from bridge.training.usage_error import UsageError
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from bridge.training.checkpoint_manifest import write_manifest
-from bridge.training.run_directory import step_in_name
+from bridge.training.checkpoint.manifest import write_manifest
+from bridge.training.run_files.directory import step_in_name
 
 
 class Poison:

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridge.training.local_layers import LayerNorm, LocalAttention, RMSNorm
+from bridge.training.model.local_layers import LayerNorm, LocalAttention, RMSNorm
 
 VOCABULARY = 64
 SEQUENCE = 16

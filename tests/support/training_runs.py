@@ -22,10 +22,11 @@ from bridge.training.config import (
     resolve,
 )
 from bridge.training.contracts import DataRequest, DataSplits
-from bridge.training.distributed import choose_device, ranks_of, world_size
-from bridge.training.model_building import parameters_in_sync
+from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.pretrain import TrainResult, pretrain
-from bridge.training.progress import Progress
+from bridge.training.ranks.groups import choose_device, ranks_of
+from bridge.training.ranks.launcher_store import world_size
+from bridge.training.reporting.progress import Progress
 from bridge.training.run import Run
 from bridge.training.setup import set_up
 from bridge.training.train import StepResult, train_step

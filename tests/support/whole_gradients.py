@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
-from bridge.training.weights_init import shards_of_parameters
+from bridge.training.model.initial_weights import shards_of_parameters
 
 type Gradients = dict[str, torch.Tensor]
 """By the parameter's name in a checkpoint, whole."""

@@ -16,7 +16,7 @@ TOP_LEVEL = {"packages", "tests", "tools", "pyproject.toml", "uv.lock", "README.
 
 # A user's own forward step or loss imports these; they must not pull in a training stack.
 # Imported one after the other; the losses must bring nothing but torch, the others nothing heavy.
-LOSSES = ["losses", "loss_adapter"]
+LOSSES = ["losses", "loss.adapter"]
 LIGHT_MODULES = [
     "loss_reduction",
     "forward_step",

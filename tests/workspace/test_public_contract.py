@@ -23,7 +23,7 @@ FUNCTIONS = {
     ],
     "bridge.training.setup.training_parts": ["config", "forward_step_func"],
     "bridge.training.train.train": ["run"],
-    "bridge.training.train.train_step": [
+    "bridge.training.step.train_step.train_step": [
         "forward_step",
         "data_iterator",
         "model",
@@ -161,7 +161,7 @@ FIELDS = {
         "size",
         "changes",
     ],
-    "bridge.training.train.StepResult": [
+    "bridge.training.step.train_step.StepResult": [
         "learning_rate",
         "grad_norm",
         "zeros_in_grad",
@@ -230,7 +230,7 @@ def test_a_dataclass_has_the_fields_that_callers_read(path: str) -> None:
 def test_results_cannot_be_changed() -> None:
     for path in (
         "bridge.training.pretrain.TrainResult",
-        "bridge.training.train.StepResult",
+        "bridge.training.step.train_step.StepResult",
         "bridge.training.evaluate.EvaluationResult",
     ):
         kind = found(path)

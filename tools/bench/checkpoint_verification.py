@@ -4,7 +4,7 @@
 
 One process on the CPU builds a GPT of 12.6M parameters a layer, its data and its optimizer, and
 restores a checkpoint of them (16 bytes a parameter: 6 layers are 1.2 GB), alternately without and
-with `bridge.training.checkpoint_manifest.Verification`. Files come from the page cache.
+with `bridge.training.checkpoint.manifest.Verification`. Files come from the page cache.
 """
 
 import os
@@ -22,7 +22,7 @@ from typing import Any
 
 from bridge.gpt import recipes
 from bridge.training import setup
-from bridge.training.checkpoint_manifest import Verification, record_files
+from bridge.training.checkpoint.manifest import Verification, record_files
 from bridge.training.config import ConfigContainer, apply_overrides
 from bridge.training.gpt_step import forward_step
 from bridge.training.setup import training_parts

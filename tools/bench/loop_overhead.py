@@ -28,12 +28,12 @@ import torch
 from bridge.gpt import recipes
 from bridge.training.callbacks import Callback, CallbackContext, Callbacks
 from bridge.training.config import ConfigContainer, apply_overrides, resolve
-from bridge.training.data_loading import RunData
-from bridge.training.distributed import Ranks, ranks_of
+from bridge.training.data.run_data import RunData
 from bridge.training.gpt_step import forward_step
-from bridge.training.model_building import build_model
-from bridge.training.optimization import build_optimizer, build_scheduler
-from bridge.training.progress import Progress
+from bridge.training.model.building import build_model
+from bridge.training.optimizer.building import build_optimizer, build_scheduler
+from bridge.training.ranks.groups import Ranks, ranks_of
+from bridge.training.reporting.progress import Progress
 from bridge.training.setup import set_up
 from bridge.training.train import train
 

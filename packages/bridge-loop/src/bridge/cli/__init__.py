@@ -9,7 +9,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from bridge.cli import doctor, export, finetune, launch, merge, pretrain, recipes
+from bridge.cli import doctor, export, finetune, merge, pretrain, recipes
+from bridge.cli.output import flush_output
 from bridge.training.installed import COMMANDS
 from bridge.training.usage_error import is_usage_error
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
-        launch.flush_output()
+        flush_output()
 
 
 def command_parser() -> argparse.ArgumentParser:

@@ -46,7 +46,7 @@ class Base:
     @property
     def document(self) -> str:
         """A YAML document that puts the model and its tokenizer on a recipe."""
-        from bridge.training.config.yaml_text import dump_yaml
+        from bridge.training.config.schema.yaml12 import dump_yaml
 
         sections = {"model": self.model, "tokenizer": self.tokenizer}
         return dump_yaml({name: section for name, section in sections.items() if section})
@@ -82,11 +82,11 @@ def find_base(source: str, recipe: "Recipe") -> Base:
     Raises:
         UsageError: There is none, or it is of another kind of model than the recipe's.
     """
-    from bridge.training.checkpoint_manifest import refuse_damage
-    from bridge.training.config.fields import TARGET, class_name
-    from bridge.training.config.yaml_text import load_yaml
-    from bridge.training.run_directory import find_checkpoint
-    from bridge.training.run_files import read_config_text
+    from bridge.training.checkpoint.manifest import refuse_damage
+    from bridge.training.config.schema.fields import TARGET, class_name
+    from bridge.training.config.schema.yaml12 import load_yaml
+    from bridge.training.run_files.configuration import read_config_text
+    from bridge.training.run_files.directory import find_checkpoint
 
     checkpoint = Path(os.path.abspath(find_checkpoint(source, "--from")))
     refuse_damage(checkpoint)

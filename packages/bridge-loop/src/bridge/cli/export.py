@@ -57,11 +57,11 @@ def run(options: argparse.Namespace) -> int:
     exporter = find_exporter(options.to)
     size = parse_size(options.max_shard_size)
 
-    from bridge.training.checkpoint_manifest import verified
-    from bridge.training.checkpoint_weights import saved_config
-    from bridge.training.config.names import dtype_from_name
+    from bridge.training.checkpoint.manifest import verified
+    from bridge.training.checkpoint.single_weights import saved_config
+    from bridge.training.config.schema.importable_names import dtype_from_name
     from bridge.training.contracts import ExportRequest
-    from bridge.training.run_directory import find_checkpoint, new_folder
+    from bridge.training.run_files.directory import find_checkpoint, new_folder
 
     checkpoint = find_checkpoint(options.checkpoint, "RUN_OR_CHECKPOINT")
     config = saved_config(checkpoint)

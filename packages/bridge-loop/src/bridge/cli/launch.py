@@ -7,7 +7,6 @@ passes on the signals that it gets. When it dies without a chance to do so, they
 """
 
 import contextlib
-import errno
 import gc
 import json
 import logging
@@ -18,54 +17,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from bridge.cli.output import flush_output
+
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
+    from bridge.cli.one_rank import Command
     from bridge.cli.start_command import StartCommand
-    from bridge.cli.training import Command
     from bridge.training.config import ConfigContainer
     from bridge.training.contracts import Recipe
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 1.0
-
-
-def hide_gpus_for_rehearsal(documents: Sequence[str], overrides: Sequence[str]) -> None:
-    """Hide the GPUs where ``dist.device=cpu`` is asked for, before torch initialises CUDA."""
-    import yaml
-
-    wanted = "auto"
-    for text in documents:
-        with contextlib.suppress(yaml.YAMLError):
-            # What cannot be read here is reported with all other problems later on.
-            document = yaml.safe_load(text)
-            section = document.get("dist") if isinstance(document, dict) else None
-            if isinstance(section, dict):
-                wanted = section.get("device", wanted)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "dist.device":
-            wanted = value
-    if wanted == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def flush_output() -> None:
-    """Write out what was said; nobody need be there any more to read it."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # A pipe's reader, or the terminal.
-                raise
-            # Else Python would complain about the rest at its exit, and change the exit code.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def on_local_ranks(
@@ -79,8 +48,8 @@ def on_local_ranks(
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
-    from bridge.training.run_directory import new_run_name
-    from bridge.training.run_lock import claimed
+    from bridge.training.run_files.directory import new_run_name
+    from bridge.training.run_files.lock import claimed
 
     # The ranks could not agree on a time of day.
     config.checkpoint.run_dir = config.checkpoint.run_dir or new_run_name(config.recipe)
@@ -119,7 +88,7 @@ def _launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    from bridge.training.distributed import choose_device
+    from bridge.training.ranks.groups import choose_device
 
     try:
         if choose_device(config.dist.device) == "cpu":
@@ -173,8 +142,8 @@ def train_as_rank(
     launcher: Launcher, command: "Command", recipe: "Recipe", config: "ConfigContainer"
 ) -> int:
     """Train as one of the local ranks of `launcher`; return the exit code."""
-    from bridge.cli.training import RankFailed, train_here
-    from bridge.training.run_lock import claimed_by_launcher
+    from bridge.cli.one_rank import RankFailed, train_here
+    from bridge.training.run_files.lock import claimed_by_launcher
     from bridge.training.usage_error import is_usage_error
 
     _end_with(launcher)
@@ -230,7 +199,7 @@ def _forked_rank(
 ) -> None:
     import torch
 
-    from bridge.training.stop_signals import signals_to_catch
+    from bridge.training.ranks.stop_request import signals_to_catch
 
     # A collection would copy every page that the imported modules' objects are on, in each rank.
     gc.freeze()
@@ -258,7 +227,7 @@ def _forked_rank(
 def _signals_passed_on(launcher: Launcher) -> Iterator[None]:
     import psutil
 
-    from bridge.training.stop_signals import SECONDS_OF_ONE_INTERRUPT, signals_to_catch
+    from bridge.training.ranks.stop_request import SECONDS_OF_ONE_INTERRUPT, signals_to_catch
 
     this = psutil.Process()
 

@@ -42,9 +42,9 @@ def run(options: argparse.Namespace) -> int:
     """
     # It is done on the CPU; before torch looks for GPUs.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from bridge.training.checkpoint_weights import saved_config
-    from bridge.training.merging import merge
-    from bridge.training.run_directory import find_checkpoint, new_folder
+    from bridge.training.adapters.merging import merge
+    from bridge.training.checkpoint.single_weights import saved_config
+    from bridge.training.run_files.directory import find_checkpoint, new_folder
 
     checkpoint = find_checkpoint(options.checkpoint, "RUN_OR_CHECKPOINT")
     config = saved_config(checkpoint)

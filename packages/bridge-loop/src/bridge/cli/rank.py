@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, cast
 
 from bridge.cli.launch import Launcher, train_as_rank
 from bridge.cli.start_command import StartCommand
-from bridge.training.recipes import find_recipe
+from bridge.training.recipe_lookup import find_recipe
 
 if TYPE_CHECKING:
-    from bridge.cli.training import Command
+    from bridge.cli.one_rank import Command
 
 if __name__ == "__main__":
     launcher, command, name, path, nproc, *words = sys.argv[1:]
     # Imported after the environment is as the launcher made it.
     from bridge.training.config import ConfigContainer
-    from bridge.training.config.importable import files_of_this_program
+    from bridge.training.config.schema.import_limits import files_of_this_program
 
     start = StartCommand(tuple(words), int(nproc))
     parent = Launcher(int(launcher), Path(path).parent, start)

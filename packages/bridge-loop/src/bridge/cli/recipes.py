@@ -4,9 +4,9 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from bridge.cli.launch import hide_gpus_for_rehearsal
+from bridge.cli.hidden_gpus import hide_gpus_for_rehearsal
 from bridge.training.installed import RECIPES
-from bridge.training.recipes import (
+from bridge.training.recipe_lookup import (
     add_configuration_arguments,
     checked_ranks,
     configure,

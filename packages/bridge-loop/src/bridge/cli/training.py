@@ -3,35 +3,33 @@
 import argparse
 import contextlib
 import os
-import signal
-import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from bridge.cli import launch
 from bridge.cli.base import find_base
+from bridge.cli.hidden_gpus import hide_gpus_for_rehearsal
+from bridge.cli.launch import on_local_ranks
+from bridge.cli.one_rank import Command, RankFailed, train_here
 from bridge.cli.recipes import layout_lines, print_keys
 from bridge.cli.resume import refuse_another_run
 from bridge.cli.start_command import StartCommand
 from bridge.training.local_paths import PathOption
 from bridge.training.rank_environment import rank_environment, rendezvous_url
-from bridge.training.recipes import (
+from bridge.training.recipe_lookup import (
     add_configuration_arguments,
     checked_ranks,
     configure,
     find_recipe,
     read_documents,
 )
-from bridge.training.run_lock import claimed
-from bridge.training.usage_error import UsageError, is_usage_error
+from bridge.training.run_files.lock import claimed
+from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer, YamlDocument, YamlText
     from bridge.training.contracts import Recipe
 
-type Command = Literal["pretrain", "finetune"]
 """The entry point that a command calls."""
 
 
@@ -108,7 +106,7 @@ def _run(options: argparse.Namespace, command: "Command", source: str | None) ->
     ranks = environment.world_size if is_a_rank else checked_ranks(options.nproc)
     given = _given_documents(options.config, environment.rank)
     saved = _saved_configuration(options)
-    launch.hide_gpus_for_rehearsal([*saved, *(document.text for document in given)], overrides)
+    hide_gpus_for_rehearsal([*saved, *(document.text for document in given)], overrides)
     recipe = find_recipe(options.recipe)
     base = None if source is None else find_base(source, recipe)
     documents: list[YamlDocument] = [*saved, *given]
@@ -137,7 +135,7 @@ def _run(options: argparse.Namespace, command: "Command", source: str | None) ->
             return train_here(command, recipe, config, start)
         except RankFailed as failure:
             return failure.code
-    return launch.on_local_ranks(ranks, command, recipe, config, start)
+    return on_local_ranks(ranks, command, recipe, config, start)
 
 
 def _given_documents(paths: Sequence[str], rank: int) -> "list[YamlText]":
@@ -148,68 +146,6 @@ def _given_documents(paths: Sequence[str], rank: int) -> "list[YamlText]":
             fields = ", ".join(document.not_taken)
             print(f"--config {document.source}: taken but for {fields}, of that run alone")
     return documents
-
-
-def train_here(
-    command: "Command", recipe: "Recipe", config: "ConfigContainer", start: StartCommand
-) -> int:
-    """Train as one rank of a run; return the exit code.
-
-    Args:
-        command: Which entry point trains.
-        recipe: Brings the forward step and its callbacks.
-        config: The resolved configuration.
-        start: How the command was started.
-
-    Raises:
-        UsageError: A mistake of the user's.
-        RankFailed: Anything else that ended the run, once it has been printed.
-    """
-    from bridge.training.finetune import finetune
-    from bridge.training.pretrain import pretrain
-
-    train = {"pretrain": pretrain, "finetune": finetune}[command]
-    failure = ""
-
-    def tell(error: BaseException, line: str) -> None:
-        nonlocal failure
-        if not is_usage_error(error):
-            failure = line
-            sys.stderr.write(f"bridge: {line}\n")
-
-    def resume_line(run_dir: Path) -> str:
-        return start.resume(command, recipe.name, run_dir)
-
-    try:
-        result = train(
-            config,
-            recipe.forward_step,
-            recipe.callbacks(),
-            on_failure=tell,
-            resume_line=resume_line,
-        )
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except Exception as error:
-        if is_usage_error(error):
-            # `main` prints it in one line.
-            raise
-        if not failure:
-            tell(error, f"rank {rank_environment().rank}: {type(error).__name__}: {error}")
-        # In one piece: other ranks may have something to say at the same time.
-        sys.stderr.write(traceback.format_exc())
-        raise RankFailed(failure, int(getattr(error, "exit_code", 1))) from error
-    # Whoever sets a time limit plans the end that it makes.
-    planned = result.reason in ("finished", "time limit")
-    return 0 if planned else 128 + signal.Signals[result.reason]
-
-
-class RankFailed(Exception):
-    """Says what made this rank fail, and where; it has been printed with its traceback."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @contextlib.contextmanager
@@ -240,7 +176,7 @@ def _saved_configuration(options: argparse.Namespace) -> list[str]:
         return []
     if options.run_dir is None:
         raise UsageError("--resume: say which run to continue with --run-dir DIR")
-    from bridge.training.run_directory import RunDirectory, refuse_wrong_directory
+    from bridge.training.run_files.directory import RunDirectory, refuse_wrong_directory
 
     directory = RunDirectory(Path(options.run_dir))
     refuse_wrong_directory(directory, resume=True, holds_a_run=directory.holds_a_run())
@@ -263,8 +199,8 @@ def _as_saved(recipe: "Recipe", saved: Sequence[str], ranks: int) -> "ConfigCont
 
 
 def _check_directory(config: "ConfigContainer") -> None:
-    from bridge.training.checkpoint_manifest import refuse_damage
-    from bridge.training.run_directory import (
+    from bridge.training.checkpoint.manifest import refuse_damage
+    from bridge.training.run_files.directory import (
         RunDirectory,
         refuse_another_command,
         refuse_wrong_directory,
@@ -284,9 +220,9 @@ def _check_directory(config: "ConfigContainer") -> None:
 
 def _check_length(config: "ConfigContainer") -> None:
     """Reject a length that is less than what the run has done, as its start does."""
-    from bridge.training.checkpointing import counters_of
-    from bridge.training.run_directory import RunDirectory
-    from bridge.training.run_length import last_step
+    from bridge.training.checkpoint.run_state import counters_of
+    from bridge.training.data.run_length import last_step
+    from bridge.training.run_files.directory import RunDirectory
 
     directory, train = config.checkpoint.run_dir, config.train
     # The length of epochs is known when the data is read.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bridge.training.config import ConfigContainer
-    from bridge.training.data_loading import RunData
+    from bridge.training.data.run_data import RunData
     from bridge.training.state import GlobalState
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class CallbackContext:
 
         Raises:
             UsageError: There is no such set, it has fewer samples, or microbatches of the layout
-                cannot hold each of them once (`bridge.training.evaluation_plan`).
+                cannot hold each of them once (`bridge.training.data.evaluation_plan`).
         """
         if self.collect is None:
             raise RuntimeError("this context belongs to no run, so there is no data to collect")

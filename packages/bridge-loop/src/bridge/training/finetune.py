@@ -7,7 +7,7 @@ from typing import Any
 from bridge.training.callbacks import Callbacks
 from bridge.training.config import CheckpointConfig, ConfigContainer
 from bridge.training.pretrain import TrainResult, carry_out
-from bridge.training.run_directory import RunDirectory, find_checkpoint
+from bridge.training.run_files.directory import RunDirectory, find_checkpoint
 from bridge.training.usage_error import UsageError
 
 

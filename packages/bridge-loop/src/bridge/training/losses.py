@@ -1,7 +1,7 @@
 """The loss of next-token training: a sum, and a count of the positions that made it.
 
 A loss function hands over a sum and a count, never a mean: whoever holds all microbatches and
-ranks divides once (`bridge.training.loss_adapter`).
+ranks divides once (`bridge.training.loss.adapter`).
 """
 
 import torch

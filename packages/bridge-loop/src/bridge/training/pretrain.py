@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from bridge.training.callbacks import Callbacks
 from bridge.training.config import ConfigContainer, resolve
-from bridge.training.distributed import choose_device, is_logging_rank, ranks_of, world_size
-from bridge.training.peers import PeerWatch
-from bridge.training.progress import Progress
 from bridge.training.rank_environment import rank_environment
+from bridge.training.ranks.failure_watch import PeerWatch
+from bridge.training.ranks.groups import choose_device, ranks_of
+from bridge.training.ranks.launcher_store import is_logging_rank, world_size
+from bridge.training.reporting.progress import Progress
 from bridge.training.run import Run
 from bridge.training.setup import set_up
 from bridge.training.train import StopReason, train

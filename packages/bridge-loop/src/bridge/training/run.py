@@ -9,25 +9,26 @@ from typing import Any, Literal
 
 import torch
 
-from bridge.training import rerun
 from bridge.training.callbacks import CallbackContext, Callbacks
-from bridge.training.checkpointing import Checkpointer
-from bridge.training.collectives import on_first_rank
+from bridge.training.checkpoint.checkpointer import Checkpointer
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import TOKENS, SizedDataset
-from bridge.training.data_loading import RunData
-from bridge.training.distributed import Ranks
-from bridge.training.evaluate import EvaluationResult, evaluate, has_sequences
+from bridge.training.data.run_data import RunData
+from bridge.training.evaluate import EvaluationResult, evaluate
 from bridge.training.forward_step import prepare_forward_step_func
-from bridge.training.loss_adapter import LossAdapter
-from bridge.training.loss_reduction import MetricReducer
-from bridge.training.progress import Progress
-from bridge.training.run_directory import RunDirectory
+from bridge.training.loss.adapter import LossAdapter
+from bridge.training.loss.reducer import MetricReducer
+from bridge.training.model.frozen import ModelSize
+from bridge.training.ranks.collectives import on_first_rank
+from bridge.training.ranks.groups import Ranks
+from bridge.training.ranks.stop_request import StopRequest
+from bridge.training.reporting.progress import Progress
+from bridge.training.reporting.training_log import TrainingLog
+from bridge.training.run_files.directory import RunDirectory
 from bridge.training.state import GlobalState
-from bridge.training.stop_signals import StopRequest
-from bridge.training.train import StepResult
-from bridge.training.trainable import ModelSize
-from bridge.training.training_log import TrainingLog
+from bridge.training.step import rerun
+from bridge.training.step.schedule import has_sequences
+from bridge.training.step.train_step import StepResult
 
 
 @dataclass(kw_only=True)

@@ -7,50 +7,46 @@ can show. The run's directory is made last, so a run that could not start leaves
 import contextlib
 import dataclasses
 import gc
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from bridge.training import auxiliary_losses, rerun
-from bridge.training.adapters import attach_adapters, find_base, notes
+from bridge.training.adapters.attaching import attach_adapters, find_base, notes
 from bridge.training.callbacks import Callbacks
-from bridge.training.checkpoint_manifest import Verification, missing_rows
-from bridge.training.checkpointing import Checkpointer, counters_of, refuse_another_base
-from bridge.training.collectives import on_first_rank
+from bridge.training.checkpoint.base import refuse_another_base
+from bridge.training.checkpoint.checkpointer import Checkpointer
+from bridge.training.checkpoint.manifest import Verification, missing_rows
+from bridge.training.checkpoint.run_state import counters_of
 from bridge.training.config import ConfigContainer, resolve
-from bridge.training.contracts import AdaptedLayer, DrawsLayout, ModuleRanks
-from bridge.training.data_loading import RunData, as_splits, data_request
-from bridge.training.determinism import deterministic_algorithms
-from bridge.training.distributed import (
-    Ranks,
-    choose_device,
-    is_logging_rank,
-    ranks_of,
-    world_size,
-)
+from bridge.training.contracts import AdaptedLayer, ModuleRanks
+from bridge.training.data.run_data import RunData, as_splits, data_request
 from bridge.training.durable_files import make_directory
-from bridge.training.evaluate import sequence_length
 from bridge.training.forward_step import prepare_forward_step_func
-from bridge.training.loss_adapter import LossAdapter
-from bridge.training.loss_reduction import MetricReducer
+from bridge.training.loss import auxiliary
+from bridge.training.loss.adapter import LossAdapter
+from bridge.training.loss.reducer import MetricReducer
 from bridge.training.megatron_import import expected_messages_held_back
-from bridge.training.model_building import (
-    attach_hooks,
-    build_model,
-    count_parameters,
-    detach_hooks,
-    parameters_in_sync,
-)
-from bridge.training.optimization import build_optimizer, build_scheduler
-from bridge.training.progress import Progress
+from bridge.training.model.building import build_model
+from bridge.training.model.ddp import parameters_in_sync
+from bridge.training.model.frozen import gradients_reach_recomputed_layers, size_of_whole_model
+from bridge.training.model.hooks import attach_hooks, detach_hooks
+from bridge.training.optimizer.building import build_optimizer, build_scheduler
+from bridge.training.ranks.collectives import on_first_rank
+from bridge.training.ranks.determinism import deterministic_algorithms
+from bridge.training.ranks.groups import Ranks, choose_device, ranks_of
+from bridge.training.ranks.launcher_store import is_logging_rank, world_size
+from bridge.training.ranks.seeding import restore_random_streams_at_exit, seed_all, seed_stage
+from bridge.training.ranks.stop_request import stop_signals
+from bridge.training.reporting.introduction import introduce
+from bridge.training.reporting.progress import Progress
+from bridge.training.reporting.training_log import TrainingLog
 from bridge.training.run import Run, TrainingParts
-from bridge.training.run_directory import (
+from bridge.training.run_files.configuration import write_config
+from bridge.training.run_files.directory import (
     RunDirectory,
     find_checkpoint,
     new_run_name,
@@ -58,12 +54,10 @@ from bridge.training.run_directory import (
     refuse_wrong_directory,
     refusing_what_cannot_be_written,
 )
-from bridge.training.run_files import write_config
-from bridge.training.run_lock import claimed, joined
+from bridge.training.run_files.lock import claimed, joined
 from bridge.training.state import GlobalState, TrainState
-from bridge.training.stop_signals import stop_signals
-from bridge.training.trainable import gradients_reach_recomputed_layers, size_of_whole_model
-from bridge.training.training_log import TrainingLog
+from bridge.training.step import rerun
+from bridge.training.step.schedule import sequence_length
 
 
 @contextlib.contextmanager
@@ -75,9 +69,9 @@ def training_parts(
     The program keeps everything else: signals, logging, callbacks, when to evaluate and to save.
     Process groups that exist are used and left, others are made. Nothing is printed, and nothing
     is written to disk without a call of ``checkpointer.save``, the first of which claims the run's
-    directory (`bridge.training.run_lock`) until the block is left. Within the block torch, numpy
-    and random draw from the run's streams. When it is left, the process is as it was before, and
-    the model remains usable: its parameters are whole on every rank.
+    directory (`bridge.training.run_files.lock`) until the block is left. Within the block torch,
+    numpy and random draw from the run's streams. When it is left, the process is as it was before,
+    and the model remains usable: its parameters are whole on every rank.
 
     Args:
         config: The run; it is not changed. Its validation and logger sections are not used.
@@ -155,7 +149,7 @@ def set_up(
             )
             if run.restored_from is not None:
                 run.recall_last_step()
-            _introduce(run)
+            introduce(run)
             for line in told:
                 progress.note(line)
         yield run
@@ -175,7 +169,7 @@ def _built(
         read = [path for path in (checkpoint, pretrained) if path is not None]
         verification = stack.enter_context(Verification(read, ranks.control_group))
         stack.enter_context(expected_messages_held_back())
-        _keep_the_hosts_random_streams(stack)
+        restore_random_streams_at_exit(stack)
         stack.enter_context(deterministic_algorithms(config))
         state = GlobalState(config)
         stack.push(lambda kind, *_: state.close(failed=kind is not None))
@@ -183,7 +177,7 @@ def _built(
         _start_megatron_globals(config, ranks, stack)
         with progress.phase("data"):
             # Every rank builds the same data, also where building it draws random numbers.
-            _seed(config.rng.seed)
+            seed_all(config.rng.seed)
             with verification.explaining_errors():
                 done = None if checkpoint is None else counters_of(checkpoint)
             data = _build_data(config, ranks, done)
@@ -341,35 +335,6 @@ def _find_checkpoints(
     return resumed, find_checkpoint(path, "checkpoint.pretrained_checkpoint")
 
 
-def _keep_the_hosts_random_streams(stack: contextlib.ExitStack) -> None:
-    """Let a host program's own random streams go on, at the end, as if we had not been here."""
-    stack.callback(random.setstate, random.getstate())
-    stack.callback(np.random.set_state, np.random.get_state())
-    stack.callback(torch.set_rng_state, torch.get_rng_state())
-    stack.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state())
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def seed_stage(seed: int, ranks: Ranks) -> None:
-    """Seed the weights and the dropout: other ones on each stage, as it has other layers."""
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    stage_seed, groups = seed + 100 * ranks.stage, ranks.own_groups
-    _seed(stage_seed)
-    model_parallel_cuda_manual_seed(
-        stage_seed,
-        tp_rank=groups.tp.rank(),
-        ep_rank=groups.ep.rank(),
-        etp_rank=groups.expt_tp.rank(),
-        force_reset_rng=True,
-    )
-
-
 def _start_megatron_globals(
     config: ConfigContainer, ranks: Ranks, stack: contextlib.ExitStack
 ) -> None:
@@ -384,7 +349,7 @@ def _start_megatron_globals(
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_size=ranks.layout.data,
     )
-    stack.enter_context(auxiliary_losses.own_trackers())
+    stack.enter_context(auxiliary.own_trackers())
     rerun.start_rerun_machine(config)
 
 
@@ -438,59 +403,3 @@ def _prepare_directory(
         return []
 
     return on_first_rank(prepare, ranks.control_group)
-
-
-def _introduce(run: Run) -> None:
-    layout, train = run.ranks.layout, run.config.train
-    sizes = ", ".join(
-        f"{name} {size}"
-        for name, size in (
-            ("tensor", layout.tensor),
-            ("pipeline", layout.pipeline),
-            ("virtual pipeline", layout.virtual_pipeline or 1),
-            ("context", layout.context),
-            ("expert", layout.expert),
-            ("data", layout.data),
-        )
-        if size > 1
-    )
-    done = run.state.train_state
-    left = run.data.train_iters - done.step
-    samples = done.consumed_train_samples + left * train.global_batch_size
-    other_batches = done.consumed_train_samples != done.step * train.global_batch_size
-    notes = "".join(f", {value:,} {key}" for key, value in run.data.splits.notes.items())
-    progress = run.progress
-    progress.note(
-        f"device {run.ranks.device}, {run.config.mixed_precision.precision}, "
-        f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}"
-        + (f" ({sizes})" if sizes else "")
-    )
-    drawn = None
-    if isinstance(run.config.model, DrawsLayout):
-        drawn = run.config.model.layout_picture(layout.world_size)
-    for line in [] if drawn is None else drawn.splitlines():
-        progress.note(line)
-    progress.note(f"model {count_parameters(run.model):,} parameters on this rank")
-    progress.note(
-        f"data {samples / len(run.data.splits.train or []):.3g} epochs: {run.data.train_iters} "
-        f"steps of {train.global_batch_size} samples"
-        + (f" from step {done.step + 1} on" if other_batches else "")
-        + notes
-    )
-    for warning in run.data.warnings:
-        progress.note(warning)
-    sets = {**run.data.sets("validation"), **run.data.sets("test")}
-    if sets and run.config.validation.eval_iters != 0:
-        drawn = ", ".join(
-            f"{name} {run.data.evaluation_samples(dataset):,} of {len(dataset):,}"
-            for name, dataset in sets.items()
-        )
-        progress.note(f"evaluates {drawn} samples")
-    if run.restored_from is not None:
-        step = run.state.train_state.step
-        progress.note(f"continues after step {step}, from {run.restored_from}")
-        # A run that is finished takes no step at another rate.
-        for change in run.changes if left else []:
-            progress.note(f"warning: {change}")
-    elif run.config.checkpoint.resume:
-        progress.note("the run has no checkpoint yet: it starts again at step 0")

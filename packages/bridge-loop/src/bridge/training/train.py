@@ -6,185 +6,19 @@ needs). `train` is our loop around it.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from bridge.training import auxiliary_losses, rerun
-from bridge.training.contracts import ModuleRanks, own_groups, replicas_of
-from bridge.training.evaluate import has_sequences, run_schedule, sequence_length
-from bridge.training.loss_adapter import LossAdapter
-from bridge.training.loss_reduction import MetricReducer, ReducedMetrics
-from bridge.training.loss_watch import actions_of
-from bridge.training.model_building import GradientFinalizer, ddp_parts, gather_gradients
-from bridge.training.optimization import OptimizerStep, learning_rate, step_optimizer
-from bridge.training.state import GlobalState
-from bridge.training.stop_signals import StopCause
-from bridge.training.usage_error import UsageError
+from bridge.training.ranks.stop_request import StopCause
+from bridge.training.step import rerun
+from bridge.training.step.train_step import StepResult, train_step
 
 if TYPE_CHECKING:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
     from bridge.training.run import Run
 
+__all__ = ["StepResult", "StopReason", "train", "train_step"]
+
 type StopReason = Literal["finished"] | StopCause
-
-
-@dataclass(kw_only=True, frozen=True)
-class StepResult:
-    """What one training step did. Nothing in it has waited for the device yet."""
-
-    learning_rate: float
-    """The rate that this step used."""
-    grad_norm: torch.Tensor | float | None
-    """L2 norm of the gradients before clipping, over all ranks; None if the step was skipped or
-    nothing clips."""
-    zeros_in_grad: int | None = None
-    """Zeros in the gradients of all parameters, with optimizer.log_num_zeros_in_grad; None if the
-    step was skipped."""
-    skipped: bool
-    """Whether the step was left out: for its losses, as train.nan_action or train.spike_action
-    says, or because a gradient overflowed (fp16)."""
-    samples: int
-    """Samples of the step, over all ranks."""
-    padded_tokens: int | None
-    """Samples times model.seq_length, padding included; None for a model without sequences."""
-    reduced: ReducedMetrics | None
-    """The metrics on the device, of this step and of those before it that the reducer has kept;
-    None when they were not asked for."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the step, over all ranks; 1 per sample where nobody counts them.
-
-        They are `padded_tokens` where the model has sequences. Else they are what the loss function
-        returned as num_tokens in all steps since the last reduction: reading them then waits for
-        the device, as `metrics`, and they are not known without a reducer.
-        """
-        if self.padded_tokens is not None:
-            return self.padded_tokens
-        counted = None if self.reduced is None else self.reduced.tokens
-        return self.samples if counted is None else counted
-
-    @property
-    def metrics(self) -> Mapping[str, float | None]:
-        """The metrics by name, equal on every rank; None where no token counted.
-
-        They are those of this step, where `train_step` was not called with is_logged=False before.
-
-        Waits for the device, and is a collective when some rank reported a new key: ask for it on
-        every rank or on none.
-        """
-        return {} if self.reduced is None else self.reduced.to_dict()
-
-
-def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own loops take it
-    forward_step: LossAdapter,
-    data_iterator: list[Iterator[Any]],
-    model: list[Any],
-    optimizer: Any,
-    scheduler: Any,
-    state: GlobalState,
-    *,
-    pg_collection: "ProcessGroupCollection | ModuleRanks",
-    num_microbatches: int | None = None,
-    reducer: MetricReducer | None = None,
-    is_logged: bool = True,
-    before_optimizer_step: Callable[[], None] | None = None,
-) -> StepResult:
-    """Train on one global batch; a collective over all ranks.
-
-    Of losses that are NaN, infinite or a spike it does what is due before the optimizer's step
-    (raise_at_once and skip of train.nan_action and train.spike_action, which wait for the device).
-    A program with its own loop calls ``forward_step.watch.check`` where it reads metrics, for the
-    errors and warnings that may wait until then.
-
-    A step that is left out leaves parameters, buffers, optimizer, loss scale and schedule as they
-    were. It counts as a step all the same: its samples and random numbers are consumed, and those
-    of its losses that are no anomaly are in the mean that later spikes are measured by.
-
-    ``state.train_state.consumed_tokens`` grows by the padded tokens. For a model without sequences
-    it grows by the samples, as what a loss function counts is on the device; a program with its own
-    loop may add ``result.tokens - result.samples`` where it reads them, as `train` does where it
-    logs and saves.
-
-    Args:
-        forward_step: The user's forward step, adapted (`bridge.training.setup.adapt_forward_step`).
-        data_iterator: One iterator of this rank's microbatches for each model chunk.
-        model: This rank's model chunks, DDP-wrapped.
-        optimizer: megatron-core's optimizer.
-        scheduler: Its schedule; advanced by the step's samples unless the step was skipped.
-        state: The run's state; its counters are advanced.
-        pg_collection: The process groups.
-        num_microbatches: Microbatches of this rank; from the batch sizes if None.
-        reducer: Reduces the metrics; None leaves them, which saves the collective.
-        is_logged: Whether the metrics are asked for. If not, the reducer keeps this step's, with
-            neither a collective nor a host-device sync, and the result of the next step that is
-            logged is over both, as `bridge.training.loss_reduction` says.
-        before_optimizer_step: Called when the reduced gradients are in ``main_grad``, whole on
-            every rank (which takes a collective of its own), unless the step is left out for its
-            losses.
-
-    Raises:
-        FloatingPointError: A loss is an anomaly whose action is raise_at_once; on every rank.
-    """
-    train, counters = state.cfg.train, state.train_state
-    replicas = replicas_of(pg_collection)
-    if num_microbatches is None:
-        num_microbatches = train.global_batch_size // (train.micro_batch_size * replicas)
-    samples = num_microbatches * train.micro_batch_size * replicas
-
-    watch, buffers = forward_step.watch, _Buffers(model, keep="skip" in actions_of(train))
-    for _ in rerun.attempts(state.cfg, data_iterator):
-        watch.start(f"step {counters.step + 1}", spike_factor=train.spike_factor)
-        if reducer is not None:
-            auxiliary_losses.clear()
-        for part in ddp_parts(model):
-            part.zero_grad_buffer()
-        optimizer.zero_grad()
-        records = _forward_backward(
-            forward_step, data_iterator, model, state, num_microbatches, pg_collection
-        )
-    rerun.raise_if_suspicious(state.cfg)
-    watch.end_step()
-
-    rate = learning_rate(optimizer, scheduler)
-    if watch.leaves_out_step(train):
-        stepped = OptimizerStep(succeeded=False)
-        buffers.put_back()
-    else:
-        if before_optimizer_step is not None:
-            gather_gradients(model)
-            before_optimizer_step()
-        stepped = step_optimizer(optimizer)
-    succeeded = stepped.succeeded
-    if succeeded:
-        scheduler.step(increment=samples)
-
-    counters.step += 1
-    counters.consumed_train_samples += samples
-    counters.skipped_train_samples += 0 if succeeded else samples
-    padded_tokens = samples * sequence_length(state.cfg.model)
-    counters.consumed_tokens += padded_tokens
-    reduced = None
-    if reducer is not None:
-        auxiliary = None
-        if is_logged or reducer.average == "interval":
-            auxiliary = auxiliary_losses.metrics(model, num_microbatches, own_groups(pg_collection))
-        reducer.add_step(records, of_all_ranks=auxiliary, is_skipped=not succeeded)
-        if is_logged:
-            reduced = reducer.reduce(alarm=watch.alarm())
-    return StepResult(
-        learning_rate=rate,
-        grad_norm=stepped.grad_norm,
-        zeros_in_grad=stepped.zeros,
-        skipped=not succeeded,
-        samples=samples,
-        padded_tokens=padded_tokens if has_sequences(state.cfg.model) else None,
-        reduced=reduced,
-    )
 
 
 def train(run: "Run") -> StopReason:
@@ -231,65 +65,6 @@ def train(run: "Run") -> StopReason:
     if settings.checkpoint.save_at_end and counters.step:
         run.save()
     return run.stop.cause or "finished"
-
-
-def _forward_backward(
-    forward_step: LossAdapter,
-    data_iterator: list[Iterator[Any]],
-    model: list[torch.nn.Module],
-    state: GlobalState,
-    num_microbatches: int,
-    pg_collection: "ProcessGroupCollection | ModuleRanks",
-) -> list[Any]:
-    """Fill the gradient buffers; return the microbatches' records, on the last stage."""
-    from megatron.core.utils import get_model_config
-
-    finalizer = get_model_config(model[0]).finalize_model_grads_func
-    if not isinstance(finalizer, GradientFinalizer):
-        raise UsageError(
-            f"train_step: the model's config has finalize_model_grads_func={finalizer!r}, so its "
-            "gradients might be left unreduced; call bridge.training.model_building.attach_hooks "
-            "once, before the first step"
-        )
-    calls = finalizer.calls
-    records = run_schedule(
-        forward_step,
-        data_iterator,
-        model,
-        state,
-        num_microbatches=num_microbatches,
-        pg_collection=pg_collection,
-        forward_only=False,
-    )
-    if finalizer.calls != calls + 1:
-        raise RuntimeError(
-            f"the schedule finalised the gradients {finalizer.calls - calls} times in one step; "
-            "they must be reduced and divided exactly once"
-        )
-    return records
-
-
-class _Buffers:
-    """What a forward pass changes in a model: running statistics, the experts' bias.
-
-    Args:
-        model: The model chunks, before the step.
-        keep: Whether to keep copies at all.
-    """
-
-    def __init__(self, model: list[Any], *, keep: bool) -> None:
-        self._copies = [
-            (chunk, name, buffer.detach().clone())
-            for chunk in model
-            for name, buffer in chunk.named_buffers()
-            if keep
-        ]
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Make them what they were."""
-        for chunk, name, copy in self._copies:
-            chunk.get_buffer(name).copy_(copy)
 
 
 def _is_due(step: int, interval: int | None, last: int | None = None) -> bool:

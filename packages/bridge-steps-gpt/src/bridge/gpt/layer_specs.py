@@ -14,7 +14,7 @@ with quiet_import():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from bridge.gpt.model import PredictionLayer
-    from bridge.training.layer_specs import (
+    from bridge.training.model.layer_specs import (
         adapted_layer,
         backend_of,
         uses_transformer_engine,

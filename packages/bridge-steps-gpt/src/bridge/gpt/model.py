@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bridge.training.auxiliary_losses import TARGETS
+from bridge.training.loss.auxiliary import TARGETS
 from bridge.training.megatron_import import quiet_import
 
 with quiet_import():

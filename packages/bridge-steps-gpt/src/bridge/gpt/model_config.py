@@ -19,8 +19,8 @@ with quiet_import():
     from bridge.gpt.model import GPT
     from bridge.training.config import ConfigContainer
     from bridge.training.contracts import ExportedWeight
-    from bridge.training.layer_specs import decoder_block_spec
-    from bridge.training.transformer_section import TransformerSection
+    from bridge.training.model.layer_specs import decoder_block_spec
+    from bridge.training.model.transformer_section import TransformerSection
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -8,8 +8,8 @@ from bridge.gpt.data.baseline import bigram_entropy_of
 from bridge.gpt.data.tokenizers import build_tokenizer
 from bridge.gpt.sampling import sample_text, why_not_sampled
 from bridge.training.callbacks import Callback, CallbackContext
-from bridge.training.distributed import is_logging_rank
-from bridge.training.model_building import parameters_in_sync
+from bridge.training.model.ddp import parameters_in_sync
+from bridge.training.ranks.launcher_store import is_logging_rank
 
 _PROMPT_TOKENS = 48
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bridge.training.layer_specs import backend_of, encoder_block_spec
 from bridge.training.megatron_import import quiet_import
+from bridge.training.model.initial_weights import draw_with
+from bridge.training.model.layer_specs import backend_of, encoder_block_spec
 from bridge.training.usage_error import UsageError
-from bridge.training.weights_init import draw_with
 
 with quiet_import():
     from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules

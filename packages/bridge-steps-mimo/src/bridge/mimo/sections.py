@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.mimo.modules import LinearProjection, MLPProjection, VisionTransformer
 from bridge.training.config import ConfigContainer
-from bridge.training.layer_specs import decoder_block_spec
 from bridge.training.megatron_import import quiet_import
-from bridge.training.transformer_section import TransformerSection
+from bridge.training.model.layer_specs import decoder_block_spec
+from bridge.training.model.transformer_section import TransformerSection
 
 with quiet_import():
     from megatron.core.models.gpt import GPTModel

@@ -9,17 +9,19 @@ from typing import Any, Literal, Self
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from bridge.training.config.conversion import build_dataclass, convert
-from bridge.training.config.derived import (
+from bridge.training.config.derivation import (
     DERIVED,
     derived_paths,
     listed_as_derived,
     note_derived_values,
 )
-from bridge.training.config.errors import ConfigError, ConversionError, FieldProblems
-from bridge.training.config.importable import names_of_a_file
-from bridge.training.config.methods import METHOD
-from bridge.training.config.plain import to_plain
+from bridge.training.config.errors import ConfigError
+from bridge.training.config.schema.chosen_by_name import METHOD
+from bridge.training.config.schema.convert import build_dataclass, convert
+from bridge.training.config.schema.errors import ConversionError, FieldProblems
+from bridge.training.config.schema.import_limits import names_of_a_file
+from bridge.training.config.schema.to_plain import to_plain
+from bridge.training.config.schema.yaml12 import dump_yaml, load_yaml
 from bridge.training.config.sections import (
     CheckpointConfig,
     DistConfig,
@@ -32,7 +34,6 @@ from bridge.training.config.sections import (
     TrainConfig,
     ValidationConfig,
 )
-from bridge.training.config.yaml_text import dump_yaml, load_yaml
 from bridge.training.contracts import DatasetConfig, ModelConfig, PEFTMethod
 
 

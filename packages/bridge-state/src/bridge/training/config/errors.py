@@ -1,7 +1,5 @@
 """The one error of a configuration: everything that is wrong with it, at once."""
 
-import sys
-import traceback
 from typing import TYPE_CHECKING
 
 from bridge.training.usage_error import UsageError
@@ -22,28 +20,3 @@ class ConfigError(UsageError):
         super().__init__(
             "\n".join([f"{heading} in the configuration:", *(f"  - {p}" for p in self.problems)])
         )
-
-
-class ConversionError(UsageError):
-    """One value does not fit its field, or cannot be written as text."""
-
-
-class FieldProblems(ConversionError):
-    """Several fields of one nested dataclass are wrong; `lines` begin with their paths."""
-
-    def __init__(self, lines: list[str]) -> None:
-        """Keep one line for each field."""
-        self.lines = lines
-        super().__init__("\n".join(lines))
-
-
-def is_raised_by_library(error: Exception) -> bool:
-    """Whether an exception comes from a check of megatron-core's or torch's, or from our own.
-
-    One of a section's own code may be a bug, and keeps its traceback.
-    """
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
-    # What these call of Python's own, such as an enum, raises for them.
-    innermost = [package for package in packages if package not in sys.stdlib_module_names][-1]
-    return innermost in ("bridge", "megatron", "torch", "transformer_engine")

@@ -6,17 +6,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from bridge.training.config.checks.suggestions import likely_meant, unknown_key
+from bridge.training.config.checks.types import assign
 from bridge.training.config.container import SECTIONS, ConfigContainer
-from bridge.training.config.conversion import convert, takes_mappings
-from bridge.training.config.derived import (
+from bridge.training.config.derivation import (
     DERIVED,
     derived_values,
     get_value,
     listed_as_derived,
     same,
 )
-from bridge.training.config.errors import ConfigError, ConversionError, FieldProblems
-from bridge.training.config.fields import (
+from bridge.training.config.errors import ConfigError
+from bridge.training.config.resolution import resolve_collecting
+from bridge.training.config.schema.chosen_by_name import (
+    METHOD,
+    changed_method,
+    method_class,
+    method_names,
+)
+from bridge.training.config.schema.convert import convert, takes_mappings
+from bridge.training.config.schema.errors import ConversionError, FieldProblems
+from bridge.training.config.schema.fields import (
     TARGET,
     annotations_of,
     class_name,
@@ -24,24 +34,15 @@ from bridge.training.config.fields import (
     is_runtime_hook,
     join,
 )
-from bridge.training.config.importable import names_of_a_file
-from bridge.training.config.methods import (
-    METHOD,
-    changed_method,
-    method_class,
-    method_names,
-)
-from bridge.training.config.parts import (
+from bridge.training.config.schema.import_limits import names_of_a_file
+from bridge.training.config.schema.paths import (
     exists,
     is_dataclass_instance,
     item_annotation,
     names_in,
     step_into,
 )
-from bridge.training.config.resolution import resolve_collecting
-from bridge.training.config.suggestions import likely_meant, unknown_key
-from bridge.training.config.types_check import assign
-from bridge.training.config.yaml_text import dump_yaml, load_yaml
+from bridge.training.config.schema.yaml12 import dump_yaml, load_yaml
 
 _METHOD_PATH = f"peft.{METHOD}"
 _OF_ONE_RUN = ("run_dir", "resume", "step")

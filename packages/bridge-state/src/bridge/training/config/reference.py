@@ -10,20 +10,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bridge.training.config.checks.suggestions import declared_class
 from bridge.training.config.container import SECTIONS, ConfigContainer
-from bridge.training.config.errors import FieldProblems
-from bridge.training.config.fields import (
+from bridge.training.config.schema.chosen_by_name import METHOD, method_names
+from bridge.training.config.schema.errors import FieldProblems
+from bridge.training.config.schema.fields import (
     annotations_of,
     describe_annotation,
     fields_of,
     is_runtime_hook,
     join,
 )
-from bridge.training.config.methods import METHOD, method_names
-from bridge.training.config.parts import is_dataclass_instance
-from bridge.training.config.plain import to_plain
-from bridge.training.config.suggestions import declared_class
-from bridge.training.config.yaml_text import dump_scalar
+from bridge.training.config.schema.paths import is_dataclass_instance
+from bridge.training.config.schema.to_plain import to_plain
+from bridge.training.config.schema.yaml12 import dump_scalar
 
 
 @dataclass(kw_only=True, frozen=True)

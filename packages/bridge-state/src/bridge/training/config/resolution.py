@@ -3,11 +3,11 @@
 from collections.abc import Collection
 from typing import Literal
 
+from bridge.training.config.checks.contradictions import rebuilt_sections, validate
+from bridge.training.config.checks.types import check_types
 from bridge.training.config.container import ConfigContainer
-from bridge.training.config.derived import fill_derived_values, forget_derived_values
+from bridge.training.config.derivation import fill_derived_values, forget_derived_values
 from bridge.training.config.errors import ConfigError
-from bridge.training.config.types_check import check_types
-from bridge.training.config.validation import rebuilt_sections, validate
 
 
 def resolve(

@@ -45,7 +45,7 @@ def run_import(arguments: argparse.Namespace) -> int:
     """
     # These bring torch and megatron-core, which other commands should not wait for.
     from bridge.gpt.conversion.hf_import import import_hf
-    from bridge.training.config.names import dtype_from_name
+    from bridge.training.config.schema.importable_names import dtype_from_name
 
     dtype = None if arguments.dtype is None else dtype_from_name(arguments.dtype)
     line = import_hf(Path(arguments.directory), Path(arguments.output), dtype=dtype)

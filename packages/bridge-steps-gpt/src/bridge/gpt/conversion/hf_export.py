@@ -9,9 +9,9 @@ from bridge.gpt.conversion.hf_config import GENERATION_CONFIG, config_json, read
 from bridge.gpt.conversion.safetensors_files import write_json, write_tensors
 from bridge.gpt.conversion.tokenizer_files import copy_tokenizer, folder_of
 from bridge.gpt.model_config import GPTModelConfig
-from bridge.training.checkpoint_weights import SavedWeights
+from bridge.training.checkpoint.single_weights import SavedWeights
 from bridge.training.contracts import ExportedWeight, ExportRequest
-from bridge.training.distributed import one_process
+from bridge.training.ranks.groups import one_process
 from bridge.training.usage_error import UsageError
 
 

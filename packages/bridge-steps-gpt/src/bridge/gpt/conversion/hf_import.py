@@ -10,11 +10,11 @@ from bridge.gpt.conversion.safetensors_files import TensorFolder
 from bridge.gpt.conversion.tokenizer_files import has_tokenizer
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.gpt.model_config import GPTModelConfig
-from bridge.training.checkpoint_weights import write_weights
+from bridge.training.checkpoint.single_weights import write_weights
 from bridge.training.config import ConfigContainer, TokenizerConfig
 from bridge.training.contracts import ExportedWeight
-from bridge.training.distributed import one_process
-from bridge.training.run_directory import new_folder
+from bridge.training.ranks.groups import one_process
+from bridge.training.run_files.directory import new_folder
 from bridge.training.usage_error import UsageError
 
 _NAMES_IN_A_MESSAGE = 5

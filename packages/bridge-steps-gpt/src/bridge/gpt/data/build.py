@@ -17,7 +17,6 @@ import torch.distributed
 from bridge.gpt.data.documents import TextFile, read_documents
 from bridge.gpt.data.encoder import Encoder
 from bridge.gpt.data.tokenizers import Tokenizer, build_tokenizer, identity
-from bridge.training.collectives import on_first_rank
 from bridge.training.config import TokenizerConfig
 from bridge.training.durable_files import (
     abandoned_folders,
@@ -28,6 +27,7 @@ from bridge.training.durable_files import (
     temporary_folder,
 )
 from bridge.training.megatron_import import quiet_import
+from bridge.training.ranks.collectives import on_first_rank
 from bridge.training.usage_error import UsageError
 
 with quiet_import():

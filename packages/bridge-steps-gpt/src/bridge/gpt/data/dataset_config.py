@@ -28,10 +28,10 @@ from bridge.gpt.data.split_plan import (
     usual_split,
 )
 from bridge.gpt.data.tokenizers import Tokenizer, build_tokenizer, identity, vocab_size
-from bridge.training.collectives import on_first_rank
 from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, wrong_set_name
 from bridge.training.local_paths import local_path
 from bridge.training.megatron_import import quiet_import
+from bridge.training.ranks.collectives import on_first_rank
 from bridge.training.usage_error import UsageError
 
 with quiet_import():

@@ -23,7 +23,7 @@ _NEEDED = ("tokens", "labels", "loss_mask", "position_ids")
 
 def register(subparsers: "Subparsers") -> None:
     """Add the command; an entry point of the group ``bridge.commands``."""
-    from bridge.training.recipes import add_configuration_arguments
+    from bridge.training.recipe_lookup import add_configuration_arguments
 
     parser = subparsers.add_parser(
         "show-batch",
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from bridge.gpt.data.tokenizers import build_tokenizer
     from bridge.training.megatron_import import expected_messages_held_back
-    from bridge.training.recipes import checked_ranks, configure, find_recipe, read_documents
+    from bridge.training.recipe_lookup import checked_ranks, configure, find_recipe, read_documents
 
     if options.samples is not None and options.samples < 1:
         raise UsageError(f"--samples: {options.samples} samples show nothing; give 1 or more")
@@ -79,7 +79,7 @@ def microbatches(config: "ConfigContainer") -> Iterator["Batch"]:
     """
     from torch.utils.data import default_collate
 
-    from bridge.training.data_loading import (
+    from bridge.training.data.run_data import (
         MicrobatchSampler,
         SampleOrder,
         as_splits,

@@ -41,10 +41,10 @@ from bridge.gpt.data.sft.rows import (
 )
 from bridge.gpt.data.sft.told import notes_of, warnings_of
 from bridge.gpt.data.tokenizers import build_tokenizer, identity
-from bridge.training.collectives import on_first_rank
 from bridge.training.config import TokenizerConfig
 from bridge.training.contracts import TOKENS, DataRequest, DataSplits, SizedDataset
 from bridge.training.local_paths import local_path
+from bridge.training.ranks.collectives import on_first_rank
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:

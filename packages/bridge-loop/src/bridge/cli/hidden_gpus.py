@@ -1,0 +1,29 @@
+"""Hiding the GPUs of this machine from a run on the CPU."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def hide_gpus_for_rehearsal(documents: Sequence[str], overrides: Sequence[str]) -> None:
+    """Hide the GPUs where ``dist.device=cpu`` is asked for, before torch initialises CUDA."""
+    import yaml
+
+    wanted = "auto"
+    for text in documents:
+        with contextlib.suppress(yaml.YAMLError):
+            # What cannot be read here is reported with all other problems later on.
+            document = yaml.safe_load(text)
+            section = document.get("dist") if isinstance(document, dict) else None
+            if isinstance(section, dict):
+                wanted = section.get("device", wanted)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "dist.device":
+            wanted = value
+    if wanted == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

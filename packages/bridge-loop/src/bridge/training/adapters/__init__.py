@@ -1,0 +1,1 @@
+"""Parameter-efficient fine-tuning: attaching adapters, and merging them into the base."""

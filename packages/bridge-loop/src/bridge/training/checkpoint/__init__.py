@@ -1,0 +1,1 @@
+"""Checkpoints: saving, restoring, verifying, and reading weights outside of a run."""

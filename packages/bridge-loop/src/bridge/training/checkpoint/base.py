@@ -1,0 +1,111 @@
+"""Which weights the adapters of a run stand beside: told apart by content, wherever they lie."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from bridge.training.checkpoint.manifest import (
+    MANIFEST,
+)
+from bridge.training.checkpoint.run_state import (
+    read_common,
+)
+from bridge.training.config import ConfigContainer
+from bridge.training.usage_error import UsageError
+
+_BLOCKS, _BLOCK = 16, 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The frozen weights of a run that trains adapters."""
+
+    place: str
+    """The checkpoint that they were loaded from, or words for initial weights."""
+    fingerprint: str
+    """The same for the same weights, also where the checkpoint was copied or moved."""
+    is_random: bool = False
+    """Whether they are initial weights."""
+
+    @classmethod
+    def of(cls, config: ConfigContainer, checkpoint: Path | None) -> Self:
+        """Describe a checkpoint, or the initial weights where there is none.
+
+        Args:
+            config: The run's resolved configuration.
+            checkpoint: The checkpoint's folder.
+        """
+        if checkpoint is None:
+            seed = f"initial weights of rng.seed={config.rng.seed}"
+            return cls(place=seed, fingerprint=seed, is_random=True)
+        return cls(place=str(checkpoint), fingerprint=fingerprint(checkpoint))
+
+    def record(self) -> dict[str, str]:
+        """Return what a checkpoint keeps of it."""
+        return {"place": self.place, "fingerprint": self.fingerprint}
+
+    def refuse_another(self, saved: Mapping[str, str], checkpoint: Path) -> None:
+        """Refuse adapters that were trained beside other weights.
+
+        Args:
+            saved: What the adapters' checkpoint has of `record`.
+            checkpoint: That checkpoint.
+
+        Raises:
+            UsageError: The weights are others.
+        """
+        if saved["fingerprint"] != self.fingerprint:
+            raise UsageError(
+                f"checkpoint.pretrained_checkpoint: {self.place} has other weights than "
+                f"{saved['place']}, beside which the adapters of {checkpoint} were trained; give "
+                "that checkpoint, or where it has been moved to"
+            )
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Return a digest of a checkpoint's files.
+
+    Of large files it takes the size and blocks spread over them, so that it costs no more than
+    reading a few MB: enough to tell the steps of a run apart, not to find a flipped bit. The
+    configuration beside the weights does not count.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(checkpoint.rglob("*")):
+        # The manifest has the configuration's checksum.
+        if not path.is_file() or path.name in ("config.yaml", MANIFEST):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(checkpoint)} {size} ".encode())
+        with path.open("rb") as file:
+            if size <= _BLOCKS * _BLOCK:
+                digest.update(file.read())
+                continue
+            for block in range(_BLOCKS):
+                file.seek(block * (size - _BLOCK) // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def refuse_another_base(checkpoint: Path, base: Base | None) -> None:
+    """Refuse to go on with adapters beside other weights than those they were trained beside.
+
+    To be called before the weights are loaded, which need not fit the adapters' model at all.
+
+    Args:
+        checkpoint: That the run goes on from.
+        base: What its adapters stand beside; None where the whole model is trained.
+
+    Raises:
+        UsageError: The weights are others, or one has adapters and the other has none.
+    """
+    saved = read_common(checkpoint).get("base")
+    if (saved is None) != (base is None):
+        was, wanted = ("the model", "adapters") if saved is None else ("adapters", "the model")
+        raise UsageError(
+            f"{checkpoint}: the run trained {was}, and the present configuration trains "
+            f"{wanted}; undo the overrides of peft.*, or start a new run"
+        )
+    if saved is not None and base is not None:
+        base.refuse_another(saved, checkpoint)

@@ -1,0 +1,348 @@
+"""Checkpoints by megatron-core's dist_checkpointing, and the order of writes that makes them safe.
+
+A checkpoint is written beside its final name, made durable, renamed, and only then named by
+`latest`. So whenever the process dies, `latest` names a whole checkpoint or is absent. Older ones
+go only after the newer one is named.
+
+What is saved: model, optimizer, schedule, every rank's random-number states and mean of recent
+losses, the counters of TrainState (the data's position is one of them) and the resolved
+configuration. The optimizer is
+saved fully reshardable, so that another layout can read it. Of a run that trains adapters the model
+is the adapters alone, and which weights they stand beside.
+
+What is no tensor and ours goes to run_state.json. megatron-core pickles what remains (settings of
+the optimizer's groups, random-number states). All reading, and giving to the model what was read,
+takes place within `restricted_loading`, which unpickles listed types alone.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bridge.training.checkpoint.base import Base
+from bridge.training.checkpoint.manifest import (
+    FileRecord,
+    of_this_course,
+    record_files,
+    write_manifest,
+    written_by,
+)
+from bridge.training.checkpoint.megatron_io import extra_states, load_sharded, save_sharded, saving
+from bridge.training.checkpoint.model_weights import chunk_name, load_model_weights
+from bridge.training.checkpoint.run_state import (
+    FORMAT_VERSION,
+    RUN_STATE,
+    format_version,
+    read_common,
+    saved_counters,
+)
+from bridge.training.checkpoint.safe_loading import restricted_loading
+from bridge.training.config import ConfigContainer
+from bridge.training.durable_files import sync_directory, sync_tree
+from bridge.training.loss.anomalies import LossWatch
+from bridge.training.model.ddp import parameters_in_sync, without_ddp
+from bridge.training.model.frozen import load_trained, only_trained
+from bridge.training.optimizer.building import resume_schedule, schedule_state
+from bridge.training.optimizer.saved_state import (
+    fitted_to,
+    is_shifted,
+    let_sgd_be_loaded,
+    make_state,
+    offsets_without_padding,
+    take_saved_rates,
+)
+from bridge.training.ranks.collectives import from_every_rank, on_first_rank
+from bridge.training.ranks.groups import Ranks
+from bridge.training.ranks.launcher_store import is_logging_rank, rank, world_size
+from bridge.training.ranks.seeding import random_state, restore_random_state
+from bridge.training.run_files.configuration import write_config
+from bridge.training.run_files.directory import RunDirectory, step_of
+from bridge.training.usage_error import UsageError
+
+_logger = logging.getLogger(__name__)
+
+_PARTIAL = ".partial"
+
+
+class Checkpointer:
+    """Saves and restores one run.
+
+    Args:
+        directory: The run's files.
+        config: The resolved configuration, written into every checkpoint.
+        ranks: The process groups.
+        model: This rank's model chunks, DDP-wrapped.
+        optimizer: megatron-core's optimizer.
+        scheduler: megatron-core's schedule.
+        train_state: The run's counters.
+        data_fingerprint: Names the order of the training samples.
+        loss_watch: Holds the mean that spikes of the loss are measured by.
+        base: The frozen weights that the run trains adapters beside; None if it trains the model.
+    """
+
+    def __init__(  # noqa: PLR0913  # all that a checkpoint holds
+        self,
+        *,
+        directory: RunDirectory,
+        config: ConfigContainer,
+        ranks: Ranks,
+        model: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        train_state: Any,
+        data_fingerprint: str,
+        loss_watch: LossWatch,
+        base: Base | None = None,
+    ) -> None:
+        self._directory = directory
+        self._config = config
+        self._ranks = ranks
+        self._model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._train_state = train_state
+        self._data_fingerprint = data_fingerprint
+        self._loss_watch = loss_watch
+        self._base = base
+        self._last_saved: int | None = None
+        self.before_first_save: Callable[[], object] | None = None
+        """Called on rank 0 when the run is about to write for the first time."""
+        let_sgd_be_loaded(optimizer)
+
+    def save(self) -> Path | None:
+        """Save the run as it stands; return the checkpoint, or None if this step is saved already.
+
+        A collective over all ranks. The state to be saved is that at the call.
+        """
+        step, group = self._train_state.step, self._ranks.control_group
+        if step == self._last_saved:
+            return None
+        final = self._directory.checkpoint(step)
+        partial = final.with_name(final.name + _PARTIAL)
+        try:
+            on_first_rank(lambda: self._prepare(partial), group)
+            with parameters_in_sync(self._model), saving(self._directory):
+                state = self._sharded_state(is_loading=False, with_state_of_ranks=True)
+                save_sharded(state, partial, self._content(), group)
+                own = record_files(written_by(partial, rank()))
+            records = dict(ChainMap(*from_every_rank(own, group)))
+            on_first_rank(lambda: self._publish(partial, final, records), group)
+        except OSError:
+            if is_logging_rank():
+                # On a full disk it would be in the way of whatever comes next.
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self._last_saved = step
+        return final
+
+    def _prepare(self, partial: Path) -> None:
+        if self.before_first_save is not None:
+            self.before_first_save()
+            self.before_first_save = None
+        with saving(self._directory):
+            self._directory.checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in self._directory.checkpoints.glob(f"*{_PARTIAL}"):
+                shutil.rmtree(leftover)
+            partial.mkdir()
+
+    def _publish(self, partial: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
+        run = self._directory
+        with saving(run):
+            write_config(partial / "config.yaml", self._config)
+            (partial / RUN_STATE).write_text(json.dumps(self._run_state(), indent=2) + "\n")
+            write_manifest(partial, step=step_of(final), metrics=run.metrics, known=records)
+            sync_tree(partial)
+            if final.exists():
+                # Left by a run that died after the rename and before `latest` was replaced.
+                shutil.rmtree(final)
+            partial.rename(final)
+            for folder in (run.checkpoints, run.path, run.path.parent):
+                sync_directory(folder)
+            run.publish(final)
+            self._remove_old()
+
+    def restore(self, checkpoint: Path) -> list[str]:
+        """Continue from a checkpoint of this run: everything that `save` wrote comes back.
+
+        Returns:
+            Warnings of what the present configuration makes different.
+
+        Raises:
+            UsageError: The checkpoint belongs to another model or another order of the data.
+        """
+        common = read_common(checkpoint)
+        saved_ranks = common["world_size"]
+        self._check_same_data(checkpoint, common["data_fingerprint"])
+        self._check_same_optimizer(checkpoint, common)
+        # Other ranks have other random streams and losses; each starts its own anew.
+        same_ranks = saved_ranks == world_size()
+        state = load_sharded(
+            checkpoint, self._sharded_state(is_loading=True, with_state_of_ranks=same_ranks)
+        )
+        with restricted_loading(checkpoint, extra_states(state)):
+            self._load_model(state)
+        if format_version(common) < 2:
+            self._reject_shifted_optimizer(checkpoint, state["optimizer"])
+        self._load_optimizer(state["optimizer"], common["scheduler"])
+        self._train_state.load_state_dict(saved_counters(common))
+        changes = resume_schedule(
+            self._scheduler, common["scheduler"], self._config, self._train_state
+        )
+        if same_ranks:
+            of_rank = state[_rng_key()]
+            restore_random_state(of_rank)
+            # Checkpoints of an older form have none.
+            if "loss_watch" in of_rank:
+                self._loss_watch.load_state_dict(of_rank["loss_watch"])
+        self._last_saved = self._train_state.step
+        return changes
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Take the model's weights from a checkpoint, and nothing else.
+
+        The optimizer's float32 copies follow, else its first step would bring the old ones back.
+        """
+        load_model_weights([without_ddp(chunk) for chunk in self._model], checkpoint, self._ranks)
+        self._optimizer.reload_model_params()
+
+    def _load_model(self, state: Mapping[str, Any]) -> None:
+        for index, chunk in enumerate(self._model):
+            name, inner = self._chunk_name(index), without_ddp(chunk)
+            if self._base is None:
+                inner.load_state_dict(state[name])
+            else:
+                load_trained(inner, state.get(name, {}))
+
+    def _reject_shifted_optimizer(self, checkpoint: Path, state: Any) -> None:
+        shifted = torch.tensor(is_shifted(self._optimizer, fitted_to(self._optimizer, state)))
+        dist.all_reduce(shifted, op=dist.ReduceOp.MAX, group=self._ranks.control_group)
+        if shifted:
+            raise UsageError(
+                f"{checkpoint}: its optimizer state belongs to other weights, as it was once saved "
+                "where gradient buckets have padding; its weights are whole: start a new run from "
+                f"them with checkpoint.pretrained_checkpoint={checkpoint} (the command: "
+                "bridge finetune RECIPE --from CHECKPOINT)"
+            )
+
+    def _load_optimizer(self, state: Any, schedule: Mapping[str, Any]) -> None:
+        """Load the optimizer's state, and keep the settings that this start was configured with.
+
+        megatron-core finds a parameter group by its learning rates among other things, and takes
+        all of its settings from the checkpoint.
+        """
+        groups = self._optimizer.param_groups
+        wanted = [{**group, "params": None} for group in groups]
+        take_saved_rates(groups, state, saved=schedule["max_lr"], present=self._scheduler.max_lr)
+        self._optimizer.load_state_dict(fitted_to(self._optimizer, state))
+        for group, settings in zip(self._optimizer.param_groups, wanted, strict=True):
+            group.update(
+                (name, value) for name, value in settings.items() if name not in ("params", "step")
+            )
+
+    def _chunk_name(self, index: int) -> str:
+        return chunk_name(index, len(self._model))
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+            # A tensor of all layers or experts together would have holes where none is adapted.
+            "singleton_local_shards": self._base is not None,
+            "chained_optim_avoid_prefix": True,
+        }
+
+    def _metadata(self) -> dict[str, Any]:
+        return {**self._content(), "dp_cp_group": self._ranks.own_groups.dp_cp}
+
+    def _model_state(self) -> dict[str, Any]:
+        states = {
+            self._chunk_name(index): without_ddp(chunk).sharded_state_dict(
+                metadata=self._metadata()
+            )
+            for index, chunk in enumerate(self._model)
+        }
+        if self._base is not None:
+            return {name: only_trained(state) for name, state in states.items()}
+        return states
+
+    def _sharded_state(self, *, is_loading: bool, with_state_of_ranks: bool) -> dict[str, Any]:
+        from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+        state = self._model_state()
+        if not is_loading:
+            make_state(self._optimizer)
+        with offsets_without_padding(self._optimizer):
+            # It finds its parameters in the chunks' dictionaries, of one chunk or of many.
+            state["optimizer"] = self._optimizer.sharded_state_dict(
+                dict(state) if len(self._model) > 1 else state["model"],
+                is_loading=is_loading,
+                metadata=self._metadata(),
+            )
+        if with_state_of_ranks:
+            of_rank = {**random_state(), "loss_watch": self._loss_watch.state_dict()}
+            state[_rng_key()] = ShardedObject(
+                "rng", of_rank, (world_size(),), (rank(),), replica_id=0
+            )
+        return state
+
+    def _run_state(self) -> dict[str, Any]:
+        """Return what JSON has types for, of all ranks alike."""
+        state = {
+            "format_version": FORMAT_VERSION,
+            "scheduler": schedule_state(self._scheduler, self._config),
+            "train_state": dataclasses.asdict(self._train_state),
+            "data_fingerprint": self._data_fingerprint,
+            "world_size": world_size(),
+            "optimizer": self._kind_of_optimizer(),
+        }
+        return state if self._base is None else {**state, "base": self._base.record()}
+
+    def _check_same_data(self, checkpoint: Path, saved: str) -> None:
+        if saved != self._data_fingerprint:
+            raise UsageError(
+                f"{checkpoint}: the run was trained on data in the order {saved!r}; the present "
+                f"configuration draws {self._data_fingerprint!r}. Undo the overrides of dataset.*, "
+                "rng.seed or train.train_iters, or start a new run with "
+                "checkpoint.pretrained_checkpoint"
+            )
+
+    def _kind_of_optimizer(self) -> dict[str, Any]:
+        """Return the settings that decide what an optimizer's state consists of."""
+        return {
+            "optimizer.optimizer": self._config.optimizer.optimizer,
+            "ddp.use_distributed_optimizer": self._config.ddp.use_distributed_optimizer,
+        }
+
+    def _check_same_optimizer(self, checkpoint: Path, common: Mapping[str, Any]) -> None:
+        # Checkpoints of an older form do not say it.
+        saved = common.get("optimizer", {})
+        for field, value in self._kind_of_optimizer().items():
+            if saved.get(field, value) != value:
+                raise UsageError(
+                    f"{field}={_shown(value)}: {checkpoint} has the optimizer state of "
+                    f"{field}={_shown(saved[field])}; leave it so, or start a new run from its "
+                    f"weights with checkpoint.pretrained_checkpoint={checkpoint}"
+                )
+
+    def _remove_old(self) -> None:
+        keep, step = self._config.checkpoint.keep_last, self._train_state.step
+        # Later steps are those of a run that went on from here before; they do not count.
+        known = [path for path in self._directory.saved() if step_of(path) <= step]
+        for old in of_this_course(known)[:-keep] if keep else []:
+            shutil.rmtree(old)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _rng_key() -> str:
+    return f"rng_{rank()}"

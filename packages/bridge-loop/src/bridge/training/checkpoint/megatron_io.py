@@ -1,0 +1,258 @@
+"""megatron-core's writer of checkpoints, in this process, with errors that say what is wrong.
+
+Its own errors hold tracebacks of all ranks and not the operating system's reason.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import logging
+import queue
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from bridge.training.checkpoint.safe_loading import restricted_loading
+from bridge.training.ranks.collectives import from_every_rank
+from bridge.training.ranks.launcher_store import rank
+from bridge.training.run_files.directory import RunDirectory
+from bridge.training.usage_error import UsageError
+
+
+class SaveError(OSError):
+    """A checkpoint cannot be written; the message has rank, path, cause and what there is."""
+
+
+def save_sharded(
+    state: dict[str, Any],
+    folder: Path,
+    content: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write a state of megatron-core's sharded tensors and objects; a collective over all ranks.
+
+    Args:
+        state: What to write; tensors are written once, by their main replica.
+        folder: An empty folder.
+        content: Goes into the checkpoint as its content metadata.
+        group: All ranks, for what went wrong; the default group if None.
+
+    Raises:
+        OSError: A rank could not write. It is raised on every rank if megatron-core's writers have
+            failed, else on that rank.
+    """
+    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import CheckpointException
+
+    failures: list[str] = []
+    try:
+        with _writing_in_this_process(failures):
+            dist_checkpointing.save(
+                state, str(folder), async_sharded_save=False, content_metadata=content
+            )
+    except CheckpointException:
+        # Every rank comes here when one has failed.
+        told = [line for lines in from_every_rank(failures, group) for line in lines]
+        if not told:
+            raise
+        raise SaveError(told[0]) from None
+
+
+@contextlib.contextmanager
+def saving(directory: RunDirectory) -> Iterator[None]:
+    """Write a checkpoint of a run in this block; say what is wrong, and what checkpoint there is.
+
+    Raises:
+        SaveError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        told = str(error) if isinstance(error, SaveError) else _line(error, None)
+        newest, _ = directory.look_up_latest()
+        remedy = (
+            "the run has no checkpoint yet"
+            if newest is None
+            else f"the newest whole checkpoint is {newest}; continue from it with --resume"
+        )
+        raise SaveError(f"{told}; {remedy}") from None
+
+
+def _line(error: Exception, path: str | None) -> str:
+    place = getattr(error, "filename", None) or path
+    cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return f"rank {rank()} cannot write{f' {place}' if place else ''}: {cause}"
+
+
+@contextlib.contextmanager
+def _writing_in_this_process(failures: list[str]) -> Iterator[None]:
+    """Change megatron-core's writer for one save that is waited for.
+
+    - It needs no process for its results. That process takes seconds to start, imports the user's
+      script a second time, and outlives a rank that is killed.
+    - What the operating system said is kept in `failures`.
+    - torch writes a view of a BytesIO. The traceback of an error keeps the view alive in a cycle of
+      references, whose collection is a segmentation fault in CPython 3.12.1.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    errors: list[Exception] = []
+    writer: Any = filesystem_async.FileSystemWriterAsync
+    write, write_item = writer.write_preloaded_data, filesystem_async._write_item
+    results = filesystem_async._results_queue
+    log = logging.getLogger(filesystem_async.__name__)
+
+    @functools.wraps(write)
+    def write_and_note(*arguments: Any, **keywords: Any) -> Any:
+        outcome = write(*arguments, **keywords)
+        error = outcome[1] if isinstance(outcome, tuple) else None
+        if isinstance(error, Exception):
+            errors.append(error)
+            # What came first is the cause.
+            told = next((found for found in errors if isinstance(found, OSError)), errors[0])
+            failures.append(_line(told, str(keywords["write_bucket"][0])))
+        return outcome
+
+    @functools.wraps(write_item)
+    def write_copied_item(transforms: Any, stream: Any, data: Any, *rest: Any, **named: Any) -> Any:
+        if isinstance(data, io.BytesIO):
+            data = _WithoutView(data.getvalue())
+        noting: Any = _Noting(stream, errors)
+        return write_item(transforms, noting, data, *rest, **named)
+
+    was_disabled = log.disabled
+    filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
+    filesystem_async._write_item = write_copied_item
+    writer.write_preloaded_data = staticmethod(write_and_note)
+    # It would report the type of the error alone.
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = was_disabled
+        writer.write_preloaded_data = staticmethod(write)
+        filesystem_async._write_item = write_item
+        filesystem_async._results_queue = results
+
+
+class _Noting:
+    """A file that keeps its errors: torch's writer makes RuntimeErrors without a reason of them."""
+
+    def __init__(self, stream: Any, errors: list[Exception]) -> None:
+        self._stream, self._errors = stream, errors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, content: Any) -> Any:
+        return self._noted(self._stream.write, content)
+
+    def flush(self) -> None:
+        self._noted(self._stream.flush)
+
+    def _noted(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except OSError as error:
+            self._errors.append(error)
+            raise
+
+
+class _WithoutView(io.BytesIO):
+    """Gives its content as a copy."""
+
+    def getbuffer(self) -> Any:
+        return self.getvalue()
+
+
+_WARNINGS_OF_READING = (
+    r"torch\.distributed is disabled, unavailable",
+    "The argument order of load has been changed",
+    "Please use DTensor instead",
+)
+
+
+def load_sharded(checkpoint: Path, wanted: dict[str, Any]) -> Any:
+    """Load a sharded state from a checkpoint; a collective over all ranks.
+
+    Raises:
+        UsageError: The checkpoint does not fit the model, or it is damaged.
+    """
+    from megatron.core import dist_checkpointing
+
+    with reading(checkpoint, "it does not fit the model that is configured, or it is damaged"):
+        return dist_checkpointing.load(wanted, str(checkpoint))
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Path, meaning: str) -> Iterator[None]:
+    """Read a checkpoint that may come from anybody; hold back torch's own warnings.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+        meaning: What it means if reading fails.
+
+    Raises:
+        UsageError: In place of what megatron-core and torch raise; or the checkpoint holds what is
+            not to be unpickled.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with warnings.catch_warnings(), restricted_loading(checkpoint):
+            # What torch has against the way in which megatron-core calls it.
+            for message in _WARNINGS_OF_READING:
+                warnings.filterwarnings("ignore", message)
+            yield
+    except json.JSONDecodeError as error:
+        # The one such file that megatron-core reads.
+        raise UsageError(
+            f"{checkpoint / 'metadata.json'}: is no JSON ({error}); the file is damaged, take "
+            "another checkpoint"
+        ) from error
+    except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
+        raise UsageError(
+            f"{checkpoint}: {meaning} ({_first_reason(error)}); compare "
+            f"{checkpoint / 'config.yaml'} with `bridge show`"
+        ) from error
+
+
+def _first_reason(error: BaseException) -> str:
+    """Return one line: torch's own error holds the tracebacks of all ranks."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return f"{type(error).__name__}: {error}"
+
+
+def extra_states(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what modules unpickle themselves, in the states of all chunks."""
+    return {
+        name: value
+        for chunk in state.values()
+        if isinstance(chunk, Mapping)
+        for name, value in chunk.items()
+        if str(name).endswith("_extra_state")
+    }
+
+
+def keep_extra_states(wanted: dict[str, Any], checkpoint: Path) -> None:
+    """Let Transformer Engine's modules keep their extra states where the checkpoint has none.
+
+    The local layers have no such states, and without FP8 there is nothing in them.
+    """
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+    with reading(checkpoint, "it is no checkpoint, or it is damaged"):
+        saved = {entry.key for entry in load_sharded_metadata(str(checkpoint)).values()}
+    for name, entry in wanted.items():
+        is_extra = isinstance(entry, ShardedObject) and entry.key.endswith("_extra_state")
+        if is_extra and entry.key not in saved:
+            wanted[name] = LocalNonpersistentObject(entry.data)

@@ -1,0 +1,116 @@
+"""The weights of a model in a checkpoint, loaded into chunks or saved from them."""
+
+from pathlib import Path
+from typing import Any
+
+from bridge.training.checkpoint.base import Base
+from bridge.training.checkpoint.manifest import (
+    write_manifest,
+)
+from bridge.training.checkpoint.megatron_io import (
+    extra_states,
+    keep_extra_states,
+    load_sharded,
+    save_sharded,
+)
+from bridge.training.checkpoint.run_state import FORMAT_VERSION, read_common
+from bridge.training.checkpoint.safe_loading import restricted_loading
+from bridge.training.config import ConfigContainer
+from bridge.training.model.frozen import load_trained, only_trained
+from bridge.training.ranks.groups import Ranks
+from bridge.training.ranks.launcher_store import is_logging_rank
+from bridge.training.run_files.configuration import write_config
+from bridge.training.usage_error import UsageError
+
+
+def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> None:
+    """Take a model's weights from a checkpoint of a run or of weights alone.
+
+    Args:
+        chunks: This rank's model chunks, not in DDP.
+        checkpoint: The checkpoint's folder.
+        ranks: The process groups.
+
+    Raises:
+        UsageError: The checkpoint does not fit the model, or holds adapters alone.
+    """
+    if "base" in read_common(checkpoint):
+        raise UsageError(
+            f"{checkpoint}: holds adapters and not the model that they stand beside; make one of "
+            f"both first: bridge merge {checkpoint} --output DIR"
+        )
+    metadata = {"singleton_local_shards": False, "dp_cp_group": ranks.own_groups.dp_cp}
+    names = [chunk_name(index, len(chunks)) for index in range(len(chunks))]
+    wanted = {
+        name: chunk.sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(names, chunks, strict=True)
+    }
+    for entries in wanted.values():
+        keep_extra_states(entries, checkpoint)
+    state = load_sharded(checkpoint, wanted)
+    with restricted_loading(checkpoint, extra_states(state)):
+        for name, chunk in zip(names, chunks, strict=True):
+            chunk.load_state_dict(state[name])
+
+
+def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks: Ranks) -> str:
+    """Take the state of adapters from a checkpoint of a run; return where their base was then.
+
+    Args:
+        chunks: This rank's model chunks with adapters attached, not in DDP.
+        checkpoint: The checkpoint's folder.
+        base: The weights that they stand beside; None where those do not matter.
+        ranks: The process groups.
+
+    Raises:
+        UsageError: The checkpoint does not fit, or belongs to another base.
+    """
+    saved = read_common(checkpoint).get("base")
+    if saved is None:
+        raise UsageError(f"{checkpoint}: holds a whole model and no adapters")
+    if base is not None:
+        base.refuse_another(saved, checkpoint)
+    metadata = {"singleton_local_shards": True, "dp_cp_group": ranks.own_groups.dp_cp}
+    names = [chunk_name(index, len(chunks)) for index in range(len(chunks))]
+    state = load_sharded(
+        checkpoint,
+        {
+            name: only_trained(chunk.sharded_state_dict(metadata=metadata))
+            for name, chunk in zip(names, chunks, strict=True)
+        },
+    )
+    with restricted_loading(checkpoint, extra_states(state)):
+        for name, chunk in zip(names, chunks, strict=True):
+            load_trained(chunk, state.get(name, {}))
+    return str(saved["place"])
+
+
+def save_model_weights(
+    chunks: list[Any], checkpoint: Path, config: ConfigContainer, ranks: Ranks
+) -> None:
+    """Write a checkpoint that has the model's weights and nothing else, for runs to start from.
+
+    Args:
+        chunks: This rank's model chunks, not in DDP.
+        checkpoint: An empty folder.
+        config: Saved beside the weights.
+        ranks: The process groups.
+    """
+    content = {"singleton_local_shards": False}
+    metadata = {**content, "dp_cp_group": ranks.own_groups.dp_cp}
+    state = {
+        "format_version": FORMAT_VERSION,
+        **{
+            chunk_name(index, len(chunks)): chunk.sharded_state_dict(metadata=metadata)
+            for index, chunk in enumerate(chunks)
+        },
+    }
+    save_sharded(state, checkpoint, content, ranks.control_group)
+    if is_logging_rank():
+        write_config(checkpoint / "config.yaml", config)
+        write_manifest(checkpoint)
+
+
+def chunk_name(index: int, chunks: int) -> str:
+    """Return the key of a model chunk in a checkpoint."""
+    return "model" if chunks == 1 else f"model{index}"

@@ -1,0 +1,91 @@
+"""The length of a run: from steps, samples or epochs, and from what is done already.
+
+The global batch size may differ from that of the steps that are done. A run over samples or epochs
+ends after so many samples all the same, one over steps after so many steps.
+"""
+
+import math
+
+from bridge.training.config import TrainConfig
+from bridge.training.state import TrainState
+from bridge.training.usage_error import UsageError
+
+
+def samples_to_draw(train: TrainConfig, done: TrainState) -> int | None:
+    """Return how many samples a run draws from its beginning to its end; None for epochs.
+
+    Raises:
+        UsageError: More is done already.
+    """
+    if train.train_samples is not None:
+        return train.train_samples
+    if train.train_iters is None:
+        return None
+    return done.consumed_train_samples + _steps_left(train, done) * train.global_batch_size
+
+
+def last_step(train: TrainConfig, size: int, done: TrainState) -> int:
+    """Return the step after which a run ends.
+
+    Args:
+        train: The section; exactly one of its three lengths is given.
+        size: Samples of the training data.
+        done: What the run has done.
+
+    Raises:
+        UsageError: More is done already, or what is left is no whole number of steps.
+    """
+    if train.train_iters is not None:
+        return done.step + _steps_left(train, done)
+    drawn, batch = done.consumed_train_samples, train.global_batch_size
+    if train.train_samples is not None:
+        left = train.train_samples - drawn
+        if left < 0:
+            raise UsageError(
+                f"train.train_samples={train.train_samples}: the run has drawn {drawn} samples "
+                f"already; give at least {drawn}"
+            )
+        if left % batch:
+            raise UsageError(
+                f"train.global_batch_size={batch}: {left} of train.train_samples="
+                f"{train.train_samples} are left, which is not a multiple; give a batch size that "
+                f"divides {left}, or train.train_samples={drawn + math.ceil(left / batch) * batch}"
+            )
+        return done.step + left // batch
+    assert train.epochs is not None
+    left = train.epochs * size - drawn
+    if left < 0:
+        raise UsageError(
+            f"train.epochs={train.epochs}: {train.epochs} passes over {size} samples are less than "
+            f"the {drawn} samples that the run has drawn already; give more"
+        )
+    if not done.step and left < batch:
+        raise UsageError(
+            f"train.epochs: {train.epochs} passes over {size} samples are less than one step "
+            f"of train.global_batch_size={batch}; lower the batch size"
+        )
+    return done.step + left // batch
+
+
+def schedule_samples(train: TrainConfig, size: int, done: TrainState) -> int:
+    """Return the length of the schedule of the learning rate, in samples.
+
+    Of a run over steps it is that of all steps at the present batch size
+    (`bridge.training.optimizer.building.resume_schedule`), otherwise what is drawn from beginning
+    to end.
+    """
+    batch = train.global_batch_size
+    if train.train_iters is not None:
+        return train.train_iters * batch
+    left = last_step(train, size, done) - done.step
+    return done.consumed_train_samples + left * batch
+
+
+def _steps_left(train: TrainConfig, done: TrainState) -> int:
+    assert train.train_iters is not None
+    if done.step > train.train_iters:
+        raise UsageError(
+            f"train.train_iters={train.train_iters}: the run has taken {done.step} steps already; "
+            f"give at least {done.step}"
+        )
+    return train.train_iters - done.step

@@ -1,0 +1,142 @@
+"""The auxiliary losses whose gradients megatron-core takes by itself, as metrics of a step.
+
+Router z-loss, load balancing losses and multi-token prediction never pass through a loss function:
+megatron-core adds them to the gradients and keeps their values in two trackers of the process.
+
+With N the tokens in the main loss, the objective of a step in ``token`` normalisation is
+
+    (sum of token losses + coefficient * sum over layers of (value * real tokens) + ...) / N
+
+so an auxiliary loss is a sum over tokens as the main loss is, and all is divided once. Positions
+that are marked as padding take no part in it. The loss mask says nothing about it: a prompt's
+tokens are real, so where N leaves them out the auxiliary losses weigh more beside the mean of the
+main loss. In pattern 1, ``(loss, metrics)``, N is the number of all token positions. In
+``microbatch`` normalisation each microbatch adds ``coefficient * value``, whatever its masks.
+
+What is logged is the value without its coefficient: the mean over layers and, in ``token``
+normalisation, over real tokens, else over microbatches.
+
+All are the same under every layout and, but for the balance of a microbatch (aux_loss), under every
+micro batch size. megatron-core's global_aux_loss is not: its mean over earlier microbatches depends
+on how many there are, and its weight falls with the data-parallel size.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from bridge.training.loss.metrics import Metric, ratio
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+PADDING = "padding"
+"""Tracked by a router: by layer, the part of a microbatch's token positions that are padding.
+
+The values that it tracks beside are then means over all positions, padding counting 0.
+"""
+TARGETS = "mtp_targets"
+"""Tracked by a model: by depth of prediction, the part of a rank's positions that have a target.
+
+The losses that megatron-core tracks beside are then sums over targets / number of positions.
+"""
+
+
+@contextlib.contextmanager
+def own_trackers() -> Iterator[None]:
+    """Give a run trackers of its own, and the host program back those that it had.
+
+    A tracker holds process groups, which end with the run.
+    """
+    from megatron.core.transformer.moe import moe_logging
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    routers, heads = moe_logging._MOE_METRICS_TRACKER, MTPLossLoggingHelper.tracker
+    moe_logging.set_moe_metrics_tracker(moe_logging.MoEMetricsTracker())
+    MTPLossLoggingHelper.tracker = {}
+    try:
+        yield
+    finally:
+        moe_logging._MOE_METRICS_TRACKER = routers
+        MTPLossLoggingHelper.tracker = heads
+
+
+def clear() -> None:
+    """Forget the values of earlier steps, ahead of a step whose values are kept for the log.
+
+    An evaluation adds nothing.
+    """
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    get_moe_metrics_tracker().clear()
+    MTPLossLoggingHelper.clean_metrics_in_tracker()
+
+
+def metrics(
+    model: list[Any], num_microbatches: int, pg_collection: "ProcessGroupCollection"
+) -> dict[str, Metric]:
+    """Return this rank's part of the step's auxiliary losses, on the device, without waiting.
+
+    The names are megatron-core's: ``z_loss``, ``load_balancing_loss``,
+    ``seq_load_balancing_loss``, ``global_load_balancing_loss``, ``mtp_1 loss`` and so on, and with
+    moe_per_layer_logging those of each layer, ``z_loss/layer_1``. A metric is the sum of the parts'
+    values over all ranks, divided by the sum of their counts.
+
+    Args:
+        model: This rank's model chunks.
+        num_microbatches: This rank's microbatches of the step.
+        pg_collection: The process groups.
+    """
+    return _of_routers(model, num_microbatches, pg_collection) | _of_heads(
+        num_microbatches, pg_collection
+    )
+
+
+def _of_routers(
+    model: list[Any], num_microbatches: int, groups: "ProcessGroupCollection"
+) -> dict[str, Metric]:
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.router import Router
+
+    tracked = get_moe_metrics_tracker().metrics
+    names = tracked.keys() - {PADDING, TARGETS}
+    if not names:
+        return {}
+    copies = groups.tp_dp_cp.size()
+    routers: list[Any] = [m for chunk in model for m in chunk.modules() if isinstance(m, Router)]
+    count: Any = num_microbatches * len(routers)
+    if PADDING in tracked:
+        count = count - tracked[PADDING].values.sum()
+    found = {}
+    for name in sorted(names):
+        entry = tracked[name]
+        # megatron-core's own reduction, as a weight in a sum over all ranks.
+        weight = 1.0
+        if entry.avg_group is not None:
+            weight = 1 / entry.avg_group.size()
+        elif entry.needs_dp_avg:
+            weight = 1 / groups.dp.size()
+        found[name] = ratio(entry.values.sum() * weight, count / copies)
+        for layer in sorted(r.layer_number for r in routers if r.config.moe_per_layer_logging):
+            padding = tracked[PADDING].values[layer - 1] if PADDING in tracked else 0
+            found[f"{name}/layer_{layer}"] = ratio(
+                entry.values[layer - 1] * weight, (num_microbatches - padding) / copies
+            )
+    return found
+
+
+def _of_heads(num_microbatches: int, groups: "ProcessGroupCollection") -> dict[str, Metric]:
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    losses = MTPLossLoggingHelper.tracker.get("loss_values")
+    if losses is None:
+        return {}
+    targets = get_moe_metrics_tracker().metrics.get(TARGETS)
+    counts = [num_microbatches] * len(losses) if targets is None else targets.values
+    # Tensor-parallel ranks all track the same, which cancels.
+    return {
+        f"mtp_{depth} loss": ratio(loss, count)
+        for depth, (loss, count) in enumerate(zip(losses, counts, strict=True), start=1)
+    }

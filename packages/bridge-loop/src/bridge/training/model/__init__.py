@@ -1,0 +1,1 @@
+"""The model: building, initial weights, DDP, hooks, and the modules that transformers share."""

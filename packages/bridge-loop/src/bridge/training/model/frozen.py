@@ -1,0 +1,195 @@
+"""What a model with frozen weights needs: gradients that reach what trains, and proof of it.
+
+What trains is what requires gradients; names play no part.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+
+from bridge.training.model.initial_weights import shards_of_parameters
+from bridge.training.usage_error import UsageError
+
+
+def trained_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the parameters that train, by name in the chunk without its wrappers."""
+    for name, parameter in unwrap_model(chunk).named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def only_trained(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those entries of a module's sharded state dict that are parameters that train."""
+    return {
+        name: entry
+        for name, entry in state.items()
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+        and isinstance(entry.data, torch.nn.Parameter)
+        and entry.data.requires_grad
+    }
+
+
+def load_trained(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    """Load what `only_trained` has picked, and leave the rest of a module as it is.
+
+    Args:
+        module: The module.
+        state: Its parameters that train; none where nothing does.
+
+    Raises:
+        UsageError: The state lacks a parameter that trains, or has one that is not there.
+    """
+    # The 16-bit wrapper does not say what was missing.
+    found = unwrap_model(module).load_state_dict(state, strict=False)
+    trained = dict(trained_parameters(module))
+    if lacking := [*sorted(trained.keys() & set(found.missing_keys)), *found.unexpected_keys]:
+        raise UsageError(f"the adapters differ from those that were saved: {', '.join(lacking)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """Parameters of the model on all ranks together; what several ranks hold counts once."""
+
+    whole: int
+    trained: int
+    trained_per_token: float
+    """Those that train and that one token meets: of experts, as many as it is sent to."""
+
+
+def size_of_whole_model(
+    model: Sequence[torch.nn.Module], pg_collection: ProcessGroupCollection
+) -> ModelSize:
+    """Count the parameters of all ranks; a collective."""
+    counts = torch.zeros(3, dtype=torch.float64)
+    for chunk in model:
+        shares = _shares_of_experts(chunk)
+        for parameter, shards in shards_of_parameters(unwrap_model(chunk), pg_collection):
+            if all(_is_first_copy(shard) for shard in shards):
+                trained = parameter.numel() * parameter.requires_grad
+                met = trained * shares.get(id(parameter), 1.0)
+                counts += torch.tensor([parameter.numel(), trained, met], dtype=torch.float64)
+    counts = counts.to(next(model[0].parameters()).device)
+    dist.all_reduce(counts)
+    whole, trained, met = counts.tolist()
+    return ModelSize(whole=round(whole), trained=round(trained), trained_per_token=met)
+
+
+def _shares_of_experts(chunk: torch.nn.Module) -> dict[int, float]:
+    """Return, by the parameter's id, the part of all tokens that an expert's parameter meets."""
+    shares: dict[int, float] = {}
+    for experts in chunk.modules():
+        if isinstance(experts, SequentialMLP):
+            number = experts.num_local_experts * experts.ep_group.size()
+            share = experts.config.moe_router_topk / number
+            shares |= {id(parameter): share for parameter in experts.parameters()}
+    return shares
+
+
+def _is_first_copy(shard: ShardedTensor) -> bool:
+    copy = shard.replica_id
+    return not any(copy) if isinstance(copy, tuple) else not copy
+
+
+@contextlib.contextmanager
+def gradients_reach_recomputed_layers(model: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Let gradients into layers that are recomputed in the backward pass.
+
+    megatron-core's recomputation gives gradients only where some tensor that goes in requires
+    them. Behind a frozen embedding none does, so what trains in the layers would get none, and
+    nothing would say so. The first tensor of floating-point numbers that a module with something
+    to train is given is therefore made to require them.
+
+    Args:
+        model: The model chunks; nothing is done to one that has no frozen weights or recomputes
+            nothing.
+    """
+    handles = [
+        module.register_forward_pre_hook(_let_gradients_in, with_kwargs=True)
+        for chunk in model
+        if _is_partly_frozen(chunk) and _recomputes(chunk)
+        for module in chunk.modules()
+        if any(parameter.requires_grad for parameter in module.parameters())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_partly_frozen(chunk: torch.nn.Module) -> bool:
+    return not all(parameter.requires_grad for parameter in chunk.parameters())
+
+
+def _recomputes(chunk: torch.nn.Module) -> bool:
+    configs = (getattr(module, "config", None) for module in chunk.modules())
+    return any(
+        isinstance(config, TransformerConfig) and config.recompute_granularity is not None
+        for config in configs
+    )
+
+
+def _let_gradients_in(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not torch.is_grad_enabled():
+        return None
+    given: list[tuple[Any, Any]] = [*enumerate(args), *kwargs.items()]
+    tensors = [
+        (place, value)
+        for place, value in given
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+    if not tensors or any(value.requires_grad for _, value in tensors):
+        return None
+    place, value = tensors[0]
+    # Another tensor on the same memory: whoever gave this one may use it elsewhere.
+    opened = value.detach().requires_grad_()
+    if isinstance(place, int):
+        return (*args[:place], opened, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: opened}
+
+
+class GradientWatch:
+    """Sees which parameters get a gradient in the first step."""
+
+    def __init__(self, model: Iterable[torch.nn.Module]) -> None:
+        """Watch every parameter of `model` that trains."""
+        self._missing: dict[int, tuple[str, Any]] = {}
+        for chunk in model:
+            for name, parameter in trained_parameters(chunk):
+                handle = parameter.register_hook(partial(self._seen, id(parameter)))
+                self._missing[id(parameter)] = (name, handle)
+
+    def check(self) -> None:
+        """Refuse to go on if some parameter had no gradient; look no more afterwards.
+
+        Raises:
+            RuntimeError: With their names.
+        """
+        missing = [name for name, _ in self._missing.values()]
+        for _, handle in self._missing.values():
+            handle.remove()
+        self._missing = {}
+        if missing:
+            shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+            raise RuntimeError(
+                f"{len(missing)} parameters that train got no gradient in the first step: {shown}. "
+                "The loss does not depend on them, so they would stay as they are; leave them out "
+                "of what trains (peft.exclude_modules), or use them in the forward step"
+            )
+
+    def _seen(self, key: int, gradient: torch.Tensor) -> None:
+        if key in self._missing:
+            _, handle = self._missing.pop(key)
+            handle.remove()

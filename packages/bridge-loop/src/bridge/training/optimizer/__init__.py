@@ -1,0 +1,1 @@
+"""megatron-core's optimizer and LR scheduler: building, stepping, and their saved state."""

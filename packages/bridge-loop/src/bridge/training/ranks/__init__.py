@@ -1,0 +1,1 @@
+"""The ranks of a run: process groups, collectives, seeds, signals, and failures."""

@@ -1,0 +1,273 @@
+"""The process groups of a run: whoever made them takes them down.
+
+A run that finds torch.distributed or megatron-core's groups already initialised uses them and
+leaves them as they were, so that the loop can live inside a larger program.
+"""
+
+import contextlib
+import datetime
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from bridge.training import cpu
+from bridge.training.config import ConfigContainer, Layout, layout_of
+from bridge.training.config.checks.pipeline_layout import embedding_stages
+from bridge.training.contracts import DataShare, ModuleRanks, PlacesModules, own_groups
+from bridge.training.megatron_import import expected_messages_held_back
+from bridge.training.rank_environment import rank_environment
+from bridge.training.ranks.launcher_store import meeting_store, rank, world_size
+from bridge.training.ranks.megatron_globals import globals_kept
+from bridge.training.usage_error import UsageError
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+# Every rank has begun as many runs, so they agree on the number without asking each other.
+_runs = itertools.count()
+
+
+type Device = Literal["cuda", "cpu"]
+
+
+def choose_device(wanted: Literal["auto", "cuda", "cpu"]) -> Device:
+    """Return the device that ``dist.device`` stands for on this machine.
+
+    Raises:
+        UsageError: cuda was asked for and there is none, or cpu was asked for in a process that
+            can see a GPU (the stand-in never hides a device that exists).
+    """
+    present = torch.cuda.is_available()
+    if wanted == "cuda" and not present:
+        raise UsageError(
+            "dist.device: 'cuda' was asked for and this process sees no GPU; use dist.device=cpu "
+            "to rehearse, or look at `bridge doctor`"
+        )
+    if wanted == "cpu" and present:
+        raise UsageError(
+            "dist.device: 'cpu' was asked for and this process sees a GPU; hide it with "
+            "CUDA_VISIBLE_DEVICES= in the environment (the bridge command does that by itself)"
+        )
+    return "cuda" if present else "cpu"
+
+
+@dataclass(kw_only=True, frozen=True)
+class Ranks:
+    """Where this process stands among the ranks of the run."""
+
+    device: Device
+    layout: Layout
+    pg_collection: "ProcessGroupCollection | ModuleRanks"
+    control_group: dist.ProcessGroup
+    """All ranks over gloo: what the hosts agree on without waiting for a GPU."""
+
+    @property
+    def own_groups(self) -> "ProcessGroupCollection":
+        """The process groups of what this rank holds of the model."""
+        return own_groups(self.pg_collection)
+
+    @property
+    def stage(self) -> int:
+        """This rank's place in the pipeline, from 0 on."""
+        groups = self.pg_collection
+        return groups.stage if isinstance(groups, ModuleRanks) else int(groups.pp.rank())
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the end of the pipeline, where losses are known."""
+        groups = self.pg_collection
+        if isinstance(groups, ModuleRanks):
+            return groups.is_last_stage
+        return bool(groups.pp.rank() == groups.pp.size() - 1)
+
+    def share(self, micro_batch_size: int) -> DataShare:
+        """Return which part of each global microbatch this rank reads."""
+        groups = self.pg_collection
+        if isinstance(groups, ModuleRanks):
+            return groups.share(micro_batch_size)
+        return DataShare(rank=groups.dp.rank(), size=groups.dp.size(), samples=micro_batch_size)
+
+
+@contextlib.contextmanager
+def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
+    """Bring up the process groups that a resolved configuration asks for, and take them down.
+
+    At the end megatron-core's globals and the current device are what they were.
+
+    Args:
+        config: A resolved configuration.
+        device: What `choose_device` returned.
+    """
+    layout = layout_of(config.model, world_size())
+    timeout = datetime.timedelta(minutes=config.dist.timeout_minutes)
+    with contextlib.ExitStack() as stack:
+        if device == "cpu":
+            stack.enter_context(cpu.cpu_training())
+        else:
+            # Without a launcher the device is the one that the program has chosen.
+            stack.enter_context(torch.cuda.device(_own_gpu()))
+        stack.enter_context(globals_kept())
+        if not dist.is_initialized():
+            _initialize_default_group(device, config.dist.timeout_minutes)
+            stack.callback(_destroy_default_group)
+        of_modules = None
+        if isinstance(config.model, PlacesModules):
+            of_modules = config.model.module_ranks(world_size=world_size(), timeout=timeout)
+        if of_modules is None:
+            stages = embedding_stages(config.model)
+            groups: Any = stack.enter_context(_megatrons_groups(layout, timeout, stages))
+        else:
+            groups = stack.enter_context(of_modules)
+        control_group = dist.new_group(backend="gloo", timeout=timeout)
+        stack.callback(dist.destroy_process_group, control_group)
+        yield Ranks(device=device, layout=layout, pg_collection=groups, control_group=control_group)
+
+
+@contextlib.contextmanager
+def _megatrons_groups(
+    layout: Layout, timeout: datetime.timedelta, stages_with_embedding: list[int]
+) -> Iterator["ProcessGroupCollection"]:
+    """Bring up megatron-core's own groups, or use those that there are."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    if parallel_state.model_parallel_is_initialized():
+        _check_layout(layout)
+        _check_embedding_group(stages_with_embedding)
+        yield ProcessGroupCollection.use_mpu_process_groups()
+        return
+
+    def embedding_ranks(pipeline: list[int], _: int | None = None) -> list[int]:
+        return [pipeline[stage] for stage in stages_with_embedding]
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        get_embedding_ranks=embedding_ranks,
+        # A timedelta is made of it, so it may be a fraction, whatever its annotation says.
+        distributed_timeout_minutes=timeout / datetime.timedelta(minutes=1),  # type: ignore[arg-type]
+    )
+    try:
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        _destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Let this process use megatron-core's checkpoints by itself, with a GPU or without one.
+
+    Raises:
+        UsageError: It is one of several ranks.
+    """
+    if world_size() > 1:
+        raise UsageError("this is done by one process; start it without a launcher")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(expected_messages_held_back())
+        if not torch.cuda.is_available():
+            stack.enter_context(cpu.cpu_training())
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            stack.callback(_destroy_default_group)
+        yield
+
+
+def _initialize_default_group(device: Device, timeout_minutes: float) -> None:
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    # CPU tensors travel too (object exchanges, checkpoints), so a GPU run has both backends.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    device_id = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
+    dist.init_process_group(
+        backend,
+        store=_store(timeout),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=timeout,
+        device_id=device_id,
+    )
+
+
+def _own_gpu() -> int | None:
+    """Return the index of this rank's GPU, None for the one that the program has chosen."""
+    environment = rank_environment()
+    if environment.launcher == "Slurm" and torch.cuda.device_count() == 1:
+        return 0  # Of a step with --gpus-per-task each task sees its own.
+    return environment.local_rank
+
+
+def _store(timeout: datetime.timedelta) -> dist.Store:
+    """Return a store in which no earlier run of these processes has left anything.
+
+    A launcher's store outlives the process groups; a second run that met the first one's keys
+    would wait for peers that are gone.
+    """
+    if world_size() == 1:
+        # One process needs no port.
+        return dist.HashStore()
+    store = meeting_store()
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"bridge-{next(_runs)}", store)
+
+
+def _check_layout(wanted: Layout) -> None:
+    """Refuse groups that another part of the program made for another layout."""
+    from megatron.core import parallel_state
+
+    present = {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+    differing = {name: size for name, size in present.items() if getattr(wanted, name) != size}
+    if differing:
+        asked = ", ".join(f"{name} {getattr(wanted, name)}" for name in differing)
+        found = ", ".join(f"{name} {size}" for name, size in differing.items())
+        raise UsageError(
+            f"model: the configuration asks for parallel sizes {asked}, and megatron-core's groups "
+            f"are initialised already with {found}; make them equal, or let pretrain make the "
+            "groups (parallel_state.destroy_model_parallel before it)"
+        )
+
+
+def _check_embedding_group(stages: list[int]) -> None:
+    """Refuse groups of another part of the program in which a copy of the embedding is left out."""
+    from megatron.core import parallel_state
+
+    pipeline = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    wanted = [pipeline[stage] for stage in stages]
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    present = [] if group is None else dist.get_process_group_ranks(group)
+    if present != (wanted if dist.get_rank() in wanted else []):
+        raise UsageError(
+            f"model.pipeline_model_parallel_layout: ranks {wanted} hold the embedding's weight, "
+            "and megatron-core's groups are initialized already with another embedding group; pass "
+            "get_embedding_ranks to initialize_model_parallel, or let pretrain make the groups"
+        )
+
+
+def _destroy_model_parallel() -> None:
+    """Take down megatron-core's groups; its own function forgets most and leaves them running."""
+    from megatron.core import parallel_state
+
+    # The first entry stands for the default group, which is another's.
+    groups: list[Any] = (parallel_state._global_process_group_list or [])[1:]
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        if group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
+
+
+def _destroy_default_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What a run reports: records for loggers, lines for the terminal, throughput."""

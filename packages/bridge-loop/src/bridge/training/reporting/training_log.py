@@ -1,0 +1,234 @@
+"""What a logged step reports: one row, to the loggers once and to the terminal once."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from bridge.training.config import ConfigContainer
+from bridge.training.contracts import TOKENS
+from bridge.training.reporting.progress import Progress
+from bridge.training.reporting.throughput import Throughput, model_flops_per_token, peak_bf16_flops
+from bridge.training.state import GlobalState
+from bridge.training.usage_error import UsageError
+
+if TYPE_CHECKING:
+    from bridge.training.step.train_step import StepResult
+
+type Row = dict[str, float | None]
+
+# Every timer that megatron-core's schedules, gradient reduction and optimizers may start. Reading
+# them is a collective in which all ranks must name the same ones, so those of this rank won't do.
+_TIMERS = [
+    "forward-backward",
+    "forward-compute",
+    "backward-compute",
+    "forward-recv",
+    "forward-send",
+    "backward-recv",
+    "backward-send",
+    "forward-send-forward-recv",
+    "forward-send-backward-recv",
+    "backward-send-forward-recv",
+    "backward-send-backward-recv",
+    "forward-backward-send-forward-backward-recv",
+    "all-grads-sync",
+    "params-all-gather",
+    "embedding-grads-all-reduce",
+    "conditional-embedder-grads-all-reduce",
+    "non-tensor-parallel-grads-all-reduce",
+    "optimizer-copy-to-main-grad",
+    "optimizer-unscale-and-check-inf",
+    "optimizer-clip-main-grad",
+    "optimizer-count-zeros",
+    "optimizer-inner-step",
+    "optimizer-copy-main-to-model-params",
+]
+
+
+class TrainingLog:
+    """Collects steps until one is logged, and writes its row.
+
+    A row has, in this order: ``consumed_samples`` and ``consumed_tokens`` of the whole run; each
+    metric by its name, as logger.average says; ``learning_rate`` and ``grad_norm`` of the newest
+    step (the norm None if it was skipped or nothing clips); ``loss_scale`` (fp16 only);
+    ``skipped_steps`` since the row before; ``step_time_s``, the mean over the steps since then;
+    ``tokens_per_s``, ``samples_per_s`` and ``NAME_per_s`` of what else the data counts (images);
+    ``mfu`` where the model's FLOPs and the device's peak are known; ``memory_gb`` on a GPU, rank
+    0's highest allocation so far in 1e9 bytes; and, with logger.timing_log_level, megatron-core's
+    timers as ``NAME-time``: seconds a step, on the slowest rank.
+
+    Steps are timed on the host without waiting for the device; a row's metrics have waited.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: ConfigContainer,
+        state: GlobalState,
+        progress: Progress,
+        total_steps: int,
+        device: Literal["cuda", "cpu"],
+        world_size: int,
+        loss_scale: Callable[[], float] | None = None,
+        trained_beside: float | None = None,
+    ) -> None:
+        """Open the loggers, and start the clock of the first step.
+
+        Args:
+            config: The resolved configuration.
+            state: The run's state, at the step that the run starts from.
+            progress: Shows the rows.
+            total_steps: The run's last step.
+            device: Where the run computes.
+            world_size: Number of ranks.
+            loss_scale: Reads the optimizer's loss scale, where it has one (fp16).
+            trained_beside: As `bridge.training.reporting.throughput.model_flops_per_token` takes
+                it.
+        """
+        self._config = config
+        self._state = state
+        self._progress = progress
+        self._total_steps = total_steps
+        self._on_gpu = device == "cuda"
+        self._loss_scale = loss_scale
+        self._throughput = Throughput(
+            flops_per_token=model_flops_per_token(config.model, trained_beside=trained_beside),
+            peak_flops=peak_bf16_flops(torch.cuda.get_device_name()) if self._on_gpu else None,
+            world_size=world_size,
+        )
+        # A missing tracker is an error now, not at the first logged step.
+        self._loggers = state.metric_loggers
+        self._newest: StepResult | None = None
+        self._positions = 0
+        self._start_interval()
+
+    def add_step(self, result: "StepResult") -> None:
+        """Take note of a step that was done, without waiting for the device."""
+        self._newest = result
+        self._steps += 1
+        tokens = result.samples if result.padded_tokens is None else result.padded_tokens
+        self._tokens += tokens
+        self._positions += tokens
+        self._samples += result.samples
+        self._skipped += result.skipped
+        counters = self._state.train_state
+        flops = self._throughput.flops_per_token or 0.0
+        counters.floating_point_operations_so_far += tokens * flops
+        self._progress.tick(counters.step, self._total_steps)
+
+    def add_items(self, items: Mapping[str, int]) -> None:
+        """Take note of what the data, or the loss function, counted since the last call.
+
+        Tokens that were counted take the place of the steps' padded tokens, or of the samples of a
+        model without sequences, in the run's counters too.
+
+        Args:
+            items: Numbers by name over all ranks, as `Run.take_items` gives them.
+        """
+        for name, number in items.items():
+            self._items[name] = self._items.get(name, 0) + number
+        if (tokens := items.get(TOKENS)) is not None:
+            counters = self._state.train_state
+            flops = self._throughput.flops_per_token or 0.0
+            counters.consumed_tokens += tokens - self._positions
+            counters.floating_point_operations_so_far += (tokens - self._positions) * flops
+        self._positions = 0
+
+    def write(
+        self,
+        metrics: Mapping[str, float | None],
+        *,
+        on_row: Callable[[dict[str, float | None]], None] | None = None,
+    ) -> Row:
+        """Write the row of the newest step; on every rank, as timers are read over all.
+
+        Args:
+            metrics: The step's metrics, already read from the device.
+            on_row: Sees the row before it is written, and may add to it.
+
+        Returns:
+            The row as it was written, with its "step".
+
+        Raises:
+            UsageError: A metric has the name of one of the loop's own values.
+        """
+        if self._newest is None:
+            raise RuntimeError("there is no step to write a row for: call add_step first")
+        seconds = time.perf_counter() - self._started - self._paused
+        counters = self._state.train_state
+        before: Row = {
+            "consumed_samples": counters.consumed_train_samples,
+            "consumed_tokens": counters.consumed_tokens,
+        }
+        after = self._own_values(self._newest, seconds)
+        if taken := sorted(metrics.keys() & {"step", *before, *after}):
+            raise UsageError(
+                f"metric {taken[0]!r} has the name of a value that the training log writes "
+                "itself: give it another name in the loss function"
+            )
+        row: Row = {**before, **metrics, **after}
+        if on_row is not None:
+            on_row(row)
+        self._loggers.log(row, counters.step)
+        self._progress.step(counters.step, self._total_steps, row)
+        self._start_interval()
+        return {"step": counters.step, **row}
+
+    def write_evaluation(self, name: str, metrics: Mapping[str, float | None], samples: int) -> Row:
+        """Write the metrics of an evaluation as ``NAME/METRIC``; return the row with its "step".
+
+        Args:
+            name: "validation" or "test".
+            metrics: The metrics, reduced over all ranks.
+            samples: How many samples they are of.
+        """
+        step = self._state.train_state.step
+        row: Row = {f"{name}/{key}": value for key, value in metrics.items()}
+        self._loggers.log(row, step)
+        self._progress.evaluation(name, step, {**metrics, "samples": samples})
+        return {"step": step, **row}
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of the block out of the steps' time."""
+        if self._on_gpu:  # Steps that the device is still at belong to the time before.
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    def _own_values(self, result: "StepResult", seconds: float) -> Row:
+        grad_norm = None if result.grad_norm is None else float(result.grad_norm)
+        values: Row = {"learning_rate": result.learning_rate, "grad_norm": grad_norm}
+        if result.zeros_in_grad is not None:
+            values["num_zeros_in_grad"] = result.zeros_in_grad
+        if self._loss_scale is not None:
+            values["loss_scale"] = self._loss_scale()
+        values["skipped_steps"] = self._skipped
+        values["step_time_s"] = seconds / self._steps
+        values |= self._throughput.rates(
+            tokens=self._tokens, samples=self._samples, seconds=seconds, items=self._items
+        )
+        if self._on_gpu:
+            values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if self._config.logger.timing_log_level > 0:
+            values |= self._timer_values()
+        return values
+
+    def _timer_values(self) -> Row:
+        # The public `write` of megatron-core's timers knows no receiver but TensorBoard and W&B.
+        times = self._state.timers._get_global_min_max_time(
+            _TIMERS, reset=True, barrier=False, normalizer=self._steps
+        )
+        return {f"{name}-time": slowest for name, (_, slowest) in times.items()}
+
+    def _start_interval(self) -> None:
+        self._started = time.perf_counter()
+        self._paused = 0.0
+        self._steps = self._tokens = self._samples = self._skipped = 0
+        self._items: dict[str, int] = {}

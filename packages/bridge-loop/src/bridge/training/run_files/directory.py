@@ -1,0 +1,424 @@
+"""The run on disk: where its files are, and the rule that nothing is ever overwritten.
+
+config.yaml          the resolved configuration
+metrics.jsonl        one JSON object a logged step
+tensorboard/         the same values
+checkpoints/step-0000100/, latest
+run.lock             while a process trains there (`bridge.training.run_files.lock`)
+"""
+
+import contextlib
+import datetime
+import errno
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.training.durable_files import (
+    make_directory,
+    publish_folder,
+    replace_durably,
+    temporary_folder,
+)
+from bridge.training.file_kinds import head_of, kind_of
+from bridge.training.metric_loggers import as_logged, read_rows
+from bridge.training.run_files.configuration import cause_of, read_config, read_config_text
+from bridge.training.usage_error import UsageError
+
+if TYPE_CHECKING:
+    from bridge.training.config import ConfigContainer
+
+_STEP = re.compile(r"step-(\d{7,})")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run, by name."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a checkpoint, and the file `latest`."""
+        return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        """The lock file of the process that trains there."""
+        return self.path / "run.lock"
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint that was taken after `step` steps."""
+        return self.checkpoints / f"step-{step:07d}"
+
+    def holds_a_run(self) -> bool:
+        """Whether something is there already; an empty folder is free, also one that is claimed.
+
+        Raises:
+            UsageError: The path is no directory, or it cannot be read.
+        """
+        refuse_what_is_no_directory(self.path, "checkpoint.run_dir")
+        try:
+            found = self.path.iterdir() if self.path.exists() else ()
+            return any(entry != self.lock for entry in found)
+        except OSError as error:
+            raise UsageError(
+                f"checkpoint.run_dir: {str(self.path)!r} cannot be read ({error.strerror}); choose "
+                "another directory with --run-dir"
+            ) from error
+
+    def clear(self) -> None:
+        """Remove what a new run that did not come to its start has written; the claim remains."""
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry != self.lock:
+                entry.unlink(missing_ok=True)
+
+    def latest(self) -> Path | None:
+        """Return the checkpoint that `latest` names, None when the run has saved none.
+
+        Raises:
+            UsageError: `latest` is missing where there are checkpoints, or names none of them.
+        """
+        latest, problem = self.look_up_latest()
+        if problem is not None:
+            raise UsageError(f"{problem}; {self.choices()}")
+        return latest
+
+    def look_up_latest(self) -> tuple[Path | None, str | None]:
+        """Return the checkpoint that `latest` names, and what is wrong with `latest`."""
+        pointer = self.checkpoints / "latest"
+        if not os.path.lexists(pointer) and not self.saved():
+            return None, None
+        try:
+            name = pointer.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None, f"{pointer}: is missing"
+        except (OSError, UnicodeDecodeError) as error:
+            return None, f"{pointer}: {cause_of(error)}"
+        if not _STEP.fullmatch(name):
+            return None, f"{pointer}: {name[:40]!r} is no checkpoint's name"
+        if not (self.checkpoints / name).is_dir():
+            return None, f"{pointer}: names {name}, which is not there"
+        return self.checkpoints / name, None
+
+    def checkpoint_to_resume(self, step: int | None) -> Path | None:
+        """Return the checkpoint that a run continues from; None where it has saved none.
+
+        Args:
+            step: That of ``checkpoint.step``; None for the one that `latest` names.
+
+        Raises:
+            UsageError: There is no such checkpoint; or there is none at all, and the run has come
+                so far that there was one.
+        """
+        if step is not None:
+            if not self.checkpoint(step).is_dir():
+                raise UsageError(
+                    f"checkpoint.step={step}: {self.checkpoints} has no checkpoint of that step; "
+                    f"{self.choices()}"
+                )
+            return self.checkpoint(step)
+        latest = self.latest()
+        if latest is None:
+            self._refuse_to_restart_what_was_saved()
+        return latest
+
+    def choices(self) -> str:
+        """Say what a run can be continued from, for the end of a message."""
+        steps = [step_of(path) for path in self.saved()]
+        if not steps:
+            return "there is no checkpoint to continue from; start a new run with another --run-dir"
+        listed = ", ".join(map(str, steps))
+        return (
+            f"there are checkpoints of the steps {listed}: continue from one with --resume --step "
+            f"{steps[-1]} (checkpoint.step={steps[-1]})"
+        )
+
+    def saved_config(self) -> str:
+        """Return the text of config.yaml.
+
+        Raises:
+            UsageError: It is missing or damaged; the message says where there is another.
+        """
+        return read_config_text(self.config, self.remedy_of_config())
+
+    def check_presence(self) -> None:
+        """Look whether the run's files are still there while it goes on.
+
+        Raises:
+            FileNotFoundError: The directory was deleted or moved.
+        """
+        if not self.config.exists():
+            raise FileNotFoundError(
+                f"{self.path} was deleted or moved while the run goes on, and its metrics with it"
+            )
+
+    def set_metrics_aside(self) -> Path | None:
+        """Rename metrics.jsonl before the run starts again at step 0; return its new path."""
+        if not self.metrics.is_file() or not self.metrics.stat().st_size:
+            return None
+        taken = len(list(self.path.glob("metrics.before-restart-*.jsonl")))
+        aside = self.path / f"metrics.before-restart-{taken + 1}.jsonl"
+        self.metrics.rename(aside)
+        return aside
+
+    def remedy_of_config(self) -> str:
+        """Say what to do where config.yaml is damaged."""
+        if not (saved := self.saved()):
+            return "start a new run with another --run-dir"
+        source = saved[-1] / self.config.name
+        # Else `cp` copies into a directory, and not at all through a link to nothing.
+        in_the_way = self.config.is_dir() or self.config.is_symlink()
+        return (
+            f"take that of a checkpoint{', once what is there is moved away' if in_the_way else ''}"
+            f": {shlex.join(['cp', str(source), str(self.config)])}"
+        )
+
+    def _refuse_to_restart_what_was_saved(self) -> None:
+        """Refuse to start again at step 0 where the rows tell of steps beyond a checkpoint."""
+        last = max((row["step"] for row in self.rows()), default=0)
+        interval = self._save_interval()
+        if interval is not None and last > interval:
+            raise UsageError(
+                f"{self.checkpoints}: holds no checkpoint, and by {self.metrics.name} the run has "
+                f"come to step {last} and saved every {interval}; put its checkpoints back, or "
+                "start a new run with another --run-dir"
+            )
+
+    def _save_interval(self) -> int | None:
+        """Return the steps between checkpoints of the run as it was started last."""
+        if not self.config.exists():
+            return None
+        section = read_config(self.config, self.remedy_of_config()).get("checkpoint")
+        interval = section.get("save_interval") if isinstance(section, dict) else None
+        return interval if isinstance(interval, int) else None
+
+    def publish(self, checkpoint: Path) -> None:
+        """Make `latest` name a checkpoint whose data is durable, atomically."""
+        replace_durably(self.checkpoints / "latest", checkpoint.name + "\n")
+
+    def saved(self) -> list[Path]:
+        """Return the finished checkpoints, oldest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [path for path in self.checkpoints.iterdir() if _STEP.fullmatch(path.name)]
+        return sorted((path for path in found if path.is_dir()), key=lambda path: step_of(path))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.jsonl, without a torn last line.
+
+        Raises:
+            UsageError: It cannot be read, or a line is no row.
+        """
+        return read_rows(self.metrics)
+
+    def rows_of(self, step: int) -> list[dict[str, Any]]:
+        """Return what was logged of a step (`as_logged`), as `rows`."""
+        return [as_logged(row) for row in self.rows() if row["step"] == step]
+
+
+def refuse_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run: bool) -> None:
+    """Refuse to start a run where one is, or to continue one that is not there.
+
+    Args:
+        directory: Where the run is to live.
+        resume: Whether a run is to be continued.
+        holds_a_run: What `RunDirectory.holds_a_run` said, on the rank that looked.
+
+    Raises:
+        UsageError: With the remedy.
+    """
+    place = str(directory.path)
+    if holds_a_run and not resume:
+        _, problem = directory.look_up_latest()
+        how = (
+            "continue it with --resume (checkpoint.resume=true) or choose another directory with "
+            "--run-dir"
+            if problem is None
+            else f"{problem}; {directory.choices()}"
+        )
+        raise UsageError(f"checkpoint.run_dir: {place!r} holds a run already; {how}")
+    if resume and not holds_a_run:
+        raise UsageError(
+            f"checkpoint.run_dir: {place!r} holds no run to resume; check the path, or start a new "
+            "run without --resume"
+        )
+
+
+def refuse_another_command(directory: RunDirectory, config: "ConfigContainer") -> None:
+    """Reject the continuation of a run by another entry point than the one that made it.
+
+    Args:
+        directory: Where the run is.
+        config: The configuration of this start; its `command` is the entry point.
+
+    Raises:
+        UsageError: With the remedy, or the run's configuration cannot be read.
+    """
+    if not config.checkpoint.resume or config.command is None or not directory.config.exists():
+        return
+    made_by = read_config(directory.config, directory.remedy_of_config()).get("command")
+    # Runs from before this was recorded tell nothing.
+    if made_by not in (None, config.command):
+        raise UsageError(
+            f"checkpoint.run_dir={str(directory.path)!r}: it holds a run of {made_by}, and "
+            f"{config.command} would continue it as another; use `bridge {made_by}`, or start a "
+            "new run"
+        )
+
+
+@contextlib.contextmanager
+def refusing_what_cannot_be_written(directory: RunDirectory) -> Iterator[None]:
+    """Write the first files of a run in this block.
+
+    Raises:
+        UsageError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or directory.path
+        raise UsageError(
+            f"checkpoint.run_dir: {str(directory.path)!r} cannot be written ({where}: "
+            f"{error.strerror or error}); make room, or choose another directory with --run-dir"
+        ) from error
+
+
+def step_in_name(checkpoint: Path) -> int | None:
+    """Return the number of steps that a folder is named for; None if it has another name."""
+    match = _STEP.fullmatch(checkpoint.name)
+    return None if match is None else int(match[1])
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps that a checkpoint's folder is named for."""
+    step = step_in_name(checkpoint)
+    if step is None:
+        raise UsageError(f"{checkpoint}: not a checkpoint; its name should be like step-0000100")
+    return step
+
+
+def new_run_name(recipe: str | None) -> str:
+    """Return the default directory of a new run: runs/RECIPE-TIMESTAMP."""
+    moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    return str(Path("runs") / f"{recipe or 'run'}-{moment}")
+
+
+def refuse_what_is_no_directory(path: Path, field: str) -> None:
+    """Refuse a path that is a file, or a link to nothing.
+
+    Args:
+        path: What the user gave; it need not exist.
+        field: What the user calls it.
+
+    Raises:
+        UsageError: With the remedy.
+    """
+    if path.exists() and not path.is_dir():
+        what = kind_of(head_of(path)) or "a file"
+        raise UsageError(f"{field}: {str(path)!r} is {what}; give the directory of a run")
+    if path.is_symlink() and not path.exists():
+        raise UsageError(
+            f"{field}: {str(path)!r} is a link to {os.readlink(path)!r}, which is not there; "
+            "correct the link, or give another path"
+        )
+
+
+def find_checkpoint(path: str | Path, field: str) -> Path:
+    """Return the checkpoint that a user's path means: itself, or the latest of the run there.
+
+    Raises:
+        UsageError: There is no checkpoint; the message says what was found instead.
+    """
+    place = Path(path)
+    refuse_what_is_no_directory(place, field)
+    if not place.exists():
+        raise UsageError(f"{field}: {str(path)!r} does not exist; give a run or a checkpoint")
+    # One that lacks its .metadata is a damaged checkpoint, which its reader will say.
+    if (place / ".metadata").exists() or _STEP.fullmatch(place.name) or any(place.glob("*.distcp")):
+        return place
+    directory = RunDirectory(place)
+    latest, problem = directory.look_up_latest()
+    if problem is not None:
+        saved = directory.saved()
+        remedy = f"give one of its checkpoints, such as {saved[-1]}" if saved else "give another"
+        raise UsageError(f"{field}: {problem}; {remedy}")
+    if latest is None and any(place.glob("*.safetensors")):
+        raise UsageError(
+            f"{field}: {str(path)!r} holds weights in Hugging Face's format; make a checkpoint of "
+            f"them with `bridge import-hf {shlex.quote(str(path))} --output CHECKPOINT` and give "
+            "that"
+        )
+    if latest is None:
+        raise UsageError(
+            f"{field}: {str(path)!r} holds no checkpoint; give a run's directory (with "
+            "checkpoints/latest in it) or one of its checkpoints"
+        )
+    return latest
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, field: str) -> Iterator[Path]:
+    """Fill a folder that is there, under its name, only when it is complete and durable.
+
+    Yields the folder under another name. If the block fails, nothing is left; what a killed process
+    has left goes with the next folder that is made next to it.
+
+    Args:
+        path: What the folder is to be called; folders above it are made.
+        field: What the user calls it, for the message.
+
+    Raises:
+        UsageError: There is something already, or nothing can be written there.
+    """
+    if os.path.lexists(path):
+        raise UsageError(f"{field}: {str(path)!r} exists and is not overwritten; give a new folder")
+    with contextlib.ExitStack() as stack:
+        try:
+            make_directory(path.parent)
+            partial = stack.enter_context(temporary_folder(path))
+        except OSError as error:
+            raise UsageError(
+                f"{field}: {str(path)!r} cannot be written ({error.strerror}); give another folder"
+            ) from error
+        try:
+            yield partial
+            publish_folder(partial, path)
+        except OSError as error:
+            if not _is_of_writing(error, partial):
+                raise
+            raise UsageError(
+                f"{field}: {str(path)!r} cannot be written ({error.strerror or error}); make room, "
+                "or give another folder"
+            ) from error
+
+
+def _is_of_writing(error: OSError, folder: Path) -> bool:
+    """Whether an error has come from writing into a folder, not from reading what goes into it."""
+    if error.filename is not None:
+        return Path(os.fsdecode(error.filename)).is_relative_to(folder)
+    # Writing into an open file gives no name; the writers of checkpoints and of safetensors no
+    # number either.
+    return error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

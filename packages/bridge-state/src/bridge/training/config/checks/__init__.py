@@ -1,0 +1,1 @@
+"""Checks of a configuration: each yields problems, and none stops the others."""

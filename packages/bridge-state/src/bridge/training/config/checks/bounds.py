@@ -1,0 +1,131 @@
+"""Values that megatron-core's fields may have, as data.
+
+megatron-core checks few of them. Others die in the middle of the set-up or of a step, keep a step
+from ever ending (recompute_num_layers=0), or train something else in silence: a beta of 1.5, a
+negative rate, experts that get no tokens (moe_router_topk=0).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge.training.config.schema.fields import fields_of
+from bridge.training.config.schema.paths import parts_of
+from bridge.training.config.schema.to_plain import text_of
+
+if TYPE_CHECKING:
+    from bridge.training.config.container import ConfigContainer
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Fields whose numbers, alone or in a list, must be in a range. None is always valid."""
+
+    fields: tuple[str, ...]
+    contains: Callable[[float], bool]
+    wanted: str
+    """Behind "must be "."""
+
+
+_FRACTION: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+_POSITIVE: tuple[Callable[[float], bool], str] = (lambda x: x > 0, "positive")
+_NOT_NEGATIVE: tuple[Callable[[float], bool], str] = (lambda x: x >= 0, "at least 0")
+
+OPTIMIZER = (
+    Bound(
+        (
+            *("adam_beta1", "adam_beta2", "sgd_momentum", "muon_momentum"),
+            *("lion_beta1", "lion_beta2"),
+        ),
+        *_FRACTION,
+    ),
+    Bound(("adam_eps", "decoupled_lr", "decoupled_min_lr"), *_NOT_NEGATIVE),
+    Bound(
+        (
+            *("grad_norm_skip_threshold", "loss_scale", "initial_loss_scale", "min_loss_scale"),
+            *("loss_scale_window", "hysteresis", "muon_num_ns_steps"),
+        ),
+        *_POSITIVE,
+    ),
+)
+DDP = (Bound(("bucket_size",), *_POSITIVE),)
+MODEL = (
+    # A rotary embedding turns all channels for more than 1.
+    Bound(("rotary_percent",), lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    Bound(("hidden_dropout", "attention_dropout"), *_FRACTION),
+    Bound(
+        (
+            *("init_method_std", "embedding_init_method_std", "layernorm_epsilon"),
+            *("mtp_num_layers", "mtp_loss_scaling_factor", "moe_router_bias_update_rate"),
+            *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_input_jitter_eps"),
+        ),
+        *_NOT_NEGATIVE,
+    ),
+    Bound(
+        (
+            *("ffn_hidden_size", "kv_channels", "recompute_num_layers", "mlp_chunks_for_training"),
+            *("mup_base_hidden_size", "mup_base_head_dim", "moe_expert_capacity_factor"),
+            *("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk"),
+            *("activation_func_clamp_value", "rotary_base"),
+        ),
+        *_POSITIVE,
+    ),
+)
+
+BALANCING = (
+    *("aux_loss", "seq_aux_loss", "global_aux_loss"),
+    *("sinkhorn", "quantile_balancing", "none"),
+)
+"""Values of moe_router_load_balancing_type; megatron-core balances nothing for another one."""
+
+
+def problems_of_bounds(config: "ConfigContainer") -> Iterator[str]:
+    """Yield a problem for each value that megatron-core has no meaning for."""
+    yield from _outside(config.optimizer, "optimizer", OPTIMIZER)
+    yield from _outside(config.ddp, "ddp", DDP)
+    for path, part in parts_of(config.model, "model"):
+        if isinstance(part, TransformerConfig):
+            yield from _outside(part, path, MODEL)
+            yield from _experts(part, path)
+
+
+def _outside(section: Any, path: str, bounds: tuple[Bound, ...]) -> Iterator[str]:
+    fields = fields_of(section)
+    for bound in bounds:
+        for name in bound.fields:
+            value = getattr(section, name) if name in fields else None
+            numbers = [v for v in _items(value) if isinstance(v, int | float)]
+            if not all(map(bound.contains, numbers)):
+                yield f"{path}.{name}={text_of(value)}: must be {bound.wanted}; change it"
+
+
+def _experts(model: TransformerConfig, path: str) -> Iterator[str]:
+    experts, chosen, frequency = model.num_moe_experts, model.moe_router_topk, model.moe_layer_freq
+    if experts is None:
+        return
+    if chosen > experts:
+        yield (
+            f"{path}.moe_router_topk={chosen}: a token cannot go to more than "
+            f"{path}.num_moe_experts={experts} experts; lower it"
+        )
+    balancing = model.moe_router_load_balancing_type
+    for item in _items(balancing):
+        if item not in BALANCING:
+            yield (
+                f"{path}.moe_router_load_balancing_type={text_of(balancing)}: there is no "
+                f"{item}; take one of {', '.join(BALANCING)}"
+            )
+    if isinstance(frequency, int):
+        if frequency < 1:
+            yield f"{path}.moe_layer_freq={frequency}: must be positive; change it"
+    elif len(frequency) != model.num_layers:
+        yield (
+            f"{path}.moe_layer_freq={text_of(frequency)}: must have a number for each of "
+            f"{path}.num_layers={model.num_layers} layers; change it"
+        )
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,72 @@
+"""What an unknown key was probably meant to be."""
+
+import dataclasses
+from typing import Any
+
+from bridge.training.config.container import SECTIONS, ConfigContainer
+from bridge.training.config.schema.fields import annotations_of, fields_of
+from bridge.training.config.schema.paths import names_in, parts_of, value_at
+from bridge.training.spelling import nearest
+
+
+def section_fields(config: ConfigContainer, section: str) -> list[str]:
+    """Return the keys of a section; of one that is None, those of its declared class."""
+    value: Any = getattr(config, section)
+    if value is None:
+        value = declared_class(section)
+    return list(fields_of(value)) if dataclasses.is_dataclass(value) else []
+
+
+def declared_class(section: str) -> type | None:
+    """Return the dataclass that a section's annotation names, if it names one."""
+    annotation = annotations_of(ConfigContainer)[section]
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def unknown_key(config: ConfigContainer, path: str) -> str:
+    """Return the line about a key that does not exist, with the nearest one that does."""
+    meant = likely_meant(config, path)
+    return f"{path}: unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+
+
+def likely_meant(config: ConfigContainer, path: str) -> list[str]:
+    """Return the existing keys that `path` most probably stands for, none if nothing is near.
+
+    A near key beside it within a section comes first, then the same key in another section or in
+    a part of the same one, then a near one in the same section, then a near one anywhere.
+    """
+    place, _, key = path.rpartition(".")
+    section = place.partition(".")[0]
+    if place != section and (hint := nearest(key, _names_at(config, place))):
+        return [f"{place}.{hint}"]
+    near_section = section if section in SECTIONS else nearest(section, SECTIONS)
+    homes = {name: section_fields(config, name) for name in SECTIONS}
+    if near_section and near_section != section and key in homes[near_section]:
+        return [f"{near_section}.{key}"]
+    if exact := [f"{name}.{key}" for name, keys in homes.items() if key in keys]:
+        return exact
+    if near_section and (inner := _parts_with(config, near_section, key)):
+        return inner
+    if near_section and (hint := nearest(key, homes[near_section])):
+        return [f"{near_section}.{hint}"]
+    if not section and (hint := nearest(key, SECTIONS)):
+        return [hint]
+    everywhere = {key: name for name, keys in reversed(homes.items()) for key in keys}
+    hint = nearest(key, everywhere, cutoff=0.7)
+    return [f"{everywhere[hint]}.{hint}"] if hint else []
+
+
+def _names_at(config: ConfigContainer, place: str) -> list[str]:
+    """Return the keys of what stands at a path, none if nothing does."""
+    try:
+        return names_in(value_at(config, place))
+    except KeyError:
+        return []
+
+
+def _parts_with(config: ConfigContainer, section: str, key: str) -> list[str]:
+    parts = parts_of(getattr(config, section), section)
+    return [f"{path}.{key}" for path, part in parts if path != section and key in names_in(part)]

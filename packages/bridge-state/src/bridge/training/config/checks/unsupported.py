@@ -1,0 +1,533 @@
+"""Fields of megatron-core's dataclasses that would be without effect in a run, as data.
+
+A `Rejection` says which fields need what. A field at its default, or filled in by resolution, is
+never rejected. What the loop owes to a field or does not do for it stands here, for the optimizer,
+the DDP wrapper and any model; what the layers do not do stands with the layers.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge.training.config.schema.fields import default_of, fields_of
+from bridge.training.config.schema.paths import parts_of
+from bridge.training.config.schema.to_plain import text_of
+from bridge.training.spelling import did_you_mean
+
+if TYPE_CHECKING:
+    from bridge.training.config.container import ConfigContainer
+
+type Condition = Callable[[Any, "ConfigContainer"], bool]
+"""Of the dataclass that has the field, and of the whole configuration."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """Fields that are rejected when they differ from their default, and the reason."""
+
+    fields: tuple[str, ...]
+    why: str
+    """The text behind "section.field=value: "."""
+    what_to_do: str = "leave it out"
+    unless: Condition | None = None
+    """When the fields have their effect; None is never."""
+    overrides_only: bool = False
+    """Reject what the command line has set, and leave alone what a recipe has: another override
+    may have taken its use away."""
+
+
+def rejections_in(
+    section: Any, path: str, config: "ConfigContainer", rules: Iterable[Rejection]
+) -> Iterator[str]:
+    """Yield a problem for each field of `section` that a rule rejects.
+
+    Args:
+        section: A dataclass of megatron-core's, or one that extends it.
+        path: Where it stands, such as "model" or "optimizer".
+        config: The configuration that it is part of, with derived values filled in.
+        rules: In the order in which they are tried; one problem a field.
+    """
+    fields, told = fields_of(section), set()
+    for rule in rules:
+        if rule.unless is not None and rule.unless(section, config):
+            continue
+        for name in rule.fields:
+            where = f"{path}.{name}"
+            if name not in fields or name in told or where in config._derived:
+                continue
+            if rule.overrides_only and where not in config._given:
+                continue
+            value = getattr(section, name)
+            if not (_is_default(value, fields[name]) or _completed_itself(section, name, value)):
+                told.add(name)
+                yield f"{where}={text_of(value)}: {rule.why}; {rule.what_to_do}"
+
+
+def unsupported_settings(config: "ConfigContainer") -> Iterator[str]:
+    """Yield a problem for each setting of megatron-core's that the loop gives no effect."""
+    yield from _unknown_optimizer(config)
+    yield from rejections_in(config.optimizer, "optimizer", config, OPTIMIZER)
+    yield from rejections_in(config.ddp, "ddp", config, DDP)
+    for path, part in parts_of(config.model, "model"):
+        if isinstance(part, TransformerConfig):
+            yield from rejections_in(part, path, config, MODEL)
+
+
+def has_emerging_optimizers() -> bool:
+    """Whether the package is installed that has Muon, Lion and SOAP."""
+    return find_spec("emerging_optimizers") is not None
+
+
+def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
+    default = default_of(field)
+    # Off is what a switch that was left open may also say.
+    return value is default or bool(value == default) or (default is None and value is False)
+
+
+def _completed_itself(section: Any, name: str, value: Any) -> bool:
+    """Whether the dataclass gives the field this value as it is constructed, asked or not."""
+    try:
+        anew = dataclasses.replace(section, **{name: default_of(fields_of(section)[name])})
+    except (ValueError, AssertionError, RuntimeError, TypeError):
+        return False
+    return bool(getattr(anew, name) == value)
+
+
+def _is(name: str) -> Condition:
+    return lambda section, _: bool(getattr(section, name))
+
+
+def _optimizer_is(*names: str) -> Condition:
+    return lambda section, _: section.optimizer in names
+
+
+def _on_gpu(_: Any, config: "ConfigContainer") -> bool:
+    return config.dist.device == "cuda"
+
+
+def _any_model_part(name: str) -> Condition:
+    """Whether a transformer of the model has the switch on; a model of one's own may."""
+
+    def condition(_: Any, config: "ConfigContainer") -> bool:
+        parts = [p for _, p in parts_of(config.model, "model") if isinstance(p, TransformerConfig)]
+        return not parts or any(getattr(part, name) for part in parts)
+
+    return condition
+
+
+def _scales_loss(section: Any, _: "ConfigContainer") -> bool:
+    return bool(section.fp16 or section.bf16 or section.use_distributed_optimizer)
+
+
+def _scales_loss_dynamically(section: Any, _: "ConfigContainer") -> bool:
+    return bool(section.fp16 and section.loss_scale is None)
+
+
+def _times_level_1(_: Any, config: "ConfigContainer") -> bool:
+    return config.logger.timing_log_level > 0
+
+
+_EMERGING = ("muon", "lion")
+_OPTIMIZERS = ("adam", "sgd", *_EMERGING)
+# megatron-core 0.19 builds the one in a way that the package's releases do not know, and hands the
+# other a part of its settings alone.
+_HALF_THERE = ("adaptive_muon", "soap", "dist_muon")
+
+
+def _unknown_optimizer(config: "ConfigContainer") -> Iterator[str]:
+    name = config.optimizer.optimizer
+    if name not in _OPTIMIZERS:
+        why = "is not supported" if name in _HALF_THERE else "there is no such optimizer"
+        hint = "" if name in _HALF_THERE else did_you_mean(name, _OPTIMIZERS)
+        yield (f"optimizer.optimizer={name}: {why}{hint}; take one of {', '.join(_OPTIMIZERS)}")
+    elif name in _EMERGING and not has_emerging_optimizers():
+        yield (
+            f"optimizer.optimizer={name}: needs the package emerging-optimizers, which is not "
+            "installed; install it, or take adam or sgd"
+        )
+    elif name in _EMERGING and config.ddp.use_distributed_optimizer:
+        yield (
+            f"optimizer.optimizer={name}: cannot be distributed here; set "
+            "ddp.use_distributed_optimizer=false and ddp.overlap_param_gather=false"
+        )
+
+
+_FSDP = "belongs to Megatron-FSDP, and the loop uses megatron-core's DDP wrapper"
+_GRAPHS = "CUDA graphs are not supported yet"
+_DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "Ring",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+}
+_NO_TIMERS = "acts on timers that do not run with logger.timing_log_level=0"
+_OFFLOAD = "the optimizer's state is not offloaded to the CPU"
+
+OPTIMIZER = (
+    Rejection(
+        fields=("reuse_grad_buf_for_mxfp8_param_ag",),
+        why="the gradient buffer would hold the parameters, and nothing copies the new ones there "
+        "before a step: the model would stay as it was",
+    ),
+    Rejection(
+        fields=("use_layer_wise_distributed_optimizer",),
+        why="the loop gathers and saves the state of megatron-core's distributed optimizer alone",
+    ),
+    Rejection(
+        fields=("overlap_param_gather_with_optimizer_step",),
+        why="the loop gathers parameters in the forward pass",
+        what_to_do="leave it out; ddp.overlap_param_gather=true overlaps that",
+    ),
+    Rejection(
+        fields=(
+            "optimizer_cpu_offload",
+            "optimizer_offload_fraction",
+            "use_torch_optimizer_for_cpu_offload",
+            "overlap_cpu_optimizer_d2h_h2d",
+            "pin_cpu_grads",
+            "pin_cpu_params",
+        ),
+        why=_OFFLOAD,
+    ),
+    Rejection(fields=("optimizer_cuda_graph",), why=_GRAPHS),
+    Rejection(
+        fields=("adam_beta1", "adam_beta2", "adam_eps", "decoupled_weight_decay"),
+        why="is read by Adam alone",
+        what_to_do="leave it out, or set optimizer.optimizer=adam",
+        # Those of Muon's and Lion's parameters that are no matrices are Adam's.
+        unless=lambda section, _: section.optimizer != "sgd",
+        overrides_only=True,
+    ),
+    Rejection(
+        fields=("sgd_momentum",),
+        why="is read by SGD alone",
+        what_to_do="leave it out, or set optimizer.optimizer=sgd",
+        unless=_optimizer_is("sgd"),
+    ),
+    Rejection(
+        fields=(
+            "muon_momentum",
+            "muon_split_qkv",
+            "muon_nesterov",
+            "muon_scale_mode",
+            "muon_fp32_matmul_prec",
+            "muon_coefficient_type",
+            "muon_num_ns_steps",
+            "muon_tp_mode",
+            "muon_extra_scale_factor",
+            "muon_scalar_optimizer",
+        ),
+        why="is read by Muon alone",
+        what_to_do="leave it out, or set optimizer.optimizer=muon",
+        unless=_optimizer_is("muon"),
+    ),
+    Rejection(
+        fields=("lion_beta1", "lion_beta2"),
+        why="is read where Lion updates beside Muon, alone; by itself it has Adam's",
+        what_to_do="leave it out, or set optimizer.muon_scalar_optimizer=lion",
+        unless=lambda section, _: (
+            (section.optimizer, section.muon_scalar_optimizer) == ("muon", "lion")
+        ),
+    ),
+    Rejection(
+        fields=(
+            "adaptive_muon_moment2_method",
+            "adaptive_muon_beta2",
+            "adaptive_muon_eps",
+            "soap_shampoo_beta",
+            "soap_precondition_frequency",
+            "soap_use_kl_shampoo",
+        ),
+        why="belongs to adaptive Muon or SOAP, which are not supported",
+    ),
+    Rejection(
+        fields=("loss_scale",),
+        why="megatron-core scales no loss in float32 without the distributed optimizer",
+        unless=_scales_loss,
+    ),
+    Rejection(
+        fields=("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
+        why="a loss scale changes with the overflows of fp16 alone, and where optimizer.loss_scale "
+        "is not given",
+        what_to_do="leave it out, or set mixed_precision.precision=fp16",
+        unless=_scales_loss_dynamically,
+    ),
+    Rejection(
+        fields=("decoupled_min_lr",),
+        why="is the lowest rate of optimizer.decoupled_lr, which is not given",
+        what_to_do="leave it out, or give optimizer.decoupled_lr",
+        unless=lambda section, _: section.decoupled_lr is not None,
+    ),
+    Rejection(
+        fields=("apply_wd_to_qk_layernorm",),
+        why="the model has no norms of queries and keys",
+        what_to_do="leave it out, or set model.qk_layernorm=true",
+        unless=_any_model_part("qk_layernorm"),
+    ),
+    Rejection(
+        fields=("fp8_recipe",),
+        why="the model computes nothing in fp8",
+        what_to_do="leave it out: it follows from model.fp8 and model.fp8_recipe",
+        unless=_any_model_part("fp8"),
+    ),
+    Rejection(
+        fields=("store_param_remainders",),
+        why="is read by the precision-aware optimizer alone",
+        what_to_do="leave it out, or set optimizer.use_precision_aware_optimizer=true",
+        unless=_is("use_precision_aware_optimizer"),
+    ),
+    Rejection(
+        fields=("barrier_with_L1_time",),
+        why=_NO_TIMERS,
+        what_to_do="leave it out, or raise that",
+        unless=_times_level_1,
+    ),
+)
+"""Rejections of fields of the optimizer section."""
+
+DDP = (
+    Rejection(
+        fields=("reuse_grad_buf_for_mxfp8_param_ag",),
+        why="the gradient buffer would hold the parameters, and nothing copies the new ones there "
+        "before a step: the model would stay as it was",
+    ),
+    Rejection(
+        fields=(
+            "data_parallel_sharding_strategy",
+            "outer_dp_sharding_strategy",
+            "gradient_reduce_div_fusion",
+            "suggested_communication_unit_size",
+            "keep_fp8_transpose_cache",
+            "fsdp_double_buffer",
+            "fsdp_db_use_persist_buf_on_alloc_fail",
+            "fsdp_all_gather_in_start_param_sync",
+            "fsdp_manual_registration",
+            "megatron_fsdp_main_params_dtype",
+            "megatron_fsdp_main_grads_dtype",
+            "megatron_fsdp_grad_comm_dtype",
+            "megatron_fsdp_use_decoupled_grad",
+            "megatron_fsdp_cuda_graph_mode",
+            "megatron_fsdp_enable_fine_grained_param_gather",
+            "megatron_fsdp_max_pool_double_buffer",
+        ),
+        why=_FSDP,
+    ),
+    Rejection(
+        fields=("fp8_param_gather",),
+        why="the model's parameters are not fp8",
+        what_to_do="leave it out: it follows from model.fp8_param",
+        unless=_any_model_part("fp8_param"),
+    ),
+    Rejection(
+        fields=("fp4_param_gather",),
+        why="the model's parameters are not fp4",
+        what_to_do="leave it out: it follows from model.fp4_param",
+        unless=_any_model_part("fp4_param"),
+    ),
+    Rejection(
+        fields=("delay_wgrad_compute",),
+        why="the model does not delay its weight gradients",
+        what_to_do="leave it out: it follows from model.delay_wgrad_compute",
+        unless=_any_model_part("delay_wgrad_compute"),
+    ),
+    Rejection(
+        fields=("bucket_size", "num_buckets"),
+        why="the gradients are one bucket without overlap",
+        what_to_do="leave it out, or set ddp.overlap_grad_reduce=true",
+        unless=_is("overlap_grad_reduce"),
+    ),
+    Rejection(
+        fields=("pad_buckets_for_high_nccl_busbw", "reduce_scatter_with_fp32_accumulation"),
+        why="is done for the distributed optimizer alone",
+        what_to_do="leave it out, or set ddp.use_distributed_optimizer=true",
+        unless=_is("use_distributed_optimizer"),
+    ),
+    Rejection(
+        fields=("align_param_gather",),
+        why="aligns the gathers that ddp.overlap_param_gather=true overlaps",
+        what_to_do="leave it out, or set that",
+        unless=_is("overlap_param_gather"),
+    ),
+    Rejection(
+        fields=("disable_symmetric_registration",),
+        why="is read with ddp.nccl_ub=true alone",
+        what_to_do="leave it out, or set that",
+        unless=_is("nccl_ub"),
+    ),
+)
+"""Rejections of fields of the ddp section."""
+
+MODEL = (
+    Rejection(
+        fields=(
+            "cuda_graph_impl",
+            "enable_cuda_graph",
+            "external_cuda_graph",
+            "cuda_graph_modules",
+            "cuda_graph_scope",
+            "inference_cuda_graph_scope",
+            "cuda_graph_use_single_mempool",
+            "cuda_graph_retain_backward_graph",
+            "cuda_graph_warmup_steps",
+            "delay_offload_until_cuda_graph",
+            "moe_pad_experts_for_cuda_graph_inference",
+        ),
+        why=_GRAPHS,
+    ),
+    Rejection(
+        fields=("use_te_rng_tracker", "inference_rng_tracker"),
+        why="the loop seeds megatron-core's own random streams",
+    ),
+    Rejection(
+        fields=("qk_clip", "qk_clip_alpha", "qk_clip_threshold", "log_max_attention_logit"),
+        why="the loop does not look at the attention's largest logits after a step",
+    ),
+    Rejection(
+        fields=("hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
+        why="the data is not arranged for context-parallel groups of changing sizes",
+        what_to_do="leave it out; model.context_parallel_size has one size",
+    ),
+    Rejection(
+        fields=("hierarchical_context_parallel_sizes",),
+        why="the loop makes one group for context parallelism, without levels",
+    ),
+    Rejection(
+        fields=("pipeline_model_parallel_comm_backend",),
+        why="the loop makes the pipeline's groups over NCCL, or gloo on a CPU",
+    ),
+    Rejection(
+        fields=("gtp_weight_remat_size", "expert_gtp_weight_remat_size"),
+        why="the loop makes no groups for generalized tensor parallelism",
+    ),
+    Rejection(
+        fields=("num_microbatches_with_partial_activation_checkpoints",),
+        why="the forward step is not told which microbatches to checkpoint",
+        what_to_do="leave it out; model.recompute_granularity recomputes",
+    ),
+    Rejection(
+        fields=("tp_comm_overlap",),
+        why="is not supported: the loop sets up none of the buffers of Transformer Engine that it "
+        "needs",
+    ),
+    Rejection(
+        fields=("use_ring_exchange_p2p",),
+        why="needs a torch with a kernel of its own",
+    ),
+    Rejection(
+        fields=("tensor_parallel_num_weight_shards",),
+        why="is not supported beyond the tensor-parallel size",
+        unless=lambda section, _: (
+            section.tensor_parallel_num_weight_shards == section.tensor_model_parallel_size
+        ),
+    ),
+    Rejection(
+        fields=("expert_tensor_parallel_num_weight_shards",),
+        why="is not supported beyond the experts' tensor-parallel size",
+        unless=lambda section, _: (
+            section.expert_tensor_parallel_num_weight_shards
+            == (section.expert_tensor_parallel_size or section.tensor_model_parallel_size)
+        ),
+    ),
+    Rejection(
+        fields=(
+            "tp_comm_bulk_wgrad",
+            "tp_comm_bulk_dgrad",
+            "tp_comm_overlap_ag",
+            "tp_comm_overlap_rs",
+            "tp_comm_overlap_rs_dgrad",
+            "tp_comm_split_ag",
+            "tp_comm_atomic_ag",
+            "tp_comm_split_rs",
+            "tp_comm_atomic_rs",
+            "tp_comm_overlap_disable_qkv",
+            "tp_comm_overlap_disable_fc1",
+            "tp_comm_bootstrap_backend",
+        ),
+        why="is part of model.tp_comm_overlap, which is not supported",
+    ),
+    Rejection(
+        fields=("batch_invariant_mode",),
+        why="the loop does not put the batch-invariant kernels in place",
+    ),
+    Rejection(
+        fields=(
+            "moe_paged_stash",
+            "moe_paged_stash_page_size",
+            "moe_paged_stash_buffer_size_factor_cuda",
+            "moe_paged_stash_buffer_size_factor_cpu",
+        ),
+        why="the loop does not size and empty the stash around each step",
+    ),
+    Rejection(
+        fields=("perform_initialization",),
+        why="the weights would be whatever the memory held",
+    ),
+    Rejection(
+        fields=("config_logger_dir",),
+        why="megatron-core cannot write the arguments of a model that holds process groups",
+        what_to_do="leave it out; the run directory has the configuration",
+    ),
+    Rejection(
+        fields=("init_model_with_meta_device",),
+        why=_FSDP,
+    ),
+    Rejection(
+        fields=("barrier_with_L1_time",),
+        why=_NO_TIMERS,
+        what_to_do="leave it out, or raise that",
+        unless=_times_level_1,
+    ),
+    Rejection(
+        fields=("enable_autocast",),
+        why="torch's autocast of megatron-core's schedules is for GPUs",
+        what_to_do="leave it out; mixed_precision.precision chooses the numbers",
+        unless=_on_gpu,
+    ),
+    Rejection(
+        fields=("use_cpu_initialization",),
+        why="is for GPUs: the weights of a run on the CPU are there anyway",
+        unless=_on_gpu,
+    ),
+    Rejection(
+        fields=("disable_bf16_reduced_precision_matmul",),
+        why="is a switch of the GPU's bf16 matrix products",
+        unless=lambda section, config: _on_gpu(section, config) and section.bf16,
+    ),
+    Rejection(
+        fields=("deterministic_mode",),
+        why="the libraries read "
+        + ", ".join(f"{name}={value}" for name, value in _DETERMINISTIC.items())
+        + " from the environment, which has other values",
+        what_to_do="export them before the start, or leave it out",
+        unless=lambda _, config: (
+            config.dist.device == "cpu"
+            or all(os.environ.get(name) == value for name, value in _DETERMINISTIC.items())
+        ),
+    ),
+    Rejection(
+        fields=("cross_entropy_loss_fusion",),
+        why="the fused loss gives other gradients from run to run, and deterministic_mode is on",
+        what_to_do="leave out the one or the other",
+        unless=lambda section, _: not section.deterministic_mode,
+    ),
+    Rejection(
+        fields=("mup_width_mult",),
+        why="follows from hidden_size and mup_base_hidden_size",
+    ),
+    Rejection(
+        fields=(
+            "mup_base_hidden_size",
+            "mup_embedding_mult",
+            "mup_output_mult",
+            "mup_base_head_dim",
+            "mup_attn_scale_power",
+        ),
+        why="is part of muP, which is off",
+        what_to_do="leave it out, or set use_mup=true too",
+        unless=_is("use_mup"),
+    ),
+)
+"""Rejections of fields of any model's transformers."""

@@ -1,0 +1,1 @@
+"""Typed fields from and to plain values: knows dataclasses, not the container."""

@@ -1,0 +1,339 @@
+"""From plain values (YAML, command line) to typed fields, led by the annotations.
+
+`convert` is strict: a value either has the field's type, or is the one plain form of it
+(`plain.to_plain` is its inverse).
+"""
+
+import dataclasses
+import enum
+import functools
+import inspect
+import numbers
+import pathlib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
+
+from bridge.training.config.schema.chosen_by_name import class_of_section
+from bridge.training.config.schema.errors import ConversionError, FieldProblems
+from bridge.training.config.schema.fields import (
+    PARTIAL,
+    TARGET,
+    annotations_of,
+    default_of,
+    describe_annotation,
+    fields_of,
+    join,
+)
+from bridge.training.config.schema.importable_names import (
+    dtype_from_name,
+    function_from_name,
+    import_by_name,
+)
+from bridge.training.config.schema.megatron_errors import ERRORS, is_raised_by_library, problem_of
+from bridge.training.contracts import PEFTMethod
+from bridge.training.spelling import did_you_mean, nearest
+from bridge.training.usage_error import is_usage_error
+
+
+def convert(value: Any, annotation: Any, path: str) -> Any:
+    """Return `value` as the annotation wants it.
+
+    Args:
+        value: A plain value, or one that has the type already.
+        annotation: The evaluated annotation of the field.
+        path: The field, such as "train.train_iters", for messages about nested values.
+
+    Raises:
+        ConversionError: The value does not fit; the text does not repeat `path`.
+    """
+    if annotation is Any:
+        named = isinstance(value, Mapping) and TARGET in value
+        return build_dataclass(object, value, path) if named else value
+    if isinstance(annotation, typing.TypeAliasType):
+        return convert(value, annotation.__value__, path)
+    origin = get_origin(annotation)
+    if origin is typing.Annotated or origin is typing.Final or origin is typing.ClassVar:
+        return convert(value, get_args(annotation)[0], path)
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, annotation, path)
+    if origin is Literal:
+        return _convert_literal(value, annotation)
+    if annotation is None or annotation is type(None):
+        return _expect(value is None, value, annotation)
+    if annotation in _SCALARS:
+        return _SCALARS[annotation](value)
+    kind = origin or annotation
+    if kind is Callable:
+        return _convert_function(value)
+    if isinstance(kind, type):
+        return _convert_to_class(value, annotation, kind, path)
+    if isinstance(annotation, typing.TypeVar):
+        return value
+    raise ConversionError(f"has an annotation that is not supported: {annotation!r}")
+
+
+def _expect(fits: bool, value: Any, annotation: Any) -> Any:
+    if not fits:
+        raise ConversionError(f"expected {describe_annotation(annotation)}, got {_show(value)}")
+    return value
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _convert_bool(value: Any) -> bool:
+    return bool(_expect(isinstance(value, bool), value, bool))
+
+
+def _convert_int(value: Any) -> int:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    whole = whole or (isinstance(value, float) and value.is_integer())
+    return int(_expect(whole, value, int))
+
+
+def _convert_float(value: Any) -> float:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(_expect(real, value, float))
+
+
+def _convert_str(value: Any) -> str:
+    result: str = _expect(isinstance(value, str), value, str)
+    return result
+
+
+def _convert_path(value: Any) -> pathlib.Path:
+    return pathlib.Path(_expect(isinstance(value, str | pathlib.Path), value, pathlib.Path))
+
+
+def _convert_dtype(value: Any) -> torch.dtype:
+    if isinstance(value, str):
+        return dtype_from_name(value)
+    result: torch.dtype = _expect(isinstance(value, torch.dtype), value, torch.dtype)
+    return result
+
+
+_SCALARS: dict[Any, Callable[[Any], Any]] = {
+    bool: _convert_bool,
+    int: _convert_int,
+    float: _convert_float,
+    str: _convert_str,
+    pathlib.Path: _convert_path,
+    torch.dtype: _convert_dtype,
+}
+
+
+def _convert_union(value: Any, annotation: Any, path: str) -> Any:
+    members = get_args(annotation)
+    if value is None and type(None) in members:
+        return None
+    members = tuple(member for member in members if member is not type(None))
+    # A value that has one member's type already is that member, whatever the order.
+    for member in members:
+        if isinstance(member, type) and type(value) is member:
+            return convert(value, member, path)
+    errors, of_mappings = [], []
+    for member in members:
+        try:
+            return convert(value, member, path)
+        except ConversionError as error:
+            errors.append(error)
+            if isinstance(value, Mapping) and takes_mappings(member):
+                of_mappings.append(error)
+    if len(of_mappings) == 1:
+        raise of_mappings[0]  # It says which item is wrong.
+    if len(errors) == 1 and not str(errors[0]).startswith("expected"):
+        raise errors[0]
+    raise ConversionError(f"expected {describe_annotation(annotation)}, got {_show(value)}")
+
+
+def takes_mappings(annotation: Any) -> bool:
+    """Tell whether the annotation, or a member of a union, is of mappings."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(takes_mappings(member) for member in get_args(annotation))
+    kind = get_origin(annotation) or annotation
+    return isinstance(kind, type) and issubclass(kind, Mapping)
+
+
+def _convert_literal(value: Any, annotation: Any) -> Any:
+    choices = get_args(annotation)
+    for choice in choices:
+        if value == choice and isinstance(value, bool) == isinstance(choice, bool):
+            return value
+    text = f"expected {describe_annotation(annotation)}, got {_show(value)}"
+    hint = did_you_mean(value, [c for c in choices if isinstance(c, str)]) if _is_str(value) else ""
+    raise ConversionError(text + hint)
+
+
+def _is_str(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _convert_function(value: Any) -> Callable[..., Any]:
+    if isinstance(value, str):
+        return function_from_name(value)
+    if isinstance(value, Mapping) and PARTIAL in value:
+        keywords = {str(key): item for key, item in value.items() if key != PARTIAL}
+        return functools.partial(_convert_function(value[PARTIAL]), **keywords)
+    result: Callable[..., Any] = _expect(callable(value), value, Callable)
+    return result
+
+
+def _convert_to_class(value: Any, annotation: Any, kind: type, path: str) -> Any:
+    if kind in (list, tuple, set, frozenset, dict) or kind in _ABSTRACT_CONTAINERS:
+        return _convert_container(value, annotation, _ABSTRACT_CONTAINERS.get(kind, kind), path)
+    if kind is type:
+        found = import_by_name(value) if isinstance(value, str) else value
+        _expect(isinstance(found, type), value, annotation)
+        return found
+    if issubclass(kind, enum.Enum):
+        return _convert_enum(value, kind)
+    if isinstance(value, Mapping) and (
+        dataclasses.is_dataclass(kind) or TARGET in value or kind is PEFTMethod
+    ):
+        value = build_dataclass(kind, value, path)
+    if _is_protocol(kind):
+        return _convert_to_protocol(value, kind)
+    return _expect(isinstance(value, kind), value, annotation)
+
+
+def _is_protocol(kind: type) -> bool:
+    return bool(getattr(kind, "_is_protocol", False))
+
+
+def _convert_to_protocol(value: Any, kind: type) -> Any:
+    members = {**vars(kind), **inspect.get_annotations(kind)}
+    missing = [n for n in members if not n.startswith("_") and not hasattr(value, n)]
+    if missing:
+        raise ConversionError(
+            f"expected a {kind.__name__}, got {_show(value)}, which has no {', '.join(missing)}"
+        )
+    return value
+
+
+_ABSTRACT_CONTAINERS: dict[type, type] = {Sequence: list, Iterable: list, Mapping: dict}
+
+
+def _convert_container(value: Any, annotation: Any, kind: type, path: str) -> Any:
+    arguments = get_args(annotation)
+    if kind is dict:
+        _expect(isinstance(value, Mapping), value, annotation)
+        key_type, value_type = arguments or (Any, Any)
+        return {
+            convert(key, key_type, path): _convert_item(item, value_type, f"{path}.{key}")
+            for key, item in value.items()
+        }
+    _expect(isinstance(value, list | tuple | set | frozenset), value, annotation)
+    items = list(value)
+    if kind is tuple and arguments and arguments[-1] is not Ellipsis:
+        _expect(len(items) == len(arguments), value, annotation)
+        item_types = list(arguments)
+    else:
+        item_types = [arguments[0] if arguments else Any] * len(items)
+    return kind(
+        _convert_item(item, item_type, f"{path}[{index}]")
+        for index, (item, item_type) in enumerate(zip(items, item_types, strict=True))
+    )
+
+
+def _convert_item(value: Any, annotation: Any, path: str) -> Any:
+    try:
+        return convert(value, annotation, path)
+    except FieldProblems:
+        raise
+    except ConversionError as error:
+        raise ConversionError(f"{error} (at {path})") from error
+
+
+def _convert_enum(value: Any, kind: type[enum.Enum]) -> enum.Enum:
+    if isinstance(value, kind):
+        return value
+    names = list(kind.__members__)
+    if isinstance(value, str) and value in names:
+        return kind[value]
+    raise ConversionError(f"expected one of {', '.join(names)}, got {_show(value)}")
+
+
+def build_dataclass(kind: type, mapping: Mapping[Any, Any], path: str) -> Any:
+    """Make an instance of `kind`, or of the class that `_target_` names, of a plain mapping.
+
+    Raises:
+        FieldProblems: With a line for each unknown key, wrong or missing value.
+        ConversionError: The class cannot be had, or refuses the values.
+    """
+    cls = _target_class(kind, mapping)
+    fields, annotations = fields_of(cls), annotations_of(cls)
+    lines, values = [], {}
+    for key, item in mapping.items():
+        if key == TARGET:
+            continue
+        here = join(path, key)
+        if key not in fields:
+            hint = nearest(str(key), fields)
+            meant = f"; did you mean {join(path, hint)}?" if hint else ""
+            lines.append(f"{here}: unknown key{meant}")
+            continue
+        try:
+            values[key] = convert(item, annotations[key], here)
+        except FieldProblems as error:
+            lines.extend(error.lines)
+        except ConversionError as error:
+            lines.append(f"{here}: {error}")
+    for name, field in fields.items():
+        if name not in mapping and field.init and default_of(field) is dataclasses.MISSING:
+            lines.append(f"{join(path, name)}: has no value and no default")
+    if lines:
+        raise FieldProblems(lines)
+    return _instantiate(cls, values, path)
+
+
+def _target_class(kind: type, mapping: Mapping[Any, Any]) -> type:
+    name = mapping.get(TARGET)
+    if name is None:
+        if found := class_of_section(kind, mapping):
+            return found
+        if not dataclasses.is_dataclass(kind):
+            raise ConversionError(f"needs {TARGET}: the class to build, as package.module.Class")
+        return kind
+    cls = import_by_name(_convert_str(name))
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
+        raise ConversionError(
+            f"{TARGET} {name!r} is not a dataclass, so it cannot be rebuilt from text; "
+            "make it a dataclass, or set the object from Python"
+        )
+    if not _is_protocol(kind) and not issubclass(cls, kind):
+        raise ConversionError(f"{TARGET} {name!r} is not a {kind.__name__}")
+    return cls
+
+
+def _instantiate(cls: type, values: dict[str, Any], path: str) -> Any:
+    fields = fields_of(cls)
+    initial = {name: value for name, value in values.items() if fields[name].init}
+    try:
+        instance = cls(**initial)
+    except ERRORS as error:
+        if cls.__module__.startswith("megatron."):
+            unchecked = _unchecked(cls, initial)
+            raise FieldProblems(
+                [problem_of(error, unchecked, path, dataclasses.replace)[0]]
+            ) from error
+        if not is_usage_error(error) and not is_raised_by_library(error):
+            error.add_note(f"while making a {cls.__name__} of the configuration")
+            raise
+        raise ConversionError(f"{cls.__name__} refuses these values: {error}") from error
+    for name in values.keys() - initial.keys():
+        object.__setattr__(instance, name, values[name])
+    return instance
+
+
+def _unchecked(cls: type, values: Mapping[str, Any]) -> Any:
+    """Return what the class would build of the values if it did not check them."""
+    instance: Any = object.__new__(cls)
+    for name, field in fields_of(cls).items():
+        object.__setattr__(instance, name, values.get(name, default_of(field)))
+    return instance

@@ -1,0 +1,128 @@
+"""Errors that megatron-core's dataclasses raise about their fields, as problems of these."""
+
+import copy
+import dataclasses
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from bridge.training.config.schema.fields import default_of, fields_of, is_runtime_hook
+from bridge.training.config.schema.to_plain import text_of
+
+if TYPE_CHECKING:
+    pass
+
+
+ERRORS = (ValueError, AssertionError, RuntimeError, TypeError, ZeroDivisionError, ImportError)
+"""The types of these errors."""
+
+_WITHOUT_DEFAULT = frozenset({"num_layers", "hidden_size", "num_attention_heads"})
+"""Sizes of a transformer whose default is 0, with which no other check passes."""
+
+_MANY = 3
+"""Fields that a problem names at most on top of its own."""
+
+
+def problem_of(
+    error: Exception, section: Any, path: str, check: Callable[[Any], Any]
+) -> tuple[str, frozenset[str]]:
+    """Return an error as a problem of the fields that lead to it, and the names of those fields.
+
+    Those are the ones that, put back to their default alone, let the check pass, or, where
+    something else is wrong too, let it stop at that; else those that the error's text names.
+
+    Args:
+        error: What the check raised.
+        section: The dataclass with the values that were checked.
+        path: Where it stands, such as "model" or "optimizer".
+        check: megatron-core's check of such a dataclass.
+    """
+    text = " ".join(str(error).split()).rstrip(".")
+    names = fields_of(section)
+    named = [word for word in _words(text) if word in names]
+    causes = _causes(section, check, text)
+    # What the text names comes first: it is what the user reads about.
+    causes.sort(key=lambda name: name not in named)
+    if not causes:
+        causes = [name for name in named if not _is_default(section, name)]
+    if not causes:
+        return f"{path}: {_in_our_form(text, path, names, error)}", frozenset(named)
+    first, *others = causes
+    change = "change it"
+    if others:
+        change += " or " + ", ".join(_setting(section, path, name) for name in others[:_MANY])
+    why = _in_our_form(text, path, names, error).removeprefix(f"{path}.{first} ")
+    problem = f"{_setting(section, path, first)}: {why}; {change}"
+    return problem, frozenset({*causes, *named})
+
+
+def _words(text: str) -> list[str]:
+    return [word.replace("-", "_") for word in re.findall(r"\w+(?:-\w+)*", text)]
+
+
+def _in_our_form(text: str, path: str, names: Mapping[str, Any], error: Exception) -> str:
+    """Return megatron-core's sentence with fields in place of its command line's flags."""
+    if not text:
+        return f"megatron-core does not take it ({type(error).__name__} without a reason)"
+
+    def flag(found: re.Match[str]) -> str:
+        name = found[1].replace("-", "_")
+        return f"{path}.{name}" if name in names else name
+
+    text = re.sub(r"--([a-z][\w-]*\w)", flag, text)
+    # Only words that are a name and nothing else.
+    text = re.sub(
+        r"(?<![\w.])(?:self\.)?(\w+_\w+)(?![\w.])",
+        lambda found: f"{path}.{found[1]}" if found[1] in names else found[0],
+        text,
+    )
+    word = text.split()[0]
+    return text if word in names or not word[1:].islower() else text[0].lower() + text[1:]
+
+
+def _causes(section: Any, check: Callable[[Any], Any], text: str) -> list[str]:
+    """Return the fields of which each alone is to blame for the error with this text."""
+    cured, changed = [], []
+    for name, field in fields_of(section).items():
+        if is_runtime_hook(field) or not field.init or _is_default(section, name):
+            continue
+        if name in _WITHOUT_DEFAULT:
+            continue
+        other = copy.copy(section)
+        object.__setattr__(other, name, default_of(field))
+        try:
+            check(other)
+        except ERRORS as error:
+            if " ".join(str(error).split()).rstrip(".") != text:
+                changed.append(name)
+        else:
+            cured.append(name)
+    return cured or changed
+
+
+def _is_default(section: Any, name: str) -> bool:
+    default = default_of(fields_of(section)[name])
+    if default is dataclasses.MISSING:
+        return True  # there is no other value to try
+    value = getattr(section, name)
+    return value is default or bool(value == default)
+
+
+def _setting(section: Any, path: str, name: str) -> str:
+    value = getattr(section, name)
+    text = getattr(value, "__name__", None) if callable(value) else text_of(value)
+    return f"{path}.{name}={text}"
+
+
+def is_raised_by_library(error: Exception) -> bool:
+    """Whether an exception comes from a check of megatron-core's or torch's, or from our own.
+
+    One of a section's own code may be a bug, and keeps its traceback.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    # What these call of Python's own, such as an enum, raises for them.
+    innermost = [package for package in packages if package not in sys.stdlib_module_names][-1]
+    return innermost in ("bridge", "megatron", "torch", "transformer_engine")

@@ -1,0 +1,68 @@
+"""What a run asks of the pieces that it does not own: a model, its data, a recipe.
+
+The loop knows no model family. Whatever satisfies these Protocols can be trained, so one's own
+module, dataset and forward step make a run.
+"""
+
+from bridge.training.contracts.data import (
+    TOKENS,
+    DataIterator,
+    DataRequest,
+    DatasetConfig,
+    DataShare,
+    DataSplits,
+    SizedDataset,
+    named_sets,
+    wrong_set_name,
+)
+from bridge.training.contracts.export import ExportedWeight, Exporter, ExportRequest, NamesWeights
+from bridge.training.contracts.model import (
+    ArrangesRanks,
+    ChecksItself,
+    DerivesFields,
+    DrawsLayout,
+    LeavesFieldsOpen,
+    ModelConfig,
+    ScalesLearningRates,
+)
+from bridge.training.contracts.peft import AdaptedLayer, LowRankUpdate, PEFTMethod
+from bridge.training.contracts.ranks import (
+    HoldsOneModule,
+    ModuleRanks,
+    PlacesModules,
+    own_groups,
+    replicas_of,
+)
+from bridge.training.contracts.recipe import Recipe
+
+__all__ = [
+    "TOKENS",
+    "AdaptedLayer",
+    "ArrangesRanks",
+    "ChecksItself",
+    "DataIterator",
+    "DataRequest",
+    "DataShare",
+    "DataSplits",
+    "DatasetConfig",
+    "DerivesFields",
+    "DrawsLayout",
+    "ExportRequest",
+    "ExportedWeight",
+    "Exporter",
+    "HoldsOneModule",
+    "LeavesFieldsOpen",
+    "LowRankUpdate",
+    "ModelConfig",
+    "ModuleRanks",
+    "NamesWeights",
+    "PEFTMethod",
+    "PlacesModules",
+    "Recipe",
+    "ScalesLearningRates",
+    "SizedDataset",
+    "named_sets",
+    "own_groups",
+    "replicas_of",
+    "wrong_set_name",
+]

@@ -1,0 +1,108 @@
+"""The model: what the loop asks of a model section; all but ModelConfig is optional."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from bridge.training.config import ConfigContainer, Layout
+
+
+@runtime_checkable
+class ModelConfig(Protocol):
+    """Describes a model and builds the part of it that belongs to one pipeline stage.
+
+    A config that is also a megatron-core ``ModelParallelConfig`` brings the parallel layout
+    (``tensor_model_parallel_size`` and so on); any other is trained data-parallel only.
+    """
+
+    def build(
+        self,
+        pg_collection: "ProcessGroupCollection",
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> torch.nn.Module:
+        """Build one model chunk on the current device.
+
+        Args:
+            pg_collection: The process groups of this rank; what `PlacesModules.module_ranks` gave
+                where the section places its modules on ranks of their own.
+            pre_process: Whether the chunk holds the input side (the embedding).
+            post_process: Whether the chunk holds the output side (the logits and the loss).
+            vp_stage: Index of the virtual pipeline stage, None without interleaving.
+        """
+        ...
+
+
+@runtime_checkable
+class LeavesFieldsOpen(Protocol):
+    """A model section whose defaults depend on the run: on its device, or on other sections."""
+
+    def open_fields(
+        self, config: "ConfigContainer", *, device: Literal["cuda", "cpu"]
+    ) -> dict[str, Any]:
+        """Return the value of each such field, used where the field was left at its default."""
+        ...
+
+
+@runtime_checkable
+class DerivesFields(Protocol):
+    """A model section with fields that follow from others, and must not contradict them."""
+
+    def derived_fields(self, config: "ConfigContainer") -> Mapping[str, tuple[Any, str]]:
+        """Return, for each such field, its value and the reason, such as ``model.width=4``."""
+        ...
+
+
+@runtime_checkable
+class ArrangesRanks(Protocol):
+    """A model section that says itself how the ranks of a run are arranged.
+
+    It is for a model of several modules; a ``ModelParallelConfig`` has its sizes in its fields.
+    """
+
+    def layout(self, world_size: int) -> "Layout":
+        """Return the layout on `world_size` ranks, which `layout_problems` has nothing against."""
+        ...
+
+    def layout_problems(self, world_size: int) -> Iterable[str]:
+        """Yield one line for each reason why the modules do not fit on `world_size` ranks.
+
+        Further lines of the last may draw how they would lie.
+        """
+        ...
+
+
+@runtime_checkable
+class DrawsLayout(Protocol):
+    """A model section that has more to show of its layout than sizes."""
+
+    def layout_picture(self, world_size: int) -> str | None:
+        """Return a picture of text, lines that say which rank is what; None if sizes say it all."""
+        ...
+
+
+@runtime_checkable
+class ScalesLearningRates(Protocol):
+    """A model section whose parameters do not all learn at optimizer.lr."""
+
+    def learning_rate_multiplier(self, parameter: str) -> float:
+        """Return the factor on optimizer.lr and optimizer.min_lr for a parameter of the model.
+
+        Args:
+            parameter: Its name within the module that `ModelConfig.build` returned.
+        """
+        ...
+
+
+@runtime_checkable
+class ChecksItself(Protocol):
+    """A section of one's own may look for contradictions before anything is built."""
+
+    def problems(self, config: "ConfigContainer") -> Iterable[str]:
+        """Yield one line for each problem: field, value and remedy. It must build nothing."""
+        ...

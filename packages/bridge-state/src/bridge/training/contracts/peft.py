@@ -1,0 +1,87 @@
+"""Parameter-efficient fine-tuning: what a method does to a model, and how it is read out."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+
+if TYPE_CHECKING:
+    pass
+
+
+class LowRankUpdate(Protocol):
+    """What a method of parameter-efficient fine-tuning does to some rows of a weight W.
+
+    The rows become W + scale * B A; with `magnitude`, each of those is then brought to the length
+    that it says.
+    """
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """The indices of the rows, in the order of B's; None for all rows in theirs."""
+
+    @property
+    def a(self) -> torch.Tensor:
+        """[rank, columns of W]."""
+
+    @property
+    def b(self) -> torch.Tensor:
+        """[rows, rank]."""
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied with."""
+
+    @property
+    def magnitude(self) -> torch.Tensor | None:
+        """[rows]."""
+
+
+class AdaptedLayer(Protocol):
+    """A layer beside which a method of parameter-efficient fine-tuning has put what it trains."""
+
+    @property
+    def name(self) -> str:
+        """In the whole model, the same under every parallel layout."""
+
+    def low_rank_updates(self) -> Sequence[LowRankUpdate]:
+        """Return what the layer's weight is changed by, as far as this rank holds it."""
+        ...
+
+
+@runtime_checkable
+class PEFTMethod(Protocol):
+    """Trains few parameters beside a frozen model: the section ``peft`` of a run.
+
+    The loop loads the model's weights, lets the method attach, wraps the result in DDP, and loads
+    the state of what was attached. It trains and saves what requires gradients then. A new
+    parameter may name in ``initializer`` a function that fills a tensor of its full shape: with
+    rng.layout_invariant_init it is drawn so, as the model's own weights are. The modules that were
+    attached tell their place in the whole model by ``sharded_state_dict``, as megatron-core's do.
+
+    Installed packages offer their methods, dataclasses with their fields, by the entry points of
+    the group ``bridge.peft``; `method` is the name there.
+    """
+
+    @property
+    def method(self) -> str:
+        """The method's name, a field of the dataclass."""
+
+    def attach(
+        self, model_chunks: Sequence[torch.nn.Module], group: Any = None
+    ) -> "Sequence[AdaptedLayer]":
+        """Freeze the model and put the parameters that train beside its layers.
+
+        Args:
+            model_chunks: This rank's part of the model with its weights, wrapped for 16 bits or
+                not.
+            group: The process group of all ranks, for what they must agree on.
+
+        Raises:
+            UsageError: The fields do not fit the model.
+        """
+        ...
+
+    def merge(self, model_chunks: Sequence[torch.nn.Module]) -> None:
+        """Fold what was trained into the model's own weights, and leave a plain model."""
+        ...
