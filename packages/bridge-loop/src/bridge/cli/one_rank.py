@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bridge.cli.start_command import StartCommand
-from bridge.training.rank_environment import rank_environment
+from bridge.training.launchers import rank_environment
 from bridge.training.usage_error import is_usage_error
 
 if TYPE_CHECKING:

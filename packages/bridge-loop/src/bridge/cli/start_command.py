@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from bridge.training.rank_environment import rank_environment
+from bridge.training.launchers import rank_environment
 
 _MODULE_OF_TORCHRUN = "torch.distributed.run"
 

@@ -14,8 +14,8 @@ from bridge.cli.one_rank import Command, RankFailed, train_here
 from bridge.cli.recipes import layout_lines, print_keys
 from bridge.cli.resume import refuse_another_run
 from bridge.cli.start_command import StartCommand
+from bridge.training.launchers import rank_environment, rendezvous_url
 from bridge.training.local_paths import PathOption
-from bridge.training.rank_environment import rank_environment, rendezvous_url
 from bridge.training.recipe_lookup import (
     add_configuration_arguments,
     checked_ranks,

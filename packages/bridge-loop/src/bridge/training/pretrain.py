@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from bridge.training.callbacks import Callbacks
 from bridge.training.config import ConfigContainer, resolve
-from bridge.training.rank_environment import rank_environment
+from bridge.training.launchers import rank_environment
 from bridge.training.ranks.failure_watch import PeerWatch
 from bridge.training.ranks.groups import choose_device, ranks_of
 from bridge.training.ranks.launcher_store import is_logging_rank, world_size

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bridge.training.launchers import rank_environment
 from bridge.training.metric_loggers import (
     JsonlLogger,
     MetricLogger,
@@ -17,7 +18,6 @@ from bridge.training.metric_loggers import (
     WandbLogger,
     truncate_jsonl,
 )
-from bridge.training.rank_environment import rank_environment
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:

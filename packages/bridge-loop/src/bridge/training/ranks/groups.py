@@ -18,8 +18,8 @@ from bridge.training import cpu
 from bridge.training.config import ConfigContainer, Layout, layout_of
 from bridge.training.config.checks.pipeline_layout import embedding_stages
 from bridge.training.contracts import DataShare, ModuleRanks, PlacesModules, own_groups
+from bridge.training.launchers import rank_environment
 from bridge.training.megatron_import import expected_messages_held_back
-from bridge.training.rank_environment import rank_environment
 from bridge.training.ranks.launcher_store import meeting_store, rank, world_size
 from bridge.training.ranks.megatron_globals import globals_kept
 from bridge.training.usage_error import UsageError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from bridge.training.rank_environment import rank_environment, rendezvous_url
+from bridge.training.launchers import rank_environment, rendezvous_url
 
 if TYPE_CHECKING:
     pass

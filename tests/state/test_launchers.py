@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from bridge.training.rank_environment import first_host, rank_environment, rendezvous_url
+from bridge.training.launchers import rank_environment, rendezvous_url
+from bridge.training.launchers.slurm import first_host
 from bridge.training.usage_error import UsageError
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
