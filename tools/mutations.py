@@ -3,15 +3,16 @@
     uv run --no-sync python tools/mutations.py              # all traps, two at a time
     uv run --no-sync python tools/mutations.py --only T3    # one trap; may be given again
 
-tools/mutations.toml lists the traps. Each is a few lines of source, replaced in a copy of
-packages/ that stands first on the path, while the tests come from the checkout. First all tests
-must pass on an unchanged copy. Then, for each trap, its test must fail in its call by an
-assertion, or by the error that the entry names; an import error, a skip and a pass do not count.
+tools/mutations.toml lists the traps. Each changes a few expressions or statements of one function
+in a copy of packages/. The copy is first on the path; the tests come from the checkout. First all
+tests must pass on an unchanged copy. Then, for each trap, its test must fail in its call by an
+assertion, or by the error that the entry names. An import error, a skip and a pass do not count.
 
 Prints a Markdown list; the exit code is 1 if a trap survives or no longer applies.
 """
 
 import argparse
+import ast
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".toml")
@@ -59,16 +61,24 @@ class Outdated(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Mutation:
-    """One entry of the table."""
+    """One entry of the table: `old` becomes `new`, or `insert` is put in front of `before`."""
 
     trap: str
     what: str
-    file: str
-    old: str
-    new: str
+    function: str
+    """Its qualified name, such as `Class.method`; `module:name` where several modules have it."""
     test: str
+    old: str | None = None
+    new: str | None = None
+    before: str | None = None
+    insert: str | None = None
     error: str | None = None
     """Text of the failure, where it is no assertion."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("old", "new", "before", "insert") if getattr(self, name)]
+        if given not in (["old", "new"], ["before", "insert"]):
+            raise Outdated(f"{self.trap}: give old and new, or before and insert; not {given}")
 
 
 def read_table(path: Path = TABLE) -> list[Mutation]:
@@ -77,17 +87,113 @@ def read_table(path: Path = TABLE) -> list[Mutation]:
     return sorted((Mutation(**entry) for entry in entries), key=lambda m: int(m.trap[1:]))
 
 
-def mutated(mutation: Mutation, root: Path) -> str:
-    """Return the source with the trap in it.
+def mutated(mutation: Mutation, root: Path) -> tuple[Path, str]:
+    """Return the file of the function, relative to `root`, and its source with the trap in it.
 
     Raises:
-        Outdated: The text to replace does not occur exactly once.
+        Outdated: The function, or the code to change in it, does not occur exactly once.
     """
-    path = root / mutation.file
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if (count := text.count(mutation.old)) != 1:
-        raise Outdated(f"the text to replace occurs {count} times in {mutation.file}")
-    return text.replace(mutation.old, mutation.new)
+    path, tree, function = _find_function(mutation.function, root)
+    if mutation.old is not None and mutation.new is not None:
+        code, count = mutation.old, _replace(function, _parse(mutation.old), _parse(mutation.new))
+    else:
+        code = mutation.before or ""
+        count = _insert(function, _parse(code), _parse(mutation.insert or ""))
+    if count != 1:
+        raise Outdated(f"{code!r} occurs {count} times in {mutation.function}")
+    return path.relative_to(root), ast.unparse(ast.fix_missing_locations(tree))
+
+
+def _parse(code: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(code).body
+    except SyntaxError as error:
+        raise Outdated(f"{code!r} is no Python: {error}") from error
+
+
+def _find_function(name: str, root: Path) -> tuple[Path, ast.Module, ast.AST]:
+    module, _, qualified_name = name.rpartition(":")
+    text = f"def {qualified_name.rpartition('.')[2]}"
+    found = []
+    for path in sorted(root.glob("packages/*/src/**/*.py")):
+        source = path.read_text(encoding="utf-8")
+        in_module = path.with_suffix("").parts[-module.count(".") - 1 :]
+        if text in source and (not module or ".".join(in_module) == module):
+            tree = ast.parse(source)
+            functions = _functions_named(qualified_name.split("."), tree)
+            found += [(path, tree, function) for function in functions]
+    if len(found) != 1:
+        raise Outdated(f"the function {name} occurs {len(found)} times in packages/")
+    return found[0]
+
+
+def _functions_named(names: Sequence[str], scope: ast.AST) -> Iterator[ast.AST]:
+    """Yield what has the qualified name within `scope`, through ifs and withs of a module too."""
+    for node in ast.iter_child_nodes(scope):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield from _functions_named(names, node)
+        elif node.name == names[0] and len(names) > 1:
+            yield from _functions_named(names[1:], node)
+        elif node.name == names[0] and not isinstance(node, ast.ClassDef):
+            yield node
+
+
+def _replace(function: ast.AST, old: list[ast.stmt], new: list[ast.stmt]) -> int:
+    """Put new code for old, wherever it is; return how often.
+
+    Code is compared as syntax trees, so line breaks, comments and brackets do not matter.
+    """
+    if isinstance(old[0], ast.Expr) and isinstance(new[0], ast.Expr) and len(old + new) == 2:
+        replacement = _ExpressionReplacement(old[0].value, new[0].value)
+        replacement.visit(function)
+        return replacement.count
+    count, size = 0, len(old)
+    for statements in _statement_lists(function):
+        for index in reversed(range(len(statements))):
+            if list(map(ast.dump, statements[index : index + size])) == list(map(ast.dump, old)):
+                statements[index : index + size] = new
+                count += 1
+    return count
+
+
+class _ExpressionReplacement(ast.NodeTransformer):
+    def __init__(self, old: ast.expr, new: ast.expr) -> None:
+        self.old, self.new, self.count = ast.dump(old), new, 0
+
+    def visit(self, node: ast.AST) -> Any:
+        if ast.dump(node) == self.old:
+            self.count += 1
+            return self.new
+        return self.generic_visit(node)
+
+
+def _insert(function: ast.AST, before: list[ast.stmt], new: list[ast.stmt]) -> int:
+    """Put statements in front of those that hold the code `before`; return how often."""
+    wanted = before[0].value if isinstance(before[0], ast.Expr) else before[0]
+    count = 0
+    for statements in _statement_lists(function):
+        for index in reversed(range(len(statements))):
+            if any(ast.dump(node) == ast.dump(wanted) for node in _own_nodes(statements[index])):
+                statements[index:index] = new
+                count += 1
+    return count
+
+
+def _statement_lists(function: ast.AST) -> list[list[Any]]:
+    fields = [value for node in ast.walk(function) for _, value in ast.iter_fields(node)]
+    return [value for value in fields if isinstance(value, list) and _is_statement(value[:1])]
+
+
+def _own_nodes(statement: ast.AST) -> Iterator[ast.AST]:
+    """Yield a statement and its expressions, without the statements in it."""
+    yield statement
+    for child in ast.iter_child_nodes(statement):
+        if not _is_statement([child]):
+            yield from _own_nodes(child)
+
+
+def _is_statement(nodes: Sequence[Any]) -> bool:
+    return any(isinstance(node, ast.stmt) for node in nodes)
 
 
 @contextmanager
@@ -193,10 +299,10 @@ def try_one(mutation: Mutation, tree: Path, root: Path, limit_s: float) -> str |
     """
     with copied_packages(tree) as copy:
         try:
-            text = mutated(mutation, copy)
+            file, text = mutated(mutation, copy)
         except Outdated as error:
             return str(error)
-        (copy / mutation.file).write_text(text, encoding="utf-8")
+        (copy / file).write_text(text, encoding="utf-8")
         return verdict(mutation, run_tests([mutation.test], copy, root, limit_s))
 
 
