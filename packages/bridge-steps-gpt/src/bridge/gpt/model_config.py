@@ -12,9 +12,8 @@ from bridge.training.usage_error import UsageError
 with quiet_import():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from bridge.gpt.conversion.families import family_of
-    from bridge.gpt.conversion.weight_names import weights_in_hugging_face
     from bridge.gpt.data.tokenizers import vocab_size
+    from bridge.gpt.families import find_family
     from bridge.gpt.layer_specs import mtp_block_spec
     from bridge.gpt.model import GPT
     from bridge.training.config import ConfigContainer
@@ -138,7 +137,7 @@ class GPTModelConfig(TransformerSection):
         return 6.0 * (self._weights_per_token() + layers * matrices)
 
     def weight_gradient_flops_per_token(self) -> float:
-        """Return the part of `training_flops_per_token` that a frozen model does without."""
+        """Return the FLOPs of `training_flops_per_token` that a frozen model saves."""
         return 2.0 * self._weights_per_token()
 
     def _weights_per_token(self) -> int:
@@ -154,16 +153,15 @@ class GPTModelConfig(TransformerSection):
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     def exported_weights(self) -> Mapping[str, ExportedWeight]:
-        """Return how the weights stand in Hugging Face's format (see `contracts.NamesWeights`).
+        """Return the weights as the model's family shares them (see `contracts.NamesWeights`).
 
         Raises:
-            UsageError: The model is of no family that converts; the message names the fields.
+            UsageError: The model belongs to no family; the message names the fields.
         """
-        family_of(self)
-        return weights_in_hugging_face(self)
+        return find_family(self).exported_weights(self)
 
     def problems(self, config: ConfigContainer) -> Iterable[str]:
-        """Yield what megatron-core would refuse only while it builds, or would not notice."""
+        """Yield what megatron-core would reject only while it builds, or would not notice."""
         yield from self._vocabulary_problems(config)
         yield from self.feature_problems("model", config)
         if self.kv_channels and self.kv_channels % 2 and self.position_embedding_type == "rope":

@@ -1,4 +1,4 @@
-"""Models in Hugging Face's format, in and out: a folder of safetensors files and a config.json.
+"""Import and export of models in Hugging Face's format: config.json and safetensors files.
 
 The submodules are imported by name: `command` is loaded whenever the `bridge` command starts, so
 this package imports nothing by itself.

@@ -1,4 +1,4 @@
-"""`bridge import-hf`: a checkpoint of a model in Hugging Face's format."""
+"""The command `bridge import-hf`: makes a checkpoint of a model in Hugging Face's format."""
 
 import argparse
 import sys
@@ -38,12 +38,12 @@ def register(subparsers: "Subparsers") -> None:
 
 
 def run_import(arguments: argparse.Namespace) -> int:
-    """Run ``bridge import-hf``; returns the exit code.
+    """Run ``bridge import-hf`` and return the exit code.
 
     Raises:
-        UsageError: The model is not supported or not whole, or the output exists.
+        UsageError: The model is not supported, its files are incomplete, or the output exists.
     """
-    # These bring torch and megatron-core, which other commands should not wait for.
+    # These import torch and megatron-core, which other commands should not wait for.
     from bridge.gpt.conversion.hf_import import import_hf
     from bridge.training.config.schema.importable_names import dtype_from_name
 

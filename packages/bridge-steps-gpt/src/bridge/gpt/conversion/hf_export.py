@@ -1,13 +1,14 @@
-"""From a checkpoint to Hugging Face's format; the exporter ``hf``."""
+"""Export of a checkpoint to Hugging Face's format; the exporter ``hf``."""
 
 import json
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from bridge.gpt.conversion.hf_config import GENERATION_CONFIG, config_json, read_json
-from bridge.gpt.conversion.safetensors_files import write_json, write_tensors
-from bridge.gpt.conversion.tokenizer_files import copy_tokenizer, folder_of
+from bridge.gpt.conversion.hf_config import CONFIG, GENERATION_CONFIG, config_json
+from bridge.gpt.conversion.json_files import read_json, write_json
+from bridge.gpt.conversion.safetensors_files import write_tensors
+from bridge.gpt.conversion.tokenizer_files import copy_tokenizer, tokenizer_folder
 from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.checkpoint.single_weights import SavedWeights
 from bridge.training.contracts import ExportedWeight, ExportRequest
@@ -18,15 +19,15 @@ from bridge.training.usage_error import UsageError
 def export_hf(request: ExportRequest) -> str:
     """Write a folder that transformers and others load: config.json, safetensors, tokenizer.
 
-    The weights are read one by one; those of one file are held at a time. What our model section
-    does not know, as the ids of special tokens, is what was imported with the model; else it comes
-    from the folder of the tokenizer, if that is a model's.
+    The weights are read one by one, and those of one file are held at a time. Our model section
+    has no field for some of config.json, such as the ids of special tokens: these are the values
+    that were imported with the model, or those in the tokenizer's folder if it is a model's.
 
     Args:
         request: What to export, and how.
 
     Raises:
-        UsageError: The model has no place in the format, or the checkpoint does not hold it.
+        UsageError: The model belongs to no family, or the checkpoint does not hold it.
     """
     model = request.config.model
     if not isinstance(model, GPTModelConfig):
@@ -41,9 +42,8 @@ def export_hf(request: ExportRequest) -> str:
             "DIR`"
         )
     weights = model.exported_weights()
-    source = folder_of(request.config.tokenizer)
-    beside = source / "config.json" if source else None
-    known = read_json(beside) if beside and beside.exists() else {}
+    source = tokenizer_folder(request.config.tokenizer)
+    known = read_json(source / CONFIG) if source and (source / CONFIG).exists() else {}
     with one_process():
         saved = SavedWeights(request.checkpoint)
         for name, weight in weights.items():
@@ -55,7 +55,7 @@ def export_hf(request: ExportRequest) -> str:
             max_shard_size=request.max_shard_size,
         )
     dtype = request.dtype or first
-    write_json(request.output / "config.json", config_json(model, dtype, known))
+    write_json(request.output / CONFIG, config_json(model, dtype, known))
     generation = (model.hf_files or {}).get(GENERATION_CONFIG)
     copied = copy_tokenizer(source, request.output) if source else []
     if generation is not None and GENERATION_CONFIG not in copied:
@@ -75,7 +75,7 @@ def _check(saved: SavedWeights, name: str, weight: ExportedWeight, request: Expo
         raise UsageError(
             f"{request.checkpoint}: has no {name}, which the model of its config.yaml has"
         )
-    # The vocabulary may be padded.
+    # The vocabulary of the checkpoint may be padded.
     if shape[1:] != weight.shape[1:] or shape[0] < weight.shape[0]:
         raise UsageError(
             f"{request.checkpoint}: {name} has the shape {list(shape)}; by its config.yaml it is "

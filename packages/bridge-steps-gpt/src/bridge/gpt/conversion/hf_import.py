@@ -1,4 +1,4 @@
-"""From Hugging Face's format to a checkpoint that runs start from."""
+"""Import of a model in Hugging Face's format, as a checkpoint that runs start from."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,11 +54,11 @@ def import_hf(directory: Path, checkpoint: Path, *, dtype: torch.dtype | None = 
 def read_weights(
     directory: Path, model: GPTModelConfig, dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return every weight of a model by our names, whole.
+    """Return every unsharded weight of a model by our names.
 
     Args:
         directory: The folder with the safetensors files.
-        model: What `read_model_config` returned for it.
+        model: The model section that `read_model_config` returned for it.
         dtype: Type of the weights; None keeps theirs.
 
     Raises:
@@ -80,7 +80,8 @@ def _check(tensors: TensorFolder, weights: Mapping[str, ExportedWeight], directo
         raise UsageError(
             f"{directory}: the files have no {_listed(missing)}, which config.json asks for"
         )
-    surplus = {name for name in found - expected.keys() if not _is_derived(name)}
+    # Older files hold the rotary frequencies, which follow from config.json.
+    surplus = {n for n in found - expected.keys() if not n.endswith(".rotary_emb.inv_freq")}
     if "lm_head.weight" in surplus:
         _check_tied(tensors, directory)
         surplus.remove("lm_head.weight")
@@ -103,11 +104,6 @@ def _check_tied(tensors: TensorFolder, directory: Path) -> None:
             f"{directory}: lm_head.weight differs from model.embed_tokens.weight, and "
             "tie_word_embeddings is true; correct config.json"
         )
-
-
-def _is_derived(name: str) -> bool:
-    """Whether a tensor follows from config.json: older files hold the rotary frequencies."""
-    return name.endswith(".rotary_emb.inv_freq")
 
 
 def _listed(names: list[str]) -> str:

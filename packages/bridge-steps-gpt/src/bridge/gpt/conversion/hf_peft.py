@@ -1,11 +1,12 @@
-"""From trained adapters to the format of Hugging Face's peft; the exporter ``hf-peft``."""
+"""Export of trained adapters to the format of Hugging Face's peft; the exporter ``hf-peft``."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from bridge.gpt.conversion.safetensors_files import write_file, write_json
+from bridge.gpt.conversion.json_files import write_json
+from bridge.gpt.conversion.safetensors_files import write_file
 from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.adapters.merging import adapted_model
 from bridge.training.contracts import AdaptedLayer, ExportedWeight, ExportRequest, LowRankUpdate
@@ -15,16 +16,16 @@ _PREFIX = "base_model.model."
 
 
 def export_hf_peft(request: ExportRequest) -> str:
-    """Write a folder that ``peft.PeftModel.from_pretrained`` loads beside the exported base.
+    """Write a folder that ``peft.PeftModel.from_pretrained`` loads on top of the exported base.
 
-    Where one update changes rows that are several layers there, such as queries, keys and values,
-    each of them gets its rows of B and the same A.
+    One update may change rows that are several modules there, such as queries, keys and values.
+    Each of these modules gets its rows of B and the same A.
 
     Args:
         request: What to export, and how; the tensors are written to one file.
 
     Raises:
-        UsageError: The checkpoint has no adapters, or the model has no place in the format.
+        UsageError: The checkpoint has no adapters, or the model belongs to no family.
     """
     model = request.config.model
     if not isinstance(model, GPTModelConfig):
@@ -66,10 +67,10 @@ def export_hf_peft(request: ExportRequest) -> str:
 def _in_modules(
     layer: AdaptedLayer, update: LowRankUpdate, weights: Mapping[str, ExportedWeight]
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yield the modules there that an update changes, each with its rows of B (None: all).
+    """Yield peft's modules that an update changes, each with its rows of B (None: all).
 
     Raises:
-        UsageError: The layer has no counterpart there.
+        UsageError: The layer has no counterpart in Hugging Face's format.
     """
     weight = weights.get(f"{layer.name}.weight")
     if weight is None:
@@ -93,7 +94,7 @@ def _tensors(
         if update.magnitude is not None:
             parts["lora_magnitude_vector"] = _rows(update.magnitude, rows)
         for name, tensor in parts.items():
-            # Copies: an A that several layers share would be one memory under several names.
+            # A copy, because safetensors rejects tensors that share memory, as an A here may.
             copied = tensor.detach().to(dtype or tensor.dtype, copy=True)
             yield f"{_PREFIX}{module}.{name}", copied.contiguous()
 
@@ -103,7 +104,7 @@ def _rows(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def _targets(modules: list[str], weights: Mapping[str, ExportedWeight]) -> list[str]:
-    """Return the last parts of the modules' names, or whole names where some are left out."""
+    """Return the modules' last names, or their full names where a last name means others too."""
     names = [name for weight in weights.values() for name in weight.parts]
     everywhere = {name.removesuffix(".weight") for name in names}
     short = {module.rpartition(".")[2] for module in modules}

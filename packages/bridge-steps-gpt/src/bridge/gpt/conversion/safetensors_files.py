@@ -1,8 +1,7 @@
-"""A model's tensors in safetensors files, one or many: read one by one, written as they come."""
+"""Safetensors files of a model, one or several, read and written tensor by tensor."""
 
 import contextlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bridge.gpt.conversion.hf_config import read_json
+from bridge.gpt.conversion.json_files import read_json, write_json
 from bridge.training.file_kinds import FileKind, head_of, kind_of
 from bridge.training.usage_error import UsageError
 
@@ -22,7 +21,7 @@ _INDEX = "model.safetensors.index.json"
 class TensorFolder:
     """Reads the tensors of a folder: those of its index, or of its only file.
 
-    A context manager: files stay open within the block. Nothing is loaded before it is asked for.
+    A context manager: files stay open within the block. A tensor is loaded when it is read.
 
     Raises:
         UsageError: The folder has no such files, one of them is not there, or it is damaged.
@@ -101,17 +100,20 @@ class _Shard:
 def write_tensors(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, max_shard_size: int
 ) -> tuple[int, int]:
-    """Write tensors into one file, or into several and an index; return bytes and files.
+    """Write tensors into one file, or into several and an index.
 
     No more than one file's tensors are held at a time.
 
     Args:
         folder: An existing folder.
         tensors: Names and tensors, in the order in which they fill the files.
-        max_shard_size: Bytes of a file; a tensor that is larger has one for itself.
+        max_shard_size: Bytes of a file; a tensor that is larger has a file of its own.
+
+    Returns:
+        The number of bytes and the number of files.
 
     Raises:
-        OSError: The disk is full, say.
+        OSError: Nothing more can be written, as on a full disk.
     """
     written: list[list[str]] = []
     total, shard = 0, _Shard()
@@ -138,7 +140,7 @@ def write_file(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a file of tensors.
 
     Raises:
-        OSError: The disk is full, say.
+        OSError: Nothing more can be written, as on a full disk.
     """
     try:
         save_file(tensors, path, metadata={"format": "pt"})
@@ -151,7 +153,7 @@ def _numbered(folder: Path, number: int) -> Path:
 
 
 def _name_files(folder: Path, written: list[list[str]], total: int) -> None:
-    """Give the files their names, which have the number of all files in them."""
+    """Rename the files to their final names, which contain the number of files."""
     count = len(written)
     if count == 1:
         _numbered(folder, 0).rename(folder / _SINGLE)
@@ -162,8 +164,3 @@ def _name_files(folder: Path, written: list[list[str]], total: int) -> None:
         _numbered(folder, number).rename(folder / file)
         index |= dict.fromkeys(names, file)
     write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write an object as a JSON file."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, in a folder of Hugging Face's."""
+"""Tokenizer files in a folder of Hugging Face's format."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-def folder_of(tokenizer: TokenizerConfig | None) -> Path | None:
+def tokenizer_folder(tokenizer: TokenizerConfig | None) -> Path | None:
     """Return the folder of a Hugging Face tokenizer, None for other tokenizers."""
     if tokenizer is None or tokenizer.type != "huggingface" or tokenizer.model is None:
         return None
@@ -33,7 +33,7 @@ def folder_of(tokenizer: TokenizerConfig | None) -> Path | None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy what a tokenizer and text generation need; return the names of the files."""
+    """Copy the files of a tokenizer and of text generation; return their names."""
     copied = [name for name in _FILES if (source / name).exists()]
     for name in copied:
         shutil.copyfile(source / name, target / name)

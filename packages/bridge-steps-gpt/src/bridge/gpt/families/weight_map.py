@@ -1,4 +1,8 @@
-"""How Hugging Face names the weights of Llama and Qwen3, and which rows of ours they have."""
+"""The weights of Llama's block: for each of ours, the tensors of Hugging Face's format.
+
+Two of ours are several tensors there. ``linear_qkv`` has the query, key and value projections, and
+``linear_fc1`` the gate and up projections, each as some of its rows.
+"""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,58 +16,61 @@ if TYPE_CHECKING:
     from bridge.gpt.model_config import GPTModelConfig
 
 
-def weights_in_hugging_face(model: "GPTModelConfig") -> dict[str, ExportedWeight]:
-    """Return every weight of a model that `families.family_of` knows.
+def weight_map(model: "GPTModelConfig") -> dict[str, ExportedWeight]:
+    """Return every weight of a model by our names.
 
-    Args:
-        model: With its vocab_size.
+    Raises:
+        UsageError: The model's vocab_size is open.
     """
     if model.vocab_size is None:
         raise UsageError("model.vocab_size: None; give the number of tokens")
     hidden, vocabulary = model.hidden_size, (model.vocab_size, model.hidden_size)
-    weights = {"embedding.word_embeddings.weight": _whole("model.embed_tokens.weight", vocabulary)}
+    weights = {
+        "embedding.word_embeddings.weight": _unsplit("model.embed_tokens.weight", vocabulary)
+    }
     for layer in range(model.num_layers):
         for name, weight in _layer(model, f"model.layers.{layer}"):
             weights[f"decoder.layers.{layer}.{name}"] = weight
-    weights["decoder.final_layernorm.weight"] = _whole("model.norm.weight", (hidden,))
+    weights["decoder.final_layernorm.weight"] = _unsplit("model.norm.weight", (hidden,))
     if not model.share_embeddings_and_output_weights:
-        weights["output_layer.weight"] = _whole("lm_head.weight", vocabulary)
+        weights["output_layer.weight"] = _unsplit("lm_head.weight", vocabulary)
     return weights
 
 
-def _layer(model: "GPTModelConfig", there: str) -> Iterator[tuple[str, ExportedWeight]]:
+def _layer(model: "GPTModelConfig", hf_layer: str) -> Iterator[tuple[str, ExportedWeight]]:
     hidden, heads = model.hidden_size, model.num_attention_heads
     width = model.kv_channels or hidden // heads
     mlp = model.ffn_hidden_size or 4 * hidden
-    qkv = {f"{there}.self_attn.{name}_proj": rows for name, rows in _rows_of_qkv(model).items()}
+    qkv = {f"{hf_layer}.self_attn.{name}_proj": rows for name, rows in _rows_of_qkv(model).items()}
     gated = {
-        f"{there}.mlp.gate_proj": torch.arange(mlp),
-        f"{there}.mlp.up_proj": torch.arange(mlp, 2 * mlp),
+        f"{hf_layer}.mlp.gate_proj": torch.arange(mlp),
+        f"{hf_layer}.mlp.up_proj": torch.arange(mlp, 2 * mlp),
     }
     attention = "self_attention"
     yield (
         f"{attention}.linear_qkv.layer_norm_weight",
-        _whole(f"{there}.input_layernorm.weight", (hidden,)),
+        _unsplit(f"{hf_layer}.input_layernorm.weight", (hidden,)),
     )
     yield from _linear(model, f"{attention}.linear_qkv", qkv, hidden)
     if model.qk_layernorm:
         for letter in "qk":
-            norm = _whole(f"{there}.self_attn.{letter}_norm.weight", (width,))
+            norm = _unsplit(f"{hf_layer}.self_attn.{letter}_norm.weight", (width,))
             yield f"{attention}.{letter}_layernorm.weight", norm
-    output = {f"{there}.self_attn.o_proj": None}
+    output = {f"{hf_layer}.self_attn.o_proj": None}
     yield from _linear(model, f"{attention}.linear_proj", output, heads * width, hidden)
     yield (
         "mlp.linear_fc1.layer_norm_weight",
-        _whole(f"{there}.post_attention_layernorm.weight", (hidden,)),
+        _unsplit(f"{hf_layer}.post_attention_layernorm.weight", (hidden,)),
     )
     yield from _linear(model, "mlp.linear_fc1", gated, hidden)
-    yield from _linear(model, "mlp.linear_fc2", {f"{there}.mlp.down_proj": None}, mlp, hidden)
+    yield from _linear(model, "mlp.linear_fc2", {f"{hf_layer}.mlp.down_proj": None}, mlp, hidden)
 
 
 def _rows_of_qkv(model: "GPTModelConfig") -> dict[str, torch.Tensor]:
     """Return the rows of linear_qkv that are queries, keys and values.
 
-    Ours has the heads of each query group together: its queries, then its key, then its value.
+    The rows are ``[query groups, queries of a group + 2, head width]``: in each group first its
+    queries, then its key, then its value.
     """
     heads = model.num_attention_heads
     groups, width = model.num_query_groups or heads, model.kv_channels or model.hidden_size // heads
@@ -88,16 +95,16 @@ def _linear(
     Args:
         model: The model.
         name: The layer's name within its transformer layer.
-        parts: Names there, and the rows that each of them has.
+        parts: The modules in Hugging Face's format, each with the rows that it has (None: all).
         inputs: Number of columns.
-        outputs: Number of rows; all that `parts` have if None.
+        outputs: Number of rows; None for the rows of all `parts` together.
     """
     rows = outputs or sum(len(part) for part in parts.values() if part is not None)
     for leaf, shape in (("weight", (rows, inputs)), ("bias", (rows,))):
         if leaf == "weight" or model.add_bias_linear:
-            named = {f"{there}.{leaf}": part for there, part in parts.items()}
+            named = {f"{module}.{leaf}": part for module, part in parts.items()}
             yield f"{name}.{leaf}", ExportedWeight(shape=shape, parts=named)
 
 
-def _whole(name: str, shape: tuple[int, ...]) -> ExportedWeight:
+def _unsplit(name: str, shape: tuple[int, ...]) -> ExportedWeight:
     return ExportedWeight(shape=shape, parts={name: None})
