@@ -31,6 +31,7 @@ from mimo_models import mimo_run, resolved, tiny_mimo
         ({"vision": {"patch_size": 3}}, "image_size: 4 is not a multiple of"),
         ({"vision": {"sequence_parallel": True}}, "not supported by encoders"),
         ({"language": {"num_moe_experts": 2}}, "num_moe_experts: 2 is not supported"),
+        ({"language": {"kv_channels": 7}}, "model.language.kv_channels=7: a rotary embedding"),
         ({"language": {"context_parallel_size": 2}}, "context parallelism is not supported"),
     ],
 )

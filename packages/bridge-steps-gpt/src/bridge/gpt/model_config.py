@@ -1,7 +1,6 @@
 """The GPT model's section of a run's configuration, which also builds the model."""
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,36 +17,20 @@ with quiet_import():
     from bridge.gpt.model import GPT
     from bridge.training.config import ConfigContainer
     from bridge.training.contracts import ExportedWeight
-    from bridge.training.model.layer_specs import decoder_block_spec
-    from bridge.training.model.transformer_section import TransformerSection
+    from bridge.training.model.language_model_section import LanguageModelSection
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 @dataclass(kw_only=True)
-class GPTModelConfig(TransformerSection):
+class GPTModelConfig(LanguageModelSection):
     """A GPT model: a transformer with vocabulary and positions."""
 
-    vocab_size: int | None = None
-    """Number of tokens; the tokenizer's if None."""
-    make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this, the same under every parallel layout
-    (unless tensor_model_parallel_size does not divide it)."""
-    seq_length: int = 1024
-    """Tokens of a sample; also the number of learned positions."""
-    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
-    """How the model knows positions."""
-    rotary_base: int = 10000
-    """Base period of the rotary embedding."""
-    rotary_percent: float = 1.0
-    """Part of each head's channels that is rotated."""
     rope_scaling: bool = False
     """Stretch the rotary embedding's long wavelengths as Llama 3.1 does."""
     rope_scaling_factor: float = 8.0
     """By how much rope_scaling stretches."""
-    share_embeddings_and_output_weights: bool = False
-    """Use the token embedding as the output layer's weight."""
     hf_files: dict[str, str] | None = None
     """Content of the Hugging Face folder that the model was imported from: the JSON of
     config.json and generation_config.json, for `bridge export`; not to be set by hand."""
@@ -68,22 +51,11 @@ class GPTModelConfig(TransformerSection):
             config: The run's configuration, of which this is the model section.
             device: Where the run will take place.
         """
-        rotary = self.position_embedding_type == "rope"
-        values = self.device_defaults(device, rotary=rotary)
+        values = self.device_defaults(device)
         if config.tokenizer is not None:
             with contextlib.suppress(UsageError):  # `problems` says what is wrong with it
                 values["vocab_size"] = vocab_size(config.tokenizer)
         return values
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: vocab_size and the padding."""
-        if self.vocab_size is None:
-            raise UsageError(
-                "model.vocab_size: None; give it, or a tokenizer section for it to be taken from"
-            )
-        multiple = math.lcm(self.make_vocab_size_divisible_by, self.tensor_model_parallel_size)
-        return math.ceil(self.vocab_size / multiple) * multiple
 
     def build(
         self,
@@ -99,28 +71,20 @@ class GPTModelConfig(TransformerSection):
         """
         self.refuse_open_layer_spec("model")
         config = self._chunks_config(vp_stage)
-        pp_rank = pg_collection.pp.rank()
         # megatron-core takes block specs too, which its annotations leave out.
-        decoder: Any = decoder_block_spec(config, vp_stage=vp_stage, pp_rank=pp_rank)
-        mtp: Any = mtp_block_spec(config, vp_stage=vp_stage, pp_rank=pp_rank)
+        mtp: Any = mtp_block_spec(config, vp_stage=vp_stage, pp_rank=pg_collection.pp.rank())
         with expected_messages_held_back():
             model = GPT(
-                config=config,
-                transformer_layer_spec=decoder,
-                vocab_size=self.padded_vocab_size,
-                max_sequence_length=self.seq_length,
-                pre_process=pre_process,
-                post_process=post_process,
-                parallel_output=True,
-                share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-                position_embedding_type=self.position_embedding_type,
-                rotary_percent=self.rotary_percent,
-                rotary_base=self.rotary_base,
+                **self.gpt_arguments(
+                    config,
+                    pg_collection,
+                    pre_process=pre_process,
+                    post_process=post_process,
+                    vp_stage=vp_stage,
+                ),
                 rope_scaling=self.rope_scaling,
                 rope_scaling_factor=self.rope_scaling_factor,
                 mtp_block_spec=mtp,
-                pg_collection=pg_collection,
-                vp_stage=vp_stage,
             )
         self.let_modules_accumulate(model)
         return model
@@ -162,25 +126,16 @@ class GPTModelConfig(TransformerSection):
 
     def problems(self, config: ConfigContainer) -> Iterable[str]:
         """Yield what megatron-core would reject only while it builds, or would not notice."""
-        yield from self._vocabulary_problems(config)
+        yield from self.language_model_problems("model")
+        yield from self._tokenizer_problems(config)
         yield from self.feature_problems("model", config)
-        if self.kv_channels and self.kv_channels % 2 and self.position_embedding_type == "rope":
-            yield (
-                f"model.kv_channels={self.kv_channels}: a rotary embedding turns pairs of "
-                "channels; take an even number, or model.position_embedding_type=none"
-            )
         if self.mtp_num_layers and self.position_embedding_type == "learned_absolute":
             yield (
                 "model.mtp_num_layers: multi-token prediction needs "
                 "model.position_embedding_type=rope or none, not learned_absolute"
             )
 
-    def _vocabulary_problems(self, config: ConfigContainer) -> Iterator[str]:
-        if self.make_vocab_size_divisible_by < 1:
-            yield (
-                f"model.make_vocab_size_divisible_by: {self.make_vocab_size_divisible_by}; give a "
-                "number of at least 1"
-            )
+    def _tokenizer_problems(self, config: ConfigContainer) -> Iterator[str]:
         if config.tokenizer is None:
             if self.vocab_size is None:
                 yield (

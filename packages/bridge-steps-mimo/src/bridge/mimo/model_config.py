@@ -97,13 +97,10 @@ class MultimodalModelConfig:
         self, config: ConfigContainer, *, device: Literal["cuda", "cpu"]
     ) -> dict[str, Any]:
         """Return the value of each open field of the modules where it was left at its default."""
-        rotary = self.language.position_embedding_type == "rope"
         return {
             f"{path}.{name}": value
             for path, section in self.sections().items()
-            for name, value in section.device_defaults(
-                device, rotary=rotary and section is self.language
-            ).items()
+            for name, value in section.device_defaults(device).items()
         }
 
     def derived_fields(self, config: ConfigContainer) -> Mapping[str, tuple[Any, str]]:

@@ -1,14 +1,13 @@
 """The sections of the modules in a multimodal model's configuration."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.mimo.modules import LinearProjection, MLPProjection, VisionTransformer
 from bridge.training.config import ConfigContainer
 from bridge.training.megatron_import import quiet_import
-from bridge.training.model.layer_specs import decoder_block_spec
+from bridge.training.model.language_model_section import LanguageModelSection
 from bridge.training.model.transformer_section import TransformerSection
 
 with quiet_import():
@@ -71,32 +70,17 @@ class ModuleSection(TransformerSection):
 
 
 @dataclass(kw_only=True)
-class LanguageModelConfig(ModuleSection):
-    """The language model: megatron-core's GPT."""
+class LanguageModelConfig(ModuleSection, LanguageModelSection):
+    """The language model: megatron-core's GPT.
 
-    vocab_size: int
+    Learned positions are for text: images have those of their encoder.
+    """
+
+    vocab_size: int = field()
     """Number of tokens."""
-    make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this, the same under every parallel layout
-    (unless its tensor-parallel size does not divide it)."""
     seq_length: int = 1024
     """Tokens of a sample, those that stand for images included; also the number of learned
     positions."""
-    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
-    """How the model knows positions. Learned ones are for text: images have those of their
-    encoder."""
-    rotary_base: int = 10000
-    """Base period of the rotary embedding."""
-    rotary_percent: float = 1.0
-    """Part of each head's channels that is rotated."""
-    share_embeddings_and_output_weights: bool = False
-    """Use the token embedding as the output layer's weight."""
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: vocab_size and the padding."""
-        multiple = math.lcm(self.make_vocab_size_divisible_by, self.tensor_model_parallel_size)
-        return math.ceil(self.vocab_size / multiple) * multiple
 
     def spec(self, pg_collection: "ProcessGroupCollection") -> ModuleSpec:
         """Specify the stage of the model that belongs to a rank.
@@ -107,30 +91,18 @@ class LanguageModelConfig(ModuleSection):
         self.refuse_open_layer_spec("model.language")
         config = self.finalized()
         stage, stages = pg_collection.pp.rank(), pg_collection.pp.size()
-        return ModuleSpec(
-            module=GPTModel,
-            params={
-                "config": config,
-                "transformer_layer_spec": decoder_block_spec(config, pp_rank=stage),
-                "vocab_size": self.padded_vocab_size,
-                "max_sequence_length": self.seq_length,
-                "pre_process": stage == 0,
-                "post_process": stage == stages - 1,
-                "parallel_output": True,
-                "share_embeddings_and_output_weights": self.share_embeddings_and_output_weights,
-                "position_embedding_type": self.position_embedding_type,
-                "rotary_percent": self.rotary_percent,
-                "rotary_base": self.rotary_base,
-                # The sequence is cut when the images are in it.
-                "scatter_embedding_sequence_parallel": False,
-                "pg_collection": pg_collection,
-            },
+        arguments = self.gpt_arguments(
+            config, pg_collection, pre_process=stage == 0, post_process=stage == stages - 1
         )
+        # The sequence is cut when the images are in it.
+        arguments["scatter_embedding_sequence_parallel"] = False
+        return ModuleSpec(module=GPTModel, params=arguments)
 
     def problems(self, path: str, config: ConfigContainer) -> Iterator[str]:
         """Yield as `ModuleSection.problems`, and what is wrong with vocabulary and sequence."""
         yield from super().problems(path, config)
-        for name in ("vocab_size", "make_vocab_size_divisible_by", "seq_length"):
+        yield from self.language_model_problems(path)
+        for name in ("vocab_size", "seq_length"):
             if getattr(self, name) < 1:
                 yield f"{path}.{name}: {getattr(self, name)}; give a number of at least 1"
         if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:

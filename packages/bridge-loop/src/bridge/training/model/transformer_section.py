@@ -71,12 +71,16 @@ class TransformerSection(TransformerConfig):
     def __post_init__(self) -> None:
         """Derive nothing yet: see `finalized`."""
 
-    def device_defaults(self, device: Literal["cuda", "cpu"], *, rotary: bool) -> dict[str, Any]:
+    @property
+    def has_rotary_positions(self) -> bool:
+        """Whether the positions are rotary embeddings."""
+        return False
+
+    def device_defaults(self, device: Literal["cuda", "cpu"]) -> dict[str, Any]:
         """Return the value that each open field takes where it was left at its default.
 
         Args:
             device: Where the run will take place.
-            rotary: Whether the positions are rotary embeddings.
         """
         gpu = device == "cuda"
         layer_spec = self.layer_spec
@@ -94,7 +98,7 @@ class TransformerSection(TransformerConfig):
             "cross_entropy_loss_fusion": gpu and not self.deterministic_mode,
             "bias_activation_fusion": gpu and self._has_fused_activation(),
             "bias_dropout_fusion": gpu,
-            "apply_rope_fusion": engine and rotary,
+            "apply_rope_fusion": engine and self.has_rotary_positions,
             "moe_grouped_gemm": engine and moe,
             "moe_permute_fusion": engine and moe,
             "deallocate_pipeline_outputs": self.pipeline_model_parallel_size > 1,
