@@ -1,22 +1,38 @@
-"""Settings for every test. Imports no member: their tests also run with one member installed."""
+"""Settings for every test.
+
+Imports none of the packages: the tests of state and peft also run with that package alone.
+"""
 
 import os
 
-# Two cores and several ranks a test: threads of one process only get in the others' way.
-# Before torch is imported, and inherited by whatever a test starts.
+# Before torch is imported, and inherited by what a test starts. With several ranks a test on two
+# cores, the threads of one process slow the others down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
 
 import pytest
 
+IMPORT_MEGATRON_THEMSELVES = ("peft", "state", "workspace")
+"""The folders whose tests start no ranks."""
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return the number of cores and one: ranks that wait for each other leave cores idle.
+    """Return the number of cores plus one, as ranks that wait for each other leave cores idle.
 
     xdist's own count takes two hyperthreads for one.
     """
     affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
     return min(cores + 1, 16)
+
+
+def pytest_pycollect_makemodule(module_path: Path) -> None:
+    """Import megatron-core once, and without its warnings, before test modules do."""
+    if module_path.parent.name not in IMPORT_MEGATRON_THEMSELVES:
+        from ranks import import_megatron_once
+
+        import_megatron_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
