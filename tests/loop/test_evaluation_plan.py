@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from bridge.training.batch_sizes import BatchSizes
 from bridge.training.contracts import DataShare
 from bridge.training.data.evaluation_plan import EvaluationCall, plan_evaluation
 
@@ -18,9 +19,9 @@ def plans(num_samples: int) -> list[tuple[tuple[int, ...], list[list[EvaluationC
             sizes,
             plan_evaluation(
                 num_samples,
-                micro_batch_size=micro,
-                global_batch_size=2 * replicas * group * micro,
-                replicas=replicas,
+                BatchSizes(
+                    global_batch=2 * replicas * group * micro, micro_batch=micro, replicas=replicas
+                ),
                 group=group,
                 smallest=smallest,
             ),
@@ -70,7 +71,7 @@ def test_whole_batches_are_those_of_training_and_a_last_one_takes_three_calls_mo
 def test_parts_of_a_microbatch_read_the_samples_of_the_whole() -> None:
     """Two encoders for one language model: its microbatches cannot hold one sample alone."""
     [[*_, last]] = plan_evaluation(
-        7, micro_batch_size=4, global_batch_size=8, replicas=1, smallest=2
+        7, BatchSizes(global_batch=8, micro_batch=4, replicas=1), smallest=2
     )
     assert (last.first, last.samples, last.size, last.copies) == (6, 1, 2, 2)
     for rank in (0, 1):

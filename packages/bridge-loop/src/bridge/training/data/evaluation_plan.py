@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bridge.training.batch_sizes import BatchSizes
 from bridge.training.contracts import DataShare, ModuleRanks, own_groups, replicas_of
 
 if TYPE_CHECKING:
@@ -71,10 +72,8 @@ class EvaluationCall:
 
 def plan_evaluation(
     num_samples: int,
+    sizes: BatchSizes,
     *,
-    micro_batch_size: int,
-    global_batch_size: int,
-    replicas: int,
     group: int = 1,
     smallest: int = 1,
 ) -> list[list[EvaluationCall]]:
@@ -82,19 +81,18 @@ def plan_evaluation(
 
     Args:
         num_samples: Samples from the set's beginning.
-        micro_batch_size: Samples of a whole microbatch.
-        global_batch_size: Samples of a whole batch.
-        replicas: Replicas of the model that a batch is divided over.
+        sizes: Those of a training step, whose microbatches it runs while there are samples.
         group: Microbatches of which a call runs a multiple.
         smallest: Samples of which each microbatch holds a multiple; a divisor of the size of a
             whole one.
     """
     batches = []
-    for first in range(0, num_samples, global_batch_size):
-        end = min(first + global_batch_size, num_samples)
+    lane = sizes.replicas * group
+    for first in range(0, num_samples, sizes.global_batch):
+        end = min(first + sizes.global_batch, num_samples)
         batches.append(
             _calls_of_batch(
-                first, end, size=micro_batch_size, lane=replicas * group, group=group, unit=smallest
+                first, end, size=sizes.micro_batch, lane=lane, group=group, unit=smallest
             )
         )
     return batches
@@ -150,9 +148,7 @@ def plan_of_run(
         group = group or int(own_groups(pg_collection).pp.size())
     return plan_evaluation(
         num_samples,
-        micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=config.train.global_batch_size,
-        replicas=replicas_of(pg_collection),
+        BatchSizes.of(config.train, replicas_of(pg_collection)),
         group=group,
         smallest=smallest_microbatch(pg_collection),
     )

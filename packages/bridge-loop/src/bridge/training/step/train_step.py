@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bridge.training.batch_sizes import BatchSizes
 from bridge.training.contracts import ModuleRanks, own_groups, replicas_of
 from bridge.training.loss import auxiliary
 from bridge.training.loss.adapter import LossAdapter
@@ -122,10 +123,10 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         FloatingPointError: A loss is an anomaly whose action is raise_at_once; on every rank.
     """
     train, counters = state.cfg.train, state.train_state
-    replicas = replicas_of(pg_collection)
+    sizes = BatchSizes.of(train, replicas_of(pg_collection))
     if num_microbatches is None:
-        num_microbatches = train.global_batch_size // (train.micro_batch_size * replicas)
-    samples = num_microbatches * train.micro_batch_size * replicas
+        num_microbatches = sizes.microbatches
+    samples = num_microbatches * sizes.global_microbatch
 
     watch, buffers = forward_step.watch, _Buffers(model, keep="skip" in actions_of(train))
     for _ in rerun.attempts(state.cfg, data_iterator):

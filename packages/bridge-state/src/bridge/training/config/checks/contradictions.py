@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from bridge.training.batch_sizes import BatchSizes
 from bridge.training.config.checks.bounds import problems_of_bounds
 from bridge.training.config.checks.optional_methods import misspelt_methods
 from bridge.training.config.checks.pipeline_layout import placement_problems
@@ -358,11 +359,11 @@ def _parallel_sizes(config: ConfigContainer) -> Iterator[str]:
 
 
 def _batches(config: ConfigContainer, layout: Layout) -> Iterator[str]:
-    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+    sizes = BatchSizes.of(config.train, layout.data)
+    micro, batch, step = sizes.micro_batch, sizes.global_batch, sizes.global_microbatch
     if micro < 1 or batch < 1 or layout.data < 1:
         return
-    step = micro * layout.data
-    if batch % step:
+    if not sizes.is_divisible:
         yield (
             f"train.global_batch_size={batch} is not a multiple of train.micro_batch_size={micro} "
             f"times {layout.data} data-parallel ranks ({layout.world_size} ranks in all); the "
@@ -378,7 +379,7 @@ def _batches(config: ConfigContainer, layout: Layout) -> Iterator[str]:
         )
     model = config.model
     if isinstance(model, ModelParallelConfig) and (layout.virtual_pipeline or 1) > 1:
-        yield from _interleaved_microbatches(model, layout, batch // step)
+        yield from _interleaved_microbatches(model, layout, sizes.microbatches)
 
 
 def _interleaved_microbatches(
