@@ -29,7 +29,13 @@ from bridge.training.megatron_import import quiet_import
 from ranks import run_ranks
 
 with quiet_import():
-    from auxiliary_oracle import LAYOUTS, Found, Objective, step_by_definition, step_of_ours
+    from auxiliary_loss_definitions import (
+        LAYOUTS,
+        Found,
+        Objective,
+        step_by_definition,
+        step_of_ours,
+    )
 
 TOLERANCE = 1e-5
 MORE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -6,7 +6,7 @@ import pytest
 
 from commands import Ended, run
 from gpt_data import tree, write_story
-from small_runs import SMALL, losses
+from gpt_tiny_runs import SMALL, losses
 
 
 def train(folder: Path, *overrides: str, ranks: int = 1) -> Ended:

@@ -10,8 +10,8 @@ import pytest
 
 from commands import run, start
 from gpt_data import write_story
+from gpt_tiny_runs import SMALL, trajectory
 from sft_data import write_rows
-from small_runs import SMALL, trajectory
 
 
 def questions(numbers: range) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from commands import run
-from small_runs import SMALL, contents, losses
+from gpt_tiny_runs import SMALL, contents, losses
 
 KEYS = {
     "step",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from commands import run
-from small_runs import SMALL, assert_close, rows
+from gpt_tiny_runs import SMALL, assert_close, logged_steps
 
 MOE = (
     "model.num_moe_experts=4",
@@ -28,7 +28,7 @@ def train(folder: Path, *overrides: str, ranks: int = 1) -> Curves:
     )
     assert ended.code == 0, ended.err
     assert ended.err == ""
-    found = rows(folder / "R")
+    found = logged_steps(folder / "R")
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     names = [name for name in found[0] if name.endswith("loss") or name == "grad_norm"]
     return {name: [row[name] for row in found] for name in names}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from bridge.cli import main
 from gpt_data import write_story
+from gpt_tiny_runs import SMALL, trajectory
 from ranks import run_ranks
 from sft_data import write_rows
-from small_runs import SMALL, trajectory
 from training_runs import series
 
 TUNE = (

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from commands import Command, Ended, run, start
-from small_runs import SMALL, contents, rows, trajectory
+from gpt_tiny_runs import SMALL, contents, logged_steps, trajectory
 
 # Steps long enough for a test to strike between them.
 LONGER = ("model.hidden_size=64", "model.seq_length=128")
@@ -88,7 +88,7 @@ def test_a_run_can_be_extended_and_not_be_made_another(tmp_path: Path) -> None:
     assert re.search(
         "warning: the learning rate of step 4 is .*, and was to be 0.0003", extended.out
     )
-    continued = rows(tmp_path / "R")
+    continued = logged_steps(tmp_path / "R")
     assert [row["step"] for row in continued] == [1, 2, 3, 4, 5]
     assert max(row["learning_rate"] for row in continued[:3]) == 0.003
     assert all(0.0003 < row["learning_rate"] <= 0.001 for row in continued[3:])
@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_fewer_ranks_than_its_layout_had(tmp_path: Path) -> N
     assert "1 ranks are not a multiple of model.tensor_model_parallel_size=2" in refused.err
     ended = resume(tmp_path, "train.train_iters=3", "model.tensor_model_parallel_size=1")
     assert ended.code == 0, ended.err
-    assert [row["step"] for row in rows(tmp_path / "R")] == [1, 2, 3]
+    assert [row["step"] for row in logged_steps(tmp_path / "R")] == [1, 2, 3]
     other = resume(tmp_path, "model.tensor_model_parallel_size=1", "rng.seed=7")
     assert other.code == 2
     assert "rng.seed: the run was started with" in other.err

@@ -14,8 +14,8 @@ from bridge.cli import main
 from bridge.training.run_files.directory import RunDirectory
 from bridge.training.usage_error import UsageError
 from commands import Ended, run, start
+from gpt_tiny_runs import contents
 from small_disks import small_disk
-from small_runs import contents
 
 ADVICE = "; take that of a checkpoint: cp R/checkpoints/step-0000006/config.yaml R/config.yaml"
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from bridge.training.callbacks import CallbackContext
 from bridge.training.pretrain import pretrain
 from bridge.training.state import GlobalState
-from evaluation_runs import FIRST, NamedData
 from ranks import run_ranks
 from training_runs import OwnData, OwnModel, Samples, a_run, own_run, rows, token_step
+from validation_sets import FIRST, NamedData
 
 
 def outputs_step(state: GlobalState, data_iterator: Iterator[Any], model: Any) -> Any:

@@ -14,9 +14,10 @@ from bridge.training.data.run_data import (
     as_splits,
 )
 from bridge.training.pretrain import pretrain
-from evaluation_runs import FIRST, NamedData, SizesOfRanks, error_of
+from plain_torch import plain_torch
 from ranks import run_ranks
-from training_runs import OwnData, a_run, own_run, plain_torch, series, token_step
+from training_runs import OwnData, a_run, own_run, series, token_step
+from validation_sets import FIRST, NamedData, SizesOfRanks, error_of
 
 
 def drawn(

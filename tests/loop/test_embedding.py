@@ -19,23 +19,16 @@ from megatron.core import num_microbatches_calculator, parallel_state, rerun_sta
 from megatron.core.tensor_parallel import random as tracked
 from torch.utils.data import default_collate
 
-import footprint
 from bridge.training import cpu
 from bridge.training.config import ConfigContainer
 from bridge.training.pretrain import pretrain
 from bridge.training.run import TrainingParts
 from bridge.training.setup import training_parts
 from bridge.training.train import StepResult, train_step
+from plain_torch import plain_torch
+from process_footprint import take_footprint
 from ranks import run_ranks
-from training_runs import (
-    OwnModel,
-    OwnModule,
-    Samples,
-    own_run,
-    parameters_of,
-    plain_torch,
-    token_step,
-)
+from training_runs import OwnModel, OwnModule, Samples, own_run, parameters_of, token_step
 
 
 def steps(parts: TrainingParts, number: int, data: Any = None) -> Iterator[StepResult]:
@@ -76,10 +69,10 @@ class Program:
         torch.manual_seed(3)
         # What a first run imports, and what a thread pool starts, is there for good.
         train(config_of(3), 1)
-        self.before = footprint.take()
+        self.before = take_footprint()
 
     def assert_untouched(self) -> None:
-        assert self.before.changes_until(footprint.take()) == {}
+        assert self.before.changes_until(take_footprint()) == {}
         ones = torch.ones(())
         dist.all_reduce(ones)
         assert ones == dist.get_world_size()
@@ -153,7 +146,7 @@ def test_a_whole_run_leaves_its_directory_and_nothing_else(tmp_path: Path) -> No
             pretrain(config, token_step)
             if name == "second":
                 program.assert_untouched()
-            program.before = footprint.take()
+            program.before = take_footprint()
 
     run_ranks(2, body, timeout=120)
 
@@ -171,7 +164,7 @@ def test_what_the_program_has_of_megatron_core_stays_its_own() -> None:
         rerun_state_machine.initialize_rerun_state_machine()
         streams = tracked.get_cuda_rng_tracker().get_states()
         copies = {name: state.clone() for name, state in streams.items()}
-        program.before = footprint.take()
+        program.before = take_footprint()
         losses = train(config_of(6))
         program.assert_untouched()
         assert num_microbatches_calculator.get_num_microbatches() == 2

@@ -18,9 +18,9 @@ from bridge.training.loss_reduction import (
     token_mean,
     total,
 )
-from evaluation_runs import FIRST, NamedData, error_of, evaluated, tokens_of
 from ranks import run_ranks
 from training_runs import OwnData, Samples, a_run, mean_step, one_step, own_run, token_step
+from validation_sets import FIRST, NamedData, error_of, evaluated, tokens_of
 
 WIKI = FIRST["wiki"]
 

@@ -12,7 +12,7 @@ import torch
 from bridge.training.loss.adapter import LossAdapter
 from bridge.training.loss_reduction import MetricReducer, maximum
 from bridge.training.losses import masked_token_loss
-from oracle_cells import (
+from loss_cells import (
     CASES,
     SLOTS,
     TOKEN_MEAN,

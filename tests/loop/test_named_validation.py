@@ -10,18 +10,10 @@ from torch.nn import functional
 from bridge.training.config import ConfigContainer, LoggerConfig, ValidationConfig
 from bridge.training.contracts import DataSplits
 from bridge.training.pretrain import pretrain
-from evaluation_runs import FIRST, NamedData, error_of
+from plain_torch import plain_torch
 from ranks import run_ranks
-from training_runs import (
-    OwnModule,
-    Samples,
-    own_run,
-    plain_torch,
-    rows,
-    series,
-    token_step,
-    trained,
-)
+from training_runs import OwnModule, Samples, own_run, rows, series, token_step, trained
+from validation_sets import FIRST, NamedData, error_of
 
 SETS = {"wiki": 24, "code": 11}
 

@@ -29,7 +29,7 @@ from bridge.training.evaluate import evaluate
 from bridge.training.loss_reduction import local, maximum, mean, total
 from bridge.training.losses import masked_token_loss
 from bridge.training.pretrain import TrainResult, pretrain
-from oracle_cells import (
+from loss_cells import (
     CASES,
     SLOTS,
     TOKEN_MEAN,

@@ -15,18 +15,10 @@ import own_recipe
 from bridge.training.config import ConfigContainer, LoggerConfig, ValidationConfig
 from bridge.training.pretrain import pretrain
 from commands import run as run_command
-from evaluation_runs import FIRST, NamedData, error_of, evaluated, tokens_of
+from plain_torch import plain_torch
 from ranks import run_ranks
-from training_runs import (
-    OwnData,
-    OwnModel,
-    a_run,
-    own_run,
-    plain_torch,
-    rows,
-    series,
-    token_step,
-)
+from training_runs import OwnData, OwnModel, a_run, own_run, rows, series, token_step
+from validation_sets import FIRST, NamedData, error_of, evaluated, tokens_of
 
 AT_ONCE = 1e-9
 """Minutes that are over whenever anybody looks."""

@@ -13,7 +13,14 @@ import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-from auxiliary_oracle import EXPERTS, LAYOUTS, Found, Objective, step_by_definition, step_of_ours
+from auxiliary_loss_definitions import (
+    EXPERTS,
+    LAYOUTS,
+    Found,
+    Objective,
+    step_by_definition,
+    step_of_ours,
+)
 from bridge.training.gpt_step import forward_step
 from bridge.training.loss.auxiliary import own_trackers
 from bridge.training.pretrain import pretrain

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import footprint
 from bridge.training import cpu
 from bridge.training.gpt_step import forward_step
 from bridge.training.pretrain import pretrain
 from gpt_models import tiny_gpt
+from process_footprint import take_footprint
 from ranks import run_ranks
 from training_runs import TokenData, gpt_run, series
 
@@ -52,11 +52,11 @@ def test_a_gpt_leaves_nothing_behind_and_the_next_one_does_not_notice_it(
         random.seed(1)
         np.random.seed(2)
         torch.manual_seed(3)
-        before = footprint.take()
+        before = take_footprint()
         train(tmp_path / "first")
-        imported = footprint.take()
+        imported = take_footprint()
         train(tmp_path / "second")
-        after = footprint.take()
+        after = take_footprint()
         assert imported.changes_until(after) == {}
         # Importing megatron-core's modules changes torch and the interpreter, once.
         assert before.rest["environment"] == after.rest["environment"]

@@ -14,8 +14,8 @@ from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.gpt_step import forward_step as gpt_forward_step
 from bridge.training.loss_reduction import MetricReducer
 from bridge.training.pretrain import pretrain
-from evaluation_runs import error_of, evaluated
 from gpt_models import tiny_gpt
+from plain_torch import plain_torch
 from ranks import run_ranks
 from training_runs import (
     OwnData,
@@ -25,10 +25,10 @@ from training_runs import (
     a_run,
     gpt_run,
     own_run,
-    plain_torch,
     series,
     token_step,
 )
+from validation_sets import error_of, evaluated
 
 
 @dataclass(kw_only=True)

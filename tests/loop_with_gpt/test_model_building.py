@@ -16,6 +16,7 @@ from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.model.hooks import GradientFinalizer, attach_hooks
 from bridge.training.run import Run
 from gpt_models import tiny_gpt
+from plain_torch import plain_torch
 from ranks import run_ranks
 from training_runs import (
     OwnModel,
@@ -25,7 +26,6 @@ from training_runs import (
     one_step,
     own_run,
     parameters_of,
-    plain_torch,
     token_step,
 )
 

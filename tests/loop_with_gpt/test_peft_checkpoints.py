@@ -12,7 +12,7 @@ from bridge.training.checkpoint.base import fingerprint
 from bridge.training.config import ConfigContainer
 from bridge.training.gpt_step import forward_step
 from bridge.training.pretrain import pretrain
-from peft_runs import PP, SP, adapted_run, train_bases, trained
+from peft_runs import PP, SP, adapted_run, train_adapters, train_bases
 from ranks import run_ranks
 from training_runs import series
 
@@ -59,7 +59,9 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_holds_nothing_of_the_base(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
     def both() -> tuple[list[Any], list[Any], list[str], str]:
-        whole = trained(saving_run(tmp_path / "whole", bases["dense"], method=METHOD))["lm loss"]
+        whole = train_adapters(saving_run(tmp_path / "whole", bases["dense"], method=METHOD))[
+            "lm loss"
+        ]
         config = saving_run(tmp_path / "cut", bases["dense"], method=METHOD)
         interrupted(config)
         checkpoint = tmp_path / "cut/checkpoints/step-0000002"
@@ -94,7 +96,7 @@ def test_another_layout_can_resume(
     run_ranks(2, interrupted, config)
     found = run_ranks(2, lambda: resumed(config, **(plain | after)))[0]
     whole = run_ranks(
-        1, lambda: trained(adapted_run(tmp_path / "whole", bases[kind], kind, method=method))
+        1, lambda: train_adapters(adapted_run(tmp_path / "whole", bases[kind], kind, method=method))
     )[0]
     assert found == pytest.approx(whole["lm loss"], rel=1e-5)
 
@@ -172,11 +174,11 @@ def test_without_a_base_it_says_that_the_weights_are_random(
     config = adapted_run(tmp_path / "run", None)
 
     def attempts() -> None:
-        trained(config)
+        train_adapters(config)
         changing = adapted_run(tmp_path / "changing", None)
         changing.rng.layout_invariant_init = False
         with pytest.raises(ValueError, match="adapters need weights to stand beside"):
-            trained(changing)
+            train_adapters(changing)
 
     run_ranks(1, attempts)
     written = capfd.readouterr().out

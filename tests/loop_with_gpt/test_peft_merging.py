@@ -13,7 +13,7 @@ from bridge.training.config import ConfigContainer
 from bridge.training.gpt_step import forward_step
 from gpt_models import microbatch
 from hf_models import VOCABULARY
-from peft_runs import SP, adapted_run, base_run, train_bases, trained
+from peft_runs import SP, adapted_run, base_run, train_adapters, train_bases
 from ranks import run_ranks
 from training_runs import a_run
 
@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, method in METHODS.items():
             config = adapted_run(folder / name, bases["dense"], method=method, **SP)
             config.checkpoint.save_at_end = True
-            trained(config)
+            train_adapters(config)
 
     run_ranks(2, train_all)
     return folder

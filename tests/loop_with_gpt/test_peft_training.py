@@ -12,7 +12,7 @@ from bridge.training.model.frozen import trained_parameters
 from bridge.training.reporting.throughput import model_flops_per_token
 from bridge.training.run_files.directory import RunDirectory
 from gpt_models import SEQUENCE
-from peft_runs import EP, PP, SP, TP, adapted_run, train_bases, trained
+from peft_runs import EP, PP, SP, TP, adapted_run, train_adapters, train_bases
 from ranks import RankFailure, run_ranks
 from training_runs import a_run, one_step
 
@@ -38,10 +38,12 @@ def alone(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
     def train_all() -> dict[str, Any]:
         found = {
-            name: trained(adapted_run(folder / name, bases["dense"], method=method))
+            name: train_adapters(adapted_run(folder / name, bases["dense"], method=method))
             for name, method in METHODS.items()
         }
-        found["experts"] = trained(adapted_run(folder / "experts", bases["experts"], "experts"))
+        found["experts"] = train_adapters(
+            adapted_run(folder / "experts", bases["experts"], "experts")
+        )
         return found
 
     [found] = run_ranks(1, train_all)
@@ -70,7 +72,7 @@ def test_every_layout_trains_what_one_process_does(
 ) -> None:
     def train_all() -> dict[str, Any]:
         return {
-            name: trained(
+            name: train_adapters(
                 adapted_run(tmp_path / name, bases["dense"], method=METHODS[name], **layout)
             )
             for name in names
@@ -86,7 +88,7 @@ def test_experts_are_adapted_under_every_layout(
     layout: dict[str, Any], bases: dict[str, Path], alone: dict[str, Any], tmp_path: Path
 ) -> None:
     config = adapted_run(tmp_path / "run", bases["experts"], "experts", **layout)
-    for metric, values in run_ranks(2, trained, config)[0].items():
+    for metric, values in run_ranks(2, train_adapters, config)[0].items():
         assert values == pytest.approx(alone["experts"][metric], rel=1e-5)
 
 
@@ -102,7 +104,7 @@ def test_recomputed_layers_train_behind_a_frozen_embedding(
 ) -> None:
     def train_all() -> list[Any]:
         return [
-            trained(adapted_run(tmp_path / str(number), bases["dense"], **recomputed))
+            train_adapters(adapted_run(tmp_path / str(number), bases["dense"], **recomputed))
             for number, recomputed in enumerate(RECOMPUTED)
         ]
 
@@ -118,7 +120,7 @@ def test_adapters_without_gradients_are_an_error_that_names_them(
         from bridge.training.model import frozen
 
         frozen._recomputes = lambda chunk: False
-        trained(adapted_run(tmp_path / "run", bases["dense"], **RECOMPUTED[1]))
+        train_adapters(adapted_run(tmp_path / "run", bases["dense"], **RECOMPUTED[1]))
 
     with pytest.raises(RankFailure, match=r"parameters that train got no gradient.*linear_qkv\.ad"):
         run_ranks(1, without_the_remedy)
@@ -161,7 +163,7 @@ def test_a_typo_in_the_targets_is_refused_on_every_stage(
         tmp_path / "run", bases["dense"], method=LoRA(target_modules=["linear_qkw"]), **PP
     )
     with pytest.raises(RankFailure, match=r"'linear_qkw' matches no layer; did you mean 'linear_q"):
-        run_ranks(2, trained, config)
+        run_ranks(2, train_adapters, config)
     assert not RunDirectory(tmp_path / "run").holds_a_run()
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from bridge.cli import main
 from gpt_data import write_story
+from gpt_tiny_runs import SMALL
 from poisoned_checkpoints import POISON_TYPE, poison
 from ranks import run_ranks
-from small_runs import SMALL
 
 TINY = (*SMALL, "model.num_layers=1", "train.train_iters=1", "checkpoint.save_at_end=true")
 ADAPTERS = ("peft.method=lora", "--run-dir", "adapters")

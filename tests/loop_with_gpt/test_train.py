@@ -13,6 +13,7 @@ from megatron.core.utils import get_model_config
 from bridge.training.config import ConfigContainer, TrainConfig
 from bridge.training.model.hooks import GradientFinalizer
 from bridge.training.pretrain import pretrain
+from plain_torch import drawn_sample, plain_torch
 from ranks import run_ranks
 from training_runs import (
     Killed,
@@ -20,12 +21,10 @@ from training_runs import (
     OwnData,
     OwnModel,
     a_run,
-    drawn_sample,
     mean_step,
     one_step,
     own_run,
     parameters_of,
-    plain_torch,
     rows,
     series,
     token_step,

@@ -1,11 +1,16 @@
 """Fixtures of the adapters' tests: megatron-core's process groups of one process, on the CPU."""
 
+import contextlib
+import io
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+
+# megatron-core notes on standard error that there is no CUDA.
+with contextlib.redirect_stderr(io.StringIO()):
+    from megatron.core import parallel_state
 
 
 @pytest.fixture(autouse=True)

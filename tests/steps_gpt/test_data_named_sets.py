@@ -13,8 +13,8 @@ from bridge.training.config import ConfigError, TokenizerConfig, configure
 from bridge.training.gpt_step import forward_step
 from bridge.training.pretrain import pretrain
 from gpt_data import build_splits, container, tree, write_pair, write_story
+from gpt_tiny_runs import SMALL
 from ranks import run_ranks
-from small_runs import SMALL
 
 NUMBERS = TokenizerConfig(type="null", vocab_size=100_000)
 

@@ -11,11 +11,11 @@ from bridge.mimo.accuracy import AnswerAccuracy, count_step
 from bridge.training.mimo_step import forward_step
 from bridge.training.pretrain import pretrain
 from bridge.training.usage_error import UsageError
-from evaluation_runs import evaluated
 from mimo_layout_runs import ALONE, MIXED, Chosen, MimoLayout, Sizes, run_in_layout
 from mimo_models import microbatch, sample
 from ranks import run_ranks
 from training_runs import a_run
+from validation_sets import evaluated
 
 IMAGES = MIXED + MIXED[:7]
 """Of a global batch of 16 samples, and of 7 more."""

@@ -13,7 +13,7 @@ from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.mimo_step import forward_step
 from mimo_models import microbatch, mimo_run, sample, tiny_mimo
 from training_runs import a_run, one_step
-from whole_gradients import Gradients, whole_gradients
+from unsharded_gradients import Gradients, unsharded_gradients
 
 MICRO_BATCH, GLOBAL_BATCH = 4, 16
 
@@ -141,7 +141,9 @@ def train_steps(config: ConfigContainer, steps: int = 3) -> Steps:
     def keep() -> None:
         if not gradients:
             gradients.append(
-                whole_gradients(run.model, run.ranks.own_groups, lambda weight: weight.main_grad)
+                unsharded_gradients(
+                    run.model, run.ranks.own_groups, lambda weight: weight.main_grad
+                )
             )
 
     found = Steps(losses=[], grad_norms=[], gradients={})

@@ -60,7 +60,7 @@ def adapted_run(
     return config
 
 
-def trained(config: ConfigContainer) -> dict[str, list[Any]]:
+def train_adapters(config: ConfigContainer) -> dict[str, list[Any]]:
     """Train; return the losses and gradient norms that were logged."""
     pretrain(config, forward_step)
     run_dir = config.checkpoint.run_dir

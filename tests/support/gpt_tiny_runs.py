@@ -19,7 +19,7 @@ SMALL = (
 )
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
+def logged_steps(run: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's logged steps."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "lm loss" in row]
@@ -27,12 +27,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 def trajectory(run: Path) -> list[tuple[int, float, float]]:
     """Return step, loss and gradient norm of every logged step."""
-    return [(row["step"], row["lm loss"], row["grad_norm"]) for row in rows(run)]
+    return [(row["step"], row["lm loss"], row["grad_norm"]) for row in logged_steps(run)]
 
 
 def losses(run: Path) -> list[float]:
     """Return the losses of a run, after checking that no step is missing or told twice."""
-    found = rows(run)
+    found = logged_steps(run)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     return [row["lm loss"] for row in found]
 

@@ -1,4 +1,4 @@
-"""What a library can leave behind in the process of the program that called it."""
+"""The state of this process: everything that a library could leave changed in it."""
 
 import gc
 import logging
@@ -60,8 +60,8 @@ class Footprint:
         return {name: change for name, change in found.items() if name not in _COUNTERS}
 
 
-def take() -> Footprint:
-    """Take the footprint of this process, after its garbage is gone."""
+def take_footprint() -> Footprint:
+    """Return the state of this process, after its garbage is collected."""
     # A parameter that C++ refers to outlives a collection, with what it refers to.
     while gc.collect():
         pass

@@ -14,7 +14,7 @@ type Gradients = dict[str, torch.Tensor]
 """By the parameter's name in a checkpoint, whole."""
 
 
-def whole_gradients(
+def unsharded_gradients(
     model: list[Any], groups: ProcessGroupCollection, gradient_of: Callable[[Any], torch.Tensor]
 ) -> Gradients:
     """Put every parameter's gradient together from all ranks, by the names of a checkpoint."""

@@ -21,7 +21,7 @@ from bridge.training.config import ConfigContainer, DistributedDataParallelConfi
 from bridge.training.gpt_step import forward_step
 from gpt_models import SEQUENCE, build_chunks, microbatch, tiny_gpt
 from training_runs import a_run, gpt_run, one_step
-from whole_gradients import Gradients, whole_gradients
+from unsharded_gradients import Gradients, unsharded_gradients
 
 EXPERTS, TOP = 4, 2
 SEED = 7
@@ -162,7 +162,7 @@ def step_of_ours(objective: Objective, **layout: Any) -> Found:
             data_iterator=[iter(batches) for _ in run.model],
             reducer=run.reducer,
             before_optimizer_step=lambda: gradients.append(
-                whole_gradients(run.model, groups, lambda parameter: parameter.main_grad)
+                unsharded_gradients(run.model, groups, lambda parameter: parameter.main_grad)
             ),
         )
         metrics, norm = dict(result.metrics), float(result.grad_norm or 0.0)
@@ -197,7 +197,9 @@ def step_by_definition(objective: Objective) -> Found:
     return Found(
         metrics=metrics,
         grad_norm=sum(float(gradient.double().square().sum()) for gradient in found) ** 0.5,
-        gradients=whole_gradients([chunk], groups, lambda parameter: of_parameter[id(parameter)]),
+        gradients=unsharded_gradients(
+            [chunk], groups, lambda parameter: of_parameter[id(parameter)]
+        ),
     )
 
 
