@@ -10,7 +10,6 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo, RankRole
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from bridge.mimo.model import build_mimo
 from bridge.training.forward_step import prepare_forward_step_func
 from bridge.training.mimo_step import KEYS, forward_step, get_batch, loss_func
 from bridge.training.model.initial_weights import initialize_weights
@@ -257,7 +256,7 @@ def on_ranks_of_their_own() -> Any:
     mine = ("vision", "language")[torch.distributed.get_rank()]
     groups = groups_of(grids[mine])
     tensor_parallel.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
-    model = build_mimo(resolved(tiny_mimo()), {mine: groups}, grids)
+    model = resolved(tiny_mimo()).build_modules({mine: groups}, grids)
     initialize_weights([model], 1, groups)
     if mine == "vision":
         output, loss_function = forward_step(state(), iter([microbatch()]), model)

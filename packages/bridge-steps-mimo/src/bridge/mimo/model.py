@@ -1,60 +1,59 @@
-"""The multimodal model: megatron-core's, with embeddings placed without waiting for the device."""
+"""The multimodal model: megatron-core's MimoModel without its host-device syncs."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
 
-from bridge.mimo.modules import ImageModality
+from bridge.mimo.modules import ENCODER
 from bridge.mimo.placement import LANGUAGE
-from bridge.mimo.sections import ProjectionConfig
-from bridge.training.megatron_import import expected_messages_held_back, quiet_import
+from bridge.training.megatron_import import quiet_import
 from bridge.training.usage_error import UsageError
 
 with quiet_import():
-    from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.models.mimo.config.base_configs import MimoModelConfig
     from megatron.core.models.mimo.config.role import ModuleLayout
     from megatron.core.models.mimo.model.base import MimoModel
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.utils import unwrap_model
-
-if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from bridge.mimo.model_config import MultimodalModelConfig
-
-ENCODER = "encoder"
-"""The name under which a modality's encoder takes its inputs."""
+    from megatron.core.utils import unwrap_model
 
 
 class MultimodalModel(MimoModel):
-    """Encoders whose outputs take the places of special tokens in a language model's input.
+    """Encoders whose outputs replace the embeddings of special tokens in a language model's input.
 
-    megatron-core's, but for three things. The embeddings are put in their places without asking
-    the device how many places there are. A wrong number of them is an error on the device.
-    And in training an encoder of which a microbatch has no input is run on a blank one that has no
-    place: its gradients are then zeros, not absent, and the ranks reduce and gather in one order,
-    whatever their microbatches hold.
+    It differs from megatron-core's model in three ways:
 
-    Where modules are on ranks of their own, this rank holds one, and whoever calls the last stage
-    of an encoder says how many embeddings are each sample's.
+    - The embeddings are put in position without asking the device how many positions there are.
+    - A wrong number of embeddings is an error on the device.
+    - In training, an encoder without an input in a microbatch runs on a blank one that has no
+      position in the text. Its gradients are then zeros, not absent, so all ranks reduce and gather
+      in one order, whatever their microbatches hold.
+
+    Where modules are on ranks of their own, this rank holds one of them. The caller of an encoder's
+    last stage then passes the number of embeddings of each sample.
+
+    Args:
+        mimo_config: The modules' specifications.
+        language_groups: The process groups of the language model. A rank without it passes those of
+            its own module.
     """
-
-    pg_collection: Any
-    """The process groups of the language model on this rank, or of its only module."""
-    tp_group: Any
-    """Its tensor-parallel group, where megatron-core's checkpoints look for it."""
 
     _blank: frozenset[str] = frozenset()
     """The modalities whose inputs in this pass are blank."""
     _embeddings_per_sample: Mapping[str, list[int]]
-    _configs: Mapping[str, "TransformerConfig"]
-    """Of each module, by its name."""
 
+    def __init__(
+        self, mimo_config: MimoModelConfig, language_groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__(mimo_config, cp_group=language_groups.cp, tp_group=language_groups.tp)
+        # megatron-core's checkpoints look for them.
+        self.pg_collection, self.tp_group = language_groups, language_groups.tp
+
+    @override
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -77,7 +76,7 @@ class MultimodalModel(MimoModel):
             modality_inputs: ``{modality: {encoder: arguments}}``; an absent modality has no item.
             packing_kwargs: megatron-core's boundaries of packed sequences.
             embeddings_per_sample: By modality, for the last stage of an encoder on ranks of its
-                own: each copy of the language model gets those of its samples.
+                own: each replica of the language model gets those of its samples.
 
         Returns:
             The language model's output (a dict of outputs where it does not end), and the mask.
@@ -102,6 +101,7 @@ class MultimodalModel(MimoModel):
         finally:
             self._blank = frozenset()
 
+    @override
     def get_text_embeddings(
         self,
         input_ids: torch.Tensor,
@@ -124,17 +124,18 @@ class MultimodalModel(MimoModel):
         )
         return embedded
 
+    @override
     def align_embeddings_by_token_positions(
         self,
         modality_embeddings: dict[str, torch.Tensor],
         input_ids: torch.Tensor,
         special_token_ids: dict[str, int],
     ) -> torch.Tensor:
-        """Put each modality's embeddings in the places of its tokens, in their order.
+        """Put each modality's embeddings at the positions of its tokens, in their order.
 
         Args:
             modality_embeddings: "text" as `get_text_embeddings` returns it; of each modality,
-                [tokens, hidden], those of all samples one after the other.
+                [tokens, hidden], sample after sample.
             input_ids: [batch, sequence].
             special_token_ids: By modality.
 
@@ -147,26 +148,26 @@ class MultimodalModel(MimoModel):
         """
         combined = modality_embeddings["text"]
         for name, token in special_token_ids.items():
-            places = input_ids == token
+            is_token = input_ids == token
             embeddings = modality_embeddings.get(name)
             if embeddings is None or name in self._blank:
                 number = 0
             else:
                 number = embeddings.shape[0]
             torch._assert_async(
-                places.sum() == number,
+                is_token.sum() == number,
                 f"input_ids: the number of {name!r} tokens ({token}) is not that of their "
                 f"embeddings, {number}; give a token for each embedding",
             )
             if embeddings is None:
                 continue
             if embeddings.shape[0] == 0:
-                # Whoever sent it waits for its gradient.
+                # The rank that sent it waits for its gradient.
                 combined = combined + embeddings.sum()
                 continue
-            order = places.flatten().cumsum(0).view_as(places) - 1
-            placed = embeddings[order.clamp(0, embeddings.shape[0] - 1)].transpose(0, 1)
-            combined = torch.where(places.t().unsqueeze(-1), placed, combined)
+            indices = is_token.flatten().cumsum(0).view_as(is_token) - 1
+            aligned = embeddings[indices.clamp(0, embeddings.shape[0] - 1)].transpose(0, 1)
+            combined = torch.where(is_token.t().unsqueeze(-1), aligned, combined)
         return combined.contiguous()
 
     def modules_on_this_rank(self) -> dict[str, torch.nn.Module]:
@@ -178,31 +179,34 @@ class MultimodalModel(MimoModel):
 
     # --- what the loop asks where each module is on ranks of its own (bridge.training.contracts)
 
-    def own_module(self) -> tuple[torch.nn.Module, "TransformerConfig"]:
+    def own_module(self) -> tuple[torch.nn.Module, TransformerConfig]:
         """Return the only module on this rank, and its config."""
         [(name, module)] = self.modules_on_this_rank().items()
-        return module, self._configs[name]
+        config: TransformerConfig = self._transformer_spec(name).params["config"]
+        return module, config
 
     def replace_own_module(self, wrapped: torch.nn.Module) -> None:
-        """Put the module, wrapped for training, in its place."""
+        """Replace the module by itself, wrapped for training."""
         [name] = self.modules_on_this_rank()
         if name == LANGUAGE:
             self.language_model = wrapped
         else:
             self.modality_submodules[name] = wrapped
 
+    @override
     def sharded_state_dict(
         self,
         prefix: str = "",
         sharded_offsets: tuple[Any, ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Return what a checkpoint holds; names do not tell how the modules are placed."""
+        """Return the tensors of a checkpoint, whose names are the same under every placement."""
         with self._unwrapped():
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[no-untyped-call, no-any-return]
 
+    @override
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Take what `sharded_state_dict` names."""
+        """Load tensors by the names of `sharded_state_dict`."""
         with self._unwrapped():
             return super().load_state_dict(*args, **kwargs)
 
@@ -219,12 +223,21 @@ class MultimodalModel(MimoModel):
         finally:
             self.replace_own_module(wrapped)
 
+    def _transformer_spec(self, name: str) -> ModuleSpec:
+        """Return the specification of a module's transformer."""
+        if name == LANGUAGE:
+            return self.mimo_config.language_model_spec
+        modality: Any = self.mimo_config.modality_submodules_spec[name]
+        encoder: ModuleSpec = modality.submodules["encoders"][ENCODER]
+        return encoder
+
     # --- encoders
 
     @property
     def _is_colocated(self) -> bool:
         return bool(self.role.mode is ModuleLayout.COLOCATED)
 
+    @override
     def _forward_encoders(
         self,
         input_ids: torch.Tensor | None,
@@ -238,11 +251,14 @@ class MultimodalModel(MimoModel):
             hidden_states=(input_tensors or {}).get(name),
         )
         if self.role.is_last_stage(name):
-            output = self._for_samples(output, name)
+            output = self._split_by_sample(output, name)
         return {name: output}
 
-    def _for_samples(self, output: torch.Tensor, name: str) -> torch.Tensor:
-        """Check the number of embeddings, and mark which sample's they are; none of a blank one."""
+    def _split_by_sample(self, output: torch.Tensor, name: str) -> torch.Tensor:
+        """Check the number of embeddings, and note how many are each sample's.
+
+        Those of a blank input are dropped.
+        """
         numbers = self._embeddings_per_sample.get(name)
         if numbers is None:
             raise UsageError(
@@ -251,7 +267,7 @@ class MultimodalModel(MimoModel):
             )
         total = sum(numbers)
         if total == 0:
-            # The slice is copied: megatron-core may free what was sent, but not a view.
+            # The slice is copied: megatron-core may free a tensor that was sent, but not a view.
             output = output[:0].clone()
         if output.shape[0] != total:
             raise UsageError(
@@ -259,15 +275,15 @@ class MultimodalModel(MimoModel):
                 f"that stand for embeddings and {output.shape[0]} embeddings; give a token "
                 f"(model.special_token_ids.{name}={self.special_token_ids[name]}) for each"
             )
-        # Where megatron-core looks, to divide them over the copies of the language model.
+        # megatron-core reads it to divide them over the replicas of the language model.
         output._mimo_bridge_split_sizes = numbers  # type: ignore[attr-defined]
         return output
 
     def _to_run_without(self, inputs: Mapping[str, Any]) -> Iterator[str]:
-        """Yield the modalities on this rank that are run without an item.
+        """Yield the modalities on this rank that run on a blank input.
 
-        They are those that are trained, and on ranks of their own all of them: the language model
-        waits for their embeddings, if only for none.
+        They are those that are trained. On ranks of their own they are all: the language model
+        waits for their embeddings, even for none.
         """
         for name, modality in self.modality_submodules.items():
             if name in inputs or not self.role.is_first_stage(name):
@@ -278,76 +294,3 @@ class MultimodalModel(MimoModel):
     def _blank_inputs(self, name: str) -> dict[str, Any]:
         modality: Any = unwrap_model(self.modality_submodules[name])
         return {key: encoder.blank_inputs() for key, encoder in modality.encoders.items()}
-
-
-def build_mimo(
-    model_config: "MultimodalModelConfig",
-    groups_by_module: Mapping[str, ProcessGroupCollection],
-    grids: Mapping[str, HyperCommGrid] | None = None,
-) -> MultimodalModel:
-    """Build the modules of this rank on the current device.
-
-    Args:
-        model_config: A resolved section.
-        groups_by_module: The process groups of each module that is on this rank, at least one.
-        grids: Where each module's ranks lie, for modules on separate ranks, of which this rank has
-            one; None puts all modules on all ranks, in megatron-core's own groups.
-    """
-    own = next(iter(groups_by_module.values()))
-    language_groups = groups_by_module.get(LANGUAGE, own)
-    # A rank without a module describes it all the same; megatron-core then does not build it.
-    language = model_config.language.spec(language_groups)
-    modalities = {
-        name: _modality(model_config, name, groups_by_module.get(name, own), language)
-        for name in model_config.encoders
-    }
-    with expected_messages_held_back():
-        model = MultimodalModel(
-            MimoModelConfig(
-                language_model_spec=language,
-                modality_submodules_spec=modalities,
-                special_token_ids=dict(model_config.special_token_ids),
-                module_to_grid_map=None if grids is None else dict(grids),
-            ),
-            cp_group=language_groups.cp,
-            tp_group=language_groups.tp,
-        )
-    model.pg_collection, model.tp_group = language_groups, language_groups.tp
-    model._configs = {
-        LANGUAGE: language.params["config"],
-        **{
-            name: spec.submodules["encoders"][ENCODER].params["config"]  # type: ignore[index]
-            for name, spec in modalities.items()
-        },
-    }
-    for name, parameter in model.named_parameters():
-        if model_config.is_frozen(name):
-            parameter.requires_grad_(False)
-    sections = {**model_config.encoders, LANGUAGE: model_config.language}
-    for name, module in model.modules_on_this_rank().items():
-        sections[name].let_modules_accumulate(module)
-    return model
-
-
-def _modality(
-    model_config: "MultimodalModelConfig",
-    name: str,
-    groups: ProcessGroupCollection,
-    language: ModuleSpec,
-) -> ModuleSpec:
-    encoder = model_config.encoders[name]
-    projection = model_config.projections.get(name, ProjectionConfig())
-    return ModuleSpec(
-        module=ImageModality,
-        params={"pg_collection": groups},
-        submodules={
-            "encoders": {ENCODER: encoder.spec(f"model.encoders.{name}", groups)},
-            "input_projections": [
-                projection.spec(
-                    language.params["config"],
-                    input_size=encoder.hidden_size,
-                    pg_collection=groups,
-                )
-            ],
-        },
-    )

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-from bridge.mimo.model import MultimodalModel, build_mimo
+from bridge.mimo.assembly import assemble_model
+from bridge.mimo.model import MultimodalModel
 from bridge.mimo.module_ranks import SeparateRanks, module_ranks_of
 from bridge.mimo.placement import LANGUAGE, Place, picture, separate_places
 from bridge.mimo.sections import (
@@ -21,6 +22,7 @@ from bridge.training.config import ConfigContainer, Layout
 from bridge.training.spelling import did_you_mean
 
 if TYPE_CHECKING:
+    from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 
@@ -70,8 +72,32 @@ class MultimodalModelConfig:
         """Build the model on the current device (see `contracts.ModelConfig.build`)."""
         if isinstance(pg_collection, SeparateRanks):
             groups = {pg_collection.name: pg_collection.own}
-            return build_mimo(self, groups, pg_collection.grids)
-        return build_mimo(self, dict.fromkeys([LANGUAGE, *self.encoders], pg_collection))
+            return self.build_modules(groups, pg_collection.grids)
+        return self.build_modules(dict.fromkeys([LANGUAGE, *self.encoders], pg_collection))
+
+    def build_modules(
+        self,
+        groups_by_module: "Mapping[str, ProcessGroupCollection]",
+        grids: "Mapping[str, HyperCommGrid] | None" = None,
+    ) -> MultimodalModel:
+        """Build the modules of this rank, and freeze those that are not trained.
+
+        Args:
+            groups_by_module: See `assemble_model`.
+            grids: See `assemble_model`.
+        """
+        model = assemble_model(
+            self.language,
+            self.encoders,
+            self.projections,
+            self.special_token_ids,
+            groups_by_module,
+            grids,
+        )
+        for name, parameter in model.named_parameters():
+            if self.is_frozen(name):
+                parameter.requires_grad_(False)
+        return model
 
     def prefixes(self) -> dict[str, str]:
         """Return, for each module and part, how the names of its parameters begin in the model."""

@@ -1,7 +1,7 @@
-"""The modules of a multimodal model that megatron-core does not bring."""
+"""The modules of a multimodal model that megatron-core lacks: image encoder and projections."""
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, override
 
 import torch
 
@@ -21,15 +21,19 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 
-class VisionTransformer(MegatronModule):
-    """An encoder of images: patches, learned positions, a transformer in which all see all.
+ENCODER = "encoder"
+"""The name of a modality's encoder in megatron-core's modality submodules."""
 
-    It is that of arXiv:2010.11929 without the class token, with megatron-core's layers.
+
+class VisionTransformer(MegatronModule):
+    """An encoder of images: patches, learned positions and a bidirectional transformer.
+
+    It is the one of arXiv:2010.11929 without the class token, with megatron-core's layers.
 
     Args:
         config: The finalized transformer.
         image_size: Height and width of the images.
-        patch_size: Height and width of a patch; it divides the image's.
+        patch_size: Height and width of a patch; it divides the image size.
         num_channels: Channels of the images.
         pg_collection: The process groups of this module.
     """
@@ -64,14 +68,15 @@ class VisionTransformer(MegatronModule):
         )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode images, or take them through the first stage of a pipeline.
+        """Encode images, or run the first pipeline stage on them.
 
         Args:
-            pixels: [images, channels, height, width]; any type that converts to the weights'.
+            pixels: [images, channels, height, width], of any type; converted to that of the
+                weights.
 
         Returns:
-            [images, patches, hidden size], the patches row by row. In front of another stage
-            [patches, images, hidden size], for its `further`.
+            [images, patches, hidden size], the patches row by row. Before another stage
+            [patches, images, hidden size], for its `forward_stage`.
 
         Raises:
             UsageError: The images have another shape.
@@ -87,8 +92,8 @@ class VisionTransformer(MegatronModule):
             self.transformer(embedded.transpose(0, 1).contiguous(), attention_mask=None)
         )
 
-    def further(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Take what the stage before has returned through this one; return as `forward`."""
+    def forward_stage(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Run this stage on the output of the one before it; return as `forward`."""
         self.transformer.set_input_tensor(hidden_states)
         return self._output(self.transformer(hidden_states, attention_mask=None))
 
@@ -104,6 +109,7 @@ class VisionTransformer(MegatronModule):
 class ImageModality(VisionModalitySubmodules):
     """An encoder and its projection: megatron-core's, but the encoder may have several stages."""
 
+    @override
     def forward(
         self,
         encoder_inputs: dict[str, Any] | None = None,
@@ -113,11 +119,11 @@ class ImageModality(VisionModalitySubmodules):
 
         Args:
             encoder_inputs: The encoder's arguments by its name, on the first stage.
-            hidden_states: What the stage before has returned, on the others.
+            hidden_states: Output of the stage before it, on the others.
 
         Returns:
-            [tokens, width of the language model]; the encoder's output in front of another stage;
-            None without an input.
+            [tokens, width of the language model]; the encoder's output before another stage; None
+            without an input.
         """
         if hidden_states is None:
             if not encoder_inputs or self.is_last_stage:
@@ -127,7 +133,7 @@ class ImageModality(VisionModalitySubmodules):
             passed: torch.Tensor = self.encoders[name](**arguments)
             return passed
         encoder: Any = next(iter(self.encoders.values()))
-        encoded: torch.Tensor = encoder.further(hidden_states)
+        encoded: torch.Tensor = encoder.forward_stage(hidden_states)
         if not self.is_last_stage:
             return encoded
         return self.project_embeddings([encoded.flatten(0, 1)], is_input=True)
@@ -158,7 +164,7 @@ class LinearProjection(MegatronModule):
 class MLPProjection(MegatronModule):
     """As `LinearProjection`, by two linear layers with a GELU between them.
 
-    Its inner width is the language model's hidden size; tensor-parallel ranks share it.
+    Its inner width is the language model's hidden size, sharded over tensor-parallel ranks.
     """
 
     def __init__(
@@ -190,7 +196,7 @@ def _patches(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _linear(config: TransformerConfig, input_size: int) -> torch.nn.Linear:
-    """Return a layer to the config's width, whole on every rank, that starts without a bias."""
+    """Return a layer to the config's width, unsharded, whose bias is zero at first."""
     layer = torch.nn.Linear(input_size, config.hidden_size)
     draw_with(layer.weight, _initializer(config))
     torch.nn.init.zeros_(layer.bias)
@@ -204,13 +210,13 @@ def _initializer(config: TransformerConfig) -> Any:
 
 def _config_of_mlp(language: TransformerConfig) -> TransformerConfig:
     config = copy.copy(language)
-    # Its second layer looks here for the width between the two, whatever the first was told.
+    # The second layer reads the width between the two here, whatever the first was given.
     config.ffn_hidden_size = language.hidden_size
     config.gated_linear_unit = False
     config.activation_func = torch.nn.functional.gelu
     config.add_bias_linear = True
     config.bias_activation_fusion = False
-    # It sees whole sequences.
+    # Its input is not split along the sequence.
     config.sequence_parallel = False
     return config
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from bridge.mimo.model import ENCODER
+from bridge.mimo.modules import ENCODER
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
