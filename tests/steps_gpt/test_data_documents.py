@@ -4,15 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from bridge.gpt.data.documents import (
+from bridge.gpt.data.text.documents import (
     LARGEST_TARGET_BYTES,
     SMALLEST_TARGET_BYTES,
     cut,
-    find_source,
-    python_standard_library,
     read_documents,
     target_bytes,
 )
+from bridge.gpt.data.text.sources import find_source, python_standard_library
 
 
 def names(source: object) -> list[str]:

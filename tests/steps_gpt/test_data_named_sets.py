@@ -8,7 +8,7 @@ import pytest
 
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.gpt.recipes import gpt_tiny
-from bridge.gpt.report import ByteReport
+from bridge.gpt.run_summary import RunSummary
 from bridge.training.config import ConfigError, TokenizerConfig, configure
 from bridge.training.gpt_step import forward_step
 from bridge.training.pretrain import pretrain
@@ -159,7 +159,7 @@ def test_a_run_evaluates_sets_that_the_command_line_names(tmp_path: Path) -> Non
             def on_train_end(self, context: Any) -> None:
                 summary.extend(context.summary)
 
-        result = pretrain(config, forward_step, [ByteReport(num_tokens=8), Listener()])
+        result = pretrain(config, forward_step, [RunSummary(num_tokens=8), Listener()])
         return dict(result.validation), summary
 
     (validation, summary), (same, _) = run_ranks(2, body, timeout=120, process_group=False)

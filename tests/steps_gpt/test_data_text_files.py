@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
-from bridge.gpt.data.documents import find_source, read_documents
-from bridge.gpt.data.sft.rows import RowKeys, find_rows
-from bridge.gpt.data.text_files import not_text
+from bridge.gpt.data.sft.rows.conversations import RowKeys
+from bridge.gpt.data.sft.rows.row_files import find_rows
+from bridge.gpt.data.text.documents import read_documents
+from bridge.gpt.data.text.not_text import not_text
+from bridge.gpt.data.text.sources import find_source
 from bridge.training import file_kinds
 from gpt_data import build_splits, container, write_pair, write_story
 

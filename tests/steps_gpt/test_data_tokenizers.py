@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bridge.gpt.data.encoder import Encoder
-from bridge.gpt.data.tokenizers import (
+from bridge.gpt.data.tokenization.document_encoder import DocumentEncoder
+from bridge.gpt.data.tokenization.tokenizers import (
     END_OF_DOCUMENT,
     build_tokenizer,
     identity,
@@ -129,7 +129,7 @@ def test_a_tiktoken_file_tokenizes_and_has_its_own_size(tmp_path: Path) -> None:
     assert tokenizer.detokenize(tokenizer.tokenize("other words")) == "other words"
     # The end of a document that is written in one is text.
     assert tokenizer.tokenize("</s>") == [tokenizer.eod]
-    encode = Encoder(tokenizer, np.int32, append_eod=True)
+    encode = DocumentEncoder(tokenizer, np.int32, append_eod=True)
     assert encode(b"</s>").tolist() == [*(1000 + value for value in b"</s>"), tokenizer.eod]
     assert encode.documents_with_special_tokens == 1
 
@@ -147,7 +147,9 @@ def test_a_sentencepiece_model_tokenizes(tmp_path: Path) -> None:
     assert vocab_size(config) == 17
     assert tokenizer.detokenize(tokenizer.tokenize("some more words")) == "some more words"
     assert tokenizer.eod == 2
-    assert tokenizer.eod not in Encoder(tokenizer, np.int32, append_eod=False)(b"some </s> words")
+    assert tokenizer.eod not in DocumentEncoder(tokenizer, np.int32, append_eod=False)(
+        b"some </s> words"
+    )
 
 
 @pytest.mark.xdist_group("transformers")
@@ -222,7 +224,7 @@ def test_the_identity_follows_the_tokenizers_files(tmp_path: Path) -> None:
 def test_documents_end_with_the_end_of_document_token_unless_told_otherwise() -> None:
     tokenizer = build_tokenizer(TokenizerConfig())
     for append, expected in ((True, [97, 255, 256]), (False, [97, 255])):
-        tokens = Encoder(tokenizer, np.uint16, append_eod=append)(b"a\xff")
+        tokens = DocumentEncoder(tokenizer, np.uint16, append_eod=append)(b"a\xff")
         assert tokens.tolist() == expected
         assert tokens.dtype == np.uint16
 
@@ -239,7 +241,7 @@ class _Words:
 
 
 def test_wrong_utf8_is_repaired_and_counted_for_tokenizers_of_text() -> None:
-    encode = Encoder(_Words(), np.int32, append_eod=True)
+    encode = DocumentEncoder(_Words(), np.int32, append_eod=True)
     assert encode(b"two words").tolist() == [3, 5, 9]
     assert encode.repaired_documents == 0
     assert encode(b"bad \xff\xfe").tolist() == [3, 2, 9]

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.gpt.data.tokenizers import ByteTokenizer
+from bridge.gpt.data.tokenization.tokenizers import ByteTokenizer
 from bridge.gpt.sampling import sample_text
 from bridge.training.cpu.adam import FusedAdam
 from gpt_models import build_chunks, tiny_gpt

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.gpt.data.documents import find_source, read_documents
 from bridge.gpt.data.sft.dataset_config import SFTDatasetConfig
-from bridge.gpt.data.sft.docstrings import held_out_modules, instructions
 from bridge.gpt.data.sft.packing import packing_plan
+from bridge.gpt.data.sft.rows.docstring_rows import held_out_modules, instructions
 from bridge.gpt.data.split_plan import parse_split
+from bridge.gpt.data.text.documents import read_documents
+from bridge.gpt.data.text.sources import find_source
 from bridge.training.config import ConfigError, TokenizerConfig, resolve
 from bridge.training.contracts import DataRequest, DataSplits
 from gpt_data import build_splits

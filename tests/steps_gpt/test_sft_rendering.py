@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from bridge.gpt.data.sft.rendering import Renderer
-from bridge.gpt.data.sft.rows import RowKeys, conversation_of
-from bridge.gpt.data.tokenizers import build_tokenizer
+from bridge.gpt.data.sft.rows.conversations import RowKeys, conversation_of
+from bridge.gpt.data.tokenization.tokenizers import build_tokenizer
 from bridge.training.config import TokenizerConfig
 from sft_data import WORDS, chat, word_tokenizer
 

@@ -10,13 +10,8 @@ from typing import Any
 import pytest
 
 from bridge.gpt.data.sft.dataset_config import SFTDatasetConfig
-from bridge.gpt.data.sft.rows import (
-    RowKeys,
-    StoredRows,
-    conversation_of,
-    find_rows,
-    refuse_missing_library,
-)
+from bridge.gpt.data.sft.rows.conversations import RowKeys, conversation_of
+from bridge.gpt.data.sft.rows.row_files import StoredRows, find_rows, reject_missing_library
 from bridge.training.config import ConfigContainer, apply_overrides
 from sft_data import chat, write_rows
 from tiny_configs import TinyModel
@@ -264,5 +259,5 @@ def test_without_the_package_a_hugging_face_dataset_is_refused_with_the_install_
     [source] = find_rows(str(tmp_path), "dataset.path", KEYS).values()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install datasets"):
-        refuse_missing_library(source, "dataset.path")
-    refuse_missing_library(StoredRows(kind="json lines", path=tmp_path, keys=KEYS), "dataset.path")
+        reject_missing_library(source, "dataset.path")
+    reject_missing_library(StoredRows(kind="json lines", path=tmp_path, keys=KEYS), "dataset.path")

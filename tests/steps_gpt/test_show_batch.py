@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bridge.gpt.data.show_batch import described, microbatches
-from bridge.gpt.data.tokenizers import ByteTokenizer
+from bridge.gpt.data.tokenization.tokenizers import ByteTokenizer
 from bridge.training.contracts import DataRequest, DataSplits
 from gpt_data import container
 

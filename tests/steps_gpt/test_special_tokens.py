@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
-from bridge.gpt.data.encoder import Encoder
 from bridge.gpt.data.sft.dataset_config import SFTDatasetConfig
 from bridge.gpt.data.sft.rendering import Renderer
-from bridge.gpt.data.sft.rows import RowKeys, conversation_of
-from bridge.gpt.data.tokenizers import build_tokenizer, hugging_face_tokenizer
+from bridge.gpt.data.sft.rows.conversations import RowKeys, conversation_of
+from bridge.gpt.data.tokenization.document_encoder import DocumentEncoder
+from bridge.gpt.data.tokenization.tokenizers import build_tokenizer, hugging_face_tokenizer
 from gpt_data import build_splits
 from sft_data import CHATML, CONTROL, MARKED_CHATML, chat, letter_tokenizer, write_rows
 
@@ -155,7 +155,7 @@ def test_rows_with_special_tokens_in_them_are_counted_at_every_start(tmp_path: P
 def test_a_document_with_special_tokens_in_it_is_text_and_counted(tmp_path: Path) -> None:
     config = letter_tokenizer(tmp_path / "tokenizer", None)
     tokenizer, reference = build_tokenizer(config), Reference(config)
-    encode = Encoder(tokenizer, np.int32, append_eod=True)
+    encode = DocumentEncoder(tokenizer, np.int32, append_eod=True)
     assert encode(ASKED.encode()).tolist() == reference(ASKED, "<eos>")
     assert encode(b"user <|i").tolist() == reference("user <|i", "<eos>")
     assert encode.documents_with_special_tokens == 1

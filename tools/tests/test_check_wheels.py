@@ -70,7 +70,7 @@ def test_a_package_without_py_typed_is_reported(members: dict[str, Member]) -> N
 
 
 def test_the_marker_of_a_package_stands_at_its_top() -> None:
-    assert typed_markers({"bridge/gpt/data/build.py"}) == {"bridge/gpt/py.typed"}
+    assert typed_markers({"bridge/gpt/model.py"}) == {"bridge/gpt/py.typed"}
     assert typed_markers({"bridge/training/config/sections.py"}) == {"bridge/training/py.typed"}
 
 

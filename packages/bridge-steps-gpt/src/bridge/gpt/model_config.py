@@ -11,7 +11,7 @@ from bridge.training.usage_error import UsageError
 with quiet_import():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from bridge.gpt.data.tokenizers import vocab_size
+    from bridge.gpt.data.tokenization.tokenizers import vocab_size
     from bridge.gpt.families import find_family
     from bridge.gpt.layer_specs import mtp_block_spec
     from bridge.gpt.model import GPT

@@ -11,7 +11,7 @@ from torch.nn import functional
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.gpt.data.sft.dataset_config import SFTDatasetConfig
 from bridge.gpt.model_config import GPTModelConfig
-from bridge.gpt.report import ByteReport
+from bridge.gpt.run_summary import RunSummary
 from bridge.training.config import (
     CheckpointConfig,
     ConfigContainer,
@@ -202,7 +202,7 @@ gpt_tiny = Recipe(
     summary="A byte-level GPT on Python's own sources: two minutes on a CPU, no preparation",
     make_config=_gpt_tiny,
     forward_step=forward_step,
-    callbacks=lambda: [ByteReport()],
+    callbacks=lambda: [RunSummary()],
 )
 
 gpt_tiny_sft = Recipe(

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from bridge.gpt.data.tokenizers import Tokenizer
+from bridge.gpt.data.tokenization.tokenizers import Tokenizer
 from bridge.training.megatron_import import quiet_import
 from bridge.training.usage_error import UsageError
 

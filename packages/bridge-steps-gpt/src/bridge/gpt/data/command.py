@@ -63,9 +63,9 @@ def run_build(arguments: argparse.Namespace) -> int:
         UsageError: Input is missing or empty, or the output exists.
     """
     # These bring torch and megatron-core, which other commands should not wait for.
-    from bridge.gpt.data.build import build_index
-    from bridge.gpt.data.documents import find_source
-    from bridge.gpt.data.tokenizers import build_tokenizer
+    from bridge.gpt.data.text.sources import find_source
+    from bridge.gpt.data.token_files import build_token_files
+    from bridge.gpt.data.tokenization.tokenizers import build_tokenizer
     from bridge.training.config import TokenizerConfig
 
     start = time.monotonic()
@@ -80,7 +80,7 @@ def run_build(arguments: argparse.Namespace) -> int:
     tokenizer = build_tokenizer(
         TokenizerConfig(type=arguments.tokenizer, model=arguments.tokenizer_model)
     )
-    counts = build_index(
+    counts = build_token_files(
         files,
         tokenizer,
         arguments.output,

@@ -1,33 +1,27 @@
 """The data of a GPT run: from a path, or none at all, to megatron-core's datasets."""
 
 import os
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
-from bridge.gpt.data import build as index_files
-from bridge.gpt.data.documents import Source, find_source, python_standard_library
-from bridge.gpt.data.samples import TokenSamples
+from bridge.gpt.data.cache import cache_directory, digest, published_by_first_rank
+from bridge.gpt.data.corpora import open_corpora
+from bridge.gpt.data.next_token_samples import TokenSamples, build_samples
+from bridge.gpt.data.random_tokens import random_splits
 from bridge.gpt.data.split_plan import (
     SPLIT_NAMES,
     WHOLE,
-    Bounds,
-    Corpus,
     SplitPlan,
-    check_files,
-    check_vocabulary,
     parse_split,
     plan_split,
-    read_corpus,
     usual_split,
 )
-from bridge.gpt.data.tokenizers import Tokenizer, build_tokenizer, identity, vocab_size
+from bridge.gpt.data.text.sources import Source, find_source, python_standard_library
+from bridge.gpt.data.token_files import Bounds, TokenFiles, check_files
+from bridge.gpt.data.tokenization.tokenizers import Tokenizer, build_tokenizer, identity
 from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, wrong_set_name
 from bridge.training.local_paths import local_path
 from bridge.training.megatron_import import quiet_import
@@ -35,18 +29,10 @@ from bridge.training.ranks.collectives import on_first_rank
 from bridge.training.usage_error import UsageError
 
 with quiet_import():
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig as MegatronDatasetConfig
 
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
-
-MOCK_TRAIN_SAMPLES = 10_000
-"""One pass over mock data."""
-MOCK_EVALUATION_SAMPLES = 64
-"""The whole of a mock validation or test set."""
 
 
 @dataclass(kw_only=True)
@@ -128,18 +114,22 @@ class GPTDatasetConfig:
             UsageError: Data is missing, empty, damaged, or too short for one sample of a split.
         """
         if self.mock:
-            return self._build_mock(request)
+            return random_splits(request, seq_length=self.sequence_length(request.config))
         if request.config.tokenizer is None:
             raise UsageError("tokenizer: real data needs one; set tokenizer.type")
-        plans, indices_key, warnings_of_text = on_first_rank(lambda: self._plan_with_key(request))
+        plans, indices_key, warning_lines = on_first_rank(lambda: self._plan_with_key(request))
         for plan in plans.values():
             for prefix in plan.prefixes:
                 check_files(prefix)
         tokenizer = build_tokenizer(request.config.tokenizer)
-        directory = index_files.cache_directory(self.cache_dir) / "indices" / indices_key
-        with index_files.published_by_first_rank(directory) as place:
+        final = cache_directory(self.cache_dir) / "indices" / indices_key
+        with published_by_first_rank(final) as directory:
             sets = {
-                name: self._build_set(name, plan, request, tokenizer, place)
+                name: build_samples(
+                    self._megatron_config(plan, request, tokenizer, directory),
+                    plan,
+                    split=_split_name(name),
+                )
                 for name, plan in plans.items()
             }
         return DataSplits(
@@ -149,7 +139,7 @@ class GPTDatasetConfig:
             shuffle=request.train_samples is None,
             fingerprint=self._fingerprint(request, plans["train"]),
             notes=_notes(plans),
-            warnings=warnings_of_text,
+            warnings=warning_lines,
         )
 
     def sequence_length(self, config: "ConfigContainer") -> int:
@@ -233,26 +223,32 @@ class GPTDatasetConfig:
         return found
 
     def _plan_with_key(self, request: DataRequest) -> tuple[dict[str, SplitPlan], str, list[str]]:
-        """Tokenize what is not cached, plan the splits and name their indices. Runs on rank 0.
+        """Tokenize what is not cached and plan the splits. Runs on rank 0.
 
-        The third is what the start-up lines warn of.
+        Returns:
+            The plan of each set that the run draws from, the key of their indices in the cache,
+            and the warnings for the startup messages.
         """
-        noticed: list[str] = []
-        plans = self._plan(request, noticed)
-        return plans, self._indices_key(request, plans), noticed
-
-    def _plan(self, request: DataRequest, noticed: list[str]) -> dict[str, SplitPlan]:
-        found = self._find_all()
+        assert request.config.tokenizer is not None
+        corpora: dict[str, list[TokenFiles]] = {}
+        warning_lines: list[str] = []
         with ExitStack() as stack:
-            corpora = {
-                name: self._corpora(name, sources, request.config, stack, noticed)
-                for name, sources in found.items()
-            }
-            # Too little data ends the block with an error, and then enters no cache.
-            return self._plan_splits(corpora, request)
+            for name, sources in self._find_all().items():
+                corpora[name], lines = open_corpora(
+                    sources,
+                    has_weights=name == "train" and self.weights is not None,
+                    tokenizer=request.config.tokenizer,
+                    cache_dir=cache_directory(self.cache_dir),
+                    json_key=self.json_key,
+                    stack=stack,
+                )
+                warning_lines += [f"warning: {name} data: {line}" for line in lines]
+            # Too little data raises here, and then nothing enters the cache.
+            plans = self._plan_splits(corpora, request)
+        return plans, self._indices_key(request, plans), warning_lines
 
     def _plan_splits(
-        self, corpora: dict[str, list[Corpus]], request: DataRequest
+        self, corpora: dict[str, list[TokenFiles]], request: DataRequest
     ) -> dict[str, SplitPlan]:
         """Plan each set that the run draws from, by its name."""
         seq_length = self.sequence_length(request.config)
@@ -283,100 +279,30 @@ class GPTDatasetConfig:
             )
         return plans
 
-    def _corpora(
-        self,
-        name: str,
-        sources: Sequence[Source],
-        config: "ConfigContainer",
-        stack: ExitStack,
-        noticed: list[str],
-    ) -> list[Corpus]:
-        """One corpus for each weight; without weights one for all text and one for each pair.
-
-        `noticed` takes what the start-up lines are to warn of.
-        """
-        assert config.tokenizer is not None
-        if name != "train" or self.weights is None:
-            prefixes = [prefix for source in sources for prefix in source.prefixes]
-            groups = [tuple(file for source in sources for file in source.files)]
-            order: list[Any] = [*prefixes, *(group for group in groups if group)]
-        else:
-            order = []
-            for source in sources:
-                parts: list[Any] = [*source.prefixes, *([source.files] if source.files else [])]
-                if len(parts) != 1:
-                    raise UsageError(
-                        f"dataset.weights: {source.entry!r} stands for {len(parts)} corpora and "
-                        "has one weight; list them one by one"
-                    )
-                order += parts
-        noticed += [f"warning: {name} data: {line}" for s in sources for line in s.not_read]
-        vocabulary = vocab_size(config.tokenizer)
-        corpora = []
-        for part in order:
-            if isinstance(part, str):
-                corpora.append(read_corpus(part))
-                check_vocabulary(part, vocabulary)
-                continue
-            if config.tokenizer.type == "null":
-                raise UsageError(
-                    "tokenizer.type=null is for mock data and token files, not for text; set "
-                    "tokenizer.type=bytes"
-                )
-            cached = stack.enter_context(
-                index_files.cached_tokens(
-                    part,
-                    config.tokenizer,
-                    index_files.cache_directory(self.cache_dir),
-                    json_key=self.json_key,
-                )
-            )
-            noticed += [f"warning: {name} data: {line}" for line in cached.counts.warnings()]
-            corpora.append(read_corpus(cached.readable_prefix, name=cached.prefix))
-        return corpora
-
-    def _build_set(
-        self,
-        name: str,
-        plan: SplitPlan,
-        request: DataRequest,
-        tokenizer: Tokenizer,
-        directory: Path,
-    ) -> SizedDataset:
+    def _megatron_config(
+        self, plan: SplitPlan, request: DataRequest, tokenizer: Tokenizer, directory: Path
+    ) -> MegatronDatasetConfig:
         weights = None if plan.weights is None else list(plan.weights)
-        of_megatron: Any = tokenizer
-        config = MegatronDatasetConfig(
+        # megatron-core annotates a class of its own and takes any object with these methods.
+        any_tokenizer: Any = tokenizer
+        return MegatronDatasetConfig(
             random_seed=request.config.rng.seed,
             sequence_length=self.sequence_length(request.config),
             blend=(list(plan.prefixes), weights),
-            split="1,0,0",  # the matrix below is what counts
+            split="1,0,0",  # `build_samples` replaces the matrix that it stands for
             num_dataset_builder_threads=self.num_dataset_builder_threads,
             path_to_cache=str(directory),
-            tokenizer=of_megatron,
+            tokenizer=any_tokenizer,
             reset_position_ids=self.reset_position_ids,
             reset_attention_mask=False,
             eod_mask_loss=self.eod_mask_loss,
             create_attention_mask=False,
         )
-        # Sizes and weights differ by set, so each is built by itself.
-        index = SPLIT_NAMES.index(_split_name(name))
-        matrix: list[Any] = [None] * len(SPLIT_NAMES)
-        matrix[index] = plan.bounds
-        config.split_matrix = matrix
-        sizes: list[Any] = [0] * len(SPLIT_NAMES)
-        sizes[index] = plan.size
-        builder = BlendedMegatronDatasetBuilder(TokenSamples, sizes, lambda: True, config)
-        with warnings.catch_warnings():
-            # Of padding, which `TokenSamples` does not know by its id.
-            warnings.filterwarnings("ignore", "The pad token id")
-            dataset: Any = builder.build()[index]
-        built: SizedDataset = dataset
-        return built
 
     def _indices_key(self, request: DataRequest, plans: Mapping[str, SplitPlan]) -> str:
         """megatron-core knows its cached indices by the path of the data, not by what it holds."""
         assert request.config.tokenizer is not None
-        return index_files.digest(
+        return digest(
             {
                 "class": TokenSamples.__name__,
                 "plans": {
@@ -406,69 +332,8 @@ class GPTDatasetConfig:
         }
         return (
             f"{plan.samples} samples of {self.sequence_length(request.config)} tokens, shuffled "
-            f"by {shuffled_by}: {index_files.digest(described)}"
+            f"by {shuffled_by}: {digest(described)}"
         )
-
-    def _build_mock(self, request: DataRequest) -> DataSplits:
-        config = request.config
-        if config.tokenizer is not None:
-            vocabulary = vocab_size(config.tokenizer)
-        else:
-            vocabulary = getattr(config.model, "vocab_size", None) or 0
-        if vocabulary < 1:
-            raise UsageError(
-                "dataset.mock=true: neither tokenizer nor model.vocab_size tells the number of "
-                "tokens; set tokenizer.type=null tokenizer.vocab_size=N"
-            )
-        seq_length = self.sequence_length(config)
-        wanted = (request.train_samples, request.validation_samples, request.test_samples)
-        usual = (MOCK_TRAIN_SAMPLES, MOCK_EVALUATION_SAMPLES, MOCK_EVALUATION_SAMPLES)
-        datasets = [
-            RandomTokens(
-                samples=usual[index] if samples is None else samples,
-                seq_length=seq_length,
-                vocab_size=vocabulary,
-                seed=(config.rng.seed, index),
-            )
-            for index, samples in enumerate(wanted)
-            if samples != 0
-        ]
-        by_split = {dataset.seed[1]: dataset for dataset in datasets}
-        return DataSplits(
-            train=by_split.get(0),
-            validation=by_split.get(1),
-            test=by_split.get(2),
-            shuffle=False,
-            fingerprint=f"random tokens below {vocabulary}, seed {config.rng.seed}",
-            notes={"mock samples": sum(len(dataset) for dataset in datasets)},
-        )
-
-
-class RandomTokens:
-    """Samples of uniformly random tokens, each a function of the seed and its index alone."""
-
-    def __init__(
-        self, *, samples: int, seq_length: int, vocab_size: int, seed: tuple[int, int]
-    ) -> None:
-        self.samples = samples
-        self.seq_length = seq_length
-        self.vocab_size = vocab_size
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __getitem__(self, index: int, /) -> dict[str, torch.Tensor]:
-        if not 0 <= index < self.samples:
-            raise IndexError(f"sample {index} of {self.samples}")
-        generator = np.random.default_rng([*self.seed, index])
-        text = torch.from_numpy(generator.integers(self.vocab_size, size=self.seq_length + 1))
-        return {
-            "tokens": text[:-1].contiguous(),
-            "labels": text[1:].contiguous(),
-            "loss_mask": torch.ones(self.seq_length),
-            "position_ids": torch.arange(self.seq_length),
-        }
 
 
 def _entries(value: str | list[str] | None) -> list[str]:

@@ -11,7 +11,7 @@ from bridge.training.usage_error import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from bridge.gpt.data.tokenizers import Tokenizer
+    from bridge.gpt.data.tokenization.tokenizers import Tokenizer
     from bridge.training.config import ConfigContainer
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UsageError: The configuration has problems, or the recipe's samples are none of a GPT.
     """
-    from bridge.gpt.data.tokenizers import build_tokenizer
+    from bridge.gpt.data.tokenization.tokenizers import build_tokenizer
     from bridge.training.megatron_import import expected_messages_held_back
     from bridge.training.recipe_lookup import checked_ranks, configure, find_recipe, read_documents
 

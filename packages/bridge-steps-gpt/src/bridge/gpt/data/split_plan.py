@@ -5,14 +5,12 @@ never ends, and a sequence longer than the data fails deep inside it.
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from bridge.gpt.data.token_files import Bounds, TokenFiles
 from bridge.training.megatron_import import quiet_import
 from bridge.training.usage_error import UsageError
 
@@ -21,30 +19,11 @@ with quiet_import():
         convert_split_vector_to_split_matrix,
         parse_and_normalize_split,
     )
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-Bounds = tuple[float, float]
 
 WHOLE: Bounds = (0.0, 1.0)
 SPLIT_NAMES = ("train", "validation", "test")
 
-_INDEX_HEADER = b"MMIDIDX\x00\x00"
-_TOKENS_PROBED = 2**20
 _SHARES = (2, 5, 10, 20, 30, 50)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """One .bin/.idx pair, and how long its documents are."""
-
-    prefix: str
-    lengths: NDArray[np.int32]
-    """Tokens of each document (megatron-core calls them sequences). Shape [documents]."""
-
-    def documents_within(self, bounds: Bounds) -> NDArray[np.int32]:
-        """Lengths of the documents of a split: megatron-core's rounding, with the same doubles."""
-        first, last = (int(round(bound * float(len(self.lengths)))) for bound in bounds)
-        return self.lengths[first:last]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +68,7 @@ def parse_split(split: str) -> list[Bounds | None]:
     return bounds
 
 
-def usual_split(corpora: Sequence[Corpus], *, seq_length: int, validation_samples: int) -> str:
+def usual_split(corpora: Sequence[TokenFiles], *, seq_length: int, validation_samples: int) -> str:
     """Two percent for validation, or as much of a small corpus as gives so many samples.
 
     At most half: what is then missing, or wrong, is found when the split is planned.
@@ -98,71 +77,9 @@ def usual_split(corpora: Sequence[Corpus], *, seq_length: int, validation_sample
     return f"{100 - share},{share},0"
 
 
-def read_corpus(prefix: str, *, name: str | None = None) -> Corpus:
-    """Read the document lengths of a .bin/.idx pair and check that the two belong together.
-
-    Args:
-        prefix: Where the files are.
-        name: The prefix to record, if the files are to be moved there.
-
-    Raises:
-        UsageError: The files are missing, empty, damaged or of another format.
-    """
-    check_files(prefix)
-    with open(f"{prefix}.idx", "rb") as stream:
-        if stream.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
-            raise UsageError(
-                f"dataset.path: {prefix}.idx is not an index of megatron-core; make one with "
-                "'bridge data build'"
-            )
-    held = os.path.getsize(f"{prefix}.bin")
-    if held == 0:
-        raise UsageError(f"dataset.path: {prefix}.bin is empty; build it from files with text")
-    index = IndexedDataset(prefix).index
-    lengths = np.array(index.sequence_lengths)
-    needed = int(lengths.sum(dtype=np.int64)) * index.dtype_size
-    if needed > held:
-        raise UsageError(
-            f"dataset.path: {prefix}.bin has {held} bytes and its index tells of {needed}; "
-            "the files do not belong together or were cut short, build them again"
-        )
-    return Corpus(prefix=name or prefix, lengths=lengths)
-
-
-def check_files(prefix: str) -> None:
-    """Look whether this rank sees the files that rank 0 planned with.
-
-    Raises:
-        UsageError: It does not.
-    """
-    for suffix in (".bin", ".idx"):
-        if not os.path.isfile(prefix + suffix):
-            raise UsageError(
-                f"dataset.path: {prefix}{suffix} cannot be seen from this rank; on several nodes "
-                "data and dataset.cache_dir must be on a file system that all of them share"
-            )
-
-
-def check_vocabulary(prefix: str, vocab_size: int) -> None:
-    """Look whether the first tokens of a corpus are in the vocabulary.
-
-    Raises:
-        UsageError: One is not: the files were made with another tokenizer.
-    """
-    dtype: Any = IndexedDataset(prefix).index.dtype
-    tokens = np.fromfile(f"{prefix}.bin", dtype=dtype, count=_TOKENS_PROBED)
-    largest, smallest = int(tokens.max()), int(tokens.min())
-    if largest >= vocab_size or smallest < 0:
-        wrong = largest if largest >= vocab_size else smallest
-        raise UsageError(
-            f"dataset.path: {prefix}.bin holds token {wrong}, and the tokenizer has {vocab_size} "
-            "tokens; set tokenizer.type and tokenizer.model to those that made the files"
-        )
-
-
 def plan_split(
     name: str,
-    corpora: Sequence[Corpus],
+    corpora: Sequence[TokenFiles],
     *,
     bounds: Bounds,
     seq_length: int,
@@ -221,7 +138,7 @@ def plan_split(
     )
 
 
-def _digest_of_lengths(corpora: Iterable[Corpus]) -> str:
+def _digest_of_lengths(corpora: Iterable[TokenFiles]) -> str:
     digest = hashlib.sha256()
     for corpus in corpora:
         digest.update(len(corpus.lengths).to_bytes(8, "little"))
@@ -230,7 +147,7 @@ def _digest_of_lengths(corpora: Iterable[Corpus]) -> str:
 
 
 def _too_little(
-    name: str, corpora: Sequence[Corpus], bounds: Bounds, seq_length: int, split: str
+    name: str, corpora: Sequence[TokenFiles], bounds: Bounds, seq_length: int, split: str
 ) -> str:
     every = sum(int(corpus.lengths.sum(dtype=np.int64)) for corpus in corpora)
     if every <= seq_length:
@@ -254,12 +171,14 @@ def _too_little(
     return message + f"set dataset.split={100 - share},{share},0 {off}"
 
 
-def _samples_in(corpora: Sequence[Corpus], bounds: Bounds, seq_length: int) -> int:
+def _samples_in(corpora: Sequence[TokenFiles], bounds: Bounds, seq_length: int) -> int:
     counts = [int(corpus.documents_within(bounds).sum(dtype=np.int64)) for corpus in corpora]
     return sum(max(0, count - 1) // seq_length for count in counts)
 
 
-def _sufficient_share(corpora: Sequence[Corpus], seq_length: int, samples: int = 1) -> int | None:
+def _sufficient_share(
+    corpora: Sequence[TokenFiles], seq_length: int, samples: int = 1
+) -> int | None:
     """Smallest round percentage that gives validation so many samples and training one."""
     for share in _SHARES:
         start = (100 - share) / 100

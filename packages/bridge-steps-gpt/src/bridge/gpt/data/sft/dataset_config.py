@@ -6,7 +6,7 @@ from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bridge.gpt.data import build as index_files
+from bridge.gpt.data.cache import cache_directory, digest, published_by_first_rank
 from bridge.gpt.data.sft.batches import (
     PackedSamples,
     PaddedBatch,
@@ -23,24 +23,24 @@ from bridge.gpt.data.sft.corpus import (
     is_corpus,
     read_corpus,
 )
-from bridge.gpt.data.sft.docstrings import DocstringRows
 from bridge.gpt.data.sft.packing import packing_plan
-from bridge.gpt.data.sft.placement import (
+from bridge.gpt.data.sft.rendering import LossOn, Renderer
+from bridge.gpt.data.sft.rows.conversations import RowKeys
+from bridge.gpt.data.sft.rows.docstring_rows import DocstringRows
+from bridge.gpt.data.sft.rows.row_files import (
+    RowSource,
+    StoredRows,
+    find_rows,
+    reject_missing_library,
+)
+from bridge.gpt.data.sft.sample_lengths import (
     multiple_of_layout,
     needs_equal_lengths,
     packing_problems,
     sequence_length,
 )
-from bridge.gpt.data.sft.rendering import LossOn, Renderer
-from bridge.gpt.data.sft.rows import (
-    RowKeys,
-    RowSource,
-    StoredRows,
-    find_rows,
-    refuse_missing_library,
-)
-from bridge.gpt.data.sft.told import notes_of, warnings_of
-from bridge.gpt.data.tokenizers import build_tokenizer, identity
+from bridge.gpt.data.sft.startup_messages import notes_of, warnings_of
+from bridge.gpt.data.tokenization.tokenizers import build_tokenizer, identity
 from bridge.training.config import TokenizerConfig
 from bridge.training.contracts import TOKENS, DataRequest, DataSplits, SizedDataset
 from bridge.training.local_paths import local_path
@@ -206,7 +206,7 @@ class SFTDatasetConfig:
         )
         found = find_rows(path, field, keys)
         for source in found.values():
-            refuse_missing_library(source, field)
+            reject_missing_library(source, field)
         return found
 
     def _corpus(self, source: RowSource, config: "ConfigContainer") -> Corpus:
@@ -216,15 +216,15 @@ class SFTDatasetConfig:
             UsageError: A row is malformed, none is left, or this rank does not see the cache.
         """
         key = on_first_rank(lambda: self._key(source, config))
-        directory = index_files.cache_directory(self.cache_dir) / "sft" / key
-        with index_files.published_by_first_rank(directory) as place:
+        directory = cache_directory(self.cache_dir) / "sft" / key
+        with published_by_first_rank(directory) as place:
             on_first_rank(lambda: self._write(source, config, place))
             return read_corpus(place)
 
     def _key(self, source: RowSource, config: "ConfigContainer") -> str:
         """Name what is in a corpus: its rows and how they are rendered and cut."""
         files = [(file, file.stat()) for file in source.files()]
-        return index_files.digest(
+        return digest(
             {
                 "format": FORMAT,
                 "rows": repr(source),
@@ -262,7 +262,7 @@ class SFTDatasetConfig:
             "seed": config.rng.seed,
         }
         kind = "packed sequences" if self.packing else "samples"
-        return f"{samples} {kind}, shuffled by the loop: {index_files.digest(described)}"
+        return f"{samples} {kind}, shuffled by the loop: {digest(described)}"
 
     def _length_problems(self, config: "ConfigContainer") -> Iterator[str]:
         try:

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bridge.gpt.data.sft.rows import ASSISTANT, Conversation
-from bridge.gpt.data.special_tokens import HiddenTokens, SpecialTokens
-from bridge.gpt.data.tokenizers import (
+from bridge.gpt.data.sft.rows.conversations import ASSISTANT, Conversation
+from bridge.gpt.data.tokenization.special_tokens import HiddenTokens, SpecialTokens
+from bridge.gpt.data.tokenization.tokenizers import (
     Tokenizer,
     first_tokens,
     hugging_face_tokenizer,

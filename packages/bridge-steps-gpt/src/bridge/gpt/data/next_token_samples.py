@@ -1,13 +1,19 @@
 """Next-token samples of token files, each with masks and positions of its own."""
 
+import warnings
 from typing import Any, override
 
 import torch
 
+from bridge.gpt.data.split_plan import SPLIT_NAMES, SplitPlan
+from bridge.training.contracts import SizedDataset
 from bridge.training.megatron_import import quiet_import
 
 with quiet_import():
-    from megatron.core.datasets.gpt_dataset import GPTDataset
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 
 class TokenSamples(GPTDataset):
@@ -48,3 +54,27 @@ class TokenSamples(GPTDataset):
             "loss_mask": loss_mask,
             "position_ids": position_ids,
         }
+
+
+def build_samples(config: GPTDatasetConfig, plan: SplitPlan, *, split: str) -> SizedDataset:
+    """Build the samples of a set; its indices are built in the cache of `config`, or read there.
+
+    Args:
+        config: megatron-core's configuration, with the token files of the plan.
+        plan: The documents and the number of samples.
+        split: "train", "validation" or "test".
+    """
+    # megatron-core builds all splits at once; sizes and weights differ, so each is built alone.
+    index = SPLIT_NAMES.index(split)
+    matrix: list[Any] = [None] * len(SPLIT_NAMES)
+    matrix[index] = plan.bounds
+    config.split_matrix = matrix
+    sizes: list[Any] = [0] * len(SPLIT_NAMES)
+    sizes[index] = plan.size
+    builder = BlendedMegatronDatasetBuilder(TokenSamples, sizes, lambda: True, config)
+    with warnings.catch_warnings():
+        # It is about padding by id, which `TokenSamples` does not use.
+        warnings.filterwarnings("ignore", "The pad token id")
+        dataset: Any = builder.build()[index]
+    samples: SizedDataset = dataset
+    return samples

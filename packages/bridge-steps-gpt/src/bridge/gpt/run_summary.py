@@ -4,8 +4,8 @@ from typing import Any
 
 from torch.utils.data import Subset
 
-from bridge.gpt.data.baseline import bigram_entropy_of
-from bridge.gpt.data.tokenizers import build_tokenizer
+from bridge.gpt.bigram_entropy import bigram_entropy_of
+from bridge.gpt.data.tokenization.tokenizers import build_tokenizer
 from bridge.gpt.sampling import sample_text, why_not_sampled
 from bridge.training.callbacks import Callback, CallbackContext
 from bridge.training.model.ddp import parameters_in_sync
@@ -14,7 +14,7 @@ from bridge.training.ranks.launcher_store import is_logging_rank
 _PROMPT_TOKENS = 48
 
 
-class ByteReport(Callback):
+class RunSummary(Callback):
     """Adds to the summary of a finished run what its model writes and how well it predicts.
 
     The bigram entropy is measured on the validation samples that the loss was measured on, of each

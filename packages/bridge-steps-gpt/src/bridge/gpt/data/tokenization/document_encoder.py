@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.gpt.data.special_tokens import SpecialTokens
-from bridge.gpt.data.tokenizers import ByteTokenizer, Tokenizer, text_ids
+from bridge.gpt.data.tokenization.special_tokens import SpecialTokens
+from bridge.gpt.data.tokenization.tokenizers import ByteTokenizer, Tokenizer, text_ids
 
 
-class Encoder:
+class DocumentEncoder:
     """Turns documents into arrays of token ids, each ended by the end-of-document token."""
 
     def __init__(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.gpt.recipes import gpt_tiny
-from bridge.gpt.report import ByteReport
+from bridge.gpt.run_summary import RunSummary
 from bridge.training.callbacks import Callback, CallbackContext
 from bridge.training.gpt_step import forward_step
 from bridge.training.pretrain import pretrain
@@ -39,7 +39,7 @@ def two_steps(
     config.checkpoint.run_dir = str(directory / "run")
     config.checkpoint.save_at_end = False
     listener = Listener()
-    result = pretrain(config, forward_step, callbacks=[ByteReport(num_tokens=8), listener])
+    result = pretrain(config, forward_step, callbacks=[RunSummary(num_tokens=8), listener])
     return listener.summary, result.validation.get("lm loss") or 0.0, bigram(listener.rows)
 
 

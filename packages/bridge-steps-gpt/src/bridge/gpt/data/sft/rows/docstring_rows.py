@@ -14,8 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from bridge.gpt.data.documents import TextFile, count_documents, python_standard_library
-from bridge.gpt.data.sft.rows import ASSISTANT, Conversation, Turn
+from bridge.gpt.data.sft.rows.conversations import ASSISTANT, Conversation, Turn
+from bridge.gpt.data.text.documents import count_documents
+from bridge.gpt.data.text.sources import TextFile, python_standard_library
 
 _TRAINED_ON = 0.98
 """gpt-tiny's share of the documents: `bridge.gpt.data.split_plan.usual_split` leaves two percent of
@@ -24,7 +25,7 @@ a text of this size to validation."""
 
 @dataclass(frozen=True, kw_only=True)
 class DocstringRows:
-    """The rows of one split (see `bridge.gpt.data.sft.rows.RowSource`)."""
+    """The rows of one split (see `bridge.gpt.data.sft.rows.row_files.RowSource`)."""
 
     split: Literal["train", "validation"]
 

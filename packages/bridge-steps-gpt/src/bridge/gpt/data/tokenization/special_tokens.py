@@ -9,7 +9,11 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any
 
-from bridge.gpt.data.tokenizers import Tokenizer, hugging_face_tokenizer, special_token_texts
+from bridge.gpt.data.tokenization.tokenizers import (
+    Tokenizer,
+    hugging_face_tokenizer,
+    special_token_texts,
+)
 from bridge.training.usage_error import UsageError
 
 type Span = tuple[int, int]

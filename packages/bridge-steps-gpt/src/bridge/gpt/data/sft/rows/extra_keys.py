@@ -24,7 +24,7 @@ class _Seen:
 
 
 @dataclass
-class UnusedKeys:
+class ExtraKeys:
     """The keys of the rows of a source that are not read."""
 
     ignored: Collection[str]
@@ -62,7 +62,7 @@ class UnusedKeys:
         )
 
 
-def unused_in(record: Mapping[str, Any], used: Collection[str]) -> list[str]:
+def extra_keys_in(record: Mapping[str, Any], used: Collection[str]) -> list[str]:
     """Return the keys of a row or a turn that say something and are not in `used`.
 
     Null, an empty text and an empty list say nothing: tables have them where a row lacks a key.

@@ -106,8 +106,9 @@ class ByteTokenizer:
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, Any]:
-        """What megatron-core writes into the names of its cached indices."""
-        return OrderedDict({"class": f"{type(self).__module__}.{type(self).__qualname__}"})
+        """The tokenizer's part in the names of megatron-core's cached indices."""
+        # No longer the path of this class: another text would make all cached indices anew.
+        return OrderedDict({"class": "bridge.gpt.data.tokenizers.ByteTokenizer"})
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:

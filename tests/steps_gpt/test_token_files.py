@@ -8,16 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bridge.gpt.data.build import (
-    build_index,
-    cached_tokens,
-    default_cache_dir,
-    published,
-    published_by_first_rank,
-    write_tokens,
-)
-from bridge.gpt.data.documents import find_source, read_documents
-from bridge.gpt.data.tokenizers import ByteTokenizer
+from bridge.gpt.data.cache import default_cache_dir, published, published_by_first_rank
+from bridge.gpt.data.corpora import cached_tokens
+from bridge.gpt.data.text.documents import read_documents
+from bridge.gpt.data.text.sources import find_source
+from bridge.gpt.data.token_files import build_token_files, write_tokens
+from bridge.gpt.data.tokenization.tokenizers import ByteTokenizer
 from bridge.training.config import TokenizerConfig
 from bridge.training.ranks.collectives import on_first_rank
 from bridge.training.usage_error import UsageError
@@ -33,7 +29,7 @@ def text_of(prefix: str | Path) -> bytes:
 def test_tokens_read_back_are_the_text_with_an_end_after_each_document(tmp_path: Path) -> None:
     story = write_story(tmp_path / "story.txt")
     files = find_source(str(story)).files
-    counts = build_index(files, ByteTokenizer(), str(tmp_path / "out"))
+    counts = build_token_files(files, ByteTokenizer(), str(tmp_path / "out"))
 
     documents = list(read_documents(files))
     assert len(documents) > 10
@@ -50,7 +46,7 @@ def test_files_that_exist_are_never_overwritten(half: str, tmp_path: Path) -> No
     files = find_source(str(write_story(tmp_path / "story.txt"))).files
     (tmp_path / half).write_text("precious")
     with pytest.raises(ValueError, match="exist and are not overwritten"):
-        build_index(files, ByteTokenizer(), str(tmp_path / "out"))
+        build_token_files(files, ByteTokenizer(), str(tmp_path / "out"))
     assert (tmp_path / half).read_text() == "precious"
     assert tree(tmp_path) == sorted([half, "story.txt"])
 
@@ -64,7 +60,7 @@ class _FailsInTheMiddle(ByteTokenizer):
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     files = find_source(str(write_story(tmp_path / "story.txt"))).files
     with pytest.raises(OSError, match="disk full"):
-        build_index(files, _FailsInTheMiddle(), str(tmp_path / "out"))
+        build_token_files(files, _FailsInTheMiddle(), str(tmp_path / "out"))
     with pytest.raises(ValueError, match="no text"):
         write_tokens([], ByteTokenizer(), str(tmp_path / "story.none"))
     (tmp_path / "story.none.bin").unlink()
@@ -163,12 +159,12 @@ def test_what_a_killed_build_left_is_removed_by_the_next_and_a_running_one_is_le
             os.kill(os.getpid(), signal.SIGKILL)
 
         monkeypatch.setattr(os, "link", dying_link)
-        build_index(files, ByteTokenizer(), str(tmp_path / "made" / "out"))
+        build_token_files(files, ByteTokenizer(), str(tmp_path / "made" / "out"))
 
     of_another = tmp_path / "cache" / ".theirs.partial-1"
     of_another.mkdir()
     killed(in_cache)
-    killed(lambda: build_index(files, _IsKilled(), str(tmp_path / "made" / "out")))
+    killed(lambda: build_token_files(files, _IsKilled(), str(tmp_path / "made" / "out")))
     killed(between_the_halves)
     assert len(tree(tmp_path / "cache")) == 3
     assert "out.bin" in tree(tmp_path / "made")
@@ -180,7 +176,7 @@ def test_what_a_killed_build_left_is_removed_by_the_next_and_a_running_one_is_le
             pass
         assert running.is_dir()
     assert tree(tmp_path / "cache") == [of_another.name, "other", "running"]
-    build_index(files, ByteTokenizer(), str(tmp_path / "made" / "out"))
+    build_token_files(files, ByteTokenizer(), str(tmp_path / "made" / "out"))
     assert tree(tmp_path / "made") == ["out.bin", "out.idx"]
 
 
@@ -201,7 +197,7 @@ def test_a_full_disk_is_told_and_nothing_is_left_on_it(tmp_path: Path) -> None:
                 pass
         assert tree(disk / "cache") == ["tokens"]
         with pytest.raises(UsageError, match="--output=.* cannot be written .No space left"):
-            build_index(files, ByteTokenizer(), str(disk / "out"))
+            build_token_files(files, ByteTokenizer(), str(disk / "out"))
         assert tree(disk) == ["cache", "cache/tokens"]
 
 

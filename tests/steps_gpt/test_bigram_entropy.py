@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from bridge.gpt.data.baseline import bigram_entropy, bigram_entropy_of
+from bridge.gpt.bigram_entropy import bigram_entropy, bigram_entropy_of
 
 
 def brute_force(pairs: list[tuple[int, int]]) -> float:

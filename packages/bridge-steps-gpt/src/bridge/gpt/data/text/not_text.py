@@ -1,24 +1,14 @@
-"""Files of text as users have them: plain, or compressed with gzip, bzip2 or xz.
+"""Files that are not text: their rejection, by what they are.
 
-Anything else is rejected by what it is, with the place of the first byte that is not text and,
-for kinds that hold rows, with the command that makes JSON Lines of it.
+The message has the place of the first byte that is not text and, for kinds that hold rows, the
+command that makes JSON Lines of the file.
 """
 
-import bz2
-import gzip
-import json
-import lzma
-import mmap
-import shutil
-import tempfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any, BinaryIO
 
+from bridge.gpt.data.text.text_files import COMPRESSED, COMPRESSION_SUFFIXES, UNPACKING, open_text
 from bridge.training.file_kinds import (
     HEAD_BYTES,
     FileKind,
@@ -29,18 +19,6 @@ from bridge.training.file_kinds import (
     kind_of,
 )
 from bridge.training.usage_error import UsageError
-
-_COMPRESSED: dict[FileKind | None, Callable[..., Any]] = {
-    FileKind.GZIP: gzip.open,
-    FileKind.BZIP2: bz2.open,
-    FileKind.XZ: lzma.open,
-}
-_COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz")
-_UNPACKING: dict[FileKind | None, str] = {
-    FileKind.GZIP: "gzip -dc",
-    FileKind.BZIP2: "bzip2 -dc",
-    FileKind.XZ: "xz -dc",
-}
 
 HOLDS_ROWS = frozenset(
     {
@@ -91,9 +69,9 @@ class NotText:
         name = self.path.name
         unpack = ""
         packed = kind_of(head_of(self.path))
-        if packed in _UNPACKING:
-            unpack = f"{_UNPACKING[packed]} < {quote(str(self.path))} | "
-            if self.path.suffix.lower() in _COMPRESSION_SUFFIXES:
+        if packed in UNPACKING:
+            unpack = f"{UNPACKING[packed]} < {quote(str(self.path))} | "
+            if self.path.suffix.lower() in COMPRESSION_SUFFIXES:
                 name = self.path.stem
         made = Path(name)
         source = "" if unpack else f" {quote(str(self.path))}"
@@ -103,69 +81,11 @@ class NotText:
         )
 
 
-def json_error(error: ValueError | RecursionError) -> str:
-    """Return why a line is not JSON, without the line number that counts within it."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg}, at character {error.pos + 1}"
-    return str(error)
-
-
-def text_suffix(path: Path) -> str:
-    """Return a file's suffix in lower case, without that of its compression."""
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in _COMPRESSION_SUFFIXES else suffix
-
-
-def is_compressed(path: Path) -> bool:
-    """Whether a file is compressed in a way that is read here."""
-    return kind_of(head_of(path)) in _COMPRESSED
-
-
-@contextmanager
-def open_text(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressed.
-
-    Raises:
-        UsageError: The compressed file is damaged or cut off.
-    """
-    kind = kind_of(head_of(path))
-    if kind not in _COMPRESSED:
-        with path.open("rb") as stream:
-            yield stream
-        return
-    try:
-        with _COMPRESSED[kind](path, "rb") as stream:
-            yield stream
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise UsageError(
-            f"{path}: is {kind} that cannot be decompressed ({error}); get it again, or leave it "
-            "out"
-        ) from error
-
-
-@contextmanager
-def mapped_text(path: Path) -> Iterator[bytes | mmap.mmap]:
-    """Map the text of a file into memory; that of a compressed one by way of a temporary file."""
-    with open_text(path) as stream:
-        if not is_compressed(path):
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                yield text
-            return
-        with tempfile.TemporaryFile() as plain:
-            shutil.copyfileobj(stream, plain, 1 << 20)
-            plain.flush()
-            if plain.tell() == 0:
-                yield b""
-                return
-            with mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                yield text
-
-
 def beginning_not_text(path: Path) -> NotText | None:
     """Return why the first bytes of a file are not text, None if they are."""
     head = head_of(path)
     packed = kind_of(head)
-    if packed in _COMPRESSED:
+    if packed in COMPRESSED:
         with open_text(path) as stream:
             head = stream.read(HEAD_BYTES)
     else:

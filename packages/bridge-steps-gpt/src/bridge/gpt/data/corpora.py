@@ -1,0 +1,166 @@
+"""Corpora of a set of samples: token files that exist, and those that are made of its text.
+
+Text is tokenized once: the token files of the same text and tokenizer are kept in the cache.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bridge.gpt.data.cache import digest, published
+from bridge.gpt.data.text.documents import read_documents
+from bridge.gpt.data.text.sources import Source, TextFile
+from bridge.gpt.data.token_files import (
+    TokenCounts,
+    TokenFiles,
+    check_vocabulary,
+    read_token_files,
+    write_tokens,
+)
+from bridge.gpt.data.tokenization.tokenizers import build_tokenizer, identity, vocab_size
+from bridge.training.config import TokenizerConfig
+from bridge.training.usage_error import UsageError
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 2
+"""Part of every cache key: raise it when documents are cut or encoded differently."""
+_TOKENS = "tokens"
+
+type _Part = str | tuple[TextFile, ...]
+"""The prefix of token files, or files of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedTokens:
+    """Token files in the cache."""
+
+    prefix: str
+    """Where they are once the block that made them has ended."""
+    readable_prefix: str
+    """Where they are inside that block."""
+    counts: TokenCounts
+    """Their contents."""
+
+
+def open_corpora(
+    sources: Sequence[Source],
+    *,
+    has_weights: bool,
+    tokenizer: TokenizerConfig,
+    cache_dir: Path,
+    json_key: str,
+    stack: ExitStack,
+) -> tuple[list[TokenFiles], list[str]]:
+    """Open the corpora of a set; text is tokenized unless it is in the cache.
+
+    Args:
+        sources: The files that each entry of the user's path stands for.
+        has_weights: Whether each entry has a weight, and then has to be one corpus. Without
+            weights all text is one corpus, and each pair of token files is one.
+        tokenizer: The tokenizer of the run.
+        cache_dir: The folder of the cache.
+        json_key: Key of the text in a line of JSON Lines.
+        stack: Text that is tokenized now enters the cache when this stack is closed.
+
+    Returns:
+        The corpora, and a line for each thing that a user should know of.
+
+    Raises:
+        UsageError: Data is missing, empty, damaged, or of another tokenizer.
+    """
+    warning_lines = [line for source in sources for line in source.not_read]
+    vocabulary = vocab_size(tokenizer)
+    corpora = []
+    for part in _each_of_weight(sources) if has_weights else _all_text_as_one(sources):
+        if isinstance(part, str):
+            corpora.append(read_token_files(part))
+            check_vocabulary(part, vocabulary)
+            continue
+        if tokenizer.type == "null":
+            raise UsageError(
+                "tokenizer.type=null is for mock data and token files, not for text; set "
+                "tokenizer.type=bytes"
+            )
+        cached = stack.enter_context(cached_tokens(part, tokenizer, cache_dir, json_key=json_key))
+        warning_lines += cached.counts.warnings()
+        corpora.append(read_token_files(cached.readable_prefix, name=cached.prefix))
+    return corpora, warning_lines
+
+
+def _all_text_as_one(sources: Sequence[Source]) -> list[_Part]:
+    prefixes: list[_Part] = [prefix for source in sources for prefix in source.prefixes]
+    text = tuple(file for source in sources for file in source.files)
+    return [*prefixes, text] if text else prefixes
+
+
+def _each_of_weight(sources: Sequence[Source]) -> list[_Part]:
+    order: list[_Part] = []
+    for source in sources:
+        parts: list[_Part] = [*source.prefixes, *([source.files] if source.files else [])]
+        if len(parts) != 1:
+            raise UsageError(
+                f"dataset.weights: {source.entry!r} stands for {len(parts)} corpora and "
+                "has one weight; list them one by one"
+            )
+        order += parts
+    return order
+
+
+@contextmanager
+def cached_tokens(
+    files: Sequence[TextFile],
+    tokenizer_config: TokenizerConfig,
+    cache_dir: Path,
+    *,
+    json_key: str = "text",
+) -> Iterator[CachedTokens]:
+    """Tokenize files into the cache, unless the same is there already.
+
+    The same are: the files' names, sizes and times of change, the tokenizer and its files. What
+    was written enters the cache when the block ends; if the block raises, it is thrown away.
+
+    Raises:
+        UsageError: There is no text, or the cache cannot be written.
+    """
+    key = digest(
+        {
+            "format": _FORMAT,
+            "files": [[str(f.path), f.size, f.modified_ns, f.chosen] for f in files],
+            "tokenizer": identity(tokenizer_config),
+            "json_key": json_key,
+        }
+    )
+    final = cache_dir / "tokens" / key
+    with published(final) as directory:
+        readable = directory / _TOKENS
+        if not readable.with_suffix(".idx").exists():
+            _tokenize_into(readable, files, tokenizer_config, json_key)
+        yield CachedTokens(
+            prefix=str(final / _TOKENS),
+            readable_prefix=str(readable),
+            counts=TokenCounts(**json.loads(readable.with_suffix(".json").read_text())),
+        )
+
+
+def _tokenize_into(
+    prefix: Path, files: Sequence[TextFile], tokenizer_config: TokenizerConfig, json_key: str
+) -> None:
+    size = sum(file.size for file in files)
+    logger.info("tokenizing %d files, %.1f MB", len(files), size / 1e6)
+    start = time.monotonic()
+    tokenizer = build_tokenizer(tokenizer_config)
+    skipped: list[str] = []
+    documents = read_documents(files, json_key=json_key, skipped=skipped)
+    counts = write_tokens(documents, tokenizer, str(prefix), skipped=skipped)
+    prefix.with_suffix(".json").write_text(json.dumps(asdict(counts)))
+    logger.info(
+        "tokenized %d documents into %d tokens in %.1f s",
+        counts.documents,
+        counts.tokens,
+        time.monotonic() - start,
+    )

@@ -1,0 +1,79 @@
+"""Random tokens in place of data (dataset.mock), for measuring."""
+
+import numpy as np
+import torch
+
+from bridge.gpt.data.tokenization.tokenizers import vocab_size
+from bridge.training.contracts import DataRequest, DataSplits
+from bridge.training.usage_error import UsageError
+
+MOCK_TRAIN_SAMPLES = 10_000
+"""One pass over mock data."""
+MOCK_EVALUATION_SAMPLES = 64
+"""The whole of a mock validation or test set."""
+
+
+def random_splits(request: DataRequest, *, seq_length: int) -> DataSplits:
+    """Return splits of random tokens, with as many samples as are asked for.
+
+    Raises:
+        UsageError: Neither the tokenizer nor the model has the number of tokens.
+    """
+    config = request.config
+    if config.tokenizer is not None:
+        vocabulary = vocab_size(config.tokenizer)
+    else:
+        vocabulary = getattr(config.model, "vocab_size", None) or 0
+    if vocabulary < 1:
+        raise UsageError(
+            "dataset.mock=true: neither tokenizer nor model.vocab_size tells the number of "
+            "tokens; set tokenizer.type=null tokenizer.vocab_size=N"
+        )
+    wanted = (request.train_samples, request.validation_samples, request.test_samples)
+    usual = (MOCK_TRAIN_SAMPLES, MOCK_EVALUATION_SAMPLES, MOCK_EVALUATION_SAMPLES)
+    datasets = [
+        RandomTokens(
+            samples=usual[index] if samples is None else samples,
+            seq_length=seq_length,
+            vocab_size=vocabulary,
+            seed=(config.rng.seed, index),
+        )
+        for index, samples in enumerate(wanted)
+        if samples != 0
+    ]
+    by_split = {dataset.seed[1]: dataset for dataset in datasets}
+    return DataSplits(
+        train=by_split.get(0),
+        validation=by_split.get(1),
+        test=by_split.get(2),
+        shuffle=False,
+        fingerprint=f"random tokens below {vocabulary}, seed {config.rng.seed}",
+        notes={"mock samples": sum(len(dataset) for dataset in datasets)},
+    )
+
+
+class RandomTokens:
+    """Samples of uniformly random tokens, each a function of the seed and its index alone."""
+
+    def __init__(
+        self, *, samples: int, seq_length: int, vocab_size: int, seed: tuple[int, int]
+    ) -> None:
+        self.samples = samples
+        self.seq_length = seq_length
+        self.vocab_size = vocab_size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int, /) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.samples:
+            raise IndexError(f"sample {index} of {self.samples}")
+        generator = np.random.default_rng([*self.seed, index])
+        text = torch.from_numpy(generator.integers(self.vocab_size, size=self.seq_length + 1))
+        return {
+            "tokens": text[:-1].contiguous(),
+            "labels": text[1:].contiguous(),
+            "loss_mask": torch.ones(self.seq_length),
+            "position_ids": torch.arange(self.seq_length),
+        }

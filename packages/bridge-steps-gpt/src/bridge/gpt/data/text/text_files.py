@@ -1,0 +1,87 @@
+"""Text files as users have them: plain, or compressed with gzip, bzip2 or xz."""
+
+import bz2
+import gzip
+import json
+import lzma
+import mmap
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bridge.training.file_kinds import FileKind, head_of, kind_of
+from bridge.training.usage_error import UsageError
+
+COMPRESSED: dict[FileKind | None, Callable[..., Any]] = {
+    FileKind.GZIP: gzip.open,
+    FileKind.BZIP2: bz2.open,
+    FileKind.XZ: lzma.open,
+}
+COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz")
+UNPACKING: dict[FileKind | None, str] = {
+    FileKind.GZIP: "gzip -dc",
+    FileKind.BZIP2: "bzip2 -dc",
+    FileKind.XZ: "xz -dc",
+}
+
+
+def json_error(error: ValueError | RecursionError) -> str:
+    """Return why a line is not JSON, without the line number that counts within it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, at character {error.pos + 1}"
+    return str(error)
+
+
+def text_suffix(path: Path) -> str:
+    """Return a file's suffix in lower case, without that of its compression."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSION_SUFFIXES else suffix
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file is compressed in a way that is read here."""
+    return kind_of(head_of(path)) in COMPRESSED
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressed.
+
+    Raises:
+        UsageError: The compressed file is damaged or cut off.
+    """
+    kind = kind_of(head_of(path))
+    if kind not in COMPRESSED:
+        with path.open("rb") as stream:
+            yield stream
+        return
+    try:
+        with COMPRESSED[kind](path, "rb") as stream:
+            yield stream
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise UsageError(
+            f"{path}: is {kind} that cannot be decompressed ({error}); get it again, or leave it "
+            "out"
+        ) from error
+
+
+@contextmanager
+def mapped_text(path: Path) -> Iterator[bytes | mmap.mmap]:
+    """Map the text of a file into memory; that of a compressed one by way of a temporary file."""
+    with open_text(path) as stream:
+        if not is_compressed(path):
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                yield text
+            return
+        with tempfile.TemporaryFile() as plain:
+            shutil.copyfileobj(stream, plain, 1 << 20)
+            plain.flush()
+            if plain.tell() == 0:
+                yield b""
+                return
+            with mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                yield text
