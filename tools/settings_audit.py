@@ -370,7 +370,7 @@ def _rejected_on_gpu(path: str) -> bool:
     config.model.layer_spec = "transformer_engine"  # type: ignore[attr-defined]
     rules = {"optimizer": OPTIMIZER, "ddp": DDP, "model": (*MODEL, *LAYERS)}[section]
     problems = rejections_in(getattr(config, section), section, config, rules)
-    return any(problem.startswith(f"{path}=") for problem in problems)
+    return any(problem.blamed == path for problem in problems)
 
 
 def language_trial(name: str, holder: Any) -> Trial | None:

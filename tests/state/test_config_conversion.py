@@ -152,7 +152,7 @@ def test_every_kind_of_value_survives_the_way_through_yaml() -> None:
 def test_a_value_without_a_name_is_refused_with_its_field(nameless: Any) -> None:
     with pytest.raises(FieldProblems) as error:
         to_plain({"a": nameless}, Any, "model.thing")
-    assert error.value.lines[0].startswith("model.thing.a: ")
+    assert error.value.problems[0].text.startswith("model.thing.a: ")
 
 
 def test_a_partial_of_a_named_function_is_written_with_its_arguments() -> None:

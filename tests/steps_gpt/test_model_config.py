@@ -252,4 +252,4 @@ class TestFlops:
 
 
 def problems(model: GPTModelConfig, **sections: Any) -> list[str]:
-    return list(model.problems(run_of(model, **sections)))
+    return [str(problem) for problem in model.problems(run_of(model, **sections))]

@@ -1,7 +1,7 @@
 """The GPT model's section of a run's configuration, which also builds the model."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ with quiet_import():
     from bridge.gpt.families import find_family
     from bridge.gpt.layer_specs import mtp_block_spec
     from bridge.gpt.model import GPT
-    from bridge.training.config import ConfigContainer
+    from bridge.training.config import ConfigContainer, Problem
     from bridge.training.contracts import ExportedWeight
     from bridge.training.model.language_model_section import LanguageModelSection
 
@@ -124,7 +124,7 @@ class GPTModelConfig(LanguageModelSection):
         """
         return find_family(self).exported_weights(self)
 
-    def problems(self, config: ConfigContainer) -> Iterable[str]:
+    def problems(self, config: ConfigContainer) -> Iterator[str | Problem]:
         """Yield what megatron-core would reject only while it builds, or would not notice."""
         yield from self.language_model_problems("model")
         yield from self._tokenizer_problems(config)

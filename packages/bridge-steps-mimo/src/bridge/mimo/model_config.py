@@ -18,7 +18,7 @@ from bridge.mimo.sections import (
     ProjectionConfig,
     VisionEncoderConfig,
 )
-from bridge.training.config import ConfigContainer, Layout
+from bridge.training.config import ConfigContainer, Layout, Problem
 from bridge.training.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class MultimodalModelConfig:
                 "set 0"
             )
 
-    def problems(self, config: ConfigContainer) -> Iterator[str]:
+    def problems(self, config: ConfigContainer) -> Iterator[str | Problem]:
         """Yield contradictions within the section and within those of the modules."""
         for name in self.encoders:
             if name == LANGUAGE or not name.isidentifier():

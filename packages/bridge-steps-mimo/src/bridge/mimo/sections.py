@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.mimo.modules import LinearProjection, MLPProjection, VisionTransformer
-from bridge.training.config import ConfigContainer
+from bridge.training.config import ConfigContainer, Problem
 from bridge.training.megatron_import import quiet_import
 from bridge.training.model.language_model_section import LanguageModelSection
 from bridge.training.model.transformer_section import TransformerSection
@@ -43,7 +43,7 @@ class ModuleSection(TransformerSection):
     Its parallel sizes are filled in from ``model.parallelism``.
     """
 
-    def problems(self, path: str, config: ConfigContainer) -> Iterator[str]:
+    def problems(self, path: str, config: ConfigContainer) -> Iterator[str | Problem]:
         """Yield what contradicts, or is not supported in a multimodal model.
 
         Args:
@@ -98,7 +98,7 @@ class LanguageModelConfig(ModuleSection, LanguageModelSection):
         arguments["scatter_embedding_sequence_parallel"] = False
         return ModuleSpec(module=GPTModel, params=arguments)
 
-    def problems(self, path: str, config: ConfigContainer) -> Iterator[str]:
+    def problems(self, path: str, config: ConfigContainer) -> Iterator[str | Problem]:
         """Yield as `ModuleSection.problems`, and what is wrong with vocabulary and sequence."""
         yield from super().problems(path, config)
         yield from self.language_model_problems(path)
@@ -147,7 +147,7 @@ class VisionEncoderConfig(ModuleSection):
             },
         )
 
-    def problems(self, path: str, config: ConfigContainer) -> Iterator[str]:
+    def problems(self, path: str, config: ConfigContainer) -> Iterator[str | Problem]:
         """Yield as `ModuleSection.problems`, and what is wrong with the images' sizes."""
         yield from super().problems(path, config)
         sizes = ("image_size", "patch_size", "num_channels")

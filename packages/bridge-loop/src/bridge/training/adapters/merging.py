@@ -137,6 +137,6 @@ def _of_one_rank(config: ConfigContainer) -> ConfigContainer:
                 setattr(config.model, name, value)
     resolved, problems = resolve_collecting(config, device="cpu", world_size=1)
     # Nothing is trained: what stands against the data or the batches does not matter.
-    if of_model := [line for line in problems if line.startswith(("model", "peft"))]:
+    if of_model := [p for p in problems if p.blamed.partition(".")[0] in ("model", "peft")]:
         raise ConfigError(of_model)
     return resolved

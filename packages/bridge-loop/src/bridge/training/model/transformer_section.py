@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
-from bridge.training.config import ConfigContainer
+from bridge.training.config import ConfigContainer, Problem
 from bridge.training.config.checks.unsupported import rejections_in
 from bridge.training.megatron_import import quiet_import
 from bridge.training.model.transformer_limits import LAYERS
@@ -145,7 +145,7 @@ class TransformerSection(TransformerConfig):
             for linear in linears:
                 linear.fuse_wgrad_accumulation = True
 
-    def feature_problems(self, path: str, config: ConfigContainer) -> Iterator[str]:
+    def feature_problems(self, path: str, config: ConfigContainer) -> Iterator[str | Problem]:
         """Yield what megatron-core would refuse only while it builds, or would not notice.
 
         Args:

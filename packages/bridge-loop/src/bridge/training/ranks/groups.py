@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from bridge.training import cpu
 from bridge.training.config import ConfigContainer, Layout, layout_of
-from bridge.training.config.checks.pipeline_layout import embedding_stages
+from bridge.training.config.layout import embedding_stages
 from bridge.training.contracts import DataShare, ModuleRanks, PlacesModules, own_groups
 from bridge.training.launchers import rank_environment
 from bridge.training.megatron_import import expected_messages_held_back

@@ -16,6 +16,7 @@ from bridge.training.config.layout import Layout, layout_of
 from bridge.training.config.overrides import YamlDocument, YamlText, apply_overrides, configure
 from bridge.training.config.reference import Key, describe, reference_text
 from bridge.training.config.resolution import resolve
+from bridge.training.config.schema.errors import Problem
 from bridge.training.config.sections import (
     CheckpointConfig,
     DistConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "LoggerConfig",
     "MixedPrecisionConfig",
     "OptimizerConfig",
+    "Problem",
     "RNGConfig",
     "RerunConfig",
     "SchedulerConfig",

@@ -9,13 +9,8 @@ from typing import Any, Literal, Self
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from bridge.training.config.derivation import (
-    DERIVED,
-    derived_paths,
-    listed_as_derived,
-    note_derived_values,
-)
 from bridge.training.config.errors import ConfigError
+from bridge.training.config.provenance import DERIVED, Provenance
 from bridge.training.config.schema.chosen_by_name import METHOD
 from bridge.training.config.schema.convert import build_dataclass, convert
 from bridge.training.config.schema.errors import ConversionError, FieldProblems
@@ -96,11 +91,7 @@ class ConfigContainer:
 
     def __post_init__(self) -> None:
         """Start without a record of where values came from."""
-        self._derived: dict[str, Any] = {}
-        """Fields that resolution filled in, with the value: they follow the others if those
-        change, and are not taken for the user's."""
-        self._given: set[str] = set()
-        """Fields that the command line set, which resolution must not fill in otherwise."""
+        self.provenance = Provenance()
 
     def to_dict(self, *, brief: bool = False) -> dict[str, Any]:
         """Return plain values (YAML's types) from which `from_dict` makes an equal object.
@@ -118,8 +109,8 @@ class ConfigContainer:
         try:
             plain: dict[str, Any] = to_plain(self, type(self), "", brief=brief)
         except FieldProblems as error:
-            raise ConfigError(error.lines) from error
-        if derived := derived_paths(self):
+            raise ConfigError(error.problems) from error
+        if derived := self.provenance.derived_paths(self):
             plain[DERIVED] = derived
         return plain
 
@@ -144,11 +135,9 @@ class ConfigContainer:
             with names_of_a_file():
                 config: Self = build_dataclass(cls, sections, "")
         except FieldProblems as error:
-            raise ConfigError(error.lines) from error
-        listed, problems = listed_as_derived(plain)
-        if problems:
+            raise ConfigError(error.problems) from error
+        if problems := config.provenance.record_derived(config, plain, is_complete=True):
             raise ConfigError(problems)
-        note_derived_values(config, listed)
         return config
 
     @classmethod
@@ -185,7 +174,7 @@ def peft_method(method: str, **fields: Any) -> PEFTMethod:
     try:
         section: PEFTMethod = convert({METHOD: method, **fields}, PEFTMethod, "peft")
     except FieldProblems as error:
-        raise ConfigError(error.lines) from error
+        raise ConfigError(error.problems) from error
     except ConversionError as error:
         raise ConfigError([f"peft.{error}"]) from error
     return section

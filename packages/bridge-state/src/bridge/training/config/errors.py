@@ -1,7 +1,9 @@
 """The one error of a configuration: everything that is wrong with it, at once."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from bridge.training.config.schema.errors import Problem
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -11,9 +13,11 @@ if TYPE_CHECKING:
 class ConfigError(UsageError):
     """A configuration cannot be used; `problems` has one line for each reason."""
 
-    def __init__(self, problems: list[str], *, remainder: "ConfigContainer | None" = None) -> None:
-        """Collect `problems`; `remainder` is the configuration without the refused values."""
-        self.problems = list(dict.fromkeys(problems))
+    def __init__(
+        self, problems: Iterable[Problem | str], *, remainder: "ConfigContainer | None" = None
+    ) -> None:
+        """Collect `problems`; `remainder` is the configuration without the rejected values."""
+        self.problems = list(dict.fromkeys(map(str, problems)))
         self.remainder = remainder
         count = len(self.problems)
         heading = "1 problem" if count == 1 else f"{count} problems"

@@ -1,9 +1,12 @@
-"""How the ranks of a run are arranged."""
+"""The arrangement of a run's ranks, and of the layers on pipeline stages."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.training.contracts import ArrangesRanks
 
@@ -68,3 +71,40 @@ def layout_of(model: Any, world_size: int) -> Layout:
         data=world_size // model_ranks,
         world_size=world_size,
     )
+
+
+def placed_layers(model: TransformerConfig) -> PipelineParallelLayerLayout | None:
+    """Return the layers by stage as model.pipeline_model_parallel_layout places them.
+
+    None where there is no such placement, or megatron-core rejects it.
+    """
+    placed: Any = model.pipeline_model_parallel_layout
+    if placed is None or isinstance(placed, PipelineParallelLayerLayout):
+        return placed
+    try:
+        return PipelineParallelLayerLayout(placed, model.pipeline_model_parallel_size)
+    except AssertionError:  # It is reported as megatron-core's own when its config is made.
+        return None
+
+
+def embedding_stages(model: Any) -> list[int]:
+    """Return the pipeline ranks between which megatron-core adds the embedding's gradients.
+
+    They are the first one, the last one for its output layer, and that of the multi-token
+    prediction layers, which have a copy of the embedding. A rank of this group whose weight is no
+    copy, as the untied output layer after such layers, would get a wrong gradient.
+
+    Args:
+        model: A model section.
+    """
+    ranks = getattr(model, "pipeline_model_parallel_size", 1)
+    placed = placed_layers(model) if isinstance(model, TransformerConfig) else None
+    if placed is None or not model.mtp_num_layers:
+        return sorted({0, ranks - 1})
+    copies = {
+        rank
+        for rank, chunks in enumerate(placed.layout)
+        if any(LayerType.mtp in layers for layers in chunks)
+    }
+    tied = getattr(model, "share_embeddings_and_output_weights", False)
+    return sorted({0} | copies | ({ranks - 1} if tied else set()))

@@ -9,14 +9,8 @@ from typing import Any, Literal
 from bridge.training.config.checks.suggestions import likely_meant, unknown_key
 from bridge.training.config.checks.types import assign
 from bridge.training.config.container import SECTIONS, ConfigContainer
-from bridge.training.config.derivation import (
-    DERIVED,
-    derived_values,
-    get_value,
-    listed_as_derived,
-    same,
-)
 from bridge.training.config.errors import ConfigError
+from bridge.training.config.provenance import DERIVED
 from bridge.training.config.resolution import resolve_collecting
 from bridge.training.config.schema.chosen_by_name import (
     METHOD,
@@ -25,7 +19,7 @@ from bridge.training.config.schema.chosen_by_name import (
     method_names,
 )
 from bridge.training.config.schema.convert import convert, takes_mappings
-from bridge.training.config.schema.errors import ConversionError, FieldProblems
+from bridge.training.config.schema.errors import ConversionError, FieldProblems, Problem
 from bridge.training.config.schema.fields import (
     TARGET,
     annotations_of,
@@ -36,7 +30,6 @@ from bridge.training.config.schema.fields import (
 )
 from bridge.training.config.schema.import_limits import names_of_a_file
 from bridge.training.config.schema.paths import (
-    exists,
     is_dataclass_instance,
     item_annotation,
     names_in,
@@ -125,13 +118,13 @@ def configure(
 
     Raises:
         ConfigError: With every problem of either. A contradiction that involves a value which was
-            refused is left out: it would speak of a value that nobody gave.
+            rejected is left out: it would speak of a value that nobody gave.
     """
     merge = _Merge(config.copy())
     merge.everything(overrides, yaml_documents)
     where = device(merge.config) if callable(device) else device
     resolved, problems = resolve_collecting(
-        merge.config, device=where, world_size=world_size, refused=merge.refused
+        merge.config, device=where, world_size=world_size, rejected=merge.rejected
     )
     if merge.problems or problems:
         raise ConfigError(merge.problems + problems, remainder=resolved)
@@ -139,12 +132,13 @@ def configure(
 
 
 class _Merge:
-    """Changes one configuration in place, and collects what it had to refuse."""
+    """Changes one configuration in place, and collects what it had to reject."""
 
     def __init__(self, config: ConfigContainer) -> None:
         self.config = config
-        self.problems: list[str] = []
-        self.refused: set[str] = set()
+        self.problems: list[Problem] = []
+        self.rejected: set[str] = set()
+        """Fields whose values were rejected."""
 
     def everything(self, overrides: Sequence[str], documents: Sequence[YamlDocument]) -> None:
         for number, document in enumerate(documents, start=1):
@@ -156,7 +150,9 @@ class _Merge:
                 source = document.source
             with names_of_a_file(lambda: self._names_given(overrides)):
                 self._document(document)
-            self.problems[before:] = [f"{p} ({source})" for p in self.problems[before:]]
+            self.problems[before:] = [
+                problem.with_text(f"{problem} ({source})") for problem in self.problems[before:]
+            ]
         # The fields that there are depend on the method, wherever it is named.
         for override in sorted(overrides, key=lambda text: not _chooses_method(text)):
             self._override(override)
@@ -174,12 +170,12 @@ class _Merge:
         try:
             plain = _read(document)
         except (ConversionError, OSError, UnicodeDecodeError) as error:
-            self.problems.append(f"the document {error}")
+            self._reject("", f"the document {error}")
             return
         if plain is None:
             return
         if not isinstance(plain, Mapping):
-            self.problems.append(f"expected sections with their fields, got {plain!r}")
+            self._reject("", f"expected sections with their fields, got {plain!r}")
             return
         for section, content in plain.items():
             if section == "recipe":
@@ -192,29 +188,32 @@ class _Merge:
                 self._section(section, content)
             else:
                 self._is_a_section(section, content)
-        self._note_derived(plain)
+        provenance = self.config.provenance
+        self.problems += provenance.record_derived(self.config, plain, is_complete=False)
 
     def _recipe(self, name: Any) -> None:
         if self.config.recipe is None:
             self._set(self.config, "recipe", name, "recipe")
         elif name is not None and name != self.config.recipe:
-            self.problems.append(
-                f"recipe: it belongs to {name!r}, and this run is of {self.config.recipe!r}"
+            self._reject(
+                "recipe",
+                f"recipe: it belongs to {name!r}, and this run is of {self.config.recipe!r}",
             )
 
     def _section(self, section: str, content: Mapping[Any, Any] | None) -> None:
         if section == "peft" and content is not None and METHOD in content:
             self._choose_method(content[METHOD])
-            if _METHOD_PATH in self.refused:
+            if _METHOD_PATH in self.rejected:
                 return
         present = getattr(self.config, section)
         if content is not None and dataclasses.is_dataclass(present):
             self._fields(present, section, content)
         elif content is not None and present is not None:
             if set(content) != {TARGET} or content[TARGET] != class_name(type(present)):
-                self.problems.append(
+                self._reject(
+                    section,
                     f"{section}: {class_name(type(present))} is not a dataclass, so text cannot "
-                    "change it: set it from Python"
+                    "change it: set it from Python",
                 )
         else:
             self._set(self.config, section, content, section)
@@ -223,9 +222,8 @@ class _Merge:
         fields = fields_of(holder)
         target = content.get(TARGET, class_name(type(holder)))
         if target != class_name(type(holder)):
-            self.problems.append(
-                f"{path}: {TARGET} is {target!r}, and this run's is {class_name(type(holder))!r}"
-            )
+            this = class_name(type(holder))
+            self._reject(path, f"{path}: {TARGET} is {target!r}, and this run's is {this!r}")
             return
         for key, value in content.items():
             here = join(path, key)
@@ -253,18 +251,6 @@ class _Merge:
             else:
                 self._set(present, key, value, here, annotation=annotation)
 
-    def _note_derived(self, plain: Mapping[Any, Any]) -> None:
-        """Take what a saved configuration had filled in for derived, not for the user's own."""
-        listed, problems = listed_as_derived(plain)
-        self.problems += problems
-        for path, (value, reason) in derived_values(self.config).items():
-            follows = reason is not None and same(get_value(self.config, path), value)
-            if follows and exists(plain, path):
-                listed.append(path)
-        for path in listed:
-            if exists(self.config, path):
-                self.config._derived[path] = get_value(self.config, path)
-
     # --- the command line
 
     def _override(self, override: str) -> None:
@@ -272,26 +258,27 @@ class _Merge:
         path = path.strip()
         section, *keys = path.split(".")
         if not equals:
-            self.problems.append(f"{override!r}: expected section.field=value")
+            self._reject(path, f"{override!r}: expected section.field=value")
         elif section == "recipe":
-            self.problems.append("recipe: it is chosen by its name, not by an override")
+            self._reject(path, "recipe: it is chosen by its name, not by an override")
         elif section == "command":
-            self.problems.append("command: it is chosen by its name, not by an override")
+            self._reject(path, "command: it is chosen by its name, not by an override")
         elif section not in SECTIONS or not all(keys):
             self._unknown(path)
         elif not keys and text != "null":
             self._is_a_section(section, text)
         elif not text.strip():
-            self.problems.append(f"{path}: has no value; write null for none, '' for empty text")
+            self._reject(path, f"{path}: has no value; write null for none, '' for empty text")
         elif not keys:
             self._section(section, None)
         elif path == _METHOD_PATH:
             self._choose_method(text.strip())
         elif section == "peft" and self.config.peft is None:
-            if _METHOD_PATH not in self.refused:
-                self.problems.append(
+            if _METHOD_PATH not in self.rejected:
+                self._reject(
+                    path,
                     f"{path}: the run trains the whole model; choose {_METHOD_PATH} "
-                    f"(of {', '.join(method_names())}) beside it"
+                    f"(of {', '.join(method_names())}) beside it",
                 )
         else:
             self._override_field(section, keys, text.strip())
@@ -315,7 +302,8 @@ class _Merge:
                 return
             if not is_dataclass_instance(inner) and not isinstance(inner, dict):
                 kind = "has no fields" if key != section else "is not a dataclass"
-                self.problems.append(f"{'.'.join(names)}: {path} {kind}, so text cannot change it")
+                whole = ".".join(names)
+                self._reject(whole, f"{whole}: {path} {kind}, so text cannot change it")
                 return
             holder, holder_path = inner, path
         path = join(holder_path, names[-1])
@@ -324,7 +312,7 @@ class _Merge:
         elif isinstance(holder, Mapping):
             self._has_fields(path, holder[names[-1]], text)
         elif self._set(holder, names[-1], text, path, from_text=True):
-            self.config._given.add(path)
+            self.config.provenance.mark_given(path)
 
     def _override_item(
         self, mapping: dict[Any, Any], key: str, text: str, path: str, annotation: Any
@@ -332,7 +320,7 @@ class _Merge:
         path = join(path, key)
         wanted = item_annotation(annotation)
         if self._set(mapping, key, text, path, annotation=wanted, from_text=True):
-            self.config._given.add(path)
+            self.config.provenance.mark_given(path)
 
     def _absent_section(self, holder: Any, key: str, path: str) -> Any:
         """Make the optional section that is about to be filled, of its annotated class."""
@@ -352,8 +340,8 @@ class _Merge:
         try:
             self.config.peft = changed_method(self.config.peft, method_class(name))
         except ConversionError as error:
-            self.problems.append(f"{_METHOD_PATH}: {error}")
-            self.refused.add(_METHOD_PATH)
+            self._reject(_METHOD_PATH, f"{_METHOD_PATH}: {error}")
+            self.rejected.add(_METHOD_PATH)
 
     def _set(
         self,
@@ -369,7 +357,7 @@ class _Merge:
         if not isinstance(holder, dict):
             annotation = annotations_of(type(holder))[name]
             if is_runtime_hook(fields_of(holder)[name]) and value not in (None, "null"):
-                self.problems.append(f"{path}: is set by the loop while it runs, not by text")
+                self._reject(path, f"{path}: is set by the loop while it runs, not by text")
                 return False
         try:
             if from_text:
@@ -377,31 +365,32 @@ class _Merge:
             else:
                 converted = convert(value, annotation, path)
         except FieldProblems as error:
-            self.problems.extend(error.lines)
+            self.problems.extend(error.problems)
         except ConversionError as error:
-            self.problems.append(f"{path}: {error}")
+            self._reject(path, f"{path}: {error}")
         else:
             if isinstance(holder, dict):
                 holder[name] = converted
             else:
                 assign(holder, name, converted)
             return True
-        self.refused.add(path)
+        self.rejected.add(path)
         return False
 
     def _unknown(self, path: str) -> None:
         self.problems.append(unknown_key(self.config, path))
-        self.refused.update(likely_meant(self.config, path))
+        self.rejected.update(likely_meant(self.config, path))
 
     def _is_a_section(self, section: str, value: Any) -> None:
         self._has_fields(section, getattr(self.config, section), value)
 
     def _has_fields(self, path: str, present: Any, value: Any) -> None:
         example = next(iter(names_in(present)), None)
-        self.problems.append(
-            f"{path}: is a section, it cannot be {value!r}"
-            + (f"; set its fields, such as {path}.{example}" if example else "")
-        )
+        hint = f"; set its fields, such as {path}.{example}" if example else ""
+        self._reject(path, f"{path}: is a section, it cannot be {value!r}{hint}")
+
+    def _reject(self, path: str, text: str) -> None:
+        self.problems.append(Problem((path,) if path else (), text))
 
 
 def _chooses_method(override: str) -> bool:
@@ -417,7 +406,7 @@ def _texts_in(plain: Any) -> Iterator[str]:
 
 
 def _has_parts(value: Any, annotation: Any) -> bool:
-    """Tell whether `value` is a mapping of dataclasses."""
+    """Whether `value` is a mapping of dataclasses."""
     if not isinstance(value, dict):
         return False
     return dataclasses.is_dataclass(item_annotation(annotation)) or any(

@@ -1,13 +1,19 @@
 """Fills in and checks a configuration: the one place that decides by the device."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Literal
 
-from bridge.training.config.checks.contradictions import rebuilt_sections, validate
-from bridge.training.config.checks.types import check_types
+from bridge.training.config.checks.bounds import problems_of_bounds
+from bridge.training.config.checks.contradictions import contradictions
+from bridge.training.config.checks.megatron import rebuild_sections, transformer_errors
+from bridge.training.config.checks.own_sections import misspelled_methods, problems_of_sections
+from bridge.training.config.checks.parallel_layout import layout_problems
+from bridge.training.config.checks.types import check_types, url_problems
+from bridge.training.config.checks.unsupported import unsupported_settings
 from bridge.training.config.container import ConfigContainer
-from bridge.training.config.derivation import fill_derived_values, forget_derived_values
 from bridge.training.config.errors import ConfigError
+from bridge.training.config.schema.errors import Problem
+from bridge.training.config.schema.paths import is_within
 
 
 def resolve(
@@ -34,20 +40,46 @@ def resolve_collecting(
     *,
     device: Literal["cuda", "cpu"],
     world_size: int,
-    refused: Collection[str] = (),
-) -> tuple[ConfigContainer, list[str]]:
+    rejected: Collection[str] = (),
+) -> tuple[ConfigContainer, list[Problem]]:
     """Do what `resolve` does, and return its problems instead of raising them.
 
-    `refused` names fields whose values were refused before: nothing is said about those.
+    Args:
+        config: As for `resolve`.
+        device: As for `resolve`.
+        world_size: As for `resolve`.
+        rejected: Fields whose values were rejected before. A problem about one of them is left
+            out, since it would speak of a value that nobody gave.
     """
     resolved = config.copy()
-    problems, wrong_type = check_types(resolved)
-    refused = {*refused, *wrong_type}
-    forget_derived_values(resolved)
+    problems, wrong_types = check_types(resolved)
+    rejected = {*rejected, *wrong_types}
+    resolved.provenance.reset_derived(resolved)
     resolved.dist.device = device
     if resolved.mixed_precision.precision == "auto":
         resolved.mixed_precision.precision = "bf16" if device == "cuda" else "fp32"
-    problems += fill_derived_values(resolved)
-    problems += rebuilt_sections(resolved, refused)
-    problems += validate(resolved, world_size=world_size, refused=refused)
+    problems += resolved.provenance.fill_in_derived(resolved)
+    problems += rebuild_sections(resolved, rejected)
+    urls = url_problems(resolved)
+    problems += urls
+    rejected.update(problem.blamed for problem in urls)
+    checked = _problems_of_values(resolved, world_size, rejected)
+    problems += [problem for problem in checked if not problem.is_about(rejected)]
     return resolved, problems
+
+
+def _problems_of_values(
+    config: ConfigContainer, world_size: int, rejected: Collection[str]
+) -> Iterator[Problem]:
+    ours = [
+        *unsupported_settings(config),
+        *problems_of_bounds(config),
+        *problems_of_sections(config, rejected),
+    ]
+    of_layout = layout_problems(config, world_size)
+    yield from contradictions(config)
+    yield from of_layout
+    if not any(is_within(path, "model") for path in rejected):
+        yield from transformer_errors(config, [*of_layout, *ours])
+    yield from ours
+    yield from misspelled_methods(config)

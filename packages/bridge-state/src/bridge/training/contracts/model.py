@@ -8,7 +8,7 @@ import torch
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from bridge.training.config import ConfigContainer, Layout
+    from bridge.training.config import ConfigContainer, Layout, Problem
 
 
 @runtime_checkable
@@ -69,10 +69,11 @@ class ArrangesRanks(Protocol):
         """Return the layout on `world_size` ranks, which `layout_problems` has nothing against."""
         ...
 
-    def layout_problems(self, world_size: int) -> Iterable[str]:
+    def layout_problems(self, world_size: int) -> "Iterable[str | Problem]":
         """Yield one line for each reason why the modules do not fit on `world_size` ranks.
 
-        Further lines of the last may draw how they would lie.
+        Further lines of the last may draw how they would lie. A line has the form of those of
+        `ChecksItself`.
         """
         ...
 
@@ -103,6 +104,10 @@ class ScalesLearningRates(Protocol):
 class ChecksItself(Protocol):
     """A section of one's own may look for contradictions before anything is built."""
 
-    def problems(self, config: "ConfigContainer") -> Iterable[str]:
-        """Yield one line for each problem: field, value and remedy. It must build nothing."""
+    def problems(self, config: "ConfigContainer") -> "Iterable[str | Problem]":
+        """Yield one line for each problem, ``section.field=value: why; what to do``.
+
+        A line is left out of the report if it names a field whose value was rejected before. A
+        `Problem` says itself which fields it is about. The check must build nothing.
+        """
         ...

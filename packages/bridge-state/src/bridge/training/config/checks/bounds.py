@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from bridge.training.config.schema.errors import Problem
 from bridge.training.config.schema.fields import fields_of
 from bridge.training.config.schema.paths import parts_of
 from bridge.training.config.schema.to_plain import text_of
@@ -81,7 +82,7 @@ BALANCING = (
 """Values of moe_router_load_balancing_type; megatron-core balances nothing for another one."""
 
 
-def problems_of_bounds(config: "ConfigContainer") -> Iterator[str]:
+def problems_of_bounds(config: "ConfigContainer") -> Iterator[Problem]:
     """Yield a problem for each value that megatron-core has no meaning for."""
     yield from _outside(config.optimizer, "optimizer", OPTIMIZER)
     yield from _outside(config.ddp, "ddp", DDP)
@@ -91,39 +92,44 @@ def problems_of_bounds(config: "ConfigContainer") -> Iterator[str]:
             yield from _experts(part, path)
 
 
-def _outside(section: Any, path: str, bounds: tuple[Bound, ...]) -> Iterator[str]:
+def _outside(section: Any, path: str, bounds: tuple[Bound, ...]) -> Iterator[Problem]:
     fields = fields_of(section)
     for bound in bounds:
         for name in bound.fields:
             value = getattr(section, name) if name in fields else None
             numbers = [v for v in _items(value) if isinstance(v, int | float)]
             if not all(map(bound.contains, numbers)):
-                yield f"{path}.{name}={text_of(value)}: must be {bound.wanted}; change it"
+                text = f"{path}.{name}={text_of(value)}: must be {bound.wanted}; change it"
+                yield Problem((f"{path}.{name}",), text)
 
 
-def _experts(model: TransformerConfig, path: str) -> Iterator[str]:
+def _experts(model: TransformerConfig, path: str) -> Iterator[Problem]:
     experts, chosen, frequency = model.num_moe_experts, model.moe_router_topk, model.moe_layer_freq
     if experts is None:
         return
     if chosen > experts:
-        yield (
+        yield Problem(
+            (f"{path}.moe_router_topk", f"{path}.num_moe_experts"),
             f"{path}.moe_router_topk={chosen}: a token cannot go to more than "
-            f"{path}.num_moe_experts={experts} experts; lower it"
+            f"{path}.num_moe_experts={experts} experts; lower it",
         )
     balancing = model.moe_router_load_balancing_type
     for item in _items(balancing):
         if item not in BALANCING:
-            yield (
+            yield Problem(
+                (f"{path}.moe_router_load_balancing_type",),
                 f"{path}.moe_router_load_balancing_type={text_of(balancing)}: there is no "
-                f"{item}; take one of {', '.join(BALANCING)}"
+                f"{item}; take one of {', '.join(BALANCING)}",
             )
     if isinstance(frequency, int):
         if frequency < 1:
-            yield f"{path}.moe_layer_freq={frequency}: must be positive; change it"
+            text = f"{path}.moe_layer_freq={frequency}: must be positive; change it"
+            yield Problem((f"{path}.moe_layer_freq",), text)
     elif len(frequency) != model.num_layers:
-        yield (
+        yield Problem(
+            (f"{path}.moe_layer_freq", f"{path}.num_layers"),
             f"{path}.moe_layer_freq={text_of(frequency)}: must have a number for each of "
-            f"{path}.num_layers={model.num_layers} layers; change it"
+            f"{path}.num_layers={model.num_layers} layers; change it",
         )
 
 

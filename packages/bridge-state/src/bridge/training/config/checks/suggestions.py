@@ -1,9 +1,10 @@
-"""What an unknown key was probably meant to be."""
+"""Unknown keys, and the existing ones that were probably meant."""
 
 import dataclasses
 from typing import Any
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
+from bridge.training.config.schema.errors import Problem
 from bridge.training.config.schema.fields import annotations_of, fields_of
 from bridge.training.config.schema.paths import names_in, parts_of, value_at
 from bridge.training.spelling import nearest
@@ -26,16 +27,17 @@ def declared_class(section: str) -> type | None:
     return None
 
 
-def unknown_key(config: ConfigContainer, path: str) -> str:
-    """Return the line about a key that does not exist, with the nearest one that does."""
+def unknown_key(config: ConfigContainer, path: str) -> Problem:
+    """Return the problem of a key that does not exist, with the nearest ones that do."""
     meant = likely_meant(config, path)
-    return f"{path}: unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+    text = f"{path}: unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+    return Problem((path, *meant), text)
 
 
 def likely_meant(config: ConfigContainer, path: str) -> list[str]:
     """Return the existing keys that `path` most probably stands for, none if nothing is near.
 
-    A near key beside it within a section comes first, then the same key in another section or in
+    A near key next to it within a section comes first, then the same key in another section or in
     a part of the same one, then a near one in the same section, then a near one anywhere.
     """
     place, _, key = path.rpartition(".")

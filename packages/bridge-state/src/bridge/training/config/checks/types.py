@@ -1,4 +1,4 @@
-"""Finds values that Python code assigned to fields of another type, or to no field at all."""
+"""Values that their field does not take: of another type, URLs, attributes that are no fields."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from bridge.training.config.checks.suggestions import unknown_key
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.schema.convert import convert
-from bridge.training.config.schema.errors import ConversionError, FieldProblems
+from bridge.training.config.schema.errors import ConversionError, FieldProblems, Problem
 from bridge.training.config.schema.fields import (
     annotations_of,
     default_of,
@@ -15,27 +15,40 @@ from bridge.training.config.schema.fields import (
     join,
 )
 from bridge.training.config.schema.paths import parts_of
+from bridge.training.local_paths import holds_local_paths, url_problem, urls_in
 
 
-def check_types(config: ConfigContainer) -> tuple[list[str], set[str]]:
+def check_types(config: ConfigContainer) -> tuple[list[Problem], set[str]]:
     """Convert every value of `config` to its field's type, in place.
 
     Returns:
-        A line for each that does not fit, and the paths of those. They hold their class's default
-        afterwards, so that what depends on other fields can be checked still.
+        A problem for each that does not fit, and the paths of those. They hold their class's
+        default afterwards, so that what depends on other fields can be checked still.
     """
-    problems: list[str] = []
-    refused: set[str] = set()
-    _check_fields(config, "", config, problems, refused)
+    problems: list[Problem] = []
+    rejected: set[str] = set()
+    _check_fields(config, "", config, problems, rejected)
     for name in SECTIONS:
         # A field's value is replaced before the parts within it are looked at.
         for path, part in parts_of(getattr(config, name), name):
-            _check_fields(part, path, config, problems, refused)
-    return problems, refused
+            _check_fields(part, path, config, problems, rejected)
+    return problems, rejected
+
+
+def url_problems(config: ConfigContainer) -> list[Problem]:
+    """Return a problem for each URL in a field that takes paths of this machine."""
+    return [
+        Problem((place,), url_problem(place, url))
+        for section in SECTIONS
+        for path, part in parts_of(getattr(config, section), section)
+        for name, field in fields_of(part).items()
+        if holds_local_paths(field)
+        for place, url in urls_in(getattr(part, name), join(path, name))
+    ]
 
 
 def _check_fields(
-    holder: Any, path: str, config: ConfigContainer, problems: list[str], refused: set[str]
+    holder: Any, path: str, config: ConfigContainer, problems: list[Problem], rejected: set[str]
 ) -> None:
     annotations = annotations_of(type(holder))
     for name, field in fields_of(holder).items():
@@ -46,10 +59,11 @@ def _check_fields(
         except ConversionError as error:
             if is_default(value, field):
                 continue  # megatron-core's own annotation does not fit its default.
-            problems.extend(
-                error.lines if isinstance(error, FieldProblems) else [f"{here}: {error}"]
-            )
-            refused.add(here)
+            if isinstance(error, FieldProblems):
+                problems.extend(error.problems)
+            else:
+                problems.append(Problem((here,), f"{here}: {error}"))
+            rejected.add(here)
             default = default_of(field)
             if default is not dataclasses.MISSING:
                 assign(holder, name, default)
@@ -66,7 +80,7 @@ def assign(holder: Any, name: str, value: Any) -> None:
 
 
 def _stray_attributes(holder: Any) -> list[str]:
-    """Return attributes that are no fields, nor the class's own doing: misspelt, most probably."""
+    """Return the attributes that are neither fields nor set by the class: probably misspelled."""
     known = {field.name for field in dataclasses.fields(holder)}
     for cls in type(holder).__mro__:
         code = getattr(vars(cls).get("__post_init__"), "__code__", None)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from bridge.training.config.schema.errors import Problem
 from bridge.training.config.schema.fields import default_of, fields_of
 from bridge.training.config.schema.paths import parts_of
 from bridge.training.config.schema.to_plain import text_of
@@ -35,6 +36,8 @@ class Rejection:
     what_to_do: str = "leave it out"
     unless: Condition | None = None
     """When the fields have their effect; None is never."""
+    depends_on: tuple[str, ...] = ()
+    """Paths of other fields that decide it, and that the text speaks of."""
     overrides_only: bool = False
     """Reject what the command line has set, and leave alone what a recipe has: another override
     may have taken its use away."""
@@ -42,7 +45,7 @@ class Rejection:
 
 def rejections_in(
     section: Any, path: str, config: "ConfigContainer", rules: Iterable[Rejection]
-) -> Iterator[str]:
+) -> Iterator[Problem]:
     """Yield a problem for each field of `section` that a rule rejects.
 
     Args:
@@ -51,23 +54,24 @@ def rejections_in(
         config: The configuration that it is part of, with derived values filled in.
         rules: In the order in which they are tried; one problem a field.
     """
-    fields, told = fields_of(section), set()
+    fields, reported = fields_of(section), set()
     for rule in rules:
         if rule.unless is not None and rule.unless(section, config):
             continue
         for name in rule.fields:
             where = f"{path}.{name}"
-            if name not in fields or name in told or where in config._derived:
+            if name not in fields or name in reported or config.provenance.is_derived(where):
                 continue
-            if rule.overrides_only and where not in config._given:
+            if rule.overrides_only and not config.provenance.is_given(where):
                 continue
             value = getattr(section, name)
             if not (_is_default(value, fields[name]) or _completed_itself(section, name, value)):
-                told.add(name)
-                yield f"{where}={text_of(value)}: {rule.why}; {rule.what_to_do}"
+                reported.add(name)
+                text = f"{where}={text_of(value)}: {rule.why}; {rule.what_to_do}"
+                yield Problem((where, *rule.depends_on), text)
 
 
-def unsupported_settings(config: "ConfigContainer") -> Iterator[str]:
+def unsupported_settings(config: "ConfigContainer") -> Iterator[Problem]:
     """Yield a problem for each setting of megatron-core's that the loop gives no effect."""
     yield from _unknown_optimizer(config)
     yield from rejections_in(config.optimizer, "optimizer", config, OPTIMIZER)
@@ -138,21 +142,25 @@ _OPTIMIZERS = ("adam", "sgd", *_EMERGING)
 _HALF_THERE = ("adaptive_muon", "soap", "dist_muon")
 
 
-def _unknown_optimizer(config: "ConfigContainer") -> Iterator[str]:
+def _unknown_optimizer(config: "ConfigContainer") -> Iterator[Problem]:
     name = config.optimizer.optimizer
+    fields = ("optimizer.optimizer",)
     if name not in _OPTIMIZERS:
         why = "is not supported" if name in _HALF_THERE else "there is no such optimizer"
         hint = "" if name in _HALF_THERE else did_you_mean(name, _OPTIMIZERS)
-        yield (f"optimizer.optimizer={name}: {why}{hint}; take one of {', '.join(_OPTIMIZERS)}")
+        text = f"optimizer.optimizer={name}: {why}{hint}; take one of {', '.join(_OPTIMIZERS)}"
+        yield Problem(fields, text)
     elif name in _EMERGING and not has_emerging_optimizers():
-        yield (
+        yield Problem(
+            fields,
             f"optimizer.optimizer={name}: needs the package emerging-optimizers, which is not "
-            "installed; install it, or take adam or sgd"
+            "installed; install it, or take adam or sgd",
         )
     elif name in _EMERGING and config.ddp.use_distributed_optimizer:
-        yield (
+        yield Problem(
+            (*fields, "ddp.use_distributed_optimizer", "ddp.overlap_param_gather"),
             f"optimizer.optimizer={name}: cannot be distributed here; set "
-            "ddp.use_distributed_optimizer=false and ddp.overlap_param_gather=false"
+            "ddp.use_distributed_optimizer=false and ddp.overlap_param_gather=false",
         )
 
 
@@ -180,6 +188,7 @@ OPTIMIZER = (
         fields=("overlap_param_gather_with_optimizer_step",),
         why="the loop gathers parameters in the forward pass",
         what_to_do="leave it out; ddp.overlap_param_gather=true overlaps that",
+        depends_on=("ddp.overlap_param_gather",),
     ),
     Rejection(
         fields=(
@@ -200,12 +209,14 @@ OPTIMIZER = (
         # Those of Muon's and Lion's parameters that are no matrices are Adam's.
         unless=lambda section, _: section.optimizer != "sgd",
         overrides_only=True,
+        depends_on=("optimizer.optimizer",),
     ),
     Rejection(
         fields=("sgd_momentum",),
         why="is read by SGD alone",
         what_to_do="leave it out, or set optimizer.optimizer=sgd",
         unless=_optimizer_is("sgd"),
+        depends_on=("optimizer.optimizer",),
     ),
     Rejection(
         fields=(
@@ -223,6 +234,7 @@ OPTIMIZER = (
         why="is read by Muon alone",
         what_to_do="leave it out, or set optimizer.optimizer=muon",
         unless=_optimizer_is("muon"),
+        depends_on=("optimizer.optimizer",),
     ),
     Rejection(
         fields=("lion_beta1", "lion_beta2"),
@@ -231,6 +243,7 @@ OPTIMIZER = (
         unless=lambda section, _: (
             (section.optimizer, section.muon_scalar_optimizer) == ("muon", "lion")
         ),
+        depends_on=("optimizer.muon_scalar_optimizer",),
     ),
     Rejection(
         fields=(
@@ -254,36 +267,48 @@ OPTIMIZER = (
         "is not given",
         what_to_do="leave it out, or set mixed_precision.precision=fp16",
         unless=_scales_loss_dynamically,
+        depends_on=(
+            "optimizer.loss_scale",
+            "mixed_precision.precision",
+        ),
     ),
     Rejection(
         fields=("decoupled_min_lr",),
         why="is the lowest rate of optimizer.decoupled_lr, which is not given",
         what_to_do="leave it out, or give optimizer.decoupled_lr",
         unless=lambda section, _: section.decoupled_lr is not None,
+        depends_on=("optimizer.decoupled_lr",),
     ),
     Rejection(
         fields=("apply_wd_to_qk_layernorm",),
         why="the model has no norms of queries and keys",
         what_to_do="leave it out, or set model.qk_layernorm=true",
         unless=_any_model_part("qk_layernorm"),
+        depends_on=("model.qk_layernorm",),
     ),
     Rejection(
         fields=("fp8_recipe",),
         why="the model computes nothing in fp8",
         what_to_do="leave it out: it follows from model.fp8 and model.fp8_recipe",
         unless=_any_model_part("fp8"),
+        depends_on=(
+            "model.fp8",
+            "model.fp8_recipe",
+        ),
     ),
     Rejection(
         fields=("store_param_remainders",),
         why="is read by the precision-aware optimizer alone",
         what_to_do="leave it out, or set optimizer.use_precision_aware_optimizer=true",
         unless=_is("use_precision_aware_optimizer"),
+        depends_on=("optimizer.use_precision_aware_optimizer",),
     ),
     Rejection(
         fields=("barrier_with_L1_time",),
         why=_NO_TIMERS,
         what_to_do="leave it out, or raise that",
         unless=_times_level_1,
+        depends_on=("logger.timing_log_level",),
     ),
 )
 """Rejections of fields of the optimizer section."""
@@ -320,42 +345,49 @@ DDP = (
         why="the model's parameters are not fp8",
         what_to_do="leave it out: it follows from model.fp8_param",
         unless=_any_model_part("fp8_param"),
+        depends_on=("model.fp8_param",),
     ),
     Rejection(
         fields=("fp4_param_gather",),
         why="the model's parameters are not fp4",
         what_to_do="leave it out: it follows from model.fp4_param",
         unless=_any_model_part("fp4_param"),
+        depends_on=("model.fp4_param",),
     ),
     Rejection(
         fields=("delay_wgrad_compute",),
         why="the model does not delay its weight gradients",
         what_to_do="leave it out: it follows from model.delay_wgrad_compute",
         unless=_any_model_part("delay_wgrad_compute"),
+        depends_on=("model.delay_wgrad_compute",),
     ),
     Rejection(
         fields=("bucket_size", "num_buckets"),
         why="the gradients are one bucket without overlap",
         what_to_do="leave it out, or set ddp.overlap_grad_reduce=true",
         unless=_is("overlap_grad_reduce"),
+        depends_on=("ddp.overlap_grad_reduce",),
     ),
     Rejection(
         fields=("pad_buckets_for_high_nccl_busbw", "reduce_scatter_with_fp32_accumulation"),
         why="is done for the distributed optimizer alone",
         what_to_do="leave it out, or set ddp.use_distributed_optimizer=true",
         unless=_is("use_distributed_optimizer"),
+        depends_on=("ddp.use_distributed_optimizer",),
     ),
     Rejection(
         fields=("align_param_gather",),
         why="aligns the gathers that ddp.overlap_param_gather=true overlaps",
         what_to_do="leave it out, or set that",
         unless=_is("overlap_param_gather"),
+        depends_on=("ddp.overlap_param_gather",),
     ),
     Rejection(
         fields=("disable_symmetric_registration",),
         why="is read with ddp.nccl_ub=true alone",
         what_to_do="leave it out, or set that",
         unless=_is("nccl_ub"),
+        depends_on=("ddp.nccl_ub",),
     ),
 )
 """Rejections of fields of the ddp section."""
@@ -389,6 +421,7 @@ MODEL = (
         fields=("hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
         why="the data is not arranged for context-parallel groups of changing sizes",
         what_to_do="leave it out; model.context_parallel_size has one size",
+        depends_on=("model.context_parallel_size",),
     ),
     Rejection(
         fields=("hierarchical_context_parallel_sizes",),
@@ -406,6 +439,7 @@ MODEL = (
         fields=("num_microbatches_with_partial_activation_checkpoints",),
         why="the forward step is not told which microbatches to checkpoint",
         what_to_do="leave it out; model.recompute_granularity recomputes",
+        depends_on=("model.recompute_granularity",),
     ),
     Rejection(
         fields=("tp_comm_overlap",),
@@ -447,6 +481,7 @@ MODEL = (
             "tp_comm_bootstrap_backend",
         ),
         why="is part of model.tp_comm_overlap, which is not supported",
+        depends_on=("model.tp_comm_overlap",),
     ),
     Rejection(
         fields=("batch_invariant_mode",),
@@ -479,12 +514,14 @@ MODEL = (
         why=_NO_TIMERS,
         what_to_do="leave it out, or raise that",
         unless=_times_level_1,
+        depends_on=("logger.timing_log_level",),
     ),
     Rejection(
         fields=("enable_autocast",),
         why="torch's autocast of megatron-core's schedules is for GPUs",
         what_to_do="leave it out; mixed_precision.precision chooses the numbers",
         unless=_on_gpu,
+        depends_on=("mixed_precision.precision",),
     ),
     Rejection(
         fields=("use_cpu_initialization",),

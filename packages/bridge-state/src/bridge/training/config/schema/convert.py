@@ -18,7 +18,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 import torch
 
 from bridge.training.config.schema.chosen_by_name import class_of_section
-from bridge.training.config.schema.errors import ConversionError, FieldProblems
+from bridge.training.config.schema.errors import (
+    ConversionError,
+    FieldProblems,
+    Problem,
+    WrongType,
+)
 from bridge.training.config.schema.fields import (
     PARTIAL,
     TARGET,
@@ -78,7 +83,7 @@ def convert(value: Any, annotation: Any, path: str) -> Any:
 
 def _expect(fits: bool, value: Any, annotation: Any) -> Any:
     if not fits:
-        raise ConversionError(f"expected {describe_annotation(annotation)}, got {_show(value)}")
+        raise WrongType(f"expected {describe_annotation(annotation)}, got {_show(value)}")
     return value
 
 
@@ -147,9 +152,9 @@ def _convert_union(value: Any, annotation: Any, path: str) -> Any:
                 of_mappings.append(error)
     if len(of_mappings) == 1:
         raise of_mappings[0]  # It says which item is wrong.
-    if len(errors) == 1 and not str(errors[0]).startswith("expected"):
+    if len(errors) == 1 and not isinstance(errors[0], WrongType):
         raise errors[0]
-    raise ConversionError(f"expected {describe_annotation(annotation)}, got {_show(value)}")
+    raise WrongType(f"expected {describe_annotation(annotation)}, got {_show(value)}")
 
 
 def takes_mappings(annotation: Any) -> bool:
@@ -167,7 +172,7 @@ def _convert_literal(value: Any, annotation: Any) -> Any:
             return value
     text = f"expected {describe_annotation(annotation)}, got {_show(value)}"
     hint = did_you_mean(value, [c for c in choices if isinstance(c, str)]) if _is_str(value) else ""
-    raise ConversionError(text + hint)
+    raise WrongType(text + hint)
 
 
 def _is_str(value: Any) -> bool:
@@ -210,7 +215,7 @@ def _convert_to_protocol(value: Any, kind: type) -> Any:
     members = {**vars(kind), **inspect.get_annotations(kind)}
     missing = [n for n in members if not n.startswith("_") and not hasattr(value, n)]
     if missing:
-        raise ConversionError(
+        raise WrongType(
             f"expected a {kind.__name__}, got {_show(value)}, which has no {', '.join(missing)}"
         )
     return value
@@ -247,7 +252,7 @@ def _convert_item(value: Any, annotation: Any, path: str) -> Any:
     except FieldProblems:
         raise
     except ConversionError as error:
-        raise ConversionError(f"{error} (at {path})") from error
+        raise type(error)(f"{error} (at {path})") from error
 
 
 def _convert_enum(value: Any, kind: type[enum.Enum]) -> enum.Enum:
@@ -256,19 +261,20 @@ def _convert_enum(value: Any, kind: type[enum.Enum]) -> enum.Enum:
     names = list(kind.__members__)
     if isinstance(value, str) and value in names:
         return kind[value]
-    raise ConversionError(f"expected one of {', '.join(names)}, got {_show(value)}")
+    raise WrongType(f"expected one of {', '.join(names)}, got {_show(value)}")
 
 
 def build_dataclass(kind: type, mapping: Mapping[Any, Any], path: str) -> Any:
     """Make an instance of `kind`, or of the class that `_target_` names, of a plain mapping.
 
     Raises:
-        FieldProblems: With a line for each unknown key, wrong or missing value.
+        FieldProblems: With a problem for each unknown key, wrong or missing value.
         ConversionError: The class cannot be had, or refuses the values.
     """
     cls = _target_class(kind, mapping)
     fields, annotations = fields_of(cls), annotations_of(cls)
-    lines, values = [], {}
+    problems: list[Problem] = []
+    values = {}
     for key, item in mapping.items():
         if key == TARGET:
             continue
@@ -276,19 +282,20 @@ def build_dataclass(kind: type, mapping: Mapping[Any, Any], path: str) -> Any:
         if key not in fields:
             hint = nearest(str(key), fields)
             meant = f"; did you mean {join(path, hint)}?" if hint else ""
-            lines.append(f"{here}: unknown key{meant}")
+            problems.append(Problem((here,), f"{here}: unknown key{meant}"))
             continue
         try:
             values[key] = convert(item, annotations[key], here)
         except FieldProblems as error:
-            lines.extend(error.lines)
+            problems.extend(error.problems)
         except ConversionError as error:
-            lines.append(f"{here}: {error}")
+            problems.append(Problem((here,), f"{here}: {error}"))
     for name, field in fields.items():
         if name not in mapping and field.init and default_of(field) is dataclasses.MISSING:
-            lines.append(f"{join(path, name)}: has no value and no default")
-    if lines:
-        raise FieldProblems(lines)
+            here = join(path, name)
+            problems.append(Problem((here,), f"{here}: has no value and no default"))
+    if problems:
+        raise FieldProblems(problems)
     return _instantiate(cls, values, path)
 
 
@@ -319,9 +326,8 @@ def _instantiate(cls: type, values: dict[str, Any], path: str) -> Any:
     except ERRORS as error:
         if cls.__module__.startswith("megatron."):
             unchecked = _unchecked(cls, initial)
-            raise FieldProblems(
-                [problem_of(error, unchecked, path, dataclasses.replace)[0]]
-            ) from error
+            problem = problem_of(error, unchecked, path, dataclasses.replace)
+            raise FieldProblems([problem]) from error
         if not is_usage_error(error) and not is_raised_by_library(error):
             error.add_note(f"while making a {cls.__name__} of the configuration")
             raise

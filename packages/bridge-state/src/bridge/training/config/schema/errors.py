@@ -1,21 +1,49 @@
-"""Errors of single values: what cannot be converted to the type of its field."""
+"""Problems of fields, and the errors of single values."""
 
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Collection, Sequence
 
 from bridge.training.usage_error import UsageError
 
-if TYPE_CHECKING:
-    pass
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something wrong with a configuration: code reads the fields, users read the text."""
+
+    fields: tuple[str, ...]
+    """Dotted paths of the fields that it is about; the first one is to blame."""
+    text: str
+    """``section.field=value: why; what to do``, without a full stop."""
+
+    @property
+    def blamed(self) -> str:
+        """The field that is to blame; empty if none is."""
+        return self.fields[0] if self.fields else ""
+
+    def is_about(self, paths: Collection[str]) -> bool:
+        """Whether one of these fields is among those of the problem."""
+        return any(field in paths for field in self.fields)
+
+    def with_text(self, text: str) -> "Problem":
+        """Return the same problem in other words."""
+        return dataclasses.replace(self, text=text)
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class ConversionError(UsageError):
     """One value does not fit its field, or cannot be written as text."""
 
 
-class FieldProblems(ConversionError):
-    """Several fields of one nested dataclass are wrong; `lines` begin with their paths."""
+class WrongType(ConversionError):
+    """A value is of another type than its field, which is all that there is to say about it."""
 
-    def __init__(self, lines: list[str]) -> None:
-        """Keep one line for each field."""
-        self.lines = lines
-        super().__init__("\n".join(lines))
+
+class FieldProblems(ConversionError):
+    """Several fields of one nested dataclass are wrong."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        """Keep one problem for each field."""
+        self.problems = list(problems)
+        super().__init__("\n".join(map(str, problems)))

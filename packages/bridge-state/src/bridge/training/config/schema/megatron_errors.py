@@ -5,15 +5,12 @@ import dataclasses
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from bridge.training.config.schema.fields import default_of, fields_of, is_runtime_hook
+from bridge.training.config.schema.errors import Problem
+from bridge.training.config.schema.fields import default_of, fields_of, is_runtime_hook, join
 from bridge.training.config.schema.to_plain import text_of
-
-if TYPE_CHECKING:
-    pass
-
 
 ERRORS = (ValueError, AssertionError, RuntimeError, TypeError, ZeroDivisionError, ImportError)
 """The types of these errors."""
@@ -25,10 +22,8 @@ _MANY = 3
 """Fields that a problem names at most on top of its own."""
 
 
-def problem_of(
-    error: Exception, section: Any, path: str, check: Callable[[Any], Any]
-) -> tuple[str, frozenset[str]]:
-    """Return an error as a problem of the fields that lead to it, and the names of those fields.
+def problem_of(error: Exception, section: Any, path: str, check: Callable[[Any], Any]) -> Problem:
+    """Return an error as a problem of the fields that lead to it.
 
     Those are the ones that, put back to their default alone, let the check pass, or, where
     something else is wrong too, let it stop at that; else those that the error's text names.
@@ -48,14 +43,19 @@ def problem_of(
     if not causes:
         causes = [name for name in named if not _is_default(section, name)]
     if not causes:
-        return f"{path}: {_in_our_form(text, path, names, error)}", frozenset(named)
+        problem = f"{path}: {_in_our_form(text, path, names, error)}"
+        return Problem(_paths(path, named) or (path,), problem)
     first, *others = causes
     change = "change it"
     if others:
         change += " or " + ", ".join(_setting(section, path, name) for name in others[:_MANY])
     why = _in_our_form(text, path, names, error).removeprefix(f"{path}.{first} ")
     problem = f"{_setting(section, path, first)}: {why}; {change}"
-    return problem, frozenset({*causes, *named})
+    return Problem(_paths(path, [*causes, *named]), problem)
+
+
+def _paths(path: str, names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(join(path, name) for name in names))
 
 
 def _words(text: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""The dataclasses within a section: in its fields, and in mappings of them by name.
+"""Dotted paths, through the dataclasses in a section's fields and in mappings by name.
 
-A path goes through both alike: "model.encoders.vision.num_layers" is a field of the dataclass that
-stands under "vision" in the mapping ``model.encoders``.
+"model.encoders.vision.num_layers" is a field of the dataclass that the mapping ``model.encoders``
+has under "vision".
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from bridge.training.config.schema.fields import fields_of, join
 
 
 def is_dataclass_instance(thing: Any) -> bool:
-    """Tell whether `thing` has fields with values."""
+    """Whether `thing` has fields with values."""
     return dataclasses.is_dataclass(thing) and not isinstance(thing, type)
 
 
@@ -33,14 +33,14 @@ def _parts_of_value(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def names_in(holder: Any) -> list[str]:
-    """Return what may follow the path of `holder`: a dataclass's fields or a mapping's keys."""
+    """Return the fields of a dataclass or the keys of a mapping."""
     if isinstance(holder, Mapping):
         return [str(key) for key in holder]
     return list(fields_of(holder)) if dataclasses.is_dataclass(holder) else []
 
 
 def step_into(holder: Any, name: str) -> Any:
-    """Return the value of a field, or what a mapping has under `name`.
+    """Return the value of a field, or of a key of a mapping.
 
     Raises:
         KeyError: There is none.
@@ -51,7 +51,7 @@ def step_into(holder: Any, name: str) -> Any:
 
 
 def value_at(holder: Any, path: str) -> Any:
-    """Return what stands at `path` below `holder`.
+    """Return the value at `path` below `holder`.
 
     Raises:
         KeyError: A part of the path does not exist.
@@ -62,12 +62,17 @@ def value_at(holder: Any, path: str) -> Any:
 
 
 def exists(holder: Any, path: str) -> bool:
-    """Tell whether something, None included, stands at `path` below `holder`."""
+    """Whether `path` leads to a value below `holder`, None included."""
     try:
         value_at(holder, path)
     except KeyError:
         return False
     return True
+
+
+def is_within(path: str, place: str) -> bool:
+    """Whether `path` leads to something below `place`."""
+    return path.startswith(f"{place}.")
 
 
 def item_annotation(annotation: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Typed fields as plain values: what `conversion` reads back."""
+"""Typed fields as plain values, which `convert` reads back."""
 
 import dataclasses
 import enum
@@ -6,12 +6,12 @@ import functools
 import inspect
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 
 from bridge.training.config.schema.chosen_by_name import is_found_by_name
-from bridge.training.config.schema.errors import ConversionError, FieldProblems
+from bridge.training.config.schema.errors import ConversionError, FieldProblems, Problem
 from bridge.training.config.schema.fields import (
     PARTIAL,
     TARGET,
@@ -25,9 +25,6 @@ from bridge.training.config.schema.fields import (
 from bridge.training.config.schema.importable_names import dtype_name, name_of
 from bridge.training.config.schema.paths import item_annotation
 
-if TYPE_CHECKING:
-    pass
-
 
 def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> Any:
     """Return `value` as YAML can hold it, such that `convert` gives it back.
@@ -35,7 +32,7 @@ def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> 
     `brief` leaves out what stands in a megatron-core dataclass by default.
 
     Raises:
-        FieldProblems: With a line for each value that cannot be written as text.
+        FieldProblems: With a problem for each value that cannot be written as text.
     """
     if value is None or isinstance(value, _SCALARS):
         return _scalar_to_plain(value)
@@ -53,13 +50,14 @@ def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> 
         if callable(value):
             return name_of(value)
     except ConversionError as error:
-        raise FieldProblems([f"{path}: {error}"]) from error
-    raise FieldProblems([f"{path}: {value!r} ({type(value).__name__}) cannot be written as text"])
+        raise FieldProblems([Problem((path,), f"{path}: {error}")]) from error
+    text = f"{path}: {value!r} ({type(value).__name__}) cannot be written as text"
+    raise FieldProblems([Problem((path,), text)])
 
 
 def _dataclass_to_plain(value: Any, annotation: Any, path: str, brief: bool) -> dict[str, Any]:
     plain: dict[str, Any] = {}
-    lines = []
+    problems: list[Problem] = []
     is_declared = type(value) in (annotation, *get_args(annotation))
     if not is_declared and not is_found_by_name(value, annotation):
         plain[TARGET] = class_name(type(value))
@@ -74,9 +72,9 @@ def _dataclass_to_plain(value: Any, annotation: Any, path: str, brief: bool) -> 
         try:
             plain[name] = to_plain(item, annotations[name], join(path, name), brief=brief)
         except FieldProblems as error:
-            lines.extend(error.lines)
-    if lines:
-        raise FieldProblems(lines)
+            problems.extend(error.problems)
+    if problems:
+        raise FieldProblems(problems)
     return plain
 
 

@@ -1,10 +1,11 @@
-"""Methods that a model or dataset section may have, and names that were probably meant for them."""
+"""Sections of the user's own: the problems that they yield, and methods that nothing calls."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from bridge.training.config.container import ConfigContainer
+from bridge.training.config.container import SECTIONS, ConfigContainer
+from bridge.training.config.schema.errors import Problem
 from bridge.training.config.schema.fields import fields_of
 from bridge.training.contracts import (
     ArrangesRanks,
@@ -31,14 +32,49 @@ _OF_MODELS = (
     ChecksItself,
     NamesWeights,
 )
-# Those that are looked for elsewhere: validation.CanBeFinalized, throughput.CountsFlops.
+# Those that are looked for elsewhere: checks.megatron.CanBeFinalized, throughput.CountsFlops.
 _MORE = ("finalized", "training_flops_per_token", "weight_gradient_flops_per_token")
 _OF_DATASETS = (DatasetConfig, ChecksItself)
-_NEAR, _NEAR_SPELT_OUT = 0.65, 0.8
+_NEAR, _NEAR_SPELLED_OUT = 0.65, 0.8
+
+# A section, at the beginning of a line, or a field of one anywhere.
+_FIELD = re.compile(
+    rf"(?:^(?:{'|'.join(SECTIONS)})(?=[:=])|(?<![\w.])(?:{'|'.join(SECTIONS)})(?:\.\w+)+)(?![\w.])"
+)
 
 
-def misspelt_methods(config: ConfigContainer) -> Iterator[str]:
-    """Yield a line for each method of the user's that nothing calls, as its name is almost right.
+def as_problem(line: str | Problem, section: str) -> Problem:
+    """Return a line that a section yields as a problem of the fields that it names.
+
+    The line has the documented form, ``section.field=value: why; what to do``. One that names no
+    field is about the section.
+    """
+    if isinstance(line, Problem):
+        return line
+    return Problem(tuple(dict.fromkeys(_FIELD.findall(line))) or (section,), line)
+
+
+def problems_of_sections(config: ConfigContainer, rejected: Collection[str]) -> Iterator[Problem]:
+    """Yield what the sections have against themselves and each other.
+
+    Args:
+        config: With its derived values.
+        rejected: Fields whose values were rejected.
+    """
+    for name in SECTIONS:
+        section = getattr(config, name)
+        if not isinstance(section, ChecksItself):
+            continue
+        try:
+            yield from (as_problem(line, name) for line in section.problems(config))
+        except Exception:
+            # A check may stumble over a value that is reported already. Any other way it is a bug.
+            if not rejected:
+                raise
+
+
+def misspelled_methods(config: ConfigContainer) -> Iterator[Problem]:
+    """Yield a problem for each method that nothing calls, as its name is almost right.
 
     A method whose name is near to one that the section has as well is taken for the user's own.
     """
@@ -48,25 +84,27 @@ def misspelt_methods(config: ConfigContainer) -> Iterator[str]:
         for owner, name in _own_methods(holder):
             near = None if name in known else _meant(name, sorted(known))
             if near is not None and not hasattr(holder, near):
-                yield (
+                yield Problem(
+                    (f"{section}.{name}",),
                     f"{section}.{name}: {owner} has a method of this name, which nothing calls; "
                     f"did you mean {near}? Rename it, or begin its name with _ if you call it "
-                    "yourself"
+                    "yourself",
                 )
     model = config.model
     given = [name for name in _methods(ArrangesRanks) if hasattr(model, name)]
     if given and not isinstance(model, ArrangesRanks):
         missing = next(name for name in _methods(ArrangesRanks) if name not in given)
-        yield (
+        yield Problem(
+            (f"model.{given[0]}",),
             f"model.{given[0]}: is called only with {missing}, which {type(model).__name__} "
-            "does not have; define both"
+            "does not have; define both",
         )
 
 
 def _meant(name: str, known: list[str]) -> str | None:
-    spelt = re.sub(r"(?<![a-z])lr(?![a-z])", "learning_rate", name)
-    # What is spelt out has many letters of learning_rate_multiplier, whatever it is.
-    return nearest(spelt, known, cutoff=_NEAR if spelt == name else _NEAR_SPELT_OUT)
+    spelled = re.sub(r"(?<![a-z])lr(?![a-z])", "learning_rate", name)
+    # What is spelled out has many letters of learning_rate_multiplier, whatever it is.
+    return nearest(spelled, known, cutoff=_NEAR if spelled == name else _NEAR_SPELLED_OUT)
 
 
 def _methods(contract: type) -> list[str]:

@@ -1,0 +1,85 @@
+"""megatron-core's own checks of its dataclasses: optimizer, DDP and transformers."""
+
+import dataclasses
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from bridge.training.config.checks.unsupported import unsupported_settings
+from bridge.training.config.container import ConfigContainer
+from bridge.training.config.schema.errors import Problem
+from bridge.training.config.schema.megatron_errors import ERRORS, is_raised_by_library, problem_of
+from bridge.training.config.schema.paths import is_within, parts_of
+from bridge.training.usage_error import is_usage_error
+
+
+@runtime_checkable
+class CanBeFinalized(Protocol):
+    """A model section that defers megatron-core's own checks until it is asked."""
+
+    def finalized(self) -> Any:
+        """Return a copy that megatron-core has checked and completed."""
+        ...
+
+
+def rebuild_sections(config: ConfigContainer, rejected: Collection[str]) -> list[Problem]:
+    """Construct optimizer and ddp anew, in place, for megatron-core's checks of their values.
+
+    These dataclasses check and complete themselves when they are constructed, which was before
+    the values were set.
+
+    Args:
+        config: With its derived values.
+        rejected: Fields whose values were rejected; a section that has one is left as it is.
+    """
+    problems = []
+    for name in ("optimizer", "ddp"):
+        if any(is_within(path, name) for path in rejected):
+            continue
+        section = getattr(config, name)
+        try:
+            setattr(config, name, dataclasses.replace(section))
+        except ERRORS as error:
+            if not is_usage_error(error) and not is_raised_by_library(error):
+                raise
+            problem = problem_of(error, section, name, dataclasses.replace)
+            if not _is_rejected(problem, unsupported_settings(config)):
+                problems.append(problem)
+    return problems
+
+
+def transformer_errors(config: ConfigContainer, ours: Sequence[Problem]) -> Iterator[Problem]:
+    """Yield what megatron-core has against the transformers of the model.
+
+    Args:
+        config: With its derived values.
+        ours: Problems that are reported anyway; nothing is said twice.
+    """
+    for path, part in parts_of(config.model, "model"):
+        if not isinstance(part, CanBeFinalized):
+            continue
+        try:
+            _finalize_quietly(part)
+        except ERRORS as error:
+            if not is_usage_error(error) and not is_raised_by_library(error):
+                raise
+            problem = problem_of(error, part, path, _finalize_quietly)
+            if not _is_rejected(problem, ours) and not _is_covered(problem, ours):
+                yield problem
+
+
+def _is_rejected(problem: Problem, ours: Iterable[Problem]) -> bool:
+    """Whether a problem of ours puts the blame on one of the same fields: it says it better."""
+    return any(other.blamed in problem.fields for other in ours)
+
+
+def _is_covered(problem: Problem, ours: Sequence[Problem]) -> bool:
+    """Whether a problem of ours is about all of the fields."""
+    fields = set(problem.fields)
+    return bool(fields) and any(fields <= set(other.fields) for other in ours)
+
+
+def _finalize_quietly(model: CanBeFinalized) -> None:
+    # Its warnings come once more, to be seen, when the model is built.
+    with warnings.catch_warnings(action="ignore"):
+        model.finalized()
