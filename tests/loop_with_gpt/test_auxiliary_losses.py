@@ -22,7 +22,7 @@ from auxiliary_loss_definitions import (
     step_of_ours,
 )
 from bridge.training.gpt_step import forward_step
-from bridge.training.loss.auxiliary import own_trackers
+from bridge.training.megatron_patches import own_loss_trackers
 from bridge.training.pretrain import pretrain
 from bridge.training.state import GlobalState
 from gpt_models import VOCABULARY, build_chunks, run_of, tiny_gpt
@@ -190,7 +190,7 @@ def test_trackers_of_the_host_program_are_as_they_were() -> None:
         get_moe_metrics_tracker().record("z_loss", torch.tensor(3.0), 1, 2)
         MTPLossLoggingHelper.tracker["loss_values"] = torch.ones(1)
         before = get_moe_metrics_tracker(), MTPLossLoggingHelper.tracker
-        with contextlib.suppress(ZeroDivisionError), own_trackers():
+        with contextlib.suppress(ZeroDivisionError), own_loss_trackers():
             assert not get_moe_metrics_tracker().metrics
             assert not MTPLossLoggingHelper.tracker
             raise ZeroDivisionError

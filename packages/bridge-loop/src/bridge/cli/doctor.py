@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from bridge.training.installed import RECIPES
+from bridge.training.megatron_patches import MEGATRON_CORE
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class _Part:
 
 _PARTS = (
     _Part("torch", "tensors", "pip install torch"),
-    _Part("megatron-core", "the engine", "pip install megatron-core==0.19.2"),
+    _Part("megatron-core", "the engine", f"pip install megatron-core=={MEGATRON_CORE}"),
     _Part("bridge-state", "configuration and state", "pip install --find-links DIST bridge-state"),
     _Part("bridge-loop", "the training loop", "pip install --find-links DIST bridge-loop"),
     _Part(

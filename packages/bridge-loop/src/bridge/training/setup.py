@@ -26,10 +26,10 @@ from bridge.training.contracts import AdaptedLayer, ModuleRanks
 from bridge.training.data.run_data import RunData, as_splits, data_request
 from bridge.training.durable_files import make_directory
 from bridge.training.forward_step import prepare_forward_step_func
-from bridge.training.loss import auxiliary
 from bridge.training.loss.adapter import LossAdapter
 from bridge.training.loss.reducer import MetricReducer
 from bridge.training.megatron_import import expected_messages_held_back
+from bridge.training.megatron_patches import own_loss_trackers
 from bridge.training.model.building import build_model
 from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.model.frozen import gradients_reach_recomputed_layers, size_of_whole_model
@@ -349,7 +349,7 @@ def _start_megatron_globals(
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_size=ranks.layout.data,
     )
-    stack.enter_context(auxiliary.own_trackers())
+    stack.enter_context(own_loss_trackers())
     rerun.start_rerun_machine(config)
 
 

@@ -13,6 +13,8 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+from bridge.peft.megatron_patches import tensor_parallel_group
+
 type Split = Literal["rows", "columns"] | None
 
 
@@ -88,7 +90,7 @@ def _transformer_engines(module: Any) -> Linear | None:
         normalize = None
     else:
         return None
-    group = module._tp_group
+    group = tensor_parallel_group(module)
     # Its communication is turned off by taking the mode away, for experts and for shared experts
     # that overlap with the dispatcher.
     communicates = split is None or module.parallel_mode is not None

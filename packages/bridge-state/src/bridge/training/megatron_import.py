@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from bridge.training.megatron_patches import check_megatron_core
+
 _EXPECTED_WARNINGS = (
     r"(Transformer Engine and Apex are|Apex is) not installed",
     # The default of a field that nobody set.
@@ -42,7 +44,11 @@ def quiet_import() -> Iterator[None]:
     Transformer Engine that is installed where there is no GPU stays blocked for the process,
     because megatron-core has by then decided to do without it, and its later lazy imports must
     come to the same result.
+
+    Raises:
+        UsageError: megatron-core is of another version than Bridge is written for.
     """
+    check_megatron_core()
     with ExitStack() as stack:
         stack.enter_context(expected_messages_held_back())
         stack.enter_context(_hidden_modules(_TRACKERS))

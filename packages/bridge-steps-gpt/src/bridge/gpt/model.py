@@ -12,7 +12,7 @@ divides it by the latter, both as counted in a microbatch on one context-paralle
 uneven masks that is another objective for every micro batch size and context-parallel size.
 """
 
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,7 @@ class GPT(GPTModel):
             self.output_layer.weight = None
 
     # megatron-core names all arguments where it calls this.
+    @override
     def _postprocess(self, **arguments: Any) -> Any:  # type: ignore[override]
         labels = arguments["labels"]
         if self.post_process and self.config.mtp_num_layers and labels is not None:
@@ -108,6 +109,7 @@ class PredictionLayer(MultiTokenPredictionLayer):
     """
 
     # And here.
+    @override
     def _get_embeddings(  # type: ignore[override]
         self, *, padding_mask: torch.Tensor | None = None, **arguments: Any
     ) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from bridge.mimo.modules import ENCODER
 from bridge.mimo.placement import LANGUAGE
 from bridge.training.megatron_import import quiet_import
+from bridge.training.megatron_patches import assert_on_device, mark_split_sizes
 from bridge.training.usage_error import UsageError
 
 with quiet_import():
@@ -154,7 +155,7 @@ class MultimodalModel(MimoModel):
                 number = 0
             else:
                 number = embeddings.shape[0]
-            torch._assert_async(
+            assert_on_device(
                 is_token.sum() == number,
                 f"input_ids: the number of {name!r} tokens ({token}) is not that of their "
                 f"embeddings, {number}; give a token for each embedding",
@@ -275,8 +276,8 @@ class MultimodalModel(MimoModel):
                 f"that stand for embeddings and {output.shape[0]} embeddings; give a token "
                 f"(model.special_token_ids.{name}={self.special_token_ids[name]}) for each"
             )
-        # megatron-core reads it to divide them over the replicas of the language model.
-        output._mimo_bridge_split_sizes = numbers  # type: ignore[attr-defined]
+        # By them it is divided over the replicas of the language model.
+        mark_split_sizes(output, numbers)
         return output
 
     def _to_run_without(self, inputs: Mapping[str, Any]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,14 @@ from bridge.mimo.optimizer import ModulesOptimizer
 from bridge.mimo.placement import LANGUAGE, Place
 from bridge.training.contracts import DataShare
 from bridge.training.megatron_import import quiet_import
+from bridge.training.megatron_patches import (
+    bridge_batch_dimension,
+    ensure_global_memory_buffer,
+    mark_split_sizes,
+    own_bridge_groups,
+)
 
 with quiet_import():
-    from megatron.core import parallel_state
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator, CommRole
     from megatron.core.pipeline_parallel.multimodule_communicator import (
@@ -59,11 +64,10 @@ def module_ranks_of(places: Mapping[str, Place], timeout: timedelta) -> Iterator
     grids = {name: _grid_at(place, timeout) for name, place in places.items()}
     collections = {name: _collection(name, grid, timeout) for name, grid in grids.items()}
     name = next(name for name, place in places.items() if dist.get_rank() in place.ranks)
-    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
-        # Sequence parallelism gathers into it; the loop gives the globals back as they were.
-        parallel_state._set_global_memory_buffer()
+    # The loop gives the globals back as they were.
+    ensure_global_memory_buffer()
     try:
-        with _bridges_of_its_own():
+        with own_bridge_groups():
             yield SeparateRanks(name, collections[name][0], grids, places)
     finally:
         for _, ends in collections.values():
@@ -71,19 +75,6 @@ def module_ranks_of(places: Mapping[str, Place], timeout: timedelta) -> Iterator
                 dist.destroy_process_group(group)
         for grid in grids.values():
             grid.destroy()
-
-
-@contextlib.contextmanager
-def _bridges_of_its_own() -> Iterator[None]:
-    """Give a run bridges' groups of its own; megatron-core keeps them for the whole process."""
-    found = BridgeCommunicator._broadcast_pg_cache, BridgeCommunicator._bridge_pg_cache
-    BridgeCommunicator._broadcast_pg_cache, BridgeCommunicator._bridge_pg_cache = {}, {}
-    try:
-        yield
-    finally:
-        BridgeCommunicator.destroy_broadcast_pgs()
-        BridgeCommunicator.destroy_bridge_pgs()
-        BridgeCommunicator._broadcast_pg_cache, BridgeCommunicator._bridge_pg_cache = found
 
 
 class SeparateRanks(MultiModuleProcessGroupCollection):
@@ -189,6 +180,7 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
 class _Communicator(MultiModulePipelineCommunicator):
     """megatron-core's, with our bridges between the modules."""
 
+    @override
     def _build_bridge_comms(self) -> None:
         for source, targets in self.topology.items():
             for target in targets:
@@ -241,16 +233,17 @@ class _Bridge(BridgeCommunicator):
             received = receive()
         return received.detach().requires_grad_(self._trains)
 
+    @override
     def _communicate_shapes(self, *args: Any, **kwargs: Any) -> Any:
         forward, backward = super()._communicate_shapes(*args, **kwargs)
         if forward and self._trains:
-            self._received.append([shape[self._batch_dim] for shape in forward])
+            dimension = bridge_batch_dimension(self)
+            self._received.append([shape[dimension] for shape in forward])
         return forward, backward
 
     def _mark(self, gradient: torch.Tensor) -> None:
         if self.comm_map[self.current_rank].role is CommRole.RECEIVER:
-            # Where megatron-core looks for the sizes of the parts.
-            gradient._mimo_bridge_split_sizes = self._received.popleft()  # type: ignore[attr-defined]
+            mark_split_sizes(gradient, self._received.popleft())
 
 
 def _grid_at(place: Place, timeout: timedelta) -> HyperCommGrid:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from bridge.training.megatron_import import quiet_import
+from bridge.training.megatron_patches import optimizers_of_modules
 
 with quiet_import():
     from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -83,7 +84,7 @@ class ModulesOptimizer(MimoOptimizer):
         # Without a threshold nothing waits for the norm.
         if math.isfinite(threshold) and norm > threshold:
             return False, norm, None
-        for optimizer in self._active_optimizers:
+        for optimizer in optimizers_of_modules(self):
             parameters: list[torch.Tensor] = list(optimizer.get_parameters())
             if parameters and self.config.clip_grad > 0.0:
                 clip_grads.clip_grad_by_total_norm_fp32(

@@ -8,7 +8,6 @@ import functools
 import io
 import json
 import logging
-import queue
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from bridge.training.checkpoint.safe_loading import restricted_loading
+from bridge.training.megatron_patches import checkpoint_writer_replaced
 from bridge.training.ranks.collectives import from_every_rank
 from bridge.training.ranks.launcher_store import rank
 from bridge.training.run_files.directory import RunDirectory
@@ -92,51 +92,47 @@ def _line(error: Exception, path: str | None) -> str:
 def _writing_in_this_process(failures: list[str]) -> Iterator[None]:
     """Change megatron-core's writer for one save that is waited for.
 
-    - It needs no process for its results. That process takes seconds to start, imports the user's
-      script a second time, and outlives a rank that is killed.
-    - What the operating system said is kept in `failures`.
+    - It needs no process for its results (`checkpoint_writer_replaced`).
+    - The operating system's reason is kept in `failures`.
     - torch writes a view of a BytesIO. The traceback of an error keeps the view alive in a cycle of
-      references, whose collection is a segmentation fault in CPython 3.12.1.
+      references, whose collection is a segmentation fault before CPython 3.12.2
+      (python/cpython#111211).
     """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
     errors: list[Exception] = []
-    writer: Any = filesystem_async.FileSystemWriterAsync
-    write, write_item = writer.write_preloaded_data, filesystem_async._write_item
-    results = filesystem_async._results_queue
-    log = logging.getLogger(filesystem_async.__name__)
 
-    @functools.wraps(write)
-    def write_and_note(*arguments: Any, **keywords: Any) -> Any:
-        outcome = write(*arguments, **keywords)
-        error = outcome[1] if isinstance(outcome, tuple) else None
-        if isinstance(error, Exception):
-            errors.append(error)
-            # What came first is the cause.
-            told = next((found for found in errors if isinstance(found, OSError)), errors[0])
-            failures.append(_line(told, str(keywords["write_bucket"][0])))
-        return outcome
+    def noting_errors(write: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(write)
+        def write_and_note(*arguments: Any, **keywords: Any) -> Any:
+            outcome = write(*arguments, **keywords)
+            error = outcome[1] if isinstance(outcome, tuple) else None
+            if isinstance(error, Exception):
+                errors.append(error)
+                # The first one is the cause.
+                cause = next((found for found in errors if isinstance(found, OSError)), errors[0])
+                failures.append(_line(cause, str(keywords["write_bucket"][0])))
+            return outcome
 
-    @functools.wraps(write_item)
-    def write_copied_item(transforms: Any, stream: Any, data: Any, *rest: Any, **named: Any) -> Any:
-        if isinstance(data, io.BytesIO):
-            data = _WithoutView(data.getvalue())
-        noting: Any = _Noting(stream, errors)
-        return write_item(transforms, noting, data, *rest, **named)
+        return write_and_note
 
+    def of_copies(write_item: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(write_item)
+        def write_copy(transforms: Any, stream: Any, data: Any, *rest: Any, **named: Any) -> Any:
+            if isinstance(data, io.BytesIO):
+                data = _WithoutView(data.getvalue())
+            noting: Any = _Noting(stream, errors)
+            return write_item(transforms, noting, data, *rest, **named)
+
+        return write_copy
+
+    log = logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async")
     was_disabled = log.disabled
-    filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
-    filesystem_async._write_item = write_copied_item
-    writer.write_preloaded_data = staticmethod(write_and_note)
     # It would report the type of the error alone.
     log.disabled = True
     try:
-        yield
+        with checkpoint_writer_replaced(noting_errors, of_copies):
+            yield
     finally:
         log.disabled = was_disabled
-        writer.write_preloaded_data = staticmethod(write)
-        filesystem_async._write_item = write_item
-        filesystem_async._results_queue = results
 
 
 class _Noting:

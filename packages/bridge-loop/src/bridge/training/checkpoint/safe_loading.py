@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import torch
 
+from bridge.training.megatron_patches import unpickling_replaced
 from bridge.training.usage_error import UsageError
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -85,19 +86,16 @@ def restricted_loading(
             torch.distributed.checkpoint meets in `.metadata` it takes for an absent file.
         UsageError: A pickle is damaged.
     """
-    from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+    from torch.distributed.checkpoint import CheckpointException
 
     loading = _Loading(checkpoint, extra_states or {})
-    with _lock, contextlib.ExitStack() as stack:
-        for owner, name, wrap in (
-            (pickle, "load", loading.load),
-            (pickle, "loads", loading.loads),
-            (torch, "load", loading.load_torch),
-            (FileSystemReader, "_slice_file", loading.slice_file),
-        ):
-            original = getattr(owner, name)
-            stack.callback(setattr, owner, name, original)
-            setattr(owner, name, _in_this_thread(wrap, original))
+    replaced = unpickling_replaced(
+        load=_in_this_thread(loading.load),
+        loads=_in_this_thread(loading.loads),
+        load_torch=_in_this_thread(loading.load_torch),
+        slice_file=_in_this_thread(loading.slice_file),
+    )
+    with _lock, replaced:
         try:
             yield
         except (Exception, CheckpointException) as error:
@@ -109,16 +107,20 @@ def restricted_loading(
 
 
 def _in_this_thread(
-    restricted: Callable[..., Any], original: Callable[..., Any]
-) -> Callable[..., Any]:
+    restricted: Callable[..., Any],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what wraps a function such that this thread calls `restricted` with it first."""
     thread = threading.get_ident()
 
-    def either(*arguments: Any, **keywords: Any) -> Any:
-        if threading.get_ident() != thread:
-            return original(*arguments, **keywords)
-        return restricted(original, *arguments, **keywords)
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def either(*arguments: Any, **keywords: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(*arguments, **keywords)
+            return restricted(original, *arguments, **keywords)
 
-    return either
+        return either
+
+    return wrap
 
 
 class _Loading:

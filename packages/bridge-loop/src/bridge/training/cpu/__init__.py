@@ -14,16 +14,12 @@ nothing about stream races, GPU memory, Transformer Engine's numerics or NCCL.
 import contextlib
 import logging
 from collections.abc import Iterator
-from importlib.metadata import version
 
 import torch
 
 from bridge.training.cpu.patches import Patch, table
 
 logger = logging.getLogger(__name__)
-
-SUPPORTED_MEGATRON_CORE = ("0.19.2",)
-"""Versions whose private names the table was written for and is tested on."""
 
 _MISSING = object()
 _undo: list[Patch] = []
@@ -38,7 +34,7 @@ def enable() -> None:
     """Put the stand-in in place for this process; a second call does nothing.
 
     Raises:
-        RuntimeError: If a GPU is visible, or megatron-core is of a version not tested here.
+        RuntimeError: A GPU is visible.
     """
     if _undo:
         return
@@ -46,12 +42,6 @@ def enable() -> None:
         raise RuntimeError(
             "a GPU is visible and the CPU stand-in does not hide it; "
             "set dist.device=cpu, or CUDA_VISIBLE_DEVICES= before torch is imported"
-        )
-    installed = version("megatron-core")
-    if installed not in SUPPORTED_MEGATRON_CORE:
-        raise RuntimeError(
-            f"megatron-core {installed} has not been tested on a CPU; "
-            f"install one of {', '.join(SUPPORTED_MEGATRON_CORE)}"
         )
     # The list is complete before the first replacement: later ones wrap what is there now.
     for owner, name, replacement in list(table()):

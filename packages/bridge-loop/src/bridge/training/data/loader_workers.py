@@ -9,7 +9,6 @@ died, which torch sees to.
 
 import contextlib
 import multiprocessing
-import multiprocessing.queues
 import os
 import signal
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from bridge.training.megatron_patches import forget_workers, on_unsent_batch, shut_down_workers
 from bridge.training.ranks.stop_request import STOP_SIGNALS
 from bridge.training.usage_error import UsageError
 
@@ -99,9 +99,9 @@ class LoaderWorkers:
             # It may live on in a traceback, and until it is ended torch takes the end of a worker
             # for a failure.
             if iterator is not None and at_once:
-                _forget_workers(iterator)
+                forget_workers(iterator)
             elif iterator is not None:
-                iterator._shutdown_workers()
+                shut_down_workers(iterator)
             for worker in workers:
                 if worker.is_alive():
                     worker.kill()
@@ -120,20 +120,6 @@ class LoaderWorkers:
                 by = signal.Signals(-worker.exitcode)
                 return f"{named} was killed by {by.name}: {_advice(by, len(workers))}"
         return None
-
-
-def _forget_workers(iterator: Any) -> None:
-    """Do what ``_shutdown_workers`` of torch's iterator does, but for waiting for the workers."""
-    from torch.utils.data._utils import signal_handling
-
-    if iterator._shutdown:
-        return
-    iterator._shutdown = True
-    if iterator._worker_pids_set:
-        signal_handling._remove_worker_pids(id(iterator))
-        iterator._worker_pids_set = False
-    if iterator._pin_memory:
-        iterator._pin_memory_thread_done_event.set()
 
 
 def _advice(by: signal.Signals, workers: int) -> str:
@@ -170,9 +156,8 @@ def prepare_worker(worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    # A hook of Python's for subclasses. Without it the batch is dropped, and the run waits for it.
-    queue: Any = multiprocessing.queues.Queue
-    queue._on_queue_feeder_error = staticmethod(_end_with_error)
+    # Without it the batch is dropped, and the run waits for it.
+    on_unsent_batch(_end_with_error)
 
 
 def _end_with_error(error: Exception, batch: Any) -> None:

@@ -21,8 +21,6 @@ micro batch size. megatron-core's global_aux_loss is not: its mean over earlier 
 on how many there are, and its weight falls with the data-parallel size.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bridge.training.loss.metrics import Metric, ratio
@@ -40,25 +38,6 @@ TARGETS = "mtp_targets"
 
 The losses that megatron-core tracks beside are then sums over targets / number of positions.
 """
-
-
-@contextlib.contextmanager
-def own_trackers() -> Iterator[None]:
-    """Give a run trackers of its own, and the host program back those that it had.
-
-    A tracker holds process groups, which end with the run.
-    """
-    from megatron.core.transformer.moe import moe_logging
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-
-    routers, heads = moe_logging._MOE_METRICS_TRACKER, MTPLossLoggingHelper.tracker
-    moe_logging.set_moe_metrics_tracker(moe_logging.MoEMetricsTracker())
-    MTPLossLoggingHelper.tracker = {}
-    try:
-        yield
-    finally:
-        moe_logging._MOE_METRICS_TRACKER = routers
-        MTPLossLoggingHelper.tracker = heads
 
 
 def clear() -> None:

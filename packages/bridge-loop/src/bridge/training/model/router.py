@@ -14,7 +14,7 @@ to the gradients is coefficient times
 which without padding is what megatron-core does.
 """
 
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
@@ -105,6 +105,7 @@ class Router(TopKRouter):
         total = self._real.sum()
         return total / self._positions if self.calculate_per_token_loss else (total > 0).float()
 
+    @override
     def _apply_seq_aux_loss(
         self,
         probs: torch.Tensor,
@@ -126,6 +127,7 @@ class Router(TopKRouter):
         )
         return attached
 
+    @override
     def _apply_expert_bias(
         self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> None:

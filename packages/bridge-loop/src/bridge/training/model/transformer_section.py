@@ -11,11 +11,11 @@ from torch.nn import functional
 from bridge.training.config import ConfigContainer, Problem
 from bridge.training.config.checks.unsupported import rejections_in
 from bridge.training.megatron_import import quiet_import
+from bridge.training.megatron_patches import has_fused_gradient_accumulation
 from bridge.training.model.transformer_limits import LAYERS
 from bridge.training.usage_error import UsageError
 
 with quiet_import():
-    from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from bridge.training.model.layer_specs import has_transformer_engine
@@ -92,7 +92,9 @@ class TransformerSection(TransformerConfig):
             "layer_spec": layer_spec,
             # A layer that is used twice in a pass would overwrite its own first gradient.
             "gradient_accumulation_fusion": (
-                gpu and (engine or _grad_accum_fusion_available) and not self.mtp_use_repeated_layer
+                gpu
+                and (engine or has_fused_gradient_accumulation())
+                and not self.mtp_use_repeated_layer
             ),
             # Its gradients are not the same from run to run.
             "cross_entropy_loss_fusion": gpu and not self.deterministic_mode,
@@ -117,7 +119,7 @@ class TransformerSection(TransformerConfig):
             values[name] = bool(values[name])
         values["transformer_impl"] = self.layer_spec
         # megatron-core's own layers (the output layer is one) have only Apex's extension.
-        values["gradient_accumulation_fusion"] &= _grad_accum_fusion_available
+        values["gradient_accumulation_fusion"] &= has_fused_gradient_accumulation()
         return TransformerConfig(**values)
 
     def refuse_open_layer_spec(self, path: str) -> None:
@@ -187,7 +189,7 @@ class TransformerSection(TransformerConfig):
                     f"{path}.layer_spec is local (auto chooses it where there is no GPU or no "
                     "Transformer Engine); leave it out"
                 )
-            if self.gradient_accumulation_fusion and not _grad_accum_fusion_available:
+            if self.gradient_accumulation_fusion and not has_fused_gradient_accumulation():
                 yield (
                     f"{path}.gradient_accumulation_fusion: true needs Transformer Engine or Apex's "
                     "extension fused_weight_gradient_mlp_cuda, and neither serves this run; leave "

@@ -20,6 +20,7 @@ from bridge.training.config.layout import embedding_stages
 from bridge.training.contracts import DataShare, ModuleRanks, PlacesModules, own_groups
 from bridge.training.launchers import rank_environment
 from bridge.training.megatron_import import expected_messages_held_back
+from bridge.training.megatron_patches import destroy_model_parallel
 from bridge.training.ranks.launcher_store import meeting_store, rank, world_size
 from bridge.training.ranks.megatron_globals import globals_kept
 from bridge.training.usage_error import UsageError
@@ -158,7 +159,7 @@ def _megatrons_groups(
     try:
         yield ProcessGroupCollection.use_mpu_process_groups()
     finally:
-        _destroy_model_parallel()
+        destroy_model_parallel()
 
 
 @contextlib.contextmanager
@@ -254,18 +255,6 @@ def _check_embedding_group(stages: list[int]) -> None:
             "and megatron-core's groups are initialized already with another embedding group; pass "
             "get_embedding_ranks to initialize_model_parallel, or let pretrain make the groups"
         )
-
-
-def _destroy_model_parallel() -> None:
-    """Take down megatron-core's groups; its own function forgets most and leaves them running."""
-    from megatron.core import parallel_state
-
-    # The first entry stands for the default group, which is another's.
-    groups: list[Any] = (parallel_state._global_process_group_list or [])[1:]
-    parallel_state.destroy_model_parallel()
-    for group in groups:
-        if group in dist.distributed_c10d._world.pg_map:
-            dist.destroy_process_group(group)
 
 
 def _destroy_default_group() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from bridge.training.launchers import rank_environment, rendezvous_url
+from bridge.training.megatron_patches import default_store
 
 if TYPE_CHECKING:
     pass
@@ -42,7 +43,7 @@ def meeting_store(patience: datetime.timedelta = MEETING_PATIENCE) -> dist.Store
         dist.DistError: They did not meet in time.
     """
     if dist.is_initialized():
-        return dist.distributed_c10d._get_default_store()
+        return default_store()
     return _launchers_store(patience)
 
 

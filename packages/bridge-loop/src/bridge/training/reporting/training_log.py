@@ -9,6 +9,7 @@ import torch
 
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import TOKENS
+from bridge.training.megatron_patches import slowest_times
 from bridge.training.reporting.progress import Progress
 from bridge.training.reporting.throughput import Throughput, model_flops_per_token, peak_bf16_flops
 from bridge.training.state import GlobalState
@@ -217,15 +218,9 @@ class TrainingLog:
         if self._on_gpu:
             values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if self._config.logger.timing_log_level > 0:
-            values |= self._timer_values()
+            times = slowest_times(self._state.timers, _TIMERS, steps=self._steps)
+            values |= {f"{name}-time": seconds for name, seconds in times.items()}
         return values
-
-    def _timer_values(self) -> Row:
-        # The public `write` of megatron-core's timers knows no receiver but TensorBoard and W&B.
-        times = self._state.timers._get_global_min_max_time(
-            _TIMERS, reset=True, barrier=False, normalizer=self._steps
-        )
-        return {f"{name}-time": slowest for name, (_, slowest) in times.items()}
 
     def _start_interval(self) -> None:
         self._started = time.perf_counter()

@@ -8,6 +8,7 @@ import torch
 from bridge.gpt.data.split_plan import SPLIT_NAMES, SplitPlan
 from bridge.training.contracts import SizedDataset
 from bridge.training.megatron_import import quiet_import
+from bridge.training.megatron_patches import tokens_of_sample
 
 with quiet_import():
     from megatron.core.datasets.blended_megatron_dataset_builder import (
@@ -32,7 +33,7 @@ class TokenSamples(GPTDataset):
         None stands for a sample that fills a batch up: the first one, with a loss mask of zeros.
         """
         config: Any = self.config  # a GPTDatasetConfig, as the class before it does not say
-        text, _, lengths = self._query_document_sample_shuffle_indices(0 if idx is None else idx)
+        text, lengths = tokens_of_sample(self, 0 if idx is None else idx)
         tokens, labels = torch.from_numpy(text[:-1].copy()), torch.from_numpy(text[1:].copy())
         position_ids = torch.arange(len(tokens))
         ends = tokens == config.tokenizer.eod

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from bridge.training.config import TokenizerConfig
 from bridge.training.file_kinds import head_of, is_text, kind_of
 from bridge.training.megatron_import import quiet_import
+from bridge.training.megatron_patches import library_tokenizer
 from bridge.training.usage_error import UsageError
 
 with quiet_import():
@@ -176,7 +177,7 @@ def hugging_face_tokenizer(tokenizer: Tokenizer) -> Any | None:
     """Return the transformers tokenizer within megatron-core's, None if it is of another kind."""
     if getattr(tokenizer, "library", None) != "huggingface":
         return None
-    return tokenizer._tokenizer.tokenizer  # type: ignore[attr-defined]
+    return library_tokenizer(tokenizer)
 
 
 def first_tokens(tokenizer: Tokenizer) -> list[int]:
@@ -225,7 +226,7 @@ def text_ids(tokenizer: Tokenizer, text: str, *, ends: bool = False) -> list[int
 def _tiktoken(tokenizer: Tokenizer) -> Any | None:
     if getattr(tokenizer, "library", None) != "tiktoken":
         return None
-    return tokenizer._tokenizer.tokenizer  # type: ignore[attr-defined]
+    return library_tokenizer(tokenizer)
 
 
 def _from_megatron(library: str, **options: Any) -> Tokenizer:

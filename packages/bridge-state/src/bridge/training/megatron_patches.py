@@ -1,0 +1,371 @@
+"""The seam to megatron-core: what is patched in it and in torch, and why.
+
+Bridge works with one version of megatron-core, `MEGATRON_CORE`, as it uses private names of it. All
+uses of private names of megatron-core and torch are here, each with its reason and, where one is
+known, the upstream issue or pull request. When the version changes, this module does. Three kinds
+of use are somewhere else:
+
+- `bridge.training.megatron_import`: what is changed only while megatron-core is being imported;
+- `bridge.training.cpu.patches`: the table of the CPU emulation;
+- private methods that our subclasses override, with ``typing.override``, at their own places:
+
+      bridge.training.model.router.Router._apply_seq_aux_loss
+          Padding lies unevenly in sequences, and megatron-core divides by their mean length. No
+          upstream issue known (padding masks came with NVIDIA/Megatron-LM#2142).
+      bridge.training.model.router.Router._apply_expert_bias
+          The mask of padding does not fit the shape of the routing map: NVIDIA/Megatron-LM#6111,
+          fixed by #6114 after this version.
+      bridge.gpt.model.GPT._postprocess
+          The loss of multi-token prediction depends on layout and micro batch size under uneven
+          masks. NVIDIA/Megatron-LM#2417 is a part of it.
+      bridge.gpt.model.PredictionLayer._get_embeddings
+          The mask of padding is shifted within a sequence-parallel rank's part. No upstream issue
+          known.
+      bridge.gpt.model.GPT (in its constructor)
+          An output layer that shares the embedding's weight has a weight of its own that nothing
+          reads, which megatron-core then rejects to save: NVIDIA/Megatron-LM#7577.
+      bridge.mimo.model.MultimodalModel._forward_encoders
+          An encoder on ranks of its own gives each replica of the language model the embeddings of
+          its samples (see `mark_split_sizes`).
+      bridge.mimo.module_ranks._Communicator._build_bridge_comms
+          It builds our bridges between modules in place of megatron-core's.
+      bridge.mimo.module_ranks._Bridge._communicate_shapes
+          It notes how many embeddings came from each rank, whose gradients go back there. No
+          upstream issue known.
+
+megatron-core is imported inside the functions, so that importing this module stays light.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import multiprocessing.queues
+import pickle
+import queue
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bridge.training.usage_error import UsageError
+
+MEGATRON_CORE = "0.19.2"
+"""The version whose private names are used here and in the CPU emulation, and that is tested."""
+
+type Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Makes the replacement of a function, given the function itself."""
+
+
+# --- the version
+
+
+def check_megatron_core() -> None:
+    """Reject every version of megatron-core but `MEGATRON_CORE`, without importing it.
+
+    Raises:
+        UsageError: Another version is installed.
+    """
+    found = _version_of_megatron_core()
+    if found != MEGATRON_CORE:
+        raise UsageError(
+            f"megatron-core={found}: Bridge uses private names of version {MEGATRON_CORE} and is "
+            f"tested with it alone; pip install megatron-core=={MEGATRON_CORE}"
+        )
+
+
+@cache
+def _version_of_megatron_core() -> str:
+    """Return the version of the package that an import would find, installed or not.
+
+    Its ``package_info.py`` is read, as importing it would import all of megatron-core.
+    """
+    package = importlib.util.find_spec("megatron.core")
+    if package is None or package.origin is None:
+        return "unknown"
+    info = Path(package.origin).with_name("package_info.py").read_text()
+    constants = dict(re.findall(r"^([A-Z_]+) = (\d+|\"[^\"]*\"|'[^']*')$", info, re.MULTILINE))
+    number, suffix = ("MAJOR", "MINOR", "PATCH"), constants.get("PRE_RELEASE", "''")
+    if not all(name in constants for name in number):
+        return "unknown"
+    return ".".join(constants[name] for name in number) + str(ast.literal_eval(suffix))
+
+
+# --- process groups and what megatron-core keeps for the whole process
+
+
+def default_store() -> dist.Store:
+    """Return the store of the default process group.
+
+    torch has no public function for it (pytorch/pytorch#151960 proposes public objects).
+    """
+    return dist.distributed_c10d._get_default_store()
+
+
+def destroy_model_parallel() -> None:
+    """Take down megatron-core's process groups.
+
+    Its own function forgets most of them and leaves them running: NVIDIA/Megatron-LM#6897.
+    """
+    from megatron.core import parallel_state
+
+    # The first entry stands for the default group, which is another's.
+    groups: list[Any] = (parallel_state._global_process_group_list or [])[1:]
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        if group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
+
+
+def process_globals() -> Iterator[tuple[Any, str]]:
+    """Yield the owner and the name of every variable that megatron-core keeps for the process.
+
+    Its functions that reset them forget some (NVIDIA/Megatron-LM#7029), and reset them to nothing,
+    not to what the program around a run had set.
+    """
+    from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_token_prediction
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # destroy_model_parallel forgets some of the groups, and schedules set the virtual stage.
+    for name in vars(parallel_state):
+        if name.startswith("_") and not name.startswith("__"):
+            yield parallel_state, name
+    yield num_microbatches_calculator, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR"
+    yield rerun_state_machine, "_GLOBAL_RERUN_STATE_MACHINE"
+    yield random, "_CUDA_RNG_STATE_TRACKER"
+    yield random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED"
+    yield moe_utils.MoEAuxLossAutoScaler, "main_loss_backward_scale"
+    yield multi_token_prediction.MTPLossAutoScaler, "main_loss_backward_scale"
+    yield token_dispatcher.MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream"
+
+
+@contextlib.contextmanager
+def own_loss_trackers() -> Iterator[None]:
+    """Give this block its own trackers of auxiliary losses, which megatron-core keeps globally.
+
+    A tracker holds process groups, which end with a run. No upstream issue known.
+    """
+    from megatron.core.transformer.moe import moe_logging
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    found = moe_logging._MOE_METRICS_TRACKER, MTPLossLoggingHelper.tracker
+    moe_logging.set_moe_metrics_tracker(moe_logging.MoEMetricsTracker())
+    MTPLossLoggingHelper.tracker = {}
+    try:
+        yield
+    finally:
+        moe_logging._MOE_METRICS_TRACKER, MTPLossLoggingHelper.tracker = found
+
+
+def ensure_global_memory_buffer() -> None:
+    """Make the buffer that sequence parallelism gathers into, unless there is one.
+
+    Only ``initialize_model_parallel`` makes it, which modules on ranks of their own do not call. No
+    upstream issue known.
+    """
+    from megatron.core import parallel_state
+
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
+
+
+# --- kernels, timers, tokenizers and samples
+
+
+def has_fused_gradient_accumulation() -> bool:
+    """Whether Apex's kernel is installed that adds weight gradients up in the matrix product.
+
+    megatron-core says it under no public name. No upstream issue known.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    return bool(layers._grad_accum_fusion_available)
+
+
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
+    """Fail on the device where `condition` is false, without a host-device sync.
+
+    The function is to become public: pytorch/pytorch#53284. CUDA does not print the message:
+    pytorch/pytorch#131491.
+
+    Raises:
+        RuntimeError: `condition` is false, on a CPU at once.
+    """
+    torch._assert_async(condition, message)
+
+
+def slowest_times(timers: Any, names: Sequence[str], *, steps: int) -> dict[str, float]:
+    """Return the seconds a step of the slowest rank by timer, and reset the timers; a collective.
+
+    The public ``write`` of megatron-core's timers writes to TensorBoard and W&B alone. No upstream
+    issue known.
+    """
+    times = timers._get_global_min_max_time(names, reset=True, barrier=False, normalizer=steps)
+    return {name: slowest for name, (_, slowest) in times.items()}
+
+
+def library_tokenizer(tokenizer: Any) -> Any:
+    """Return the tokenizer of transformers or tiktoken inside a tokenizer of megatron-core.
+
+    megatron-core's has no method for special tokens written in a text. No upstream issue known.
+    """
+    return tokenizer._tokenizer.tokenizer
+
+
+def tokens_of_sample(dataset: Any, index: int) -> tuple[Any, Any]:
+    """Return the token ids of a sample of a GPTDataset, and the lengths of the documents' parts.
+
+    The public ``__getitem__`` finds padding by a token id: NVIDIA/Megatron-LM#6981.
+    """
+    ids, _, lengths = dataset._query_document_sample_shuffle_indices(index)
+    return ids, lengths
+
+
+# --- modules on ranks of their own
+
+
+@contextlib.contextmanager
+def own_bridge_groups() -> Iterator[None]:
+    """Give this block process groups of its own for bridges between modules.
+
+    megatron-core keeps them for the whole process, by ranks, also after the ranks' default group
+    was destroyed. No upstream issue known.
+    """
+    from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
+
+    found = BridgeCommunicator._broadcast_pg_cache, BridgeCommunicator._bridge_pg_cache
+    BridgeCommunicator._broadcast_pg_cache, BridgeCommunicator._bridge_pg_cache = {}, {}
+    try:
+        yield
+    finally:
+        BridgeCommunicator.destroy_broadcast_pgs()
+        BridgeCommunicator.destroy_bridge_pgs()
+        BridgeCommunicator._broadcast_pg_cache, BridgeCommunicator._bridge_pg_cache = found
+
+
+def bridge_batch_dimension(bridge: Any) -> int:
+    """Return the dimension of a bridge's tensors that is divided among the receiving ranks."""
+    return int(bridge._batch_dim)
+
+
+def mark_split_sizes(tensor: torch.Tensor, sizes: list[int]) -> None:
+    """Note how many embeddings of `tensor` are each sample's or rank's, for the bridge.
+
+    megatron-core looks for the sizes at the tensor, where its own model, which finds them by a
+    host-device sync, puts them: NVIDIA/Megatron-LM#5062.
+    """
+    tensor._mimo_bridge_split_sizes = sizes  # type: ignore[attr-defined]
+
+
+def optimizers_of_modules(optimizer: Any) -> list[Any]:
+    """Return the optimizers of the modules on this rank, of a MimoOptimizer."""
+    found: list[Any] = optimizer._active_optimizers
+    return found
+
+
+# --- data loading workers
+
+
+def shut_down_workers(iterator: Any) -> None:
+    """End the workers of a DataLoader's iterator, for which it waits up to five seconds each.
+
+    torch does it when the iterator is collected, which a traceback puts off.
+    """
+    iterator._shutdown_workers()
+
+
+def forget_workers(iterator: Any) -> None:
+    """Do what ``_shutdown_workers`` does, but for waiting for the workers.
+
+    A worker that does not end holds the process up: pytorch/pytorch#39570, pytorch/pytorch#81794.
+    """
+    from torch.utils.data._utils import signal_handling
+
+    if iterator._shutdown:
+        return
+    iterator._shutdown = True
+    if iterator._worker_pids_set:
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+    if iterator._pin_memory:
+        iterator._pin_memory_thread_done_event.set()
+
+
+def on_unsent_batch(handler: Callable[[Exception, Any], None]) -> None:
+    """Have `handler` called in this worker process with the error for which a batch is not sent.
+
+    Without it Python drops the batch, and the training process waits for it for ever:
+    pytorch/pytorch#142884.
+    """
+    # A hook of Python's for subclasses.
+    queues: Any = multiprocessing.queues.Queue
+    queues._on_queue_feeder_error = staticmethod(handler)
+
+
+# --- checkpoints
+
+
+@contextlib.contextmanager
+def checkpoint_writer_replaced(write: Wrapper, write_item: Wrapper) -> Iterator[None]:
+    """Wrap the functions that write a checkpoint's files, and have them write in this process.
+
+    megatron-core passes the results of writing through a queue of another process. That process
+    takes seconds to start, imports the user's script a second time, and outlives a rank that is
+    killed. No upstream issue known (NVIDIA/Megatron-LM#3424 has this process write the last files).
+
+    Args:
+        write: Wraps the function that writes a rank's files.
+        write_item: Wraps the function that writes one tensor or object.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer: Any = filesystem_async.FileSystemWriterAsync
+    results: Any = queue.Queue()
+    # The function itself, which is found through the class as a static method.
+    with (
+        _replaced(writer, "write_preloaded_data", lambda found: staticmethod(write(found))),
+        _replaced(filesystem_async, "_write_item", write_item),
+        _replaced(filesystem_async, "_results_queue", lambda _: results),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def unpickling_replaced(
+    *, load: Wrapper, loads: Wrapper, load_torch: Wrapper, slice_file: Wrapper
+) -> Iterator[None]:
+    """Wrap the functions with which libraries unpickle parts of a checkpoint.
+
+    torch.distributed.checkpoint unpickles the index as it is (pytorch/pytorch#189308), and
+    Transformer Engine's modules their extra states.
+
+    Args:
+        load: Wraps pickle.load.
+        loads: Wraps pickle.loads.
+        load_torch: Wraps torch.load.
+        slice_file: Wraps the method of torch.distributed.checkpoint that finds an entry in a file.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+
+    with (
+        _replaced(pickle, "load", load),
+        _replaced(pickle, "loads", loads),
+        _replaced(torch, "load", load_torch),
+        _replaced(FileSystemReader, "_slice_file", slice_file),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    original = vars(owner)[name]
+    setattr(owner, name, wrap(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
