@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bridge.mimo.data.digits import HELD_OUT, IMAGE, QUESTION, DigitsDatasetConfig, load_digits
+from bridge.mimo.data.microbatches import Collate, number_of_items
 from bridge.mimo.data.mock import MockDatasetConfig
-from bridge.mimo.data.samples import Collate, next_token_sample, number_of_items
+from bridge.mimo.data.samples import next_token_sample
 from bridge.mimo.recipes import mimo_digits
 from bridge.training.config import ConfigContainer, ConfigError, resolve
 from bridge.training.contracts import DataRequest, DataSplits

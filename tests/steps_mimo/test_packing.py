@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.mimo.data.samples import pack
+from bridge.mimo.data.packing import pack
 from bridge.training.usage_error import UsageError
 from mimo_layout_runs import (
     ALONE,

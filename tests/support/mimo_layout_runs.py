@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from megatron.core.optimizer import OptimizerConfig
 
-from bridge.mimo.data.samples import number_of_items
+from bridge.mimo.data.microbatches import number_of_items
 from bridge.mimo.sections import ModuleParallelism
 from bridge.training.config import ConfigContainer, TrainConfig
 from bridge.training.contracts import DataRequest, DataSplits

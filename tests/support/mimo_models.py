@@ -8,8 +8,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from bridge.mimo.data.microbatches import Collate
 from bridge.mimo.data.mock import MockDatasetConfig
-from bridge.mimo.data.samples import Collate, next_token_sample
+from bridge.mimo.data.samples import next_token_sample
 from bridge.mimo.model import MultimodalModel
 from bridge.mimo.model_config import MultimodalModelConfig
 from bridge.mimo.sections import (

@@ -5,7 +5,7 @@ A microbatch is a dict of host tensors: ``input_ids`` and ``position_ids``, ``la
 ``modality_inputs``: ``{modality: {encoder: {argument: tensor}}}``, the items of all samples of the
 microbatch one after the other. A modality of which the microbatch has no item is left out.
 
-A microbatch of packed samples has ``packing_kwargs`` too (`bridge.mimo.data.samples.pack`).
+A microbatch of packed samples has ``packing_kwargs`` too (`bridge.mimo.data.packing.pack`).
 
 A rank takes what the modules on it need, as the model's role says: a first stage of an encoder its
 inputs, the first stage of the language model the tokens, its last stage labels and mask, each of

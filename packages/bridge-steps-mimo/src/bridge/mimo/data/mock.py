@@ -1,4 +1,4 @@
-"""Random images and tokens, to try and to measure a model without data."""
+"""Mock data: random images and tokens, to try and to measure a model without data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from bridge.mimo.data.samples import Collate, next_token_sample, number_of_items, without_content
+from bridge.mimo.data.microbatches import Collate, number_of_items
+from bridge.mimo.data.rank_images import loads_images, unloaded_images
+from bridge.mimo.data.samples import next_token_sample, padding_token
 from bridge.mimo.model_config import MultimodalModelConfig
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits
 
 _STREAM = 2**40
-"""Between the seeds of a sample's text and of its images."""
+"""Distance between the seeds of a sample's text and of its images."""
 
 
 @dataclass(kw_only=True)
@@ -24,14 +26,14 @@ class MockDatasetConfig:
     validation_size: int = 1024
     """Validation samples."""
     max_images: int = 1
-    """Images of a sample, of each encoder: a number from min_images to this, another for each."""
+    """Images of a sample for each encoder: a random number from min_images to this."""
     min_images: int = 1
     """See max_images; 0 makes some samples text alone."""
     pack: bool = False
-    """Put the samples of a microbatch into one row (`bridge.mimo.data.samples.pack`)."""
+    """Put the samples of a microbatch into one row (`bridge.mimo.data.packing.pack`)."""
 
     def problems(self, config: ConfigContainer) -> Iterator[str]:
-        """Yield what does not fit the model."""
+        """Yield the settings that do not fit the model."""
         if self.size < 1 or self.validation_size < 0:
             yield (
                 f"dataset.size: {self.size} and dataset.validation_size: {self.validation_size} "
@@ -57,12 +59,12 @@ class MockDatasetConfig:
     def build(self, request: DataRequest) -> DataSplits:
         """Build the splits."""
         model = request.config.model
-        assert isinstance(model, MultimodalModelConfig)  # `problems` has looked
+        assert isinstance(model, MultimodalModelConfig)  # `problems` has checked it
         return DataSplits(
             train=_MockSamples(self, request, first=0, size=self.size),
             validation=_MockSamples(self, request, first=self.size, size=self.validation_size),
             shuffle=False,
-            collate=Collate.of(model, pack=self.pack),
+            collate=Collate.for_model(model, pack=self.pack),
             items={"images": number_of_items},
         )
 
@@ -73,7 +75,8 @@ class _MockSamples:
     ) -> None:
         model = request.config.model
         assert isinstance(model, MultimodalModelConfig)
-        self._config, self._model, self._modules = config, model, request.modules
+        self._config, self._model = config, model
+        self._loaded = {name for name in model.encoders if loads_images(request, name)}
         self._first, self._size = first, size
 
     def __len__(self) -> int:
@@ -89,24 +92,24 @@ class _MockSamples:
             low, high = config.min_images, config.max_images + 1
             number = int(torch.randint(low, high, (), generator=generator))
             tokens += [model.special_token_ids[name]] * (number * encoder.tokens_per_image)
-            if self._modules is not None and name not in self._modules:
-                items[name] = without_content(number)
+            if name not in self._loaded:
+                items[name] = unloaded_images(number)
                 continue
             shape = (number, encoder.num_channels, encoder.image_size, encoder.image_size)
-            # Streams of their own: the text is the same where no image is drawn.
-            of_images = torch.Generator().manual_seed(seed + (len(items) + 1) * _STREAM)
-            items[name] = {"pixels": torch.rand(shape, generator=of_images)}
+            # A generator of its own: the text is the same where no image is drawn.
+            image_generator = torch.Generator().manual_seed(seed + (len(items) + 1) * _STREAM)
+            items[name] = {"pixels": torch.rand(shape, generator=image_generator)}
         images, length = len(tokens), model.seq_length + 1
         special = set(model.special_token_ids.values())
         text = torch.randint(
             model.language.vocab_size, (length - images,), generator=generator
         ).tolist()
-        plain = next(token for token in range(len(special) + 1) if token not in special)
-        tokens += [plain if token in special else token for token in text]
+        padding = padding_token(special)
+        tokens += [padding if token in special else token for token in text]
         return next_token_sample(
             tokens,
             counted=range(max(1, images), length),
             seq_length=model.seq_length,
-            padding=plain,
+            padding=padding,
             items=items,
         )
