@@ -203,7 +203,7 @@ def traced(config: ConfigContainer, pattern: int) -> RankTrace:
         run.validate()
         trace.validation = run.validation["lm loss"] or 0.0
         trace.collected = _collected(run, pattern)
-        groups = run.ranks.own_groups
+        groups = run.ranks.model.groups
         trace.replica = (groups.dp.rank(), groups.dp.size())
         trace.last = pieces_of(run.model, groups)
     return trace
@@ -211,7 +211,7 @@ def traced(config: ConfigContainer, pattern: int) -> RankTrace:
 
 def _collected(run: Run, pattern: int) -> list[float]:
     collected = run.collect_non_loss_data()
-    groups = run.ranks.own_groups
+    groups = run.ranks.model.groups
     if groups.tp.rank() > 0:
         return []
     # Ranks that share a microbatch return parts of a sum, or means that are averaged.

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from bridge.training.batch_sizes import BatchSizes
-from bridge.training.contracts import DataShare
+from bridge.training.contracts import DataShard
 from bridge.training.data.evaluation_plan import EvaluationCall, plan_evaluation
 
 SIZES = list(itertools.product([1, 2, 3], [1, 2, 4], [1, 2, 6], [1, 2]))
@@ -41,7 +41,7 @@ def test_every_sample_counts_once_and_a_microbatch_counts_whole_or_not(num_sampl
             assert smallest <= call.size <= micro
             assert call.size % smallest == 0
             for replica in range(replicas):
-                share = DataShare(rank=replica, size=replicas, samples=call.size)
+                share = DataShard(rank=replica, size=replicas, samples=call.size)
                 drawn = list(call.positions(share))
                 assert len(drawn) == call.microbatches
                 for positions in drawn[: call.counted(replica, replicas)]:
@@ -75,4 +75,4 @@ def test_parts_of_a_microbatch_read_the_samples_of_the_whole() -> None:
     )
     assert (last.first, last.samples, last.size, last.copies) == (6, 1, 2, 2)
     for rank in (0, 1):
-        assert list(last.positions(DataShare(rank=rank, size=2, samples=1))) == [[6]]
+        assert list(last.positions(DataShard(rank=rank, size=2, samples=1))) == [[6]]

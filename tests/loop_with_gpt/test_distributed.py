@@ -37,7 +37,7 @@ def test_one_process_needs_no_launcher() -> None:
         assert (rank(), world_size()) == (0, 1)
         config = resolve(gpt_run("unused", tiny_gpt()), device="cpu", world_size=1)
         with ranks_of(config, "cpu") as ranks:
-            return ranks.layout.data, dist.get_world_size(), ranks.is_last_stage
+            return ranks.layout.data, dist.get_world_size(), ranks.model.is_last_stage
 
     assert run_ranks(1, body, timeout=120, process_group=False) == [(1, 1, True)]
 
@@ -47,7 +47,7 @@ def test_losses_are_known_at_the_end_of_the_pipeline() -> None:
         model = tiny_gpt(pipeline_model_parallel_size=2)
         config = resolve(gpt_run("unused", model), device="cpu", world_size=2)
         with ranks_of(config, "cpu") as ranks:
-            return ranks.is_last_stage, ranks.control_group.size()
+            return ranks.model.is_last_stage, ranks.control_group.size()
 
     assert run_ranks(2, body, timeout=120) == [(False, 2), (True, 2)]
 

@@ -189,7 +189,7 @@ def test_metrics_reduced_without_the_context_parallel_ranks_are_refused(tmp_path
         config = gpt_run(tmp_path / "run", tiny_gpt(context_parallel_size=2))
         config.dataset = TokenData(validation=8)
         with a_run(config, gpt_forward_step) as run:
-            groups = run.ranks.own_groups
+            groups = run.ranks.model.groups
             without = MetricReducer(
                 normalization="token",
                 contributes=True,

@@ -149,7 +149,7 @@ def step_of_ours(objective: Objective, **layout: Any) -> Found:
         tempfile.TemporaryDirectory() as directory,
         a_run(objective.run(Path(directory) / "run", **layout), objective.forward_step) as run,
     ):
-        groups = run.ranks.own_groups
+        groups = run.ranks.model.groups
         numbers = range(
             groups.dp.rank(),
             objective.global_batch_size // objective.micro_batch_size,

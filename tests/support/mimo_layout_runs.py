@@ -142,7 +142,7 @@ def train_steps(config: ConfigContainer, steps: int = 3) -> Steps:
         if not gradients:
             gradients.append(
                 unsharded_gradients(
-                    run.model, run.ranks.own_groups, lambda weight: weight.main_grad
+                    run.model, run.ranks.model.groups, lambda weight: weight.main_grad
                 )
             )
 

@@ -73,7 +73,7 @@ class BareLoop:
         from megatron.core.utils import get_model_config
 
         self.model: list[Any] = build_model(config, ranks)
-        self.optimizer: Any = build_optimizer(config, self.model)
+        self.optimizer: Any = build_optimizer(config, self.model, ranks.model)
         self.scheduler = build_scheduler(config, self.optimizer, data.schedule_samples)
         self.data_iterator = data.training(0)[0]
         self.samples = config.train.global_batch_size

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from bridge.training.contracts import ModuleRanks, own_groups
-from bridge.training.data.evaluation_plan import EvaluationCall, plan_of_run, smallest_microbatch
+from bridge.training.contracts import ModelRanks
+from bridge.training.data.evaluation_plan import EvaluationCall, plan_of_run
 from bridge.training.loss.adapter import LossAdapter
-from bridge.training.loss.reducer import MetricReducer
+from bridge.training.loss.reducer import MetricReducer, ReducedMetrics
 from bridge.training.model.ddp import parameters_in_sync
+from bridge.training.ranks.model_ranks import to_model_ranks
 from bridge.training.ranks.stop_request import largest_of_all
 from bridge.training.state import GlobalState
-from bridge.training.step.schedule import run_schedule
+from bridge.training.step.schedule import Schedule
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
     state: GlobalState,
     *,
     num_samples: int,
-    pg_collection: "ProcessGroupCollection | ModuleRanks",
+    pg_collection: "ProcessGroupCollection | ModelRanks",
     reducer: MetricReducer,
     collect_non_loss_data: bool = False,
     stop: Callable[[], bool] | None = None,
@@ -91,18 +92,20 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
         RuntimeError: Not every planned sample was observed, or the forward step drew neither none
             nor all of a rank's microbatches; on every rank.
     """
-    batches = plan_of_run(state.cfg, pg_collection, num_samples, is_interleaved=len(model) > 1)
-    if collect_non_loss_data and any(call.copies > 1 for batch in batches for call in batch):
-        unit = smallest_microbatch(pg_collection)
-        raise UsageError(
-            f"num_samples={num_samples}: microbatches of this layout hold {unit} samples or a "
-            f"multiple, and {num_samples} is none; collect from {num_samples // unit * unit} "
-            "samples, or with a number of replicas that is no larger than the language model's"
-        )
+    ranks = to_model_ranks(pg_collection)
+    batches = plan_of_run(state.cfg, ranks, num_samples, is_interleaved=len(model) > 1)
+    if collect_non_loss_data:
+        _reject_repeated_samples(batches, num_samples, ranks)
     planned = _microbatches(batches)
-    counted = [_Counted(iterator, planned) for iterator in data_iterator]
-    groups = own_groups(pg_collection)
-    # One of its own: what an evaluation that raises leaves in it must not reach a training step.
+    iterators = [_Counted(iterator, planned) for iterator in data_iterator]
+    schedule = Schedule(
+        forward_step=forward_step,
+        data_iterator=iterators,
+        model=model,
+        ranks=ranks,
+        config=state.cfg,
+    )
+    # A reducer of its own: what an evaluation that raises leaves in it must reach no training step.
     reducer = reducer.fresh()
     collected: list[Any] = []
     if not collect_non_loss_data:
@@ -111,55 +114,92 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
     with _evaluation_mode(model):
         for batch in batches:
             for call in batch:
-                real = call.counted(groups.dp.rank(), groups.dp.size())
-                with forward_step.only_first(real):
-                    outputs = run_schedule(
-                        forward_step,
-                        counted,
-                        model,
-                        state,
-                        num_microbatches=call.microbatches,
-                        micro_batch_size=call.size,
-                        pg_collection=pg_collection,
-                        forward_only=True,
-                        collect_non_loss_data=collect_non_loss_data,
-                    )[:real]
                 if collect_non_loss_data:
-                    collected.extend(outputs)
-                    reducer.count(len(outputs), weight=call.weight)
+                    collected += _collect(schedule, call, reducer)
                 else:
-                    reducer.accumulate(outputs, weight=call.weight, copies=call.copies)
+                    _evaluate(schedule, call, reducer)
             done += 1
             if stop is not None and done < len(batches) and largest_of_all(stop(), control_group):
                 break
     is_complete, batches = done == len(batches), batches[:done]
-    drawn = _microbatches(batches)
-    problems = [iterator.problem(drawn) for iterator in counted]
-    problem = next(filter(None, problems), None)
-    reduced = reducer.reduce(alarm=torch.tensor(float(problem is not None)))
-    if reduced.alarm:
-        raise RuntimeError(
-            f"evaluate: the forward step {problem or 'on another rank drew another number'} of the "
-            f"{drawn} planned microbatches; draw one with each call, or none on this rank at all"
-        )
+    samples = sum(call.samples for batch in batches for call in batch)
+    reduced = _reduce(reducer, iterators, _microbatches(batches))
     # Context-parallel ranks share a microbatch and report it each.
-    observed = reduced.samples / groups.cp.size()
-    expected = sum(call.samples for batch in batches for call in batch)
-    if observed != expected:
+    observed = reduced.samples / ranks.groups.cp.size()
+    if observed != samples:
         raise RuntimeError(
-            f"evaluate: {observed:g} samples were observed and {expected} planned; the ranks that "
+            f"evaluate: {observed:g} samples were observed and {samples} planned; the ranks that "
             "the reducer reduces over are not those that the data is divided over"
         )
     if not collect_non_loss_data:
-        state.train_state.consumed_validation_samples += expected
+        state.train_state.consumed_validation_samples += samples
     return EvaluationResult(
         metrics=reduced.to_dict(),
-        samples=expected,
+        samples=samples,
         planned_samples=num_samples,
         tokens=reduced.tokens,
         complete=is_complete,
         non_loss_data=collected,
     )
+
+
+def _reject_repeated_samples(
+    batches: Sequence[Sequence[EvaluationCall]], num_samples: int, ranks: ModelRanks
+) -> None:
+    if all(call.copies == 1 for batch in batches for call in batch):
+        return
+    unit = ranks.smallest_microbatch
+    raise UsageError(
+        f"num_samples={num_samples}: microbatches of this layout hold {unit} samples or a "
+        f"multiple, and {num_samples} is none; collect from {num_samples // unit * unit} "
+        "samples, or with a number of replicas that is no larger than the language model's"
+    )
+
+
+def _evaluate(schedule: Schedule, call: EvaluationCall, reducer: MetricReducer) -> None:
+    """Run one call of the schedule, and add what its microbatches reported to the reducer."""
+    records = _run(schedule, call)
+    reducer.accumulate(records, weight=call.weight, copies=call.copies)
+
+
+def _collect(schedule: Schedule, call: EvaluationCall, reducer: MetricReducer) -> list[Any]:
+    """Run one call of the schedule; count its microbatches and return what they collected."""
+    collected = _run(schedule, call, collect_non_loss_data=True)
+    reducer.count(len(collected), weight=call.weight)
+    return collected
+
+
+def _run(
+    schedule: Schedule, call: EvaluationCall, *, collect_non_loss_data: bool = False
+) -> list[Any]:
+    """Run one call of the schedule; return the results of the microbatches that count."""
+    replicas = schedule.ranks.groups.dp
+    counted = call.counted(replicas.rank(), replicas.size())
+    with schedule.forward_step.only_first(counted):
+        return schedule.run(
+            call.microbatches,
+            micro_batch_size=call.size,
+            forward_only=True,
+            collect_non_loss_data=collect_non_loss_data,
+        )[:counted]
+
+
+def _reduce(
+    reducer: MetricReducer, iterators: Sequence["_Counted"], planned: int
+) -> ReducedMetrics:
+    """Reduce the metrics over all ranks, once each has drawn its planned microbatches or none.
+
+    Raises:
+        RuntimeError: A rank drew another number; on every rank.
+    """
+    problem = next(filter(None, (iterator.problem(planned) for iterator in iterators)), None)
+    reduced = reducer.reduce(alarm=torch.tensor(float(problem is not None)))
+    if reduced.alarm:
+        raise RuntimeError(
+            f"evaluate: the forward step {problem or 'on another rank drew another number'} of the "
+            f"{planned} planned microbatches; draw one with each call, or none on this rank at all"
+        )
+    return reduced
 
 
 def _microbatches(batches: Sequence[Sequence[EvaluationCall]]) -> int:

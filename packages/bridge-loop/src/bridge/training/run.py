@@ -13,7 +13,7 @@ from bridge.training.batch_sizes import BatchSizes
 from bridge.training.callbacks import CallbackContext, Callbacks
 from bridge.training.checkpoint.checkpointer import Checkpointer
 from bridge.training.config import ConfigContainer
-from bridge.training.contracts import TOKENS, SizedDataset, replicas_of
+from bridge.training.contracts import TOKENS, SizedDataset
 from bridge.training.data.run_data import RunData
 from bridge.training.evaluate import EvaluationResult, evaluate
 from bridge.training.forward_step import prepare_forward_step_func
@@ -95,7 +95,7 @@ class Run(TrainingParts):
 
     def num_microbatches(self) -> int:
         """Return this rank's microbatches of the coming step."""
-        return BatchSizes.of(self.config.train, replicas_of(self.ranks.pg_collection)).microbatches
+        return BatchSizes.of(self.config.train, self.ranks.model.replicas).microbatches
 
     @property
     def before_optimizer_step(self) -> Callable[[], None] | None:

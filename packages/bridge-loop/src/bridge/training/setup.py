@@ -5,7 +5,6 @@ can show. The run's directory is made last, so a run that could not start leaves
 """
 
 import contextlib
-import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from bridge.training.checkpoint.checkpointer import Checkpointer
 from bridge.training.checkpoint.manifest import Verification, missing_rows
 from bridge.training.checkpoint.run_state import counters_of
 from bridge.training.config import ConfigContainer, resolve
-from bridge.training.contracts import AdaptedLayer, ModuleRanks
+from bridge.training.contracts import AdaptedLayer
 from bridge.training.data.run_data import RunData, as_splits, data_request
 from bridge.training.durable_files import make_directory
 from bridge.training.forward_step import prepare_forward_step_func
@@ -201,18 +200,12 @@ def _built(
             stack.enter_context(gradients_reach_recomputed_layers(model))
         size = None
         if config.peft is not None and base is not None:
-            size = size_of_whole_model(model, ranks.own_groups)
+            size = size_of_whole_model(model, ranks.model.groups)
             for line in notes(config.peft, layers, size, base, ranks):
                 progress.note(line)
         with progress.phase("optimizer"):
             timers = _timers(config, state)
-            groups = ranks.pg_collection
-            optimizer = build_optimizer(
-                config,
-                model,
-                timers=timers,
-                module_ranks=groups if isinstance(groups, ModuleRanks) else None,
-            )
+            optimizer = build_optimizer(config, model, ranks.model, timers=timers)
             scheduler = build_scheduler(config, optimizer, data.schedule_samples)
             attach_hooks(config, model, optimizer, timers)
             stack.callback(detach_hooks, model)
@@ -269,17 +262,17 @@ def adapt_forward_step(
         normalization=config.train.loss_normalization,
         token_slots=max(1, tokens // layout.context),
         context_parallel_size=layout.context,
-        context_parallel_group=ranks.own_groups.cp,
+        context_parallel_group=ranks.model.groups.cp,
         on_loss=rerun.check_loss if config.rerun.rerun_mode != "disabled" else None,
     )
 
 
 def build_reducer(config: ConfigContainer, ranks: Ranks) -> MetricReducer:
     """Build the reducer whose results all ranks of the run learn."""
-    groups = ranks.own_groups
+    groups = ranks.model.groups
     return MetricReducer(
         normalization=config.train.loss_normalization,
-        contributes=ranks.is_last_stage and groups.tp.rank() == 0,
+        contributes=ranks.model.is_last_stage and groups.tp.rank() == 0,
         device=torch.device(ranks.device),
         context_parallel_size=ranks.layout.context,
         context_parallel_group=groups.cp,
@@ -359,9 +352,7 @@ def _timers(config: ConfigContainer, state: GlobalState) -> Any:
 
 
 def _build_data(config: ConfigContainer, ranks: Ranks, done: TrainState | None) -> RunData:
-    request, groups = data_request(config, done), ranks.pg_collection
-    if isinstance(groups, ModuleRanks):
-        request = dataclasses.replace(request, modules=groups.reads_inputs_of)
+    request = data_request(config, ranks.model.modules_with_inputs, done)
     return RunData(as_splits(config.dataset.build(request)), config, ranks, done)
 
 

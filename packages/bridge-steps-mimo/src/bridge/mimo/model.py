@@ -178,7 +178,7 @@ class MultimodalModel(MimoModel):
             modules[LANGUAGE] = self.language_model
         return modules
 
-    # --- what the loop asks where each module is on ranks of its own (bridge.training.contracts)
+    # --- what `SeparateRanks` asks
 
     def own_module(self) -> tuple[torch.nn.Module, TransformerConfig]:
         """Return the only module on this rank, and its config."""

@@ -71,7 +71,7 @@ class MultimodalModelConfig:
     ) -> MultimodalModel:
         """Build the model on the current device (see `contracts.ModelConfig.build`)."""
         if isinstance(pg_collection, SeparateRanks):
-            groups = {pg_collection.name: pg_collection.own}
+            groups = {pg_collection.name: pg_collection.groups}
             return self.build_modules(groups, pg_collection.grids)
         return self.build_modules(dict.fromkeys([LANGUAGE, *self.encoders], pg_collection))
 

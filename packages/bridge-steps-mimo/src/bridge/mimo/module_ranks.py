@@ -9,14 +9,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
-from typing import Any, override
+from typing import Any, Self, override
 
 import torch
 import torch.distributed as dist
 
 from bridge.mimo.optimizer import ModulesOptimizer
 from bridge.mimo.placement import LANGUAGE, Place
-from bridge.training.contracts import DataShare
+from bridge.training.contracts import DataShard
 from bridge.training.megatron_import import quiet_import
 from bridge.training.megatron_patches import (
     bridge_batch_dimension,
@@ -27,6 +27,8 @@ from bridge.training.megatron_patches import (
 
 with quiet_import():
     from megatron.core.hyper_comm_grid import HyperCommGrid
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator, CommRole
     from megatron.core.pipeline_parallel.multimodule_communicator import (
         MultiModulePipelineCommunicator,
@@ -35,6 +37,7 @@ with quiet_import():
         MultiModuleProcessGroupCollection,
         ProcessGroupCollection,
     )
+    from megatron.core.utils import get_model_config
 
 _GROUPS: tuple[tuple[str, list[str], str | None], ...] = (
     ("tp", ["tp"], None),
@@ -78,7 +81,7 @@ def module_ranks_of(places: Mapping[str, Place], timeout: timedelta) -> Iterator
 
 
 class SeparateRanks(MultiModuleProcessGroupCollection):
-    """What the loop asks about a rank that holds one of several modules (`ModuleRanks`).
+    """What the loop asks about a rank that holds one of several modules (`ModelRanks`).
 
     Args:
         name: The module on this rank.
@@ -96,10 +99,15 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
     ) -> None:
         super().__init__({name: own}, LANGUAGE if name == LANGUAGE else None)
         self.name = name
-        self.own = own
+        self.groups = own
         self.grids = dict(grids)
         self._places = places
         self._communicator: _Communicator | None = None
+
+    @property
+    def pg_collection(self) -> Self:
+        """The process groups as megatron-core takes them: these."""
+        return self
 
     @property
     def replicas(self) -> int:
@@ -115,24 +123,24 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
                 (place.pipeline for name, place in self._places.items() if name != LANGUAGE),
                 default=0,
             )
-        return before + int(self.own.pp.rank())
+        return before + int(self.groups.pp.rank())
 
     @property
     def is_last_stage(self) -> bool:
         """Whether the language model ends here."""
-        pipeline = self.own.pp
+        pipeline = self.groups.pp
         return self.name == LANGUAGE and bool(pipeline.rank() == pipeline.size() - 1)
 
     @property
-    def reads_inputs_of(self) -> frozenset[str]:
+    def modules_with_inputs(self) -> frozenset[str]:
         """The module on this rank, if it begins here."""
-        return frozenset({self.name} if self.own.pp.rank() == 0 else ())
+        return frozenset({self.name} if self.groups.pp.rank() == 0 else ())
 
-    def share(self, micro_batch_size: int) -> DataShare:
+    def shard(self, micro_batch_size: int) -> DataShard:
         """Return this rank's part of the samples of all copies of the language model."""
-        copies: int = self.own.dp.size()
+        copies: int = self.groups.dp.size()
         samples = micro_batch_size * self.replicas // copies
-        return DataShare(rank=self.own.dp.rank(), size=copies, samples=samples)
+        return DataShard(rank=self.groups.dp.rank(), size=copies, samples=samples)
 
     @property
     def smallest_microbatch(self) -> int:
@@ -142,8 +150,48 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
         """
         return max(1, *(place.data // self.replicas for place in self._places.values()))
 
-    def communicator(self, model_config: Any) -> MultiModulePipelineCommunicator:
-        """Return what sends tensors between stages and modules; the first call is a collective."""
+    def to_16_bits(self, chunks: list[Any]) -> list[Any]:
+        """Return the chunks as they are: `wrap_model` converts the module on this rank."""
+        return chunks
+
+    def wrap_model(
+        self, chunks: list[Any], wrap: Callable[[list[Any], Any], list[Any]]
+    ) -> list[Any]:
+        """Wrap the module on this rank; the model around it stays as it was built."""
+        for chunk in chunks:
+            module, module_config = chunk.own_module()
+            if module_config.bf16:
+                # Not by megatron-core's wrapper, whose float32 outputs would travel to other ranks.
+                module = module.bfloat16()
+            [wrapped] = wrap([module], module_config)
+            chunk.replace_own_module(wrapped)
+        return chunks
+
+    def build_optimizer(
+        self, optimizer_config: Any, modules: list[Any], overrides: dict[Any, Any]
+    ) -> ModulesOptimizer:
+        """Return the optimizer of all modules' weights, of which this rank has some."""
+        own = None
+        if modules:
+            own = get_megatron_optimizer(
+                optimizer_config,
+                modules,
+                overrides,
+                use_gloo_process_groups=False,
+                pg_collection=self.groups,
+            )
+        return ModulesOptimizer.over(self.grids, self.name, own, self.groups, optimizer_config)
+
+    def schedule(self, chunks: list[Any]) -> Callable[..., list[Any]]:
+        """Return megatron-core's schedule between modules; the first call is a collective."""
+        return partial(
+            get_forward_backward_func(schedule_pg_collection=self),
+            pg_collection=self,
+            p2p_communicator=self._communicator_for(get_model_config(chunks[0])),
+        )
+
+    def _communicator_for(self, model_config: Any) -> MultiModulePipelineCommunicator:
+        """Return what sends tensors between stages and modules, the same at every call."""
         if self._communicator is None:
             encoders = [name for name in self.grids if name != LANGUAGE]
             axes: Any = {"s": 0, "b": 1, "h": 2}
@@ -157,12 +205,12 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
             )
         return self._communicator
 
-    def total(self, number: torch.Tensor) -> None:
-        """Add up a number over the ranks where the language model ends, for every rank."""
-        if not (self.is_last_stage and self.own.tp.rank() == 0):
+    def sum_tokens(self, num_tokens: torch.Tensor) -> None:
+        """Sum the token counts of the ranks where the language model ends, on every rank."""
+        if not (self.is_last_stage and self.groups.tp.rank() == 0):
             # Tensor-parallel ranks have seen the same tokens.
-            number.zero_()
-        dist.all_reduce(number)
+            num_tokens.zero_()
+        dist.all_reduce(num_tokens)
 
     def gradient_factor(self, *, summed: bool) -> float:
         """Return what makes a mean over this module's copies one over the language model's.
@@ -170,11 +218,7 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
         A copy of an encoder has the gradients of the samples of several copies of the language
         model, or of a part of one's.
         """
-        return 1.0 if summed else self.own.dp.size() / self.replicas
-
-    def optimizer(self, own: Any, optimizer_config: Any) -> ModulesOptimizer:
-        """Return the optimizer of all modules' weights, of which this rank has some."""
-        return ModulesOptimizer.over(self.grids, self.name, own, self.own, optimizer_config)
+        return 1.0 if summed else self.groups.dp.size() / self.replicas
 
 
 class _Communicator(MultiModulePipelineCommunicator):

@@ -67,7 +67,7 @@ def attach_adapters(
     layers = method.attach(chunks, ranks.control_group)
     if config.rng.layout_invariant_init:
         added = [parameter for chunk in chunks for _, parameter in trained_parameters(chunk)]
-        initialize_added_weights(chunks, added, config.rng.seed, ranks.own_groups)
+        initialize_added_weights(chunks, added, config.rng.seed, ranks.model.groups)
     return layers
 
 

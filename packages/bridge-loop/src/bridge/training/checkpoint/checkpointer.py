@@ -260,7 +260,7 @@ class Checkpointer:
         }
 
     def _metadata(self) -> dict[str, Any]:
-        return {**self._content(), "dp_cp_group": self._ranks.own_groups.dp_cp}
+        return {**self._content(), "dp_cp_group": self._ranks.model.groups.dp_cp}
 
     def _model_state(self) -> dict[str, Any]:
         states = {

@@ -39,7 +39,7 @@ def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> Non
             f"{checkpoint}: holds adapters and not the model that they stand beside; make one of "
             f"both first: bridge merge {checkpoint} --output DIR"
         )
-    metadata = {"singleton_local_shards": False, "dp_cp_group": ranks.own_groups.dp_cp}
+    metadata = {"singleton_local_shards": False, "dp_cp_group": ranks.model.groups.dp_cp}
     names = [chunk_name(index, len(chunks)) for index in range(len(chunks))]
     wanted = {
         name: chunk.sharded_state_dict(metadata=metadata)
@@ -70,7 +70,7 @@ def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks:
         raise UsageError(f"{checkpoint}: holds a whole model and no adapters")
     if base is not None:
         base.refuse_another(saved, checkpoint)
-    metadata = {"singleton_local_shards": True, "dp_cp_group": ranks.own_groups.dp_cp}
+    metadata = {"singleton_local_shards": True, "dp_cp_group": ranks.model.groups.dp_cp}
     names = [chunk_name(index, len(chunks)) for index in range(len(chunks))]
     state = load_sharded(
         checkpoint,
@@ -97,7 +97,7 @@ def save_model_weights(
         ranks: The process groups.
     """
     content = {"singleton_local_shards": False}
-    metadata = {**content, "dp_cp_group": ranks.own_groups.dp_cp}
+    metadata = {**content, "dp_cp_group": ranks.model.groups.dp_cp}
     state = {
         "format_version": FORMAT_VERSION,
         **{

@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bridge.training.batch_sizes import BatchSizes
-from bridge.training.contracts import DataShare, ModuleRanks, own_groups, replicas_of
+from bridge.training.contracts import DataShard, ModelRanks
 
 if TYPE_CHECKING:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
     from bridge.training.config import ConfigContainer
 
 
@@ -57,16 +55,16 @@ class EvaluationCall:
         left = self.samples - replica * self.weight
         return max(0, min(self.microbatches, -(-left // (replicas * self.weight))))
 
-    def positions(self, share: DataShare) -> Iterator[list[int]]:
+    def positions(self, shard: DataShard) -> Iterator[list[int]]:
         """Yield the positions of the samples in each of a rank's microbatches.
 
         Args:
-            share: The rank's part of each global microbatch, for microbatches of `size`.
+            shard: The rank's part of each global microbatch, for microbatches of `size`.
         """
         last = self.first + self.samples - 1
         for number in range(self.microbatches):
-            start = (number * share.size + share.rank) * share.samples
-            places = range(start, start + share.samples)
+            start = (number * shard.size + shard.rank) * shard.samples
+            places = range(start, start + shard.samples)
             yield [min(self.first + place // self.copies, last) for place in places]
 
 
@@ -129,7 +127,7 @@ def _calls_of_batch(
 
 def plan_of_run(
     config: "ConfigContainer",
-    pg_collection: "ProcessGroupCollection | ModuleRanks",
+    ranks: ModelRanks,
     num_samples: int,
     *,
     is_interleaved: bool,
@@ -138,26 +136,17 @@ def plan_of_run(
 
     Args:
         config: The run's configuration, resolved.
-        pg_collection: The process groups.
+        ranks: How the model is divided over the ranks.
         num_samples: Samples from the set's beginning.
         is_interleaved: Whether each rank has several model chunks.
     """
     group = 1
     if is_interleaved:
         group = getattr(config.model, "microbatch_group_size_per_vp_stage", None) or 0
-        group = group or int(own_groups(pg_collection).pp.size())
+        group = group or int(ranks.groups.pp.size())
     return plan_evaluation(
         num_samples,
-        BatchSizes.of(config.train, replicas_of(pg_collection)),
+        BatchSizes.of(config.train, ranks.replicas),
         group=group,
-        smallest=smallest_microbatch(pg_collection),
+        smallest=ranks.smallest_microbatch,
     )
-
-
-def smallest_microbatch(pg_collection: "ProcessGroupCollection | ModuleRanks") -> int:
-    """Return the samples of which a replica's microbatch holds a multiple.
-
-    That is 1, but for modules on ranks of their own with more replicas than the language model,
-    which divide its microbatches among them.
-    """
-    return pg_collection.smallest_microbatch if isinstance(pg_collection, ModuleRanks) else 1

@@ -5,7 +5,7 @@ the number of samples consumed: that one number resumes a run exactly, at no cos
 cut into microbatches of consecutive samples, and microbatch k goes to data-parallel rank k mod D.
 So every layout trains on the same samples at the same step, in the same microbatches. Modules on
 ranks of their own cut each D microbatches into as many parts as the module has copies
-(`bridge.training.contracts.DataShare`), so all of them see the same samples as well.
+(`bridge.training.contracts.DataShard`), so all of them see the same samples as well.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler, Subset
 
 from bridge.training.config import ConfigContainer
-from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, named_sets
-from bridge.training.data.evaluation_plan import EvaluationCall, plan_of_run, smallest_microbatch
+from bridge.training.contracts import DataRequest, DataSplits, ModelRanks, SizedDataset, named_sets
+from bridge.training.data.evaluation_plan import EvaluationCall, plan_of_run
 from bridge.training.data.loader_errors import RejectingCollate, RejectingDataset, raised
 from bridge.training.data.loader_workers import LoaderWorkers, prepare_worker
 from bridge.training.data.run_length import last_step, samples_to_draw, schedule_samples
@@ -28,11 +28,16 @@ from bridge.training.state import TrainState
 from bridge.training.usage_error import UsageError
 
 
-def data_request(config: ConfigContainer, done: TrainState | None = None) -> DataRequest:
+def data_request(
+    config: ConfigContainer,
+    modules: frozenset[str] | None = None,
+    done: TrainState | None = None,
+) -> DataRequest:
     """Return how much data a run draws, from its resolved configuration.
 
     Args:
         config: The run.
+        modules: The modules whose inputs this rank reads; None for all.
         done: What it has done already; None for a new run.
 
     Raises:
@@ -45,6 +50,7 @@ def data_request(config: ConfigContainer, done: TrainState | None = None) -> Dat
         train_samples=samples_to_draw(train, done or TrainState()),
         validation_samples=evaluated,
         test_samples=evaluated,
+        modules=modules,
     )
 
 
@@ -196,17 +202,17 @@ class EvaluationSampler(Sampler[list[int]]):
 
     Args:
         batches: What `bridge.training.data.evaluation_plan.plan_of_run` says.
-        ranks: The process groups.
+        ranks: How the model is divided over the ranks.
     """
 
-    def __init__(self, batches: Sequence[Sequence[EvaluationCall]], ranks: Ranks) -> None:
+    def __init__(self, batches: Sequence[Sequence[EvaluationCall]], ranks: ModelRanks) -> None:
         self._batches = batches
         self._ranks = ranks
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._batches:
             for call in batch:
-                yield from call.positions(self._ranks.share(call.size))
+                yield from call.positions(self._ranks.shard(call.size))
 
 
 class RunData:
@@ -283,8 +289,8 @@ class RunData:
 
     def _counts_items(self) -> bool:
         """Whether this rank counts: of those that read the same samples, one."""
-        groups = self._ranks.own_groups
-        return self._ranks.is_last_stage and groups.tp.rank() == 0 and groups.cp.rank() == 0
+        groups = self._ranks.model.groups
+        return self._ranks.model.is_last_stage and groups.tp.rank() == 0 and groups.cp.rank() == 0
 
     def _counting(self, iterator: Iterator[Any]) -> Iterator[Any]:
         for microbatch in iterator:
@@ -317,7 +323,7 @@ class RunData:
     @property
     def smallest_microbatch(self) -> int:
         """Samples of which every microbatch of a replica holds a multiple, 1 in most layouts."""
-        return smallest_microbatch(self._ranks.pg_collection)
+        return self._ranks.model.smallest_microbatch
 
     def evaluation(
         self, dataset: SizedDataset, num_samples: int | None = None
@@ -340,19 +346,19 @@ class RunData:
             )
         chunks = self._ranks.layout.virtual_pipeline or 1
         batches = plan_of_run(
-            self._config, self._ranks.pg_collection, num_samples, is_interleaved=chunks > 1
+            self._config, self._ranks.model, num_samples, is_interleaved=chunks > 1
         )
-        sampler = EvaluationSampler(batches, self._ranks)
+        sampler = EvaluationSampler(batches, self._ranks.model)
         return [self._iterator(dataset, sampler, 0) for _ in range(chunks)], num_samples
 
     def _training_sampler(self, consumed_samples: int) -> MicrobatchSampler:
-        share = self._ranks.share(self._config.train.micro_batch_size)
+        shard = self._ranks.model.shard(self._config.train.micro_batch_size)
         return MicrobatchSampler(
             self._order,
             start=consumed_samples,
-            micro_batch_size=share.samples,
-            data_parallel_rank=share.rank,
-            data_parallel_size=share.size,
+            micro_batch_size=shard.samples,
+            data_parallel_rank=shard.rank,
+            data_parallel_size=shard.size,
         )
 
     def _iterator(

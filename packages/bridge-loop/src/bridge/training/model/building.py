@@ -5,19 +5,18 @@ of its schedules.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from bridge.training.config import ConfigContainer
-from bridge.training.contracts import ModuleRanks
-from bridge.training.model.ddp import with_wrapped_module, wrap_in_ddp
+from bridge.training.model.ddp import wrap_in_ddp
 from bridge.training.model.initial_weights import initialize_weights
 from bridge.training.ranks.groups import Ranks
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -42,9 +41,7 @@ def build_model(
     chunks = build_chunks(config, ranks, loaded_next=loaded_next)
     if adapt is not None:
         adapt(chunks)
-    if isinstance(ranks.pg_collection, ModuleRanks):
-        return [with_wrapped_module(config, ranks, chunk) for chunk in chunks]
-    return wrap_in_ddp(config, ranks, chunks, chunks[0].config)
+    return ranks.model.wrap_model(chunks, partial(wrap_in_ddp, config, ranks.model.groups))
 
 
 def build_chunks(config: ConfigContainer, ranks: Ranks, *, loaded_next: bool = False) -> list[Any]:
@@ -56,21 +53,13 @@ def build_chunks(config: ConfigContainer, ranks: Ranks, *, loaded_next: bool = F
         loaded_next: Whether a checkpoint of the whole model is loaded next. Its weights need no
             initial values then, which take five seconds for each billion.
     """
-    from megatron.core.transformer.module import Float16Module
-
     chunks: list[Any] = [_on_device(chunk, ranks.device) for chunk in _bare_chunks(config, ranks)]
     # Here and never again: later on, what a callback has put to sleep stays asleep.
     for chunk in chunks:
         chunk.train()
     if config.rng.layout_invariant_init:
-        initialize_weights(chunks, config.rng.seed, ranks.own_groups, only_padded=loaded_next)
-    model_config = chunks[0].config
-    if isinstance(ranks.pg_collection, ModuleRanks):
-        # The module on this rank is made 16 bits for itself.
-        return chunks
-    if model_config.bf16 or model_config.fp16:
-        chunks = [Float16Module(model_config, chunk) for chunk in chunks]
-    return chunks
+        initialize_weights(chunks, config.rng.seed, ranks.model.groups, only_padded=loaded_next)
+    return ranks.model.to_16_bits(chunks)
 
 
 def count_parameters(model: list[torch.nn.Module]) -> int:
@@ -84,9 +73,9 @@ def _bare_chunks(config: ConfigContainer, ranks: Ranks) -> list[torch.nn.Module]
     chunks = []
     for vp_stage in stages:
         chunk = config.model.build(
-            pg_collection=cast("ProcessGroupCollection", ranks.pg_collection),
-            pre_process=ranks.stage == 0 and vp_stage in (None, 0),
-            post_process=ranks.is_last_stage
+            pg_collection=ranks.pg_collection,
+            pre_process=ranks.model.stage == 0 and vp_stage in (None, 0),
+            post_process=ranks.model.is_last_stage
             and (virtual_stages is None or vp_stage == virtual_stages - 1),
             vp_stage=vp_stage,
         )
@@ -126,8 +115,8 @@ def _plain_module(
         def __init__(self) -> None:
             super().__init__(model_config)
             self.module = module
-            self.pg_collection = ranks.own_groups
-            self.tp_group = ranks.own_groups.tp
+            self.pg_collection = ranks.model.groups
+            self.tp_group = ranks.model.groups.tp
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return self.module(*args, **kwargs)

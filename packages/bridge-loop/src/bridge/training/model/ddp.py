@@ -5,18 +5,15 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from bridge.training.config import ConfigContainer
-from bridge.training.contracts import HoldsOneModule
-from bridge.training.ranks.groups import Ranks
-from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
-    pass
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 def ddp_parts(model: list[Any]) -> list[Any]:
@@ -74,43 +71,37 @@ def gather_gradients(model: list[Any]) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def with_wrapped_module(config: ConfigContainer, ranks: Ranks, model: Any) -> torch.nn.Module:
-    """Wrap the module of `model` that is on this rank."""
-    if not isinstance(model, HoldsOneModule):
-        raise UsageError(
-            f"model.build: {type(model).__name__} has no own_module and replace_own_module, which "
-            "a model whose modules are on ranks of their own needs"
-        )
-    module, module_config = model.own_module()
-    if module_config.bf16:
-        # Not megatron-core's wrapper: its outputs would be float32, and travel to other ranks.
-        module = module.bfloat16()
-    [wrapped] = wrap_in_ddp(config, ranks, [module], module_config)
-    model.replace_own_module(wrapped)
-    return cast(torch.nn.Module, model)
-
-
 def wrap_in_ddp(
-    config: ConfigContainer, ranks: Ranks, chunks: list[Any], model_config: Any
+    config: ConfigContainer,
+    groups: "ProcessGroupCollection",
+    modules: list[Any],
+    model_config: Any,
 ) -> list[torch.nn.Module]:
-    """Wrap this rank's chunks in megatron-core's DDP."""
+    """Wrap modules in megatron-core's DDP.
+
+    Args:
+        config: The run.
+        groups: Their process groups.
+        modules: This rank's model chunks, or a module of one.
+        model_config: megatron-core's config, which they share.
+    """
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     # DDP writes the bucket size into its config.
-    groups, ddp_config = ranks.own_groups, dataclasses.replace(config.ddp)
+    ddp_config = dataclasses.replace(config.ddp)
     bucket_size = ddp_config.bucket_size or max(40_000_000, 1_000_000 * groups.dp_cp.size())
     if ddp_config.num_buckets is not None:
-        trained = sum(p.numel() for p in chunks[0].parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in modules[0].parameters() if p.requires_grad)
         bucket_size = max(1, math.ceil(trained / ddp_config.num_buckets))
         ddp_config = dataclasses.replace(ddp_config, num_buckets=None, bucket_size=bucket_size)
     wrap = partial(DistributedDataParallel, config=model_config, pg_collection=groups)
     wrapped: list[torch.nn.Module] = []
-    for index, chunk in enumerate(chunks):
+    for index, module in enumerate(modules):
         layout = None
         if ddp_config.use_distributed_optimizer:
             layout = DistributedOptimizer.compute_full_param_layout(
-                [parameter for parameter in chunk.parameters() if parameter.requires_grad],
+                [parameter for parameter in module.parameters() if parameter.requires_grad],
                 bucket_size if ddp_config.overlap_grad_reduce else None,
                 groups.intra_dp_cp.size(),
                 ddp_config,
@@ -119,7 +110,7 @@ def wrap_in_ddp(
         wrapped.append(
             wrap(
                 ddp_config=ddp_config,
-                module=chunk,
+                module=module,
                 # Only the first chunk's gradients are ready early enough for buckets to help.
                 disable_bucketing=index > 0,
                 full_param_layout=layout,

@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from bridge.training.config import ConfigContainer
-from bridge.training.contracts import ModuleRanks, own_groups
+from bridge.training.contracts import ModelRanks
 from bridge.training.model.ddp import ddp_parts, without_ddp
 from bridge.training.model.frozen import GradientWatch
+from bridge.training.ranks.model_ranks import to_model_ranks
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class GradientFinalizer:
         model: list[Any],
         num_tokens: torch.Tensor | None = None,
         *,
-        pg_collection: "ProcessGroupCollection | ModuleRanks",
+        pg_collection: "ProcessGroupCollection | ModelRanks",
         **options: Any,
     ) -> None:
         """Reduce the gradients over all ranks and divide them by the number of tokens.
@@ -121,19 +121,12 @@ class GradientFinalizer:
         if self._watch is not None:
             self._watch.check()
             self._watch = None
-        parts, groups = ddp_parts(model), own_groups(pg_collection)
+        parts, ranks = ddp_parts(model), to_model_ranks(pg_collection)
         if parts:
-            finalize_model_grads(parts, None, pg_collection=groups, **options)
-        factor: Any = 1.0
-        if isinstance(pg_collection, ModuleRanks):
-            factor = pg_collection.gradient_factor(summed=num_tokens is not None)
+            finalize_model_grads(parts, None, pg_collection=ranks.groups, **options)
+        factor: Any = ranks.gradient_factor(summed=num_tokens is not None)
         if num_tokens is not None:
-            if isinstance(pg_collection, ModuleRanks):
-                pg_collection.total(num_tokens)
-            else:
-                last_stage = dist.get_process_group_ranks(groups.pp)[-1]
-                dist.broadcast(num_tokens, src=last_stage, group=groups.pp)
-                dist.all_reduce(num_tokens, group=groups.dp_cp)
+            ranks.sum_tokens(num_tokens)
             factor = factor * (num_tokens > 0) / num_tokens.clamp(min=1)
         elif factor == 1.0:
             return

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from bridge.training.config import ConfigContainer
-from bridge.training.contracts import ModuleRanks, ScalesLearningRates
+from bridge.training.contracts import ModelRanks, ScalesLearningRates
 from bridge.training.model.ddp import ddp_parts
 from bridge.training.state import TrainState
 
@@ -26,19 +26,18 @@ if TYPE_CHECKING:
 def build_optimizer(
     config: ConfigContainer,
     model: list[Any],
+    ranks: ModelRanks,
     *,
     timers: Any = None,
-    module_ranks: ModuleRanks | None = None,
 ) -> "MegatronOptimizer":
     """Build megatron-core's optimizer over what DDP wraps on this rank.
 
     Args:
         config: A resolved configuration.
         model: This rank's model chunks.
+        ranks: How the model is divided over the ranks.
         timers: megatron-core's.
-        module_ranks: The process groups, where the model's modules are on ranks of their own.
     """
-    from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
     # A copy: megatron-core keeps the object, and writes to it.
@@ -54,23 +53,10 @@ def build_optimizer(
         # Else the parameter groups say None, which hides the schedule's own lowest rate.
         optimizer_config.min_lr = 0.0
     optimizer_config.timers = timers
-    parts = ddp_parts(model)
-    overrides = _overrides(config.model, optimizer_config, model)
-    if module_ranks is None:
-        # Without a collection it takes megatron-core's own groups, of which those over gloo, that
-        # checkpoints gather over, have no place in a collection.
-        return get_megatron_optimizer(optimizer_config, parts, overrides)
-    own = None
-    if parts:
-        own = get_megatron_optimizer(
-            optimizer_config,
-            parts,
-            overrides,
-            use_gloo_process_groups=False,
-            pg_collection=module_ranks.own,
-        )
-    whole: MegatronOptimizer = module_ranks.optimizer(own, optimizer_config)
-    return whole
+    optimizer: MegatronOptimizer = ranks.build_optimizer(
+        optimizer_config, ddp_parts(model), _overrides(config.model, optimizer_config, model)
+    )
+    return optimizer
 
 
 def _overrides(model_config: Any, optimizer_config: Any, model: list[Any]) -> dict[Any, Any]:

@@ -9,7 +9,7 @@ import datetime
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,13 @@ import torch.distributed as dist
 from bridge.training import cpu
 from bridge.training.config import ConfigContainer, Layout, layout_of
 from bridge.training.config.layout import embedding_stages
-from bridge.training.contracts import DataShare, ModuleRanks, PlacesModules, own_groups
+from bridge.training.contracts import ModelRanks, PlacesModules
 from bridge.training.launchers import rank_environment
 from bridge.training.megatron_import import expected_messages_held_back
 from bridge.training.megatron_patches import destroy_model_parallel
 from bridge.training.ranks.launcher_store import meeting_store, rank, world_size
 from bridge.training.ranks.megatron_globals import globals_kept
+from bridge.training.ranks.model_ranks import to_model_ranks
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -58,39 +59,20 @@ def choose_device(wanted: Literal["auto", "cuda", "cpu"]) -> Device:
 
 @dataclass(kw_only=True, frozen=True)
 class Ranks:
-    """Where this process stands among the ranks of the run."""
+    """The ranks of a run, as seen from this one."""
 
     device: Device
     layout: Layout
-    pg_collection: "ProcessGroupCollection | ModuleRanks"
+    model: ModelRanks
+    """How the model is divided over the ranks."""
     control_group: dist.ProcessGroup
-    """All ranks over gloo: what the hosts agree on without waiting for a GPU."""
+    """All ranks over gloo: for what the hosts agree on without a host-device sync."""
 
     @property
-    def own_groups(self) -> "ProcessGroupCollection":
-        """The process groups of what this rank holds of the model."""
-        return own_groups(self.pg_collection)
-
-    @property
-    def stage(self) -> int:
-        """This rank's place in the pipeline, from 0 on."""
-        groups = self.pg_collection
-        return groups.stage if isinstance(groups, ModuleRanks) else int(groups.pp.rank())
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank holds the end of the pipeline, where losses are known."""
-        groups = self.pg_collection
-        if isinstance(groups, ModuleRanks):
-            return groups.is_last_stage
-        return bool(groups.pp.rank() == groups.pp.size() - 1)
-
-    def share(self, micro_batch_size: int) -> DataShare:
-        """Return which part of each global microbatch this rank reads."""
-        groups = self.pg_collection
-        if isinstance(groups, ModuleRanks):
-            return groups.share(micro_batch_size)
-        return DataShare(rank=groups.dp.rank(), size=groups.dp.size(), samples=micro_batch_size)
+    def pg_collection(self) -> "ProcessGroupCollection":
+        """The process groups as `train_step`, megatron-core's schedules and models take them."""
+        groups: ProcessGroupCollection = self.model.pg_collection
+        return groups
 
 
 @contextlib.contextmanager
@@ -115,21 +97,19 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
         if not dist.is_initialized():
             _initialize_default_group(device, config.dist.timeout_minutes)
             stack.callback(_destroy_default_group)
-        of_modules = None
+        module_ranks = None
         if isinstance(config.model, PlacesModules):
-            of_modules = config.model.module_ranks(world_size=world_size(), timeout=timeout)
-        if of_modules is None:
-            stages = embedding_stages(config.model)
-            groups: Any = stack.enter_context(_megatrons_groups(layout, timeout, stages))
-        else:
-            groups = stack.enter_context(of_modules)
+            module_ranks = config.model.module_ranks(world_size=world_size(), timeout=timeout)
+        if module_ranks is None:
+            module_ranks = _megatron_groups(layout, timeout, embedding_stages(config.model))
+        model_ranks = to_model_ranks(stack.enter_context(module_ranks))
         control_group = dist.new_group(backend="gloo", timeout=timeout)
         stack.callback(dist.destroy_process_group, control_group)
-        yield Ranks(device=device, layout=layout, pg_collection=groups, control_group=control_group)
+        yield Ranks(device=device, layout=layout, model=model_ranks, control_group=control_group)
 
 
 @contextlib.contextmanager
-def _megatrons_groups(
+def _megatron_groups(
     layout: Layout, timeout: datetime.timedelta, stages_with_embedding: list[int]
 ) -> Iterator["ProcessGroupCollection"]:
     """Bring up megatron-core's own groups, or use those that there are."""

@@ -30,7 +30,7 @@ def seed_stage(seed: int, ranks: Ranks) -> None:
     """Seed the weights and the dropout: other ones on each stage, as it has other layers."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    stage_seed, groups = seed + 100 * ranks.stage, ranks.own_groups
+    stage_seed, groups = seed + 100 * ranks.model.stage, ranks.model.groups
     seed_all(stage_seed)
     model_parallel_cuda_manual_seed(
         stage_seed,

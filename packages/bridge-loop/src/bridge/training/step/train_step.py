@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bridge.training.batch_sizes import BatchSizes
-from bridge.training.contracts import ModuleRanks, own_groups, replicas_of
+from bridge.training.contracts import ModelRanks
 from bridge.training.loss import auxiliary
 from bridge.training.loss.adapter import LossAdapter
 from bridge.training.loss.anomalies import actions_of
@@ -15,9 +15,10 @@ from bridge.training.loss.reducer import MetricReducer, ReducedMetrics
 from bridge.training.model.ddp import ddp_parts, gather_gradients
 from bridge.training.model.hooks import GradientFinalizer
 from bridge.training.optimizer.building import OptimizerStep, learning_rate, step_optimizer
+from bridge.training.ranks.model_ranks import to_model_ranks
 from bridge.training.state import GlobalState
 from bridge.training.step import rerun
-from bridge.training.step.schedule import has_sequences, run_schedule, sequence_length
+from bridge.training.step.schedule import Schedule, has_sequences, sequence_length
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     scheduler: Any,
     state: GlobalState,
     *,
-    pg_collection: "ProcessGroupCollection | ModuleRanks",
+    pg_collection: "ProcessGroupCollection | ModelRanks",
     num_microbatches: int | None = None,
     reducer: MetricReducer | None = None,
     is_logged: bool = True,
@@ -123,10 +124,18 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         FloatingPointError: A loss is an anomaly whose action is raise_at_once; on every rank.
     """
     train, counters = state.cfg.train, state.train_state
-    sizes = BatchSizes.of(train, replicas_of(pg_collection))
+    ranks = to_model_ranks(pg_collection)
+    sizes = BatchSizes.of(train, ranks.replicas)
     if num_microbatches is None:
         num_microbatches = sizes.microbatches
     samples = num_microbatches * sizes.global_microbatch
+    schedule = Schedule(
+        forward_step=forward_step,
+        data_iterator=data_iterator,
+        model=model,
+        ranks=ranks,
+        config=state.cfg,
+    )
 
     watch, buffers = forward_step.watch, _Buffers(model, keep="skip" in actions_of(train))
     for _ in rerun.attempts(state.cfg, data_iterator):
@@ -136,9 +145,7 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         for part in ddp_parts(model):
             part.zero_grad_buffer()
         optimizer.zero_grad()
-        records = _forward_backward(
-            forward_step, data_iterator, model, state, num_microbatches, pg_collection
-        )
+        records = _forward_backward(schedule, num_microbatches)
     rerun.raise_if_suspicious(state.cfg)
     watch.end_step()
 
@@ -164,7 +171,7 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     if reducer is not None:
         of_all_ranks = None
         if is_logged or reducer.average == "interval":
-            of_all_ranks = auxiliary.metrics(model, num_microbatches, own_groups(pg_collection))
+            of_all_ranks = auxiliary.metrics(model, num_microbatches, ranks.groups)
         reducer.add_step(records, of_all_ranks=of_all_ranks, is_skipped=not succeeded)
         if is_logged:
             reduced = reducer.reduce(alarm=watch.alarm())
@@ -179,18 +186,11 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     )
 
 
-def _forward_backward(
-    forward_step: LossAdapter,
-    data_iterator: list[Iterator[Any]],
-    model: list[torch.nn.Module],
-    state: GlobalState,
-    num_microbatches: int,
-    pg_collection: "ProcessGroupCollection | ModuleRanks",
-) -> list[Any]:
+def _forward_backward(schedule: Schedule, num_microbatches: int) -> list[Any]:
     """Fill the gradient buffers; return the microbatches' records, on the last stage."""
     from megatron.core.utils import get_model_config
 
-    finalizer = get_model_config(model[0]).finalize_model_grads_func
+    finalizer = get_model_config(schedule.model[0]).finalize_model_grads_func
     if not isinstance(finalizer, GradientFinalizer):
         raise UsageError(
             f"train_step: the model's config has finalize_model_grads_func={finalizer!r}, so its "
@@ -198,15 +198,7 @@ def _forward_backward(
             "once, before the first step"
         )
     calls = finalizer.calls
-    records = run_schedule(
-        forward_step,
-        data_iterator,
-        model,
-        state,
-        num_microbatches=num_microbatches,
-        pg_collection=pg_collection,
-        forward_only=False,
-    )
+    records = schedule.run(num_microbatches)
     if finalizer.calls != calls + 1:
         raise RuntimeError(
             f"the schedule finalised the gradients {finalizer.calls - calls} times in one step; "

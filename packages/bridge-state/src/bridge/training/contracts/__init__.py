@@ -9,7 +9,7 @@ from bridge.training.contracts.data import (
     DataIterator,
     DataRequest,
     DatasetConfig,
-    DataShare,
+    DataShard,
     DataSplits,
     SizedDataset,
     named_sets,
@@ -26,13 +26,7 @@ from bridge.training.contracts.model import (
     ScalesLearningRates,
 )
 from bridge.training.contracts.peft import AdaptedLayer, LowRankUpdate, PEFTMethod
-from bridge.training.contracts.ranks import (
-    HoldsOneModule,
-    ModuleRanks,
-    PlacesModules,
-    own_groups,
-    replicas_of,
-)
+from bridge.training.contracts.ranks import ModelRanks, PlacesModules
 from bridge.training.contracts.recipe import Recipe
 
 __all__ = [
@@ -42,7 +36,7 @@ __all__ = [
     "ChecksItself",
     "DataIterator",
     "DataRequest",
-    "DataShare",
+    "DataShard",
     "DataSplits",
     "DatasetConfig",
     "DerivesFields",
@@ -50,11 +44,10 @@ __all__ = [
     "ExportRequest",
     "ExportedWeight",
     "Exporter",
-    "HoldsOneModule",
     "LeavesFieldsOpen",
     "LowRankUpdate",
     "ModelConfig",
-    "ModuleRanks",
+    "ModelRanks",
     "NamesWeights",
     "PEFTMethod",
     "PlacesModules",
@@ -62,7 +55,5 @@ __all__ = [
     "ScalesLearningRates",
     "SizedDataset",
     "named_sets",
-    "own_groups",
-    "replicas_of",
     "wrong_set_name",
 ]

@@ -112,17 +112,17 @@ class DatasetConfig(Protocol):
 
 
 @dataclass(kw_only=True, frozen=True)
-class DataShare:
-    """Which part of each global microbatch a rank reads: consecutive samples.
+class DataShard:
+    """The part of each global microbatch that a rank reads: consecutive samples.
 
-    A global microbatch is what all copies of the model take at once, a microbatch each. It is cut
-    into `size` parts of equal length, of which the rank reads number `rank`.
+    A global microbatch is one microbatch of every replica of the model. It is cut into `size`
+    shards of equal length, of which the rank reads number `rank`.
     """
 
     rank: int
     size: int
     samples: int
-    """Samples of the part."""
+    """Samples of the shard."""
 
 
 type DataIterator = Iterator[Any]

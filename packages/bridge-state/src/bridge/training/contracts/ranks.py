@@ -1,107 +1,126 @@
-"""Modules on ranks of their own: what the loop asks about such a rank."""
+"""How a model is divided over the ranks of a run: what the loop asks about it."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
-from bridge.training.contracts.data import DataShare
+from bridge.training.contracts.data import DataShard
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 @runtime_checkable
-class ModuleRanks(Protocol):
-    """What the loop asks about a rank of a run whose modules are on ranks of their own.
+class ModelRanks(Protocol):
+    """How a model is divided over the ranks, as seen from this rank.
 
-    It stands wherever the loop takes process groups, as megatron-core's
-    MultiModuleProcessGroupCollection, which it extends. Each rank holds one module.
+    There are two ways. Either every rank holds a part of every module, in megatron-core's own
+    groups (`bridge.training.ranks.model_ranks`). Or each module has ranks of its own, and the model
+    section brings the object along (`PlacesModules`).
     """
 
-    own: "ProcessGroupCollection"
-    """The groups of the module on this rank."""
-    replicas: int
-    """Copies of the whole model: what train.global_batch_size is divided over."""
-    stage: int
-    """This rank's place in the pipeline that the modules form, from 0 on."""
-    is_last_stage: bool
-    """Whether losses are known here."""
-    reads_inputs_of: frozenset[str]
-    """The module on this rank, if it begins here."""
+    @property
+    def pg_collection(self) -> Any:
+        """The process groups as megatron-core's schedules and `ModelConfig.build` take them."""
+        ...
 
-    def share(self, micro_batch_size: int) -> DataShare:
-        """Return what this rank reads of the samples."""
+    @property
+    def groups(self) -> "ProcessGroupCollection":
+        """The process groups of what this rank holds of the model."""
+        ...
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel replicas of the model, over which train.global_batch_size is divided."""
+        ...
+
+    @property
+    def stage(self) -> int:
+        """This rank's stage in the pipeline, from 0 on."""
+        ...
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the end of the pipeline, where losses are known."""
+        ...
+
+    @property
+    def modules_with_inputs(self) -> frozenset[str] | None:
+        """The modules whose inputs this rank reads; None for all."""
         ...
 
     @property
     def smallest_microbatch(self) -> int:
-        """Samples of which a microbatch holds a multiple, so that every module gets whole ones."""
+        """Samples of which a replica's microbatch must be a multiple, 1 in most layouts."""
         ...
 
-    def communicator(self, model_config: Any) -> Any:
-        """Return what sends tensors between the stages, the same object at every call."""
+    def shard(self, micro_batch_size: int) -> DataShard:
+        """Return which part of each global microbatch this rank reads."""
         ...
 
-    def total(self, number: "torch.Tensor") -> None:
-        """Make a number that the last stages have the sum over all of them, on every rank."""
-        ...
+    def to_16_bits(self, chunks: list[Any]) -> list[Any]:
+        """Return the chunks in the 16-bit type of their config, if it has one.
 
-    def gradient_factor(self, *, summed: bool) -> float:
-        """Return what this rank's gradients are to be multiplied by, once they are reduced.
-
-        Args:
-            summed: Whether they are the sum over data-parallel ranks; else the mean.
+        An implementation may leave this to `wrap_model`.
         """
         ...
 
-    def optimizer(self, own: Any, optimizer_config: Any) -> Any:
-        """Return the optimizer of all modules' weights.
+    def wrap_model(
+        self, chunks: list[Any], wrap: Callable[[list[Any], Any], list[Any]]
+    ) -> list[Any]:
+        """Return the chunks with what this rank trains wrapped in DDP.
 
         Args:
-            own: The optimizer of this rank's weights; None where none is trained.
-            optimizer_config: megatron-core's.
+            chunks: This rank's model chunks.
+            wrap: Wraps modules that share a megatron-core TransformerConfig, its second argument.
+        """
+        ...
+
+    def build_optimizer(
+        self, optimizer_config: Any, modules: list[Any], overrides: dict[Any, Any]
+    ) -> Any:
+        """Return the optimizer of the model's weights.
+
+        Args:
+            optimizer_config: megatron-core's OptimizerConfig.
+            modules: What DDP wraps on this rank; empty where nothing is trained.
+            overrides: How parameter groups differ from the config, as megatron-core takes it.
+        """
+        ...
+
+    def schedule(self, chunks: list[Any]) -> Callable[..., list[Any]]:
+        """Return megatron-core's schedule for the chunks, with groups and communicator given."""
+        ...
+
+    def sum_tokens(self, num_tokens: torch.Tensor) -> None:
+        """Replace the token count of the last stages by the sum over them, on every rank."""
+        ...
+
+    def gradient_factor(self, *, summed: bool) -> float:
+        """Return the factor that this rank's gradients need once they are reduced.
+
+        Args:
+            summed: Whether they are the sum over data-parallel ranks; else they are the mean.
         """
         ...
 
 
 @runtime_checkable
 class PlacesModules(Protocol):
-    """A model section whose modules may be on ranks of their own."""
+    """A model section whose modules may have ranks of their own."""
 
     def module_ranks(
         self, *, world_size: int, timeout: timedelta
-    ) -> "AbstractContextManager[ModuleRanks] | None":
-        """Return what brings up the process groups, and takes them down; a collective.
+    ) -> AbstractContextManager[ModelRanks] | None:
+        """Return a context with the modules' process groups; entering it is a collective.
 
-        None where all modules are on all ranks, in megatron-core's own groups.
+        None where every rank holds a part of every module, in megatron-core's own groups.
 
         Args:
             world_size: Ranks of the run.
             timeout: How long a collective may take.
         """
         ...
-
-
-@runtime_checkable
-class HoldsOneModule(Protocol):
-    """A model of which this rank holds one module, which is trained for itself."""
-
-    def own_module(self) -> "tuple[torch.nn.Module, Any]":
-        """Return the module, and its megatron-core TransformerConfig."""
-        ...
-
-    def replace_own_module(self, wrapped: "torch.nn.Module") -> None:
-        """Put the module, wrapped for training, in its place."""
-        ...
-
-
-def own_groups(groups: "ProcessGroupCollection | ModuleRanks") -> "ProcessGroupCollection":
-    """Return the process groups of what a rank holds of the model."""
-    return groups.own if isinstance(groups, ModuleRanks) else groups
-
-
-def replicas_of(groups: "ProcessGroupCollection | ModuleRanks") -> int:
-    """Return the number of copies of the model that a global batch is divided over."""
-    return groups.replicas if isinstance(groups, ModuleRanks) else int(groups.dp.size())

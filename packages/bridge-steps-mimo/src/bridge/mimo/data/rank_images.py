@@ -1,6 +1,6 @@
 """The images that a rank loads: those of its samples, where their encoder begins on it.
 
-The loop draws the samples of a rank (`bridge.training.contracts.DataShare`). Of these the rank
+The loop draws the samples of a rank (`bridge.training.contracts.DataShard`). Of these the rank
 loads the images if it holds the first stage of their encoder. Elsewhere their number counts alone:
 it says how many tokens stand for them.
 """
