@@ -139,7 +139,7 @@ def test_rows_that_are_missing_are_told(work: Path, kind: str) -> None:
     ended = resume(work, "train.train_iters=7")
     if kind == "damaged":
         assert ended.code == 2
-        assert "R/metrics.jsonl, line 4 is not a row of metrics" in ended.err
+        assert "R/metrics.jsonl, line 4 is not a record of metrics" in ended.err
         return
     assert ended.code == 0, ended.err
     told = "was cut off" if kind == "cut" else "is gone"

@@ -37,6 +37,7 @@ class Log:
         self.stream = io.StringIO()
         self.path = run_dir / "metrics.jsonl"
         self.state = GlobalState(cfg)
+        self.state.open_loggers(0)
         self.log = TrainingLog(
             config=cfg,
             state=self.state,

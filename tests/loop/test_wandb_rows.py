@@ -11,8 +11,8 @@ import pytest
 import wandb
 
 from bridge.training.metric_loggers import WandbLogger
+from bridge.training.metric_loggers.wandb_history import written_rows
 from bridge.training.pretrain import pretrain
-from bridge.training.wandb_history import written_rows
 from ranks import RankFailure, run_ranks
 from training_runs import OwnData, own_run, rows, token_step
 from wandb_files import history, read_wandb

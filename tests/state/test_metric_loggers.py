@@ -15,7 +15,7 @@ from bridge.training.metric_loggers import (
     MetricLoggers,
     TensorBoardLogger,
     WandbLogger,
-    as_logged,
+    read_records,
     truncate_jsonl,
 )
 from bridge.training.usage_error import UsageError
@@ -72,8 +72,8 @@ def test_every_backend_has_the_same_names_and_values(tmp_path: Path) -> None:
     }
     in_json = {
         (name, row["step"]): value
-        for row in read_jsonl(tmp_path / "metrics.jsonl")
-        for name, value in as_logged(row).items()
+        for row in read_records(tmp_path / "metrics.jsonl")
+        for name, value in row.items()
         if name != "step" and value is not None
     }
     in_tensorboard = {
@@ -190,8 +190,8 @@ def test_a_value_that_json_does_not_have_is_told_from_none(tmp_path: Path) -> No
     empty = {"step": 1, "a": None, "b": None, "c": None, "d": 2**60 + 1, "e": None}
     assert first == {**empty, "not_finite": named}
     assert second == {"step": 2, "a": 1.0, "b": 2.0, "c": None, "d": 2**60 + 1}
-    assert as_logged(second) == second
-    restored = as_logged(first)
+    restored, unchanged = read_records(logger.path)
+    assert unchanged == second
     assert math.isnan(restored.pop("e"))
     assert restored == {"step": 1, **logged}
 
@@ -269,6 +269,6 @@ def test_truncating_leaves_a_file_alone_that_has_nothing_to_remove(tmp_path: Pat
 def test_a_file_that_holds_something_else_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnot a row\n{"step": 9}\n')
-    with pytest.raises(ValueError, match="line 2 is not a row"):
+    with pytest.raises(ValueError, match="line 2 is not a record"):
         truncate_jsonl(path, 3)
     assert path.read_text() == '{"step": 1}\nnot a row\n{"step": 9}\n'

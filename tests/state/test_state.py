@@ -50,20 +50,27 @@ def test_a_train_state_that_does_not_fit_changes_nothing() -> None:
     assert state == TrainState(step=4)
 
 
-def test_nothing_is_built_or_written_before_it_is_asked_for(tmp_path: Path) -> None:
+def test_reading_a_logger_that_is_not_open_writes_nothing_and_says_how_to_open_it(
+    tmp_path: Path,
+) -> None:
     state = state_for(tmp_path / "run")
+    for name in ("metric_loggers", "tensorboard_logger"):
+        with pytest.raises(RuntimeError, match=r"call state.open_loggers\(step\) first"):
+            getattr(state, name)
+    assert state.wandb_logger is None
     assert not (tmp_path / "run").exists()
-    assert vars(state).keys() == vars(state_for(None)).keys()
     state.close()
     assert not (tmp_path / "run").exists()
 
 
 def test_rank_zero_logs_to_the_run_directory(tmp_path: Path) -> None:
     state = state_for(tmp_path)
-    assert state.metric_loggers is state.metric_loggers
+    assert state.open_loggers(0) is state.metric_loggers
     state.metric_loggers.log({"lm loss": 2.0}, 1)
     assert state.tensorboard_logger is not None
     assert state.wandb_logger is None
+    with pytest.raises(RuntimeError, match="open already"):
+        state.open_loggers(0)
     state.close()
     state.close()
     assert rows(tmp_path) == [{"step": 1, "lm loss": 2.0}]
@@ -74,7 +81,8 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     state = state_for(tmp_path)
-    state.metric_loggers.log({"lm loss": 2.0}, 1)
+    assert state.tensorboard_logger is None
+    state.open_loggers(0).log({"lm loss": 2.0}, 1)
     assert state.tensorboard_logger is None
     state.close()
     assert list(tmp_path.iterdir()) == []
@@ -82,7 +90,8 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
     state = state_for(tmp_path, tensorboard=False)
-    state.metric_loggers.log({"lm loss": 2.0}, 1)
+    assert state.tensorboard_logger is None
+    state.open_loggers(0).log({"lm loss": 2.0}, 1)
     assert state.tensorboard_logger is None
     state.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -93,13 +102,13 @@ def test_a_resumed_run_writes_the_steps_after_its_checkpoint_again(
     step: int, kept: list[int], tmp_path: Path
 ) -> None:
     first = state_for(tmp_path)
+    first.open_loggers(0)
     for index in range(5):
         first.metric_loggers.log({"lm loss": 1.0}, index)
     first.close()
 
     resumed = state_for(tmp_path, resume=True)
-    resumed.train_state.step = step
-    resumed.metric_loggers.log({"lm loss": 2.0}, step + 1)
+    resumed.open_loggers(step).log({"lm loss": 2.0}, step + 1)
     resumed.close()
     assert [row["step"] for row in rows(tmp_path)] == [*kept, step + 1]
 
@@ -107,11 +116,11 @@ def test_a_resumed_run_writes_the_steps_after_its_checkpoint_again(
 def test_two_states_share_nothing(tmp_path: Path) -> None:
     one, other = state_for(tmp_path / "one"), state_for(tmp_path / "other")
     one.train_state.step = 5
-    one.metric_loggers.log({"lm loss": 1.0}, 5)
+    one.open_loggers(5).log({"lm loss": 1.0}, 5)
     assert other.train_state.step == 0
     assert other.timers is not one.timers
     one.close()
-    other.metric_loggers.log({"lm loss": 1.0}, 1)
+    other.open_loggers(0).log({"lm loss": 1.0}, 1)
     other.close()
     assert (len(rows(tmp_path / "one")), len(rows(tmp_path / "other"))) == (1, 1)
 
@@ -127,7 +136,7 @@ def test_a_closed_state_gives_out_no_logger(tmp_path: Path) -> None:
 
 def test_a_run_without_directory_has_nowhere_to_log() -> None:
     with pytest.raises(ValueError, match="checkpoint.run_dir is not set"):
-        state_for(None).metric_loggers  # noqa: B018
+        state_for(None).open_loggers(0)
 
 
 def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,7 @@ def set_up(
             refusing_what_cannot_be_written(parts.directory),
         ):
             told = _prepare_directory(config, parts, ranks)
+            parts.state.open_loggers(parts.state.train_state.step)
             run = Run(
                 **vars(parts),
                 callbacks=callbacks,

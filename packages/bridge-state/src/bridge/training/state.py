@@ -1,7 +1,6 @@
-"""What a run knows while it trains: its counters, its configuration and where it logs."""
+"""The state of a run while it trains: configuration, counters and loggers."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +10,10 @@ import torch
 
 from bridge.training.launchers import rank_environment
 from bridge.training.metric_loggers import (
-    JsonlLogger,
-    MetricLogger,
     MetricLoggers,
     TensorBoardLogger,
     WandbLogger,
-    truncate_jsonl,
+    open_metric_loggers,
 )
 from bridge.training.usage_error import UsageError
 
@@ -77,16 +74,15 @@ class TrainState:
 class GlobalState:
     """The state of one run, handed to the forward step; there is one for each run, not process.
 
-    Timers and loggers are built when they are first asked for. Rank 0 logs, and the loggers of
-    other ranks are empty or None: reduced metrics are equal on every rank.
+    Rank 0 logs. Other ranks have no trackers, and their loggers write nothing: reduced metrics are
+    equal on every rank.
     """
 
     def __init__(self, cfg: "ConfigContainer") -> None:
         """Hold the resolved configuration `cfg`; nothing is built yet."""
         self.cfg = cfg
         self.train_state = TrainState()
-        self._resources = ExitStack()
-        self._wandb: WandbLogger | None = None
+        self._loggers: MetricLoggers | None = None
         self._closed = False
 
     @cached_property
@@ -96,95 +92,89 @@ class GlobalState:
 
         return Timers(self.cfg.logger.timing_log_level, "minmax")
 
-    @cached_property
-    def metric_loggers(self) -> MetricLoggers:
-        """Takes the rows of metrics to metrics.jsonl and the trackers; no-op on other ranks.
+    def open_loggers(self, step: int) -> MetricLoggers:
+        """Open metrics.jsonl and the trackers in the run's directory.
 
-        On resume, ask for it after the checkpoint is loaded: rows and points of later steps than
-        `train_state.step` are then removed.
+        `bridge.training.pretrain.pretrain` opens them before the first step. A program with its own
+        loop opens them itself if it logs, or if its forward step uses a tracker.
+
+        Args:
+            step: Steps that are done. Where checkpoint.resume is set, records and points of later
+                steps are removed.
 
         Raises:
             UsageError: checkpoint.run_dir is not set, or a tracker that was asked for is missing.
         """
-        self._check_open()
+        self._check_not_closed()
+        if self._loggers is not None:
+            raise RuntimeError("the loggers of this GlobalState are open already")
         if not _is_logging_rank():
-            return MetricLoggers()
-        path = self._run_dir / "metrics.jsonl"
-        if self.cfg.checkpoint.resume:
-            truncate_jsonl(path, self._first_new_step - 1)
-        jsonl = JsonlLogger(path)
-        self._resources.callback(jsonl.close)
-        loggers: list[MetricLogger | None] = [jsonl, self._tensorboard_logger, self._wandb_logger]
-        return MetricLoggers([logger for logger in loggers if logger is not None])
+            self._loggers = MetricLoggers()
+        elif self.cfg.checkpoint.run_dir is None:
+            raise UsageError(
+                "checkpoint.run_dir is not set, so there is nowhere to log: "
+                "give the run a directory (pretrain chooses one)"
+            )
+        else:
+            run_dir = Path(self.cfg.checkpoint.run_dir)
+            self._loggers = open_metric_loggers(self.cfg, run_dir, step)
+        return self._loggers
+
+    @property
+    def metric_loggers(self) -> MetricLoggers:
+        """Takes the records of metrics to metrics.jsonl and the trackers; see `open_loggers`."""
+        self._check_not_closed()
+        if self._loggers is None:
+            raise RuntimeError("the loggers are not open: call state.open_loggers(step) first")
+        return self._loggers
 
     @property
     def tensorboard_logger(self) -> "SummaryWriter | None":
-        """TensorBoard's writer, for what is not a scalar of a step; None where nothing logs."""
-        self._check_open()
-        return self._tensorboard_logger.writer if self._tensorboard_logger else None
+        """TensorBoard's writer, for everything but the scalars of a step.
+
+        None without logger.tensorboard and on ranks that do not log. It is there once
+        `open_loggers` was called.
+        """
+        if not self._has_tracker(wanted=self.cfg.logger.tensorboard):
+            return None
+        logger = self.metric_loggers.find(TensorBoardLogger)
+        return None if logger is None else logger.writer
 
     @property
     def wandb_logger(self) -> "Run | None":
-        """The W&B run; None without logger.wandb_project and on ranks that do not log."""
-        self._check_open()
-        return self._wandb_logger.run if self._wandb_logger else None
+        """The W&B run; None without logger.wandb_project and on ranks that do not log.
+
+        It is there once `open_loggers` was called.
+        """
+        if not self._has_tracker(wanted=self.cfg.logger.wandb_project is not None):
+            return None
+        logger = self.metric_loggers.find(WandbLogger)
+        return None if logger is None else logger.run
 
     def close(self, *, failed: bool = False) -> None:
-        """Flush and close all that was built; a second call does nothing.
+        """Flush and close the loggers; a second call does nothing.
 
         Args:
             failed: Whether the run ended with an exception (W&B shows it so).
         """
         self._closed = True
-        if failed and self._wandb is not None:
-            self._wandb.mark_failed()
-        self._resources.close()
+        if self._loggers is None:
+            return
+        if failed and (wandb := self._loggers.find(WandbLogger)) is not None:
+            wandb.mark_failed()
+        self._loggers.close()
 
-    @cached_property
-    def _tensorboard_logger(self) -> TensorBoardLogger | None:
-        if not (self.cfg.logger.tensorboard and _is_logging_rank()):
-            return None
-        purge_step = self._first_new_step if self.cfg.checkpoint.resume else None
-        logger = TensorBoardLogger(self._run_dir / "tensorboard", purge_step=purge_step)
-        self._resources.callback(logger.close)
-        return logger
+    def _has_tracker(self, *, wanted: bool) -> bool:
+        self._check_not_closed()
+        return wanted and _is_logging_rank()
 
-    @cached_property
-    def _wandb_logger(self) -> WandbLogger | None:
-        settings = self.cfg.logger
-        if settings.wandb_project is None or not _is_logging_rank():
-            return None
-        self._wandb = WandbLogger(
-            self._run_dir,
-            project=settings.wandb_project,
-            entity=settings.wandb_entity,
-            name=settings.wandb_name,
-            config=self.cfg.to_dict(),
-        )
-        self._resources.callback(self._wandb.close)
-        return self._wandb
-
-    @property
-    def _run_dir(self) -> Path:
-        if self.cfg.checkpoint.run_dir is None:
-            raise UsageError(
-                "checkpoint.run_dir is not set, so there is nowhere to log: "
-                "give the run a directory (pretrain chooses one)"
-            )
-        return Path(self.cfg.checkpoint.run_dir)
-
-    @property
-    def _first_new_step(self) -> int:
-        """The first step that this process writes; 0 where an evaluation comes before step 1."""
-        return self.train_state.step + 1 if self.train_state.step else 0
-
-    def _check_open(self) -> None:
+    def _check_not_closed(self) -> None:
         if self._closed:
             raise RuntimeError("this GlobalState is closed: its loggers have written their last")
 
 
 def _is_logging_rank() -> bool:
-    """Say whether this is rank 0, which the launcher tells before torch.distributed is up."""
+    """Whether this is rank 0; from the launcher's variables before torch.distributed is up."""
     if torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
     return rank_environment().rank == 0

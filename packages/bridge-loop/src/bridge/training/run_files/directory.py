@@ -26,7 +26,7 @@ from bridge.training.durable_files import (
     temporary_folder,
 )
 from bridge.training.file_kinds import head_of, kind_of
-from bridge.training.metric_loggers import as_logged, read_rows
+from bridge.training.metric_loggers import read_records
 from bridge.training.run_files.configuration import cause_of, read_config, read_config_text
 from bridge.training.usage_error import UsageError
 
@@ -232,11 +232,11 @@ class RunDirectory:
         Raises:
             UsageError: It cannot be read, or a line is no row.
         """
-        return read_rows(self.metrics)
+        return read_records(self.metrics)
 
     def rows_of(self, step: int) -> list[dict[str, Any]]:
-        """Return what was logged of a step (`as_logged`), as `rows`."""
-        return [as_logged(row) for row in self.rows() if row["step"] == step]
+        """Return what was logged of a step, as `rows`."""
+        return [row for row in self.rows() if row["step"] == step]
 
 
 def refuse_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run: bool) -> None:
