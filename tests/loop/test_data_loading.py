@@ -7,12 +7,9 @@ from typing import Any
 import pytest
 
 from bridge.training.config import ValidationConfig
-from bridge.training.contracts import DataSplits, named_sets
-from bridge.training.data.run_data import (
-    MicrobatchSampler,
-    SampleOrder,
-    as_splits,
-)
+from bridge.training.contracts import DataShard, DataSplits, named_sets
+from bridge.training.data.sample_order import MicrobatchSampler, SampleOrder
+from bridge.training.data.splits import as_splits
 from bridge.training.pretrain import pretrain
 from plain_torch import plain_torch
 from ranks import run_ranks
@@ -29,10 +26,8 @@ def drawn(
             itertools.islice(
                 MicrobatchSampler(
                     order,
+                    DataShard(rank=rank, size=data_parallel_size, samples=2),
                     start=start,
-                    micro_batch_size=2,
-                    data_parallel_rank=rank,
-                    data_parallel_size=data_parallel_size,
                 ),
                 microbatches,
             )

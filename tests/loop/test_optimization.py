@@ -8,7 +8,7 @@ import pytest
 from megatron.core.optimizer import OptimizerConfig
 
 from bridge.training.config import SchedulerConfig, TrainConfig
-from bridge.training.optimizer.building import learning_rate
+from bridge.training.optimizer.scheduler import learning_rate
 from bridge.training.usage_error import UsageError
 from ranks import run_ranks
 from training_runs import OwnModel, a_run, one_step, own_run, parameters_of, token_step

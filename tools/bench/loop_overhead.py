@@ -31,7 +31,8 @@ from bridge.training.config import ConfigContainer, apply_overrides, resolve
 from bridge.training.data.run_data import RunData
 from bridge.training.gpt_step import forward_step
 from bridge.training.model.building import build_model
-from bridge.training.optimizer.building import build_optimizer, build_scheduler
+from bridge.training.optimizer.building import build_optimizer
+from bridge.training.optimizer.scheduler import build_scheduler
 from bridge.training.ranks.groups import Ranks, ranks_of
 from bridge.training.reporting.progress import Progress
 from bridge.training.setup import set_up

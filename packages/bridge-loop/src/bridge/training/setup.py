@@ -22,7 +22,8 @@ from bridge.training.checkpoint.manifest import Verification, missing_rows
 from bridge.training.checkpoint.run_state import counters_of
 from bridge.training.config import ConfigContainer, resolve
 from bridge.training.contracts import AdaptedLayer
-from bridge.training.data.run_data import RunData, as_splits, data_request
+from bridge.training.data.run_data import RunData, data_request
+from bridge.training.data.splits import as_splits
 from bridge.training.durable_files import make_directory
 from bridge.training.forward_step import prepare_forward_step_func
 from bridge.training.loss.adapter import LossAdapter
@@ -33,7 +34,8 @@ from bridge.training.model.building import build_model
 from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.model.frozen import gradients_reach_recomputed_layers, size_of_whole_model
 from bridge.training.model.hooks import attach_hooks, detach_hooks
-from bridge.training.optimizer.building import build_optimizer, build_scheduler
+from bridge.training.optimizer.building import build_optimizer
+from bridge.training.optimizer.scheduler import build_scheduler
 from bridge.training.ranks.collectives import on_first_rank
 from bridge.training.ranks.determinism import deterministic_algorithms
 from bridge.training.ranks.groups import Ranks, choose_device, ranks_of

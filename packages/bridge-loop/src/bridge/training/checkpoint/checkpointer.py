@@ -50,7 +50,6 @@ from bridge.training.durable_files import sync_directory, sync_tree
 from bridge.training.loss.anomalies import LossWatch
 from bridge.training.model.ddp import parameters_in_sync, without_ddp
 from bridge.training.model.frozen import load_trained, only_trained
-from bridge.training.optimizer.building import resume_schedule, schedule_state
 from bridge.training.optimizer.saved_state import (
     fitted_to,
     is_shifted,
@@ -59,6 +58,7 @@ from bridge.training.optimizer.saved_state import (
     offsets_without_padding,
     take_saved_rates,
 )
+from bridge.training.optimizer.scheduler import resume_scheduler, scheduler_state
 from bridge.training.ranks.collectives import from_every_rank, on_first_rank
 from bridge.training.ranks.groups import Ranks
 from bridge.training.ranks.launcher_store import is_logging_rank, rank, world_size
@@ -193,7 +193,7 @@ class Checkpointer:
             self._reject_shifted_optimizer(checkpoint, state["optimizer"])
         self._load_optimizer(state["optimizer"], common["scheduler"])
         self._train_state.load_state_dict(saved_counters(common))
-        changes = resume_schedule(
+        changes = resume_scheduler(
             self._scheduler, common["scheduler"], self._config, self._train_state
         )
         if same_ranks:
@@ -297,7 +297,7 @@ class Checkpointer:
         """Return what JSON has types for, of all ranks alike."""
         state = {
             "format_version": FORMAT_VERSION,
-            "scheduler": schedule_state(self._scheduler, self._config),
+            "scheduler": scheduler_state(self._scheduler, self._config),
             "train_state": dataclasses.asdict(self._train_state),
             "data_fingerprint": self._data_fingerprint,
             "world_size": world_size(),

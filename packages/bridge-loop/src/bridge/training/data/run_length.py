@@ -1,7 +1,7 @@
-"""The length of a run: from steps, samples or epochs, and from what is done already.
+"""The length of a run: from steps, samples or epochs, and from its counters so far.
 
-The global batch size may differ from that of the steps that are done. A run over samples or epochs
-ends after so many samples all the same, one over steps after so many steps.
+The global batch size may differ from that of the steps so far. A run over samples or epochs ends
+after its number of samples all the same, a run over steps after its number of steps.
 """
 
 import math
@@ -12,10 +12,10 @@ from bridge.training.usage_error import UsageError
 
 
 def samples_to_draw(train: TrainConfig, done: TrainState) -> int | None:
-    """Return how many samples a run draws from its beginning to its end; None for epochs.
+    """Return the samples that a run draws from its beginning to its end; None for epochs.
 
     Raises:
-        UsageError: More is done already.
+        UsageError: The run has done more already.
     """
     if train.train_samples is not None:
         return train.train_samples
@@ -30,10 +30,11 @@ def last_step(train: TrainConfig, size: int, done: TrainState) -> int:
     Args:
         train: The section; exactly one of its three lengths is given.
         size: Samples of the training data.
-        done: What the run has done.
+        done: The counters of the run.
 
     Raises:
-        UsageError: More is done already, or what is left is no whole number of steps.
+        UsageError: The run has done more already, or the remaining samples are no multiple of the
+            global batch size.
     """
     if train.train_iters is not None:
         return done.step + _steps_left(train, done)
@@ -68,11 +69,11 @@ def last_step(train: TrainConfig, size: int, done: TrainState) -> int:
 
 
 def schedule_samples(train: TrainConfig, size: int, done: TrainState) -> int:
-    """Return the length of the schedule of the learning rate, in samples.
+    """Return the length of the LR schedule, in samples.
 
-    Of a run over steps it is that of all steps at the present batch size
-    (`bridge.training.optimizer.building.resume_schedule`), otherwise what is drawn from beginning
-    to end.
+    In a run over steps they are those of all steps at the present batch size
+    (`bridge.training.optimizer.scheduler.resume_scheduler`), otherwise those that are drawn from
+    beginning to end.
     """
     batch = train.global_batch_size
     if train.train_iters is not None:

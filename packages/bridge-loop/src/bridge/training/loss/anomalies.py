@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+from bridge.training.ranks.collectives import from_every_rank
+
 if TYPE_CHECKING:
     from bridge.training.config.sections import AnomalyAction, TrainConfig
 
@@ -131,10 +133,6 @@ class LossWatch:
         self.clear()
         if not any(actions):
             return []
-        everyone = [mine]
-        if dist.is_initialized():
-            everyone = [(None, None)] * dist.get_world_size(group)
-            dist.all_gather_object(everyone, mine, group=group)
         errors: list[str] = []
         warnings: list[str] = []
         headlines = (
@@ -142,7 +140,7 @@ class LossWatch:
             f"The loss is above train.spike_factor={train.spike_factor} times its recent mean "
             f"(train.spike_action={train.spike_action}).",
         )
-        by_kind = zip(*everyone, strict=True)
+        by_kind = zip(*from_every_rank(mine, group), strict=True)
         for action, headline, found in zip(actions, headlines, by_kind, strict=True):
             reports = [f"rank {rank}: {line}" for rank, line in enumerate(found) if line]
             if action is not None and reports:

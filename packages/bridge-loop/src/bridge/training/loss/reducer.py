@@ -32,7 +32,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,7 @@ from bridge.training.loss.metrics import (
     MicrobatchRecord,
     snapshot,
 )
+from bridge.training.ranks.collectives import from_every_rank
 from bridge.training.usage_error import UsageError
 
 
@@ -278,13 +279,9 @@ class MetricReducer:
             sorted(pending.conflicts),
             sorted(pending.patterns),
         )
-        everyone: list[Any] = [mine]
-        if self._size > 1:
-            everyone = [None] * self._size
-            dist.all_gather_object(everyone, mine, group=self._group)
         conflicts: set[str] = set()
         patterns: set[str] = set()
-        for keys, own_conflicts, own_patterns in everyone:
+        for keys, own_conflicts, own_patterns in from_every_rank(mine, self._group):
             conflicts.update(own_conflicts)
             patterns.update(own_patterns)
             for key, kind in keys:

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Literal, cast
 
-import torch
 import torch.distributed as dist
+
+from bridge.training.ranks.collectives import largest_of_all
 
 type StopCause = Literal["time limit", "SIGUSR1", "SIGHUP", "SIGINT", "SIGTERM"]
 
@@ -82,20 +83,6 @@ class StopRequest:
             self._interrupted_at = now
         elif now - self._interrupted_at > SECONDS_OF_ONE_INTERRUPT:
             raise KeyboardInterrupt
-
-
-def largest_of_all(number: int, control_group: dist.ProcessGroup | None) -> int:
-    """Return the largest of the ranks' numbers, on every rank; it waits for no GPU.
-
-    Args:
-        number: This rank's; from 0 to 2**31 - 1.
-        control_group: The ranks, over gloo; the default group if None.
-    """
-    if not dist.is_initialized() or dist.get_world_size(control_group) == 1:
-        return number
-    largest = torch.tensor(number, dtype=torch.int32)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=control_group)
-    return int(largest.item())
 
 
 def signals_to_catch() -> list[signal.Signals]:

@@ -14,7 +14,8 @@ from bridge.training.loss.anomalies import actions_of
 from bridge.training.loss.reducer import MetricReducer, ReducedMetrics
 from bridge.training.model.ddp import ddp_parts, gather_gradients
 from bridge.training.model.hooks import GradientFinalizer
-from bridge.training.optimizer.building import OptimizerStep, learning_rate, step_optimizer
+from bridge.training.optimizer.scheduler import learning_rate
+from bridge.training.optimizer.step import OptimizerStep, step_optimizer
 from bridge.training.ranks.model_ranks import to_model_ranks
 from bridge.training.state import GlobalState
 from bridge.training.step import rerun

@@ -79,21 +79,17 @@ def microbatches(config: "ConfigContainer") -> Iterator["Batch"]:
     """
     from torch.utils.data import default_collate
 
-    from bridge.training.data.run_data import (
-        MicrobatchSampler,
-        SampleOrder,
-        as_splits,
-        data_request,
-    )
+    from bridge.training.contracts import DataShard
+    from bridge.training.data.run_data import data_request
+    from bridge.training.data.sample_order import MicrobatchSampler, SampleOrder
+    from bridge.training.data.splits import as_splits
 
     splits = as_splits(config.dataset.build(data_request(config)))
     train: Any = splits.train
     sampler = MicrobatchSampler(
         SampleOrder(len(train), shuffle=splits.shuffle, seed=config.rng.seed),
+        DataShard(rank=0, size=1, samples=config.train.micro_batch_size),
         start=0,
-        micro_batch_size=config.train.micro_batch_size,
-        data_parallel_rank=0,
-        data_parallel_size=1,
     )
     for indices in sampler:
         batch = (splits.collate or default_collate)([train[index] for index in indices])
