@@ -10,8 +10,8 @@ from bridge.gpt.data.tokenization.document_encoder import DocumentEncoder
 from bridge.gpt.data.tokenization.tokenizers import (
     END_OF_DOCUMENT,
     build_tokenizer,
-    identity,
-    vocab_size,
+    tokenizer_identity,
+    tokenizer_vocab_size,
 )
 from bridge.training.config import TokenizerConfig
 from bridge.training.usage_error import UsageError
@@ -28,7 +28,7 @@ def test_the_byte_tokenizer_returns_exactly_what_went_in() -> None:
 
 def test_the_byte_tokenizer_takes_no_byte_for_itself() -> None:
     tokenizer = build_tokenizer(TokenizerConfig())
-    assert tokenizer.vocab_size == vocab_size(TokenizerConfig()) == 257
+    assert tokenizer.vocab_size == tokenizer_vocab_size(TokenizerConfig()) == 257
     assert tokenizer.eod == 256
     # megatron-core masks labels that equal the padding.
     assert tokenizer.pad not in range(257)  # type: ignore[attr-defined]
@@ -36,11 +36,11 @@ def test_the_byte_tokenizer_takes_no_byte_for_itself() -> None:
 
 def test_the_null_tokenizer_has_the_size_that_is_given() -> None:
     config = TokenizerConfig(type="null", vocab_size=1000)
-    assert build_tokenizer(config).vocab_size == vocab_size(config) == 1000
+    assert build_tokenizer(config).vocab_size == tokenizer_vocab_size(config) == 1000
     with pytest.raises(
         ValueError, match=r"tokenizer\.vocab_size=None.*tokenizer\.vocab_size=32000"
     ):
-        vocab_size(TokenizerConfig(type="null"))
+        tokenizer_vocab_size(TokenizerConfig(type="null"))
 
 
 @pytest.mark.parametrize("kind", ["huggingface", "sentencepiece", "tiktoken"])
@@ -72,7 +72,7 @@ def test_a_file_of_another_kind_is_rejected_by_what_it_is(
     model = tmp_path / "tokenizer.model"
     model.write_bytes(content)
     with pytest.raises(ValueError, match=f"tokenizer.model='.*': {complaint}"):
-        identity(TokenizerConfig(type=kind, model=str(model)))
+        tokenizer_identity(TokenizerConfig(type=kind, model=str(model)))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_tiktoken_file_tokenizes_and_has_its_own_size(tmp_path: Path) -> None:
     model.write_text(json.dumps(entries))
     config = TokenizerConfig(type="tiktoken", model=str(model))
     tokenizer = build_tokenizer(config)
-    assert vocab_size(config) == 1000 + 258
+    assert tokenizer_vocab_size(config) == 1000 + 258
     assert tokenizer.tokenize("the") == [1000 + 257]
     assert tokenizer.detokenize(tokenizer.tokenize("other words")) == "other words"
     # The end of a document that is written in one is text.
@@ -144,7 +144,7 @@ def test_a_sentencepiece_model_tokenizes(tmp_path: Path) -> None:
     )
     config = TokenizerConfig(type="sentencepiece", model=str(tmp_path / "words.model"))
     tokenizer = build_tokenizer(config)
-    assert vocab_size(config) == 17
+    assert tokenizer_vocab_size(config) == 17
     assert tokenizer.detokenize(tokenizer.tokenize("some more words")) == "some more words"
     assert tokenizer.eod == 2
     assert tokenizer.eod not in DocumentEncoder(tokenizer, np.int32, append_eod=False)(
@@ -160,7 +160,7 @@ def test_a_hugging_face_directory_tokenizes(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(config)
     assert tokenizer.tokenize("a b") == [1, 2]
     assert tokenizer.eod == 0
-    assert vocab_size(config) == 4
+    assert tokenizer_vocab_size(config) == 4
 
 
 @pytest.mark.xdist_group("transformers")
@@ -215,10 +215,10 @@ def test_the_identity_follows_the_tokenizers_files(tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.model"
     model.write_bytes(b"\n\0one")
     config = TokenizerConfig(type="sentencepiece", model=str(model))
-    before = identity(config)
-    assert identity(config) == before
+    before = tokenizer_identity(config)
+    assert tokenizer_identity(config) == before
     model.write_bytes(b"\n\0another")
-    assert identity(config) != before
+    assert tokenizer_identity(config) != before
 
 
 def test_documents_end_with_the_end_of_document_token_unless_told_otherwise() -> None:

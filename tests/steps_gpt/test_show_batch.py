@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.gpt.data.show_batch import described, microbatches
+from bridge.gpt.data.show_batch import describe_sample, microbatches
 from bridge.gpt.data.tokenization.tokenizers import ByteTokenizer
 from bridge.training.contracts import DataRequest, DataSplits
 from gpt_data import container
@@ -25,7 +25,7 @@ def sample(text: bytes, mask: list[int], padding: int = 0) -> dict[str, torch.Te
 
 
 def test_tokens_stand_beside_their_labels_in_columns() -> None:
-    shown = list(described(sample("a\nö".encode(), [0, 1, 1], padding=2), 3, ByteTokenizer()))
+    shown = list(describe_sample(sample("a\nö".encode(), [0, 1, 1], padding=2), 3, ByteTokenizer()))
     assert shown == [
         "sample 3: 3 positions and 2 of padding; 2 count in the loss (66.7 %)",
         "position   id  token   label  predicts  mask",
@@ -36,14 +36,14 @@ def test_tokens_stand_beside_their_labels_in_columns() -> None:
 
 
 def test_without_a_tokenizer_the_ids_stand_alone() -> None:
-    lines = list(described(sample(b"abc", [0, 1]), 1, None))
+    lines = list(describe_sample(sample(b"abc", [0, 1]), 1, None))
     assert lines[2].split() == ["0", "97", "98", "0"]
 
 
 def test_packed_documents_are_set_apart_and_padding_is_none() -> None:
     packed = sample(b"abcde", [1, 1, 0, 1], padding=2)
     packed["cu_seqlens"] = torch.tensor([0, 2, 4, 6])
-    lines = list(described(packed, 1, ByteTokenizer()))
+    lines = list(describe_sample(packed, 1, ByteTokenizer()))
     assert lines[0].startswith("sample 1: 4 positions in 2 packed documents and 2 of padding; 3")
     assert [index for index, line in enumerate(lines) if not line] == [4]
 

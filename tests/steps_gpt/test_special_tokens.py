@@ -12,7 +12,8 @@ from bridge.gpt.data.sft.dataset_config import SFTDatasetConfig
 from bridge.gpt.data.sft.rendering import Renderer
 from bridge.gpt.data.sft.rows.conversations import RowKeys, conversation_of
 from bridge.gpt.data.tokenization.document_encoder import DocumentEncoder
-from bridge.gpt.data.tokenization.tokenizers import build_tokenizer, hugging_face_tokenizer
+from bridge.gpt.data.tokenization.encoding import hugging_face_tokenizer
+from bridge.gpt.data.tokenization.tokenizers import build_tokenizer
 from gpt_data import build_splits
 from sft_data import CHATML, CONTROL, MARKED_CHATML, chat, letter_tokenizer, write_rows
 

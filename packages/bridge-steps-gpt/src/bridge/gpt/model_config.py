@@ -11,7 +11,7 @@ from bridge.training.usage_error import UsageError
 with quiet_import():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from bridge.gpt.data.tokenization.tokenizers import vocab_size
+    from bridge.gpt.data.tokenization.tokenizers import tokenizer_vocab_size
     from bridge.gpt.families import find_family
     from bridge.gpt.layer_specs import mtp_block_spec
     from bridge.gpt.model import GPT
@@ -54,7 +54,7 @@ class GPTModelConfig(LanguageModelSection):
         values = self.device_defaults(device)
         if config.tokenizer is not None:
             with contextlib.suppress(UsageError):  # `problems` says what is wrong with it
-                values["vocab_size"] = vocab_size(config.tokenizer)
+                values["vocab_size"] = tokenizer_vocab_size(config.tokenizer)
         return values
 
     def build(
@@ -144,7 +144,7 @@ class GPTModelConfig(LanguageModelSection):
                 )
             return
         try:
-            tokens = vocab_size(config.tokenizer)
+            tokens = tokenizer_vocab_size(config.tokenizer)
         except UsageError as error:
             yield str(error)
             return

@@ -1,4 +1,4 @@
-"""The cache of tokens and indices: its folder, and how contents enter it whole or not at all."""
+"""The cache of tokens and indices: its folder, and how complete contents are published in it."""
 
 import errno
 import hashlib
@@ -17,20 +17,20 @@ from bridge.training.usage_error import UsageError
 
 
 def default_cache_dir() -> Path:
-    """``bridge/data`` under XDG_CACHE_HOME, or under ~/.cache where that is not set."""
+    """Return ``bridge/data`` under XDG_CACHE_HOME, or under ~/.cache where that is not set."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "bridge" / "data"
 
 
 def cache_directory(given: str | None) -> Path:
-    """Where tokens and indices are kept: the user's ``dataset.cache_dir``, or the default."""
+    """Return the folder of the cache: the user's ``dataset.cache_dir``, or the default."""
     if given is None:
         return default_cache_dir()
     return Path(os.path.abspath(os.path.expanduser(given)))
 
 
 def digest(description: Any) -> str:
-    """A short name for anything that JSON can hold."""
+    """Return a short name for a description, which is anything that JSON can hold."""
     text = json.dumps(description, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -39,8 +39,8 @@ def digest(description: Any) -> str:
 def published(final: Path) -> Iterator[Path]:
     """Yield a directory to fill, which becomes `final` if the block ends without an exception.
 
-    Where `final` exists it is yielded as it is. Processes may do this at the same time: each
-    fills a directory of its own and the first one to end wins.
+    If `final` exists, it is yielded as it is. Several processes may do this at the same time: each
+    fills a directory of its own, and the first one to finish wins.
 
     Raises:
         UsageError: The cache cannot be written.
@@ -68,10 +68,14 @@ def published(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def reject_full_disk(place: str, option: str) -> Iterator[None]:
-    """Write tokens in this block.
+    """Report a full or read-only disk as the user's error while files are written in this block.
+
+    Args:
+        place: The directory, as the message names it.
+        option: The option that names another directory.
 
     Raises:
-        UsageError: In place of an OSError that says that nothing more can be written.
+        UsageError: In place of the OSError.
     """
     try:
         yield
@@ -86,9 +90,9 @@ def reject_full_disk(place: str, option: str) -> Iterator[None]:
 
 @contextmanager
 def published_by_first_rank(final: Path) -> Iterator[Path]:
-    """`published` for a directory that rank 0 fills while the other ranks read it."""
+    """Publish (see `published`) a directory that rank 0 fills while the other ranks read it."""
     with ExitStack() as stack:
         yield on_first_rank(lambda: stack.enter_context(published(final)))
         if torch.distributed.is_initialized():
-            # The others still open files by the name that ends with this block.
+            # The others may still open files by the temporary name, which this block ends.
             torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""`bridge data build`: token files from text, made once and used by many runs."""
+"""The command `bridge data build`: makes token files from text, for many runs to use."""
 
 import argparse
 import sys
@@ -57,12 +57,12 @@ def register(subparsers: "Subparsers") -> None:
 
 
 def run_build(arguments: argparse.Namespace) -> int:
-    """Run ``bridge data build``; returns the exit code.
+    """Run ``bridge data build`` and return the exit code.
 
     Raises:
         UsageError: Input is missing or empty, or the output exists.
     """
-    # These bring torch and megatron-core, which other commands should not wait for.
+    # These import torch and megatron-core, which other commands should not wait for.
     from bridge.gpt.data.text.sources import find_source
     from bridge.gpt.data.token_files import build_token_files
     from bridge.gpt.data.tokenization.tokenizers import build_tokenizer

@@ -1,4 +1,4 @@
-"""Corpora of a set of samples: token files that exist, and those that are made of its text.
+"""Corpora of a set of samples: token files that exist, or that are made from its text.
 
 Text is tokenized once: the token files of the same text and tokenizer are kept in the cache.
 """
@@ -21,7 +21,11 @@ from bridge.gpt.data.token_files import (
     read_token_files,
     write_tokens,
 )
-from bridge.gpt.data.tokenization.tokenizers import build_tokenizer, identity, vocab_size
+from bridge.gpt.data.tokenization.tokenizers import (
+    build_tokenizer,
+    tokenizer_identity,
+    tokenizer_vocab_size,
+)
 from bridge.training.config import TokenizerConfig
 from bridge.training.usage_error import UsageError
 
@@ -37,14 +41,13 @@ type _Part = str | tuple[TextFile, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class CachedTokens:
-    """Token files in the cache."""
+    """Token files that enter the cache."""
 
     prefix: str
-    """Where they are once the block that made them has ended."""
+    """Their path after the block of `cached_tokens`."""
     readable_prefix: str
-    """Where they are inside that block."""
+    """Their path inside that block."""
     counts: TokenCounts
-    """Their contents."""
 
 
 def open_corpora(
@@ -59,7 +62,7 @@ def open_corpora(
     """Open the corpora of a set; text is tokenized unless it is in the cache.
 
     Args:
-        sources: The files that each entry of the user's path stands for.
+        sources: The files of each entry of the user's path.
         has_weights: Whether each entry has a weight, and then has to be one corpus. Without
             weights all text is one corpus, and each pair of token files is one.
         tokenizer: The tokenizer of the run.
@@ -68,15 +71,15 @@ def open_corpora(
         stack: Text that is tokenized now enters the cache when this stack is closed.
 
     Returns:
-        The corpora, and a line for each thing that a user should know of.
+        The corpora, and warnings for the user.
 
     Raises:
         UsageError: Data is missing, empty, damaged, or of another tokenizer.
     """
     warning_lines = [line for source in sources for line in source.not_read]
-    vocabulary = vocab_size(tokenizer)
+    vocabulary = tokenizer_vocab_size(tokenizer)
     corpora = []
-    for part in _each_of_weight(sources) if has_weights else _all_text_as_one(sources):
+    for part in _one_for_each(sources) if has_weights else _all_text_as_one(sources):
         if isinstance(part, str):
             corpora.append(read_token_files(part))
             check_vocabulary(part, vocabulary)
@@ -98,7 +101,7 @@ def _all_text_as_one(sources: Sequence[Source]) -> list[_Part]:
     return [*prefixes, text] if text else prefixes
 
 
-def _each_of_weight(sources: Sequence[Source]) -> list[_Part]:
+def _one_for_each(sources: Sequence[Source]) -> list[_Part]:
     order: list[_Part] = []
     for source in sources:
         parts: list[_Part] = [*source.prefixes, *([source.files] if source.files else [])]
@@ -119,10 +122,10 @@ def cached_tokens(
     *,
     json_key: str = "text",
 ) -> Iterator[CachedTokens]:
-    """Tokenize files into the cache, unless the same is there already.
+    """Tokenize files into the cache, unless it has the tokens already.
 
-    The same are: the files' names, sizes and times of change, the tokenizer and its files. What
-    was written enters the cache when the block ends; if the block raises, it is thrown away.
+    Its key is of the files' names, sizes and times of change, and of the tokenizer and its files.
+    New tokens enter the cache when the block ends. If the block raises, they are removed.
 
     Raises:
         UsageError: There is no text, or the cache cannot be written.
@@ -131,7 +134,7 @@ def cached_tokens(
         {
             "format": _FORMAT,
             "files": [[str(f.path), f.size, f.modified_ns, f.chosen] for f in files],
-            "tokenizer": identity(tokenizer_config),
+            "tokenizer": tokenizer_identity(tokenizer_config),
             "json_key": json_key,
         }
     )

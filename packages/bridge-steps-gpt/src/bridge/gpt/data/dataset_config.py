@@ -1,4 +1,4 @@
-"""The data of a GPT run: from a path, or none at all, to megatron-core's datasets."""
+"""The dataset section of GPT pretraining, which builds megatron-core's datasets."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -13,15 +13,14 @@ from bridge.gpt.data.next_token_samples import TokenSamples, build_samples
 from bridge.gpt.data.random_tokens import random_splits
 from bridge.gpt.data.split_plan import (
     SPLIT_NAMES,
-    WHOLE,
     SplitPlan,
+    default_split,
     parse_split,
     plan_split,
-    usual_split,
 )
 from bridge.gpt.data.text.sources import Source, find_source, python_standard_library
-from bridge.gpt.data.token_files import Bounds, TokenFiles, check_files
-from bridge.gpt.data.tokenization.tokenizers import Tokenizer, build_tokenizer, identity
+from bridge.gpt.data.token_files import ALL, Bounds, TokenFiles, check_files
+from bridge.gpt.data.tokenization.tokenizers import Tokenizer, build_tokenizer, tokenizer_identity
 from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, wrong_set_name
 from bridge.training.local_paths import local_path
 from bridge.training.megatron_import import quiet_import
@@ -41,21 +40,21 @@ class GPTDatasetConfig:
 
     path: str | list[str] | None = local_path()
     """A text file, a directory, a glob, JSON Lines (.jsonl), each also compressed (.gz, .bz2, .xz),
-    the prefix of a .bin/.idx pair, or a list of them. Text is tokenized once and cached. Goes
-    before standard_library."""
+    the prefix of a .bin/.idx pair, or a list of them. Text is tokenized once and cached. Takes
+    precedence over standard_library."""
     standard_library: bool = False
     """Without a path: the sources of this Python's standard library, real text on any machine."""
     mock: bool = False
-    """Random tokens, for measuring; goes before standard_library."""
+    """Random tokens, for measurements; takes precedence over standard_library."""
     weights: list[float] | None = None
-    """Shares of the entries of path in the training samples; in proportion to their sizes if
-    None. Validation and test take every sample once."""
+    """Shares of the entries of path in the training samples. If None, in proportion to their
+    sizes. Validation and test take every sample once."""
     split: str | None = None
     """Shares of train, validation and test, such as 99,1,0; whole documents go to one of them, in
-    order. If None two percent are for validation, and more of a small text: what fills a global
-    batch, half at most."""
+    order. If None, two percent are for validation, and more of a small text: as much as fills a
+    global batch, half at most."""
     validation_path: str | list[str] | dict[str, str | list[str]] | None = local_path()
-    """As path, for validation alone; split is then not used, all of path is for training. A
+    """As path, for validation alone; split is then not used, and all of path is for training. A
     mapping makes several sets: {wiki: wiki.txt, code: [a.py, b.py]} is evaluated as wiki and as
     code."""
     test_path: str | list[str] | dict[str, str | list[str]] | None = local_path()
@@ -69,13 +68,13 @@ class GPTDatasetConfig:
     eod_mask_loss: bool = False
     """Leave the token after an end of document out of the loss."""
     cache_dir: str | None = local_path()
-    """Where tokens and indices are kept; bridge/data in the user's cache directory if None. On
-    several nodes a directory that all share."""
+    """Directory of cached tokens and indices; bridge/data in the user's cache directory if None. On
+    several nodes, a directory that all share."""
     num_dataset_builder_threads: int = 1
     """Threads that index the corpora of a blend."""
 
     def problems(self, config: "ConfigContainer") -> Iterable[str]:
-        """Yield contradictions, and paths that are missing or empty; reads no contents."""
+        """Yield contradictions, and paths that are missing or empty; no contents are read."""
         for field in ("path", "validation_path", "test_path"):
             if self.mock and getattr(self, field) is not None:
                 yield f"dataset.mock=true and dataset.{field}: there is either; leave one out"
@@ -105,10 +104,9 @@ class GPTDatasetConfig:
     def build(self, request: DataRequest) -> DataSplits:
         """Build the splits; every rank calls it, and rank 0 does the tokenizing.
 
-        Training samples come in megatron-core's order, shuffled by rng.seed, except where one pass
-        is asked for (`train_samples` is None): then the loop shuffles each epoch. Validation and
-        test are one pass at most, even if more samples are asked for: a repeated sample would
-        count twice.
+        Training samples come in megatron-core's order, shuffled by rng.seed. If one pass is asked
+        for (`train_samples` is None), the loop shuffles each epoch instead. Validation and test are
+        one pass at most, even if more samples are asked for: a repeated sample would count twice.
 
         Raises:
             UsageError: Data is missing, empty, damaged, or too short for one sample of a split.
@@ -117,7 +115,7 @@ class GPTDatasetConfig:
             return random_splits(request, seq_length=self.sequence_length(request.config))
         if request.config.tokenizer is None:
             raise UsageError("tokenizer: real data needs one; set tokenizer.type")
-        plans, indices_key, warning_lines = on_first_rank(lambda: self._plan_with_key(request))
+        plans, indices_key, warning_lines = on_first_rank(lambda: self._plan(request))
         for plan in plans.values():
             for prefix in plan.prefixes:
                 check_files(prefix)
@@ -143,10 +141,10 @@ class GPTDatasetConfig:
         )
 
     def sequence_length(self, config: "ConfigContainer") -> int:
-        """Tokens of a sample.
+        """Return the number of tokens of a sample.
 
         Raises:
-            UsageError: Neither the model nor this section has it, or they differ.
+            UsageError: Neither the model nor this section has it, or the two differ.
         """
         of_model = getattr(config.model, "seq_length", None)
         length = of_model if self.seq_length is None else self.seq_length
@@ -187,15 +185,15 @@ class GPTDatasetConfig:
                         yield f"dataset.{field}: {problem}"
                     if not _entries(path):
                         yield f"dataset.{field}.{name}: there is no path; give one"
-        for field, entries in self._given().values():
+        for field, entries in self._entries_by_set().values():
             for entry in entries:
                 try:
                     find_source(entry, field=field)
                 except UsageError as error:
                     yield str(error)
 
-    def _given(self) -> dict[str, tuple[str, list[str]]]:
-        """Field and entries of each path that the user gave, by the set that it is for.
+    def _entries_by_set(self) -> dict[str, tuple[str, list[str]]]:
+        """Return the field and the entries of each path that the user gave, by its set.
 
         The sets are "train", "validation" and "test", or "validation/NAME" and "test/NAME".
         """
@@ -210,11 +208,11 @@ class GPTDatasetConfig:
                 given[split] = (f"dataset.{field}", entries)
         return given
 
-    def _find_all(self) -> dict[str, list[Source]]:
-        """Sources of each set; those of training come first."""
+    def _find_sources(self) -> dict[str, list[Source]]:
+        """Return the sources of each set; those of training come first."""
         found = {
             name: [find_source(entry, field=field) for entry in entries]
-            for name, (field, entries) in self._given().items()
+            for name, (field, entries) in self._entries_by_set().items()
         }
         if "train" not in found:
             if not self.standard_library:
@@ -222,7 +220,7 @@ class GPTDatasetConfig:
             found = {"train": [python_standard_library()], **found}
         return found
 
-    def _plan_with_key(self, request: DataRequest) -> tuple[dict[str, SplitPlan], str, list[str]]:
+    def _plan(self, request: DataRequest) -> tuple[dict[str, SplitPlan], str, list[str]]:
         """Tokenize what is not cached and plan the splits. Runs on rank 0.
 
         Returns:
@@ -233,7 +231,7 @@ class GPTDatasetConfig:
         corpora: dict[str, list[TokenFiles]] = {}
         warning_lines: list[str] = []
         with ExitStack() as stack:
-            for name, sources in self._find_all().items():
+            for name, sources in self._find_sources().items():
                 corpora[name], lines = open_corpora(
                     sources,
                     has_weights=name == "train" and self.weights is not None,
@@ -250,23 +248,23 @@ class GPTDatasetConfig:
     def _plan_splits(
         self, corpora: dict[str, list[TokenFiles]], request: DataRequest
     ) -> dict[str, SplitPlan]:
-        """Plan each set that the run draws from, by its name."""
+        """Return the plan of each set that the run draws from, by its name."""
         seq_length = self.sequence_length(request.config)
-        split = self.split or usual_split(
+        split = self.split or default_split(
             corpora["train"],
             seq_length=seq_length,
             validation_samples=request.config.train.global_batch_size,
         )
         bounds: Mapping[str, Bounds | None]
         if len(corpora) > 1:
-            bounds = dict.fromkeys(corpora, WHOLE)
+            bounds = dict.fromkeys(corpora, ALL)
         else:
             bounds = dict(zip(SPLIT_NAMES, parse_split(split), strict=True))
         evaluated = {"validation": request.validation_samples, "test": request.test_samples}
         plans: dict[str, SplitPlan] = {}
         for name, cut in bounds.items():
-            training = name == "train"
-            if cut is None or (not training and evaluated[_split_name(name)] == 0):
+            is_training = name == "train"
+            if cut is None or (not is_training and evaluated[_split_name(name)] == 0):
                 continue
             plans[name] = plan_split(
                 name,
@@ -274,8 +272,8 @@ class GPTDatasetConfig:
                 bounds=cut,
                 seq_length=seq_length,
                 split=split,
-                weights=self.weights if training else None,
-                size=request.train_samples if training else None,
+                weights=self.weights if is_training else None,
+                size=request.train_samples if is_training else None,
             )
         return plans
 
@@ -300,8 +298,8 @@ class GPTDatasetConfig:
         )
 
     def _indices_key(self, request: DataRequest, plans: Mapping[str, SplitPlan]) -> str:
-        """megatron-core knows its cached indices by the path of the data, not by what it holds."""
         assert request.config.tokenizer is not None
+        # megatron-core finds its cached indices by the path of the data, not by its contents.
         return digest(
             {
                 "class": TokenSamples.__name__,
@@ -314,14 +312,14 @@ class GPTDatasetConfig:
                     for plan in plans.values()
                     for prefix in plan.prefixes
                 ],
-                "tokenizer": identity(request.config.tokenizer),
+                "tokenizer": tokenizer_identity(request.config.tokenizer),
                 "seq_length": self.sequence_length(request.config),
                 "seed": request.config.rng.seed,
             }
         )
 
     def _fingerprint(self, request: DataRequest, plan: SplitPlan) -> str:
-        """Names the order of the training samples, wherever their files are."""
+        """Return a name for the order of the training samples, wherever their files are."""
         shuffled_by = "the loop" if request.train_samples is None else "megatron-core"
         described = {
             "corpora": plan.corpora_digest,
@@ -348,14 +346,14 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 
 def _split_name(name: str) -> str:
-    """The split that a set belongs to: "validation" for "validation/wiki"."""
+    """Return the split that a set belongs to: "validation" for "validation/wiki"."""
     return name.partition("/")[0]
 
 
 def _split_of(
     sets: Mapping[str, SizedDataset], split: str
 ) -> SizedDataset | dict[str, SizedDataset] | None:
-    """What `DataSplits` has for a split: its one set, or those with names."""
+    """Return the sets of a split as `DataSplits` takes them: its only one, or those by name."""
     named = {
         name.partition("/")[2]: dataset
         for name, dataset in sets.items()

@@ -1,4 +1,4 @@
-"""Next-token samples of token files, each with masks and positions of its own."""
+"""Next-token samples of token files."""
 
 import warnings
 from typing import Any, override
@@ -20,25 +20,26 @@ with quiet_import():
 class TokenSamples(GPTDataset):
     """megatron-core's samples, in its order, with every token as it is in the files.
 
-    megatron-core finds padding by the tokenizer's pad id: such a token within a document becomes
-    token 0, and the loss mask of the first sample that is served, its padding included, is that of
-    all later ones (NVIDIA/Megatron-LM#6981). Here padding is what the dataset itself puts behind
-    the end of the data, told by its position. A pad token within a document is data as any other.
+    megatron-core finds padding by the tokenizer's pad id. Such a token within a document becomes
+    token 0, and the loss mask of the first sample that is served, its padding included, serves all
+    later ones too (NVIDIA/Megatron-LM#6981). Here padding is found by its position, behind the end
+    of the data, where the dataset itself puts it. A pad token within a document is data as any
+    other.
     """
 
     @override
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         """Return tokens, labels, loss mask and position ids of a sample: [sequence] each.
 
-        None stands for a sample that fills a batch up: the first one, with a loss mask of zeros.
+        None asks for a sample that fills up a batch: the first one, with a loss mask of zeros.
         """
-        config: Any = self.config  # a GPTDatasetConfig, as the class before it does not say
+        config: Any = self.config  # a GPTDatasetConfig, which the base class does not annotate
         text, lengths = tokens_of_sample(self, 0 if idx is None else idx)
         tokens, labels = torch.from_numpy(text[:-1].copy()), torch.from_numpy(text[1:].copy())
         position_ids = torch.arange(len(tokens))
         ends = tokens == config.tokenizer.eod
-        # The last token of the data has no successor; all behind it is padding, whose id need not
-        # be one that the embedding has.
+        # The last token of the data has no successor. All behind it is padding, whose id may be
+        # outside the embedding.
         predictions = sum(lengths) - 1
         tokens[predictions + 1 :] = 0
         labels[predictions:] = 0

@@ -1,27 +1,27 @@
-"""Random tokens in place of data (dataset.mock), for measuring."""
+"""Random tokens in place of data (dataset.mock), for measurements."""
 
 import numpy as np
 import torch
 
-from bridge.gpt.data.tokenization.tokenizers import vocab_size
+from bridge.gpt.data.tokenization.tokenizers import tokenizer_vocab_size
 from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.usage_error import UsageError
 
 MOCK_TRAIN_SAMPLES = 10_000
-"""One pass over mock data."""
+"""Samples of one pass over mock data."""
 MOCK_EVALUATION_SAMPLES = 64
-"""The whole of a mock validation or test set."""
+"""Samples of a mock validation or test set."""
 
 
 def random_splits(request: DataRequest, *, seq_length: int) -> DataSplits:
-    """Return splits of random tokens, with as many samples as are asked for.
+    """Return splits of random tokens, with the number of samples that the run asks for.
 
     Raises:
         UsageError: Neither the tokenizer nor the model has the number of tokens.
     """
     config = request.config
     if config.tokenizer is not None:
-        vocabulary = vocab_size(config.tokenizer)
+        vocabulary = tokenizer_vocab_size(config.tokenizer)
     else:
         vocabulary = getattr(config.model, "vocab_size", None) or 0
     if vocabulary < 1:

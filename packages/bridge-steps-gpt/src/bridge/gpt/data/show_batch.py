@@ -1,4 +1,4 @@
-"""`bridge show-batch`: what the model is given, and what of it counts in the loss."""
+"""The command `bridge show-batch`: prints the tokens, labels and loss mask of a microbatch."""
 
 import argparse
 import itertools
@@ -28,7 +28,7 @@ def register(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "show-batch",
         help="print a microbatch: tokens, labels, loss mask",
-        description="Print the first samples that a GPT recipe trains on: each token beside its "
+        description="Print the first samples that a GPT recipe trains on: each token with its "
         "label and whether that counts in the loss.",
     )
     add_configuration_arguments(parser)
@@ -40,10 +40,10 @@ def register(subparsers: "Subparsers") -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run ``bridge show-batch``; returns the exit code.
+    """Run ``bridge show-batch`` and return the exit code.
 
     Raises:
-        UsageError: The configuration has problems, or the recipe's samples are none of a GPT.
+        UsageError: The configuration has problems, or the recipe's samples are not those of a GPT.
     """
     from bridge.gpt.data.tokenization.tokenizers import build_tokenizer
     from bridge.training.megatron_import import expected_messages_held_back
@@ -62,20 +62,20 @@ def run(options: argparse.Namespace) -> int:
         tokenizer = build_tokenizer(config.tokenizer)
     wanted = options.samples or config.train.micro_batch_size
     with expected_messages_held_back(), warnings.catch_warnings():
-        # Of megatron-core's log, which finds no ranks here.
+        # megatron-core's log warns that there are no ranks.
         warnings.filterwarnings("ignore", "Could not determine rank")
         samples = itertools.chain.from_iterable(map(_samples_of, microbatches(config)))
         shown = list(itertools.islice(samples, wanted))
     for number, sample in enumerate(shown, start=1):
-        print("\n".join(described(sample, number, tokenizer)), end="\n\n")
+        print("\n".join(describe_sample(sample, number, tokenizer)), end="\n\n")
     return 0
 
 
 def microbatches(config: "ConfigContainer") -> Iterator["Batch"]:
-    """Yield the microbatches of a run of one data-parallel rank from the first step on.
+    """Yield the microbatches of a run of one data-parallel rank, from the first step on.
 
     Raises:
-        UsageError: They have none of what `bridge.training.gpt_step` needs.
+        UsageError: They lack a tensor that `bridge.training.gpt_step` needs.
     """
     from torch.utils.data import default_collate
 
@@ -102,13 +102,13 @@ def microbatches(config: "ConfigContainer") -> Iterator["Batch"]:
         yield batch
 
 
-def described(sample: "Batch", number: int, tokenizer: "Tokenizer | None") -> Iterator[str]:
+def describe_sample(sample: "Batch", number: int, tokenizer: "Tokenizer | None") -> Iterator[str]:
     """Yield the lines that show a sample.
 
     Args:
         sample: Tensors of shape [sequence]; ``padding_mask`` and ``cu_seqlens`` may be there.
-        number: What the sample is called.
-        tokenizer: Tells the text of a token; None shows its id alone.
+        number: The number of the sample, for its heading.
+        tokenizer: For the text of each token; None shows ids alone.
     """
     mask = sample["loss_mask"]
     padding = sample["padding_mask"].tolist() if "padding_mask" in sample else [False] * len(mask)
@@ -148,13 +148,13 @@ def described(sample: "Batch", number: int, tokenizer: "Tokenizer | None") -> It
 
 
 def _samples_of(batch: "Batch") -> Iterator["Batch"]:
-    """Take a microbatch apart: [batch, ...] to each sample's [...]."""
+    """Yield the samples of a microbatch: of each tensor [batch, ...] its [...]."""
     for row in range(len(batch["tokens"])):
         yield {name: values[row] for name, values in batch.items()}
 
 
 def _text(token: int, tokenizer: "Tokenizer | None") -> str:
-    """Return what a token stands for, in quotes; its name where it is no text."""
+    """Return the text of a token in quotes, or its name if it has no text."""
     if tokenizer is None:
         return ""
     text = tokenizer.detokenize([token])

@@ -1,16 +1,14 @@
-"""Which documents go to training, validation and test, and how many samples that makes.
+"""The plan of a split: its documents, and the number of samples in them.
 
-It is worked out here, before megatron-core sees the data: on an empty split its count of epochs
-never ends, and a sequence longer than the data fails deep inside it.
+It is made before megatron-core sees the data. On an empty split megatron-core counts epochs for
+ever, and a sequence longer than the data fails deep inside it.
 """
 
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from bridge.gpt.data.token_files import Bounds, TokenFiles
+from bridge.gpt.data.token_files import ALL, Bounds, TokenFiles
 from bridge.training.megatron_import import quiet_import
 from bridge.training.usage_error import UsageError
 
@@ -20,15 +18,15 @@ with quiet_import():
         parse_and_normalize_split,
     )
 
-WHOLE: Bounds = (0.0, 1.0)
 SPLIT_NAMES = ("train", "validation", "test")
 
 _SHARES = (2, 5, 10, 20, 30, 50)
+"""Shares of the documents for validation, in percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitPlan:
-    """One split, ready for megatron-core's builder."""
+    """The documents and samples of one split, as megatron-core's builder takes them."""
 
     prefixes: tuple[str, ...]
     bounds: Bounds
@@ -41,7 +39,7 @@ class SplitPlan:
     size: int | None
     """Samples to build; None builds one pass."""
     corpora_digest: str
-    """Names the lengths of the documents of all its corpora."""
+    """Digest of the lengths of the documents of all its corpora."""
 
 
 def parse_split(split: str) -> list[Bounds | None]:
@@ -68,10 +66,13 @@ def parse_split(split: str) -> list[Bounds | None]:
     return bounds
 
 
-def usual_split(corpora: Sequence[TokenFiles], *, seq_length: int, validation_samples: int) -> str:
-    """Two percent for validation, or as much of a small corpus as gives so many samples.
+def default_split(
+    corpora: Sequence[TokenFiles], *, seq_length: int, validation_samples: int
+) -> str:
+    """Return a dataset.split with two percent for validation, or more of a small corpus.
 
-    At most half: what is then missing, or wrong, is found when the split is planned.
+    The share is large enough for `validation_samples`, but half at most: `plan_split` reports what
+    is then missing.
     """
     share = _sufficient_share(corpora, seq_length, validation_samples) or _SHARES[-1]
     return f"{100 - share},{share},0"
@@ -89,23 +90,21 @@ def plan_split(
 ) -> SplitPlan:
     """Count the documents, tokens and samples of one split.
 
-    A corpus whose share is too small for one sample is left out, unless the user gave it a weight.
+    A corpus whose share is too small for one sample is skipped, unless the user gave it a weight.
 
     Args:
-        name: "train", "validation" or "test"; "validation/NAME" of several.
-        corpora: What the split is cut from.
-        bounds: First and last document, as fractions of each corpus.
+        name: "train", "validation" or "test"; "validation/NAME" if there are several.
+        corpora: The corpora that the split is cut from.
+        bounds: The documents of each corpus that belong to the split.
         seq_length: Tokens of a sample; it reads one more, for the last label.
-        split: What the user wrote in dataset.split, for the messages.
+        split: The user's dataset.split, for the messages.
         weights: Shares of the corpora, as the user gave them.
         size: Samples that will be drawn; None for one pass.
 
     Raises:
         UsageError: There is not one sample, or not one of a corpus that has a weight.
     """
-    shares = [corpus.documents_within(bounds) for corpus in corpora]
-    tokens = [int(share.sum(dtype=np.int64)) for share in shares]
-    samples = [max(0, count - 1) // seq_length for count in tokens]
+    samples = [_samples_in(corpus, bounds, seq_length) for corpus in corpora]
     if not any(samples):
         raise UsageError(_too_little(name, corpora, bounds, seq_length, split))
     if weights is not None and not all(samples):
@@ -115,24 +114,25 @@ def plan_split(
             f"model.seq_length={seq_length} tokens; leave that path out"
         )
     kept = [index for index, count in enumerate(samples) if count]
-    passes = sum(samples)
+    one_pass = sum(samples)
+    blend: tuple[float, ...] | None = None
     if len(kept) == 1:
-        # Up to one pass the order does not depend on how much of it is drawn.
-        shares_drawn, drawn = None, size if size is not None and size > passes else None
+        # Up to one pass, the order does not depend on how much of it is drawn.
+        drawn = size if size is not None and size > one_pass else None
     elif weights is not None:
-        shares_drawn, drawn = [weights[index] for index in kept], size or passes
-    elif size is not None:
-        # Without weights megatron-core would stop after one pass over a blend.
-        shares_drawn, drawn = [float(samples[index]) for index in kept], size
+        blend, drawn = tuple(weights[index] for index in kept), size or one_pass
     else:
-        shares_drawn, drawn = None, None
+        drawn = size
+        if size is not None:
+            # Without weights megatron-core would stop after one pass over a blend.
+            blend = tuple(float(samples[index]) for index in kept)
     return SplitPlan(
         prefixes=tuple(corpora[index].prefix for index in kept),
         bounds=bounds,
-        documents=sum(len(share) for share in shares),
-        tokens=sum(tokens),
-        samples=passes,
-        weights=None if shares_drawn is None else tuple(shares_drawn),
+        documents=_documents_in(corpora, bounds),
+        tokens=_tokens_in(corpora, bounds),
+        samples=one_pass,
+        weights=blend,
         size=drawn,
         corpora_digest=_digest_of_lengths(corpora[index] for index in kept),
     )
@@ -149,43 +149,50 @@ def _digest_of_lengths(corpora: Iterable[TokenFiles]) -> str:
 def _too_little(
     name: str, corpora: Sequence[TokenFiles], bounds: Bounds, seq_length: int, split: str
 ) -> str:
-    every = sum(int(corpus.lengths.sum(dtype=np.int64)) for corpus in corpora)
-    if every <= seq_length:
+    tokens_in_all = _tokens_in(corpora, ALL)
+    if tokens_in_all <= seq_length:
         return (
-            f"model.seq_length={seq_length}: the {name} data holds {every} tokens in all and one "
-            f"sample needs {seq_length + 1}; give more text or a shorter sequence"
+            f"model.seq_length={seq_length}: the {name} data holds {tokens_in_all} tokens in all "
+            f"and one sample needs {seq_length + 1}; give more text or a shorter sequence"
         )
-    shares = [corpus.documents_within(bounds) for corpus in corpora]
-    documents = sum(len(corpus.lengths) for corpus in corpora)
     message = (
-        f"dataset.split={split!r}: the {name} split gets {sum(map(len, shares))} of {documents} "
-        f"documents, {sum(int(share.sum(dtype=np.int64)) for share in shares)} tokens, and one "
+        f"dataset.split={split!r}: the {name} split gets {_documents_in(corpora, bounds)} of "
+        f"{_documents_in(corpora, ALL)} documents, {_tokens_in(corpora, bounds)} tokens, and one "
         f"sample of model.seq_length={seq_length} needs {seq_length + 1}; "
     )
     if name != "validation":
         return message + "give it a larger share, more text or a shorter sequence"
     off = "or turn evaluation off with validation.eval_iters=0"
-    share = _sufficient_share(corpora, seq_length)
+    share = _sufficient_share(corpora, seq_length, samples=1)
     if share is None:
         return message + f"give more text or a shorter sequence, {off}"
     return message + f"set dataset.split={100 - share},{share},0 {off}"
 
 
-def _samples_in(corpora: Sequence[TokenFiles], bounds: Bounds, seq_length: int) -> int:
-    counts = [int(corpus.documents_within(bounds).sum(dtype=np.int64)) for corpus in corpora]
-    return sum(max(0, count - 1) // seq_length for count in counts)
+def _sufficient_share(corpora: Sequence[TokenFiles], seq_length: int, samples: int) -> int | None:
+    """Return the smallest share in `_SHARES` that is enough for validation.
 
-
-def _sufficient_share(
-    corpora: Sequence[TokenFiles], seq_length: int, samples: int = 1
-) -> int | None:
-    """Smallest round percentage that gives validation so many samples and training one."""
+    Validation then has at least so many samples, and training has one. None if no share is enough.
+    """
     for share in _SHARES:
         start = (100 - share) / 100
-        train, validation = (0.0, start), (start, 1.0)
-        if (
-            _samples_in(corpora, validation, seq_length) >= samples
-            and _samples_in(corpora, train, seq_length) > 0
-        ):
+        train, validation = (
+            sum(_samples_in(corpus, bounds, seq_length) for corpus in corpora)
+            for bounds in ((0.0, start), (start, 1.0))
+        )
+        if validation >= samples and train > 0:
             return share
     return None
+
+
+def _samples_in(corpus: TokenFiles, bounds: Bounds, seq_length: int) -> int:
+    # The last sample needs one more token, for its last label.
+    return max(0, corpus.tokens_within(bounds) - 1) // seq_length
+
+
+def _documents_in(corpora: Sequence[TokenFiles], bounds: Bounds) -> int:
+    return sum(len(corpus.lengths_within(bounds)) for corpus in corpora)
+
+
+def _tokens_in(corpora: Sequence[TokenFiles], bounds: Bounds) -> int:
+    return sum(corpus.tokens_within(bounds) for corpus in corpora)

@@ -33,7 +33,8 @@ with quiet_import():
 logger = logging.getLogger(__name__)
 
 Bounds = tuple[float, float]
-"""First and last part of the documents, as fractions of all."""
+"""The first document, and the one after the last, as fractions of all."""
+ALL: Bounds = (0.0, 1.0)
 
 _TOKENS = "tokens"
 _INDEX_HEADER = b"MMIDIDX\x00\x00"
@@ -42,17 +43,17 @@ _TOKENS_PROBED = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCounts:
-    """The files that were written, and remarks about them."""
+    """Contents of token files that were written."""
 
     documents: int
     tokens: int
     skipped: list[str]
-    """Files of directories that are not text, each with what it is."""
+    """Files of directories that are not text, each with its kind."""
     with_special_tokens: int = 0
     """Documents in which special tokens are written; they are encoded as text."""
 
     def warnings(self) -> list[str]:
-        """Return a line for each thing that a user should know of."""
+        """Return a line for special tokens in the text, and one for files that were skipped."""
         lines = []
         if self.with_special_tokens:
             lines.append(
@@ -69,16 +70,21 @@ class TokenCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFiles:
-    """One .bin/.idx pair, and how long its documents are."""
+    """One .bin/.idx pair, and the lengths of its documents."""
 
     prefix: str
     lengths: NDArray[np.int32]
     """Tokens of each document (megatron-core calls them sequences). Shape [documents]."""
 
-    def documents_within(self, bounds: Bounds) -> NDArray[np.int32]:
-        """Lengths of the documents of a split: megatron-core's rounding, with the same doubles."""
+    def lengths_within(self, bounds: Bounds) -> NDArray[np.int32]:
+        """Return the lengths of the documents within bounds."""
+        # megatron-core's rounding, of the same doubles.
         first, last = (int(round(bound * float(len(self.lengths)))) for bound in bounds)
         return self.lengths[first:last]
+
+    def tokens_within(self, bounds: Bounds) -> int:
+        """Return the number of tokens of the documents within bounds."""
+        return int(self.lengths_within(bounds).sum(dtype=np.int64))
 
 
 def write_tokens(
@@ -93,10 +99,10 @@ def write_tokens(
 
     Args:
         documents: Texts in UTF-8.
-        tokenizer: Makes ids of them.
-        prefix: The files, without their suffixes.
+        tokenizer: The tokenizer.
+        prefix: The path of the files, without their suffixes.
         append_eod: Whether the end-of-document token follows each document.
-        skipped: The files that `documents` leaves out, once it has been read.
+        skipped: The files that `documents` skips; the list may fill while it is read.
 
     Raises:
         UsageError: There is no document.
@@ -144,6 +150,13 @@ def build_token_files(
 ) -> TokenCounts:
     """Tokenize files into a new ``prefix.bin`` and ``prefix.idx``; both appear, or neither.
 
+    Args:
+        files: Files of text.
+        tokenizer: The tokenizer.
+        prefix: The path of the new files, without their suffixes.
+        json_key: Key of the text in a line of JSON Lines.
+        append_eod: Whether the end-of-document token follows each document.
+
     Raises:
         UsageError: One of them exists, their directory does not, or there is no text.
     """
@@ -177,7 +190,7 @@ def build_token_files(
 
 
 def _remove_lone_half(bin_file: Path, idx_file: Path) -> None:
-    """Remove the half that a build has linked which was killed before it linked the other."""
+    """Remove the .bin file of a build that was killed before it linked the .idx file."""
     if idx_file.exists() or not bin_file.exists():
         return
     for folder in abandoned_folders(bin_file.parent):
@@ -191,8 +204,8 @@ def read_token_files(prefix: str, *, name: str | None = None) -> TokenFiles:
     """Read the document lengths of a .bin/.idx pair and check that the two belong together.
 
     Args:
-        prefix: Where the files are.
-        name: The prefix to record, if the files are to be moved there.
+        prefix: The path of the files, without their suffixes.
+        name: The prefix to record, if the files will be moved there.
 
     Raises:
         UsageError: The files are missing, empty, damaged or of another format.
@@ -209,20 +222,21 @@ def read_token_files(prefix: str, *, name: str | None = None) -> TokenFiles:
         raise UsageError(f"dataset.path: {prefix}.bin is empty; build it from files with text")
     index = IndexedDataset(prefix).index
     lengths = np.array(index.sequence_lengths)
-    needed = int(lengths.sum(dtype=np.int64)) * index.dtype_size
+    files = TokenFiles(prefix=name or prefix, lengths=lengths)
+    needed = files.tokens_within(ALL) * index.dtype_size
     if needed > held:
         raise UsageError(
             f"dataset.path: {prefix}.bin has {held} bytes and its index tells of {needed}; "
             "the files do not belong together or were cut short, build them again"
         )
-    return TokenFiles(prefix=name or prefix, lengths=lengths)
+    return files
 
 
 def check_files(prefix: str) -> None:
-    """Look whether this rank sees the files that rank 0 planned with.
+    """Check that this rank sees the files that rank 0 planned with.
 
     Raises:
-        UsageError: It does not.
+        UsageError: This rank does not see them.
     """
     for suffix in (".bin", ".idx"):
         if not os.path.isfile(prefix + suffix):
@@ -233,10 +247,10 @@ def check_files(prefix: str) -> None:
 
 
 def check_vocabulary(prefix: str, vocab_size: int) -> None:
-    """Look whether the first tokens of a corpus are in the vocabulary.
+    """Check that the first tokens of a corpus are in the vocabulary.
 
     Raises:
-        UsageError: One is not: the files were made with another tokenizer.
+        UsageError: One is not, so the files were made with another tokenizer.
     """
     dtype: Any = IndexedDataset(prefix).index.dtype
     tokens = np.fromfile(f"{prefix}.bin", dtype=dtype, count=_TOKENS_PROBED)

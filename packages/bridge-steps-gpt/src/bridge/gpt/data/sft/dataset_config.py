@@ -40,7 +40,7 @@ from bridge.gpt.data.sft.sample_lengths import (
     sequence_length,
 )
 from bridge.gpt.data.sft.startup_messages import notes_of, warnings_of
-from bridge.gpt.data.tokenization.tokenizers import build_tokenizer, identity
+from bridge.gpt.data.tokenization.tokenizers import build_tokenizer, tokenizer_identity
 from bridge.training.config import TokenizerConfig
 from bridge.training.contracts import TOKENS, DataRequest, DataSplits, SizedDataset
 from bridge.training.local_paths import local_path
@@ -229,7 +229,7 @@ class SFTDatasetConfig:
                 "format": FORMAT,
                 "rows": repr(source),
                 "files": [[str(f), status.st_size, status.st_mtime_ns] for f, status in files],
-                "tokenizer": identity(_tokenizer_of(config)),
+                "tokenizer": tokenizer_identity(_tokenizer_of(config)),
                 "rendered": [self.chat_template, self.loss_on],
                 "cut": [self.truncation, sequence_length(config)],
             }

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bridge.gpt.data.sft.rows.conversations import ASSISTANT, Conversation
-from bridge.gpt.data.tokenization.special_tokens import HiddenTokens, SpecialTokens
-from bridge.gpt.data.tokenization.tokenizers import (
-    Tokenizer,
-    first_tokens,
+from bridge.gpt.data.tokenization.encoding import (
+    encode_piece,
+    encode_text,
     hugging_face_tokenizer,
-    piece_ids,
-    text_ids,
+    leading_tokens,
 )
+from bridge.gpt.data.tokenization.special_tokens import HiddenTokens, SpecialTokens
+from bridge.gpt.data.tokenization.tokenizers import Tokenizer
 from bridge.training.usage_error import UsageError
 
 type LossOn = Literal["assistant", "answer", "all"]
@@ -202,7 +202,7 @@ class Renderer:
         *,
         start: bool = False,
     ) -> Rendered:
-        ids = first_tokens(self._tokenizer) if start else []
+        ids = leading_tokens(self._tokenizer) if start else []
         counts = [False] * len(ids)
         for piece in pieces:
             added = self._ids(piece, hidden) if piece.text else []
@@ -213,10 +213,10 @@ class Renderer:
 
     def _ids(self, piece: _Piece, hidden: HiddenTokens | None) -> list[int]:
         if piece.is_said and self._special.are_in(piece.text):
-            return text_ids(self._tokenizer, piece.text)
+            return encode_text(self._tokenizer, piece.text)
         if hidden is not None and hidden.are_in(piece.text):
             return [index for index, _ in hidden.encode(piece.text)]
-        return piece_ids(self._tokenizer, piece.text)
+        return encode_piece(self._tokenizer, piece.text)
 
 
 @contextmanager

@@ -16,11 +16,11 @@ from bridge.gpt.data.text.text_files import json_error, mapped_text, open_text
 from bridge.training.usage_error import UsageError
 
 LARGEST_TARGET_BYTES = 16 * 1024
-"""Size that the documents of a large corpus are cut to."""
+"""Size of the documents that a large corpus is cut into."""
 SMALLEST_TARGET_BYTES = 512
-"""Size that the documents of a tiny corpus are cut to."""
+"""Size of the documents that a tiny corpus is cut into."""
 DOCUMENTS_WANTED = 200
-"""A small corpus is cut finer to reach this many, so that a split of one percent is not empty."""
+"""A small corpus is cut finer to get this many, so that a split of one percent is not empty."""
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 
@@ -28,26 +28,26 @@ _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 def read_documents(
     files: Sequence[TextFile], *, json_key: str = "text", skipped: list[str] | None = None
 ) -> Iterator[bytes]:
-    """Read the files one after the other and yield their documents; none is empty.
+    """Read files one after the other and yield their documents; none is empty.
 
-    A file is a document; a large one is cut at blank lines, else at line ends, else anywhere
-    between two UTF-8 characters. A line of JSON Lines is a document and is not cut.
+    A file is a document. A large file is cut at blank lines, else at line ends, else anywhere
+    between two UTF-8 characters. A line of JSON Lines is a document, and is not cut.
 
     Args:
-        files: What `find_source` found.
-        json_key: Where a line of JSON Lines holds its text; its other keys are not read.
-        skipped: Takes the paths of files in directories that are not text, with what they are.
+        files: The files that `find_source` found.
+        json_key: Key of the text in a line of JSON Lines; other keys are not read.
+        skipped: A list to which files that are not text are added, each with its kind.
 
     Raises:
-        UsageError: A file that is named is not text, or one in a directory holds rows in a form
-            that is not read; or a line of JSON Lines is not an object with text under `json_key`.
+        UsageError: A file that the user named is not text; a file in a directory holds rows in a
+            form that is not read; or a line of JSON Lines is no object with text under `json_key`.
     """
     files = [file for file in files if file.size > 0]
     of_lines = [file.is_json_lines(json_key) for file in files]
     plain = [file.size for file, has_lines in zip(files, of_lines, strict=True) if not has_lines]
     target = target_bytes(sum(plain))
     for file, has_lines in zip(files, of_lines, strict=True):
-        # What json.loads takes is text.
+        # json.loads rejects what is not text, so the beginning is enough.
         if found := (beginning_not_text if has_lines else not_text)(file.path):
             if file.chosen or found.kind in HOLDS_ROWS:
                 raise UsageError(found.problem(str(file.path)))
@@ -60,7 +60,7 @@ def read_documents(
 
 
 def count_documents(files: Sequence[TextFile]) -> list[int]:
-    """Return how many documents `read_documents` makes of each of several files of text."""
+    """Return the number of documents that `read_documents` makes of each file of text."""
     target = target_bytes(sum(file.size for file in files))
     return [
         0 if file.size == 0 else sum(1 for _ in _read_text(file.path, target)) for file in files
@@ -68,12 +68,12 @@ def count_documents(files: Sequence[TextFile]) -> list[int]:
 
 
 def target_bytes(corpus_bytes: int) -> int:
-    """Size in bytes that the documents of a corpus of this size are cut to."""
+    """Return the size in bytes of the documents that a corpus of this size is cut into."""
     return max(SMALLEST_TARGET_BYTES, min(LARGEST_TARGET_BYTES, corpus_bytes // DOCUMENTS_WANTED))
 
 
 def cut(text: bytes | mmap.mmap, target: int) -> Iterator[bytes]:
-    """Cut text into pieces of about `target` bytes that together are the text again."""
+    """Cut text into pieces of about `target` bytes, which joined are the text again."""
     start, end = 0, len(text)
     while end - start > target + target // 2:
         stop = _cut_position(text, start, target)

@@ -1,7 +1,7 @@
-"""Files that are not text: their rejection, by what they are.
+"""Rejection of files that are not text.
 
-The message has the place of the first byte that is not text and, for kinds that hold rows, the
-command that makes JSON Lines of the file.
+The message has the kind of the file, or the position of the first byte that is not text. For kinds
+that hold rows, it has the command that makes JSON Lines of the file.
 """
 
 from dataclasses import dataclass
@@ -26,29 +26,29 @@ HOLDS_ROWS = frozenset(
         FileKind.ZSTD,
     }
 )
-"""Kinds that a corpus is stored in: to skip them in a directory would be to skip the data."""
+"""Kinds in which corpora are stored: skipping them in a directory would skip the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NotText:
-    """Why a file is not text."""
+    """The reason why a file is not text."""
 
     path: Path
     kind: FileKind | None
-    """Its kind, if that is known."""
+    """The kind of the file, if it is known."""
     packed: FileKind | None
-    """Its compression."""
+    """The kind of its compression."""
     wrong: WrongByte | None = None
     """The first byte that is not text, after decompression."""
 
     def what(self) -> str:
-        """Return what the file is, in a few words."""
+        """Describe the file in a few words."""
         if self.kind is None:
             return "binary data" if self.wrong is None or self.wrong.value == 0 else "not UTF-8"
         return f"{self.packed} of {self.kind}" if self.packed else str(self.kind)
 
     def problem(self, name: str) -> str:
-        """Return the line that rejects the file, which the user calls `name`."""
+        """Return the message that rejects the file, which the user calls `name`."""
         if self.kind is not None:
             return f"{name}: is {self.what()}, not text; {self._remedy(self.kind)}"
         assert self.wrong is not None
@@ -108,18 +108,18 @@ def not_text(path: Path) -> NotText | None:
     return NotText(path=path, kind=None, packed=None, wrong=wrong)
 
 
-def reject_what_is_not_text(path: Path, name: str) -> None:
-    """Reject a file that the user calls `name`, if its first bytes are not text.
+def reject_not_text(path: Path, name: str) -> None:
+    """Reject a file that the user calls `name` if its first bytes are not text.
 
     Raises:
-        UsageError: With what it is and what to do.
+        UsageError: They are not; the message has the file's kind and a remedy.
     """
     if found := beginning_not_text(path):
         raise UsageError(found.problem(name))
 
 
 def conversion_of_folder(folder: Path) -> str | None:
-    """Return what to do with a folder that Hugging Face's save_to_disk wrote; None for others."""
+    """Return how to convert a folder that Hugging Face's save_to_disk wrote; None for others."""
     load = f"import datasets; datasets.load_from_disk({str(folder)!r})"
     if (folder / "dataset_dict.json").is_file():
         return (

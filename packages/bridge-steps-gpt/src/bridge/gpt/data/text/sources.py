@@ -13,16 +13,16 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from bridge.gpt.data.text.not_text import conversion_of_folder, reject_what_is_not_text
+from bridge.gpt.data.text.not_text import conversion_of_folder, reject_not_text
 from bridge.gpt.data.text.text_files import open_text, text_suffix
 from bridge.training.usage_error import UsageError
 
 _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
-# Their first bytes are looked at in directories too, before the run starts.
+# Files that hold rows. Their first bytes are checked in directories too, before the run starts.
 _SUFFIXES_OF_ROWS = (".parquet", ".arrow", ".feather", ".orc", ".avro", ".zst")
 _LONGEST_FIRST_LINE = 1 << 24
-# Test suites are left out because some distributions package them apart: without them every
-# machine with the same Python has the same text.
+# Some distributions package the test suites apart. Without them, every machine with the same
+# Python has the same text.
 _NOT_STANDARD_LIBRARY = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 )
@@ -36,13 +36,13 @@ class TextFile:
     size: int
     modified_ns: int
     chosen: bool = False
-    """Named by the user, not found in a directory or by a glob: it must be text."""
+    """Whether the user named it, so that it must be text; False for one found in a directory."""
 
     def is_json_lines(self, key: str) -> bool:
         """Whether each line is a JSON object that holds one document under `key`.
 
-        A .json file has one document a line too often to be taken for text by its name: one that
-        the user named, or whose first line has a text under the key, is JSON Lines.
+        A .json file often has one document a line. It is taken for JSON Lines if the user named it,
+        or if its first line has a text under the key.
         """
         suffix = text_suffix(self.path)
         if suffix in _JSON_LINES_SUFFIXES:
@@ -55,28 +55,28 @@ class TextFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What one entry of ``dataset.path`` stands for."""
+    """The files of one entry of ``dataset.path``."""
 
     entry: str
     prefixes: tuple[str, ...] = ()
-    """Token files that are there already: the paths without .bin and .idx."""
+    """Token files: their paths without .bin and .idx."""
     files: tuple[TextFile, ...] = ()
-    """Files of text that have to be tokenized."""
+    """Files of text, which are to be tokenized."""
     not_read: tuple[str, ...] = ()
-    """Files that the entry also matches and that are not read: a line for each kind."""
+    """Warnings of files that the entry matches too and that are not read, one for each kind."""
 
 
 def find_source(entry: str, *, field: str = "dataset.path") -> Source:
-    """Find the files that an entry stands for; reads no more of them than their beginnings.
+    """Find the files of an entry; only their beginnings are read.
 
     Args:
         entry: A text file, a directory (searched through, without hidden files), a glob of files,
             a JSON Lines file (.jsonl), each also compressed with gzip, bzip2 or xz, or the prefix
-            of a .bin/.idx pair. A directory or glob that holds such pairs stands for them alone.
-        field: What the user calls the entry, for error messages.
+            of a .bin/.idx pair. Of a directory or glob with such pairs nothing else is read.
+        field: The field or argument that the entry is from, for error messages.
 
     Raises:
-        UsageError: Nothing is there, all of it is empty, or a file that is named is not text.
+        UsageError: Nothing is there, all of it is empty, or a file that the user named is not text.
     """
     path = Path(entry).expanduser()
     if not entry.strip():
@@ -88,7 +88,7 @@ def find_source(entry: str, *, field: str = "dataset.path") -> Source:
     if path.suffix in (".bin", ".idx"):
         return Source(entry=entry, prefixes=(_prefix_of_half(path, field),))
     if path.is_file():
-        reject_what_is_not_text(path, f"{field}={entry!r}")
+        reject_not_text(path, f"{field}={entry!r}")
         _reject_json_document(path, f"{field}={entry!r}")
         return _source_of_files(entry, [_text_file(path, chosen=True)], field)
     if glob.has_magic(entry):
@@ -107,12 +107,12 @@ def find_source(entry: str, *, field: str = "dataset.path") -> Source:
 
 
 def python_standard_library() -> Source:
-    """Find the Python sources of the running interpreter's standard library, sorted.
+    """Find the Python sources of the running interpreter's standard library, sorted, about 10 MB.
 
-    Installed packages and the library's own test suites are not part of it. About 10 MB.
+    Installed packages and the library's own test suites are not part of it.
 
     Raises:
-        UsageError: The interpreter came without its sources.
+        UsageError: The interpreter was installed without its sources.
     """
     root = Path(sysconfig.get_path("stdlib")).resolve()
     files = [
@@ -124,7 +124,7 @@ def python_standard_library() -> Source:
 
 
 def _first_object(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object that the first line of a file is, None if it is none."""
+    """Return the JSON object in the first line of a file, None if the line is not one."""
     with open_text(path) as stream:
         try:
             first = json.loads(stream.readline(_LONGEST_FIRST_LINE))
@@ -134,7 +134,7 @@ def _first_object(path: Path) -> dict[str, Any] | None:
 
 
 def _reject_json_document(path: Path, name: str) -> None:
-    """Reject a .json file that holds one document of JSON, not a row a line."""
+    """Reject a .json file that is one JSON document and not a row a line."""
     if text_suffix(path) == ".json" and path.stat().st_size and _first_object(path) is None:
         raise UsageError(
             f"{name}: is JSON and not JSON Lines; write a row a line, as with: jq -c '.[]' "
@@ -146,9 +146,13 @@ def _reject_json_document(path: Path, name: str) -> None:
 def _source_of_many(
     entry: str, paths: Sequence[Path], field: str, folders: Sequence[Path] = ()
 ) -> Source:
-    """Take token files alone where there are any: what lies beside them is seldom text.
+    """Return the source of a directory or glob; if it has token files, these alone.
 
-    Nothing is read of `folders` that a glob matches and none of whose files it does.
+    Args:
+        entry: The entry.
+        paths: Its files.
+        field: The field or argument that the entry is from.
+        folders: Folders that a glob matches and from which it matches no file; they are not read.
     """
     not_read = []
     if folders:
@@ -164,7 +168,7 @@ def _source_of_many(
             )
     for path in paths:
         if path.suffix in _SUFFIXES_OF_ROWS:
-            reject_what_is_not_text(path, f"{field}={entry!r}: {path}")
+            reject_not_text(path, f"{field}={entry!r}: {path}")
     pairs = [path for path in paths if path.suffix == ".bin" and path.with_suffix(".idx").is_file()]
     if pairs:
         for path in paths:
@@ -173,7 +177,7 @@ def _source_of_many(
         prefixes = tuple(_absolute(path.with_suffix("")) for path in pairs)
         if others := [path for path in paths if path.suffix not in (".bin", ".idx")]:
             not_read.append(
-                f"{_listed(others, 'file')} beside the token files of {entry!r}, which are read "
+                f"{_listed(others, 'file')} next to the token files of {entry!r}, which are read "
                 "alone (name the others to read them too)"
             )
         return Source(entry=entry, prefixes=prefixes, not_read=tuple(not_read))
@@ -190,8 +194,8 @@ def _source_of_files(
     entry: str, files: Sequence[TextFile], field: str, not_read: Sequence[str] = ()
 ) -> Source:
     if not files:
-        beside = f" ({'; '.join(not_read)})" if not_read else ""
-        raise UsageError(f"{field}={entry!r}: no file is there{beside}; give files that hold text")
+        detail = f" ({'; '.join(not_read)})" if not_read else ""
+        raise UsageError(f"{field}={entry!r}: no file is there{detail}; give files that hold text")
     if not any(file.size for file in files):
         what = "the file is empty" if len(files) == 1 else f"all {len(files)} files are empty"
         raise UsageError(f"{field}={entry!r}: {what}; give files that hold text")
@@ -199,7 +203,7 @@ def _source_of_files(
 
 
 def _walk(root: Path) -> list[Path]:
-    """Return the files below a directory, those behind links too; each directory counts once."""
+    """Return the files below a directory, also behind links; each directory is read once."""
     found, entered = [], {os.path.realpath(root)}
 
     def is_new(place: str) -> bool:

@@ -1,4 +1,4 @@
-"""Text files as users have them: plain, or compressed with gzip, bzip2 or xz."""
+"""Text files: plain, or compressed with gzip, bzip2 or xz."""
 
 import bz2
 import gzip
@@ -30,20 +30,20 @@ UNPACKING: dict[FileKind | None, str] = {
 
 
 def json_error(error: ValueError | RecursionError) -> str:
-    """Return why a line is not JSON, without the line number that counts within it."""
+    """Return why a line is not JSON, without the error's line number, which counts within it."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}, at character {error.pos + 1}"
     return str(error)
 
 
 def text_suffix(path: Path) -> str:
-    """Return a file's suffix in lower case, without that of its compression."""
+    """Return a file's suffix in lower case; a compression's suffix is removed first."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSION_SUFFIXES else suffix
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a file is compressed in a way that is read here."""
+    """Whether a file is compressed in a way that `open_text` reads."""
     return kind_of(head_of(path)) in COMPRESSED
 
 
@@ -71,7 +71,7 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def mapped_text(path: Path) -> Iterator[bytes | mmap.mmap]:
-    """Map the text of a file into memory; that of a compressed one by way of a temporary file."""
+    """Map the text of a file into memory; a compressed file is unpacked to a temporary one."""
     with open_text(path) as stream:
         if not is_compressed(path):
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:

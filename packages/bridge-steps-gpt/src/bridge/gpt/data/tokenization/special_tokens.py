@@ -1,6 +1,6 @@
-"""Special tokens that are written in a text: found, counted, and kept apart from real ones.
+"""Special tokens that a user wrote in a text, which are encoded as text.
 
-A user who writes ``<|im_end|>`` means these ten characters. A tokenizer that reads a conversation
+A user who writes ``<|im_end|>`` means these ten characters. A tokenizer that encodes a conversation
 as one text takes them for the token that ends a turn (huggingface/transformers#29279).
 """
 
@@ -9,23 +9,20 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any
 
-from bridge.gpt.data.tokenization.tokenizers import (
-    Tokenizer,
-    hugging_face_tokenizer,
-    special_token_texts,
-)
+from bridge.gpt.data.tokenization.encoding import hugging_face_tokenizer, special_token_texts
+from bridge.gpt.data.tokenization.tokenizers import Tokenizer
 from bridge.training.usage_error import UsageError
 
 type Span = tuple[int, int]
-"""First character and the one behind the last."""
-type Placed = tuple[int, Span]
-"""A token id, and the characters that it stands for."""
+"""The first character, and the one after the last."""
+type TokenSpan = tuple[int, Span]
+"""A token id, and its characters in the text."""
 
 _PRIVATE_CHARACTERS = 0xF0000
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer, as they may be written in a text."""
+    """The special tokens of a tokenizer, as a user may write them in a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -34,7 +31,7 @@ class SpecialTokens:
         self._has_any = bool(texts)
 
     def are_in(self, text: str) -> bool:
-        """Whether one is written in a text."""
+        """Whether a text has one."""
         return self._has_any and self._pattern.search(text) is not None
 
     def hide(self, texts: Iterable[str]) -> "HiddenTokens":
@@ -43,32 +40,32 @@ class SpecialTokens:
 
 
 class HiddenTokens:
-    """Texts in which private characters stand for the special tokens that are written there.
+    """Texts whose special tokens are respans by private characters.
 
-    What is made of the texts, such as a conversation by a chat template, is encoded with the
-    special tokens that it has beside them, and these as text.
+    A chat template may then make one text of them and add special tokens of its own. `encode`
+    encodes the template's special tokens as such, and the hidden ones as text.
     """
 
     def __init__(self, texts: list[str], pattern: re.Pattern[str] | None, tokenizer: Any) -> None:
         self._inner = hugging_face_tokenizer(tokenizer)
         self._written: dict[str, str] = {}
-        """The text that each private character stands for."""
+        """The special token that each private character replaces."""
         self.texts = texts if pattern is None else [self._hidden(t, pattern, texts) for t in texts]
 
     def __bool__(self) -> bool:
         return bool(self._written)
 
     def are_in(self, text: str) -> bool:
-        """Whether a text has such a character."""
+        """Whether a text has one of the private characters."""
         return not self._written.keys().isdisjoint(text)
 
-    def encode(self, text: str) -> list[Placed]:
-        """Encode what was made of the texts.
+    def encode(self, text: str) -> list[TokenSpan]:
+        """Encode a text that was made of `texts`.
 
-        Between two special tokens that are none of the texts' own all is one piece of text.
+        The text between two special tokens of the template is encoded as one piece.
 
         Raises:
-            UsageError: The tokenizer does not tell where in the text a token stands.
+            UsageError: The tokenizer does not return the characters of each token.
         """
         inner: Any = self._inner
         if not inner.is_fast:
@@ -77,20 +74,18 @@ class HiddenTokens:
                 "tokenizer.json) tells them from those of its chat template; set "
                 "dataset.chat_template=plain, or take them out"
             )
-        encoded = inner(text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
-        placed: list[Placed] = []
-        piece: list[Placed] = []
+        spans: list[TokenSpan] = []
+        piece: list[TokenSpan] = []
         start = 0
-        for index, (first, last) in tokens:
+        for index, (first, last) in self._token_spans(text):
             if not self._is_special(index, text[first:last]):
                 piece.append((index, (first, last)))
                 continue
-            placed += self._piece(text, (start, first), piece)
-            placed.append((index, (first, last)))
+            spans += self._piece(text, (start, first), piece)
+            spans.append((index, (first, last)))
             piece, start = [], last
-        placed += self._piece(text, (start, len(text)), piece)
-        return placed
+        spans += self._piece(text, (start, len(text)), piece)
+        return spans
 
     def _hidden(self, text: str, pattern: re.Pattern[str], texts: list[str]) -> str:
         return pattern.sub(lambda match: self._character_for(match[0], texts), text)
@@ -110,42 +105,51 @@ class HiddenTokens:
         return character
 
     def _is_special(self, index: int, surface: str) -> bool:
-        # An unknown character has the id of a special token too, and another surface.
+        # An unknown character has the id of a special token too, but another text.
         token = self._inner.added_tokens_decoder.get(index)  # type: ignore[union-attr]
         return token is not None and token.special and surface.strip() == token.content.strip()
 
-    def _piece(self, text: str, span: Span, tokens: list[Placed]) -> Iterator[Placed]:
-        """Yield the tokens of a piece of `text`: those that it has, unless something is hidden."""
+    def _piece(self, text: str, span: Span, tokens: list[TokenSpan]) -> Iterator[TokenSpan]:
+        """Yield the tokens of a piece of text, encoded anew if a special token is hidden in it.
+
+        Args:
+            text: The whole text.
+            span: The piece.
+            tokens: The tokens of the piece as the whole text was encoded.
+        """
         hidden = text[slice(*span)]
         if not self.are_in(hidden):
             yield from tokens
             return
-        # The place in `text` of each character that is written.
-        places = [
+        # For each character of the written piece, its position in `text`.
+        positions = [
             span[0] + number
             for number, character in enumerate(hidden)
             for _ in self._written.get(character, character)
         ]
         written = "".join(self._written.get(character, character) for character in hidden)
         for index, (first, last) in self._as_text(written, begins=span[0] == 0):
-            at = places[min(first, len(places) - 1)]
-            yield index, (at, places[last - 1] + 1 if last > first else at)
+            start = positions[min(first, len(positions) - 1)]
+            yield index, (start, positions[last - 1] + 1 if last > first else start)
 
-    def _as_text(self, text: str, *, begins: bool) -> list[Placed]:
+    def _as_text(self, text: str, *, begins: bool) -> list[TokenSpan]:
         if begins or not self._marks_beginnings():
-            return self._text_tokens(text)
-        # Where the beginning of a text gets a mark of its own, this one must not be one.
+            return self._text_spans(text)
+        # This piece is not the beginning of a text, so it must not get the mark of one: encode it
+        # behind a lead, and remove the lead's tokens.
         for lead in ("\n", ".", "a"):
-            of_lead, whole = self._text_tokens(lead), self._text_tokens(lead + text)
-            rest = whole[len(of_lead) :]
-            if whole[: len(of_lead)] == of_lead and all(at[0] >= len(lead) for _, at in rest):
-                return [(i, (at[0] - len(lead), at[1] - len(lead))) for i, at in rest]
-        return self._text_tokens(text)
+            lead_tokens, tokens = self._text_spans(lead), self._text_spans(lead + text)
+            rest, size = tokens[len(lead_tokens) :], len(lead)
+            if tokens[: len(lead_tokens)] == lead_tokens and all(s[0] >= size for _, s in rest):
+                return [(index, (first - size, last - size)) for index, (first, last) in rest]
+        return self._text_spans(text)
 
-    def _text_tokens(self, text: str) -> list[Placed]:
-        encoded = self._inner(  # type: ignore[misc]
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )
+    def _text_spans(self, text: str) -> list[TokenSpan]:
+        return self._token_spans(text, split_special_tokens=True)
+
+    def _token_spans(self, text: str, **options: bool) -> list[TokenSpan]:
+        inner: Any = self._inner
+        encoded = inner(text, add_special_tokens=False, return_offsets_mapping=True, **options)
         return [
             (index, (first, last))
             for index, (first, last) in zip(
@@ -154,7 +158,7 @@ class HiddenTokens:
         ]
 
     def _marks_beginnings(self) -> bool:
-        """Whether a text's first token is another one than behind a special token."""
+        """Whether the first token of a text differs from the same text's after a special token."""
         inner: Any = self._inner
         end = inner.eos_token
         behind = inner(f"{end}a", add_special_tokens=False).input_ids[1:]

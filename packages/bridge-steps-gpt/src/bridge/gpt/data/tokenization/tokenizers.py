@@ -1,4 +1,4 @@
-"""megatron-core's tokenizers by name, and one for plain bytes."""
+"""Tokenizers: those of megatron-core by name, and one for plain bytes."""
 
 import contextlib
 import importlib.util
@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from bridge.training.config import TokenizerConfig
 from bridge.training.file_kinds import head_of, is_text, kind_of
 from bridge.training.megatron_import import quiet_import
-from bridge.training.megatron_patches import library_tokenizer
 from bridge.training.usage_error import UsageError
 
 with quiet_import():
@@ -23,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 BYTE_VALUES = 256
 END_OF_DOCUMENT = 256
-"""The one token of the byte tokenizer that is no byte."""
+"""The only token of the byte tokenizer that is not a byte."""
 
-# Name here: (name in megatron-core, module that it needs).
+# Our name: (megatron-core's name, the module that it needs).
 _LIBRARIES = {
     "huggingface": ("huggingface", "transformers"),
     "sentencepiece": ("sentencepiece", "sentencepiece"),
@@ -37,7 +36,7 @@ _TIKTOKEN_LARGEST_VOCABULARY = 2**17
 
 
 class Tokenizer(Protocol):
-    """What datasets and sampling use of megatron-core's tokenizers."""
+    """The methods of megatron-core's tokenizers that datasets and sampling use."""
 
     def tokenize(self, text: str) -> list[int]:
         """Turn text into token ids."""
@@ -62,7 +61,7 @@ class ByteTokenizer:
     """One token a byte, and one for the end of a document.
 
     megatron-core's byte-level tokenizer ends documents with byte 0, pads with byte 1 and strips
-    white space when it decodes; this one takes no byte for itself and returns what went in.
+    white space when it decodes. This one reserves no byte and decodes to what it encoded.
     """
 
     def tokenize(self, text: str) -> list[int]:
@@ -70,7 +69,7 @@ class ByteTokenizer:
         return list(text.encode("utf-8"))
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """Decode UTF-8; ends of documents are left out, stray bytes become U+FFFD."""
+        """Decode UTF-8; ends of documents are skipped, stray bytes become U+FFFD."""
         known = bytes(index for index in map(int, ids) if 0 <= index < BYTE_VALUES)
         return known.decode("utf-8", errors="replace")
 
@@ -81,12 +80,12 @@ class ByteTokenizer:
 
     @property
     def vocab(self) -> dict[str, int]:
-        """Token to id; a byte is written as ``<0x41>``."""
+        """Ids by token; a byte is written as ``<0x41>``."""
         return {name: index for index, name in self.inv_vocab.items()}
 
     @property
     def inv_vocab(self) -> dict[int, str]:
-        """Id to token."""
+        """Tokens by id."""
         names = {value: f"<0x{value:02X}>" for value in range(BYTE_VALUES)}
         return names | {END_OF_DOCUMENT: "<end-of-document>"}
 
@@ -113,7 +112,7 @@ class ByteTokenizer:
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """Build the tokenizer that the configuration names; reads local files only.
+    """Build the tokenizer that the configuration names, from local files only.
 
     Raises:
         UsageError: A library or a file is missing, or the tokenizer cannot mark the end of a
@@ -136,7 +135,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
             options["vocab_size"] = config.vocab_size or _tiktoken_vocab_size(model)
         tokenizer = _from_megatron(library, tokenizer_path=model, **options)
     except Exception as error:
-        # Whatever the library has against the user's file: each raises errors of its own.
+        # Each library has errors of its own for a file that it cannot load.
         raise UsageError(_cannot_be_loaded(config, Path(model), error)) from error
     if _end_of_document(tokenizer) is None:
         raise UsageError(
@@ -146,11 +145,11 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     return tokenizer
 
 
-def vocab_size(config: TokenizerConfig) -> int:
-    """Number of tokens; cheap for bytes and null, else the tokenizer is loaded.
+def tokenizer_vocab_size(config: TokenizerConfig) -> int:
+    """Return the number of tokens; cheap for bytes and null, else the tokenizer is loaded.
 
     Raises:
-        UsageError: As `build_tokenizer`.
+        UsageError: As in `build_tokenizer`.
     """
     if config.type == "bytes":
         return BYTE_VALUES + 1
@@ -159,8 +158,8 @@ def vocab_size(config: TokenizerConfig) -> int:
     return int(build_tokenizer(config).vocab_size)
 
 
-def identity(config: TokenizerConfig) -> dict[str, Any]:
-    """What tells this tokenizer from others, its files included; the key of cached tokens."""
+def tokenizer_identity(config: TokenizerConfig) -> dict[str, Any]:
+    """Return a description that no other tokenizer has, for the key of cached tokens."""
     described: dict[str, Any] = {"type": config.type, "vocab_size": config.vocab_size}
     if config.type in _LIBRARIES:
         model = Path(_existing_model(config))
@@ -173,62 +172,6 @@ def identity(config: TokenizerConfig) -> dict[str, Any]:
     return described
 
 
-def hugging_face_tokenizer(tokenizer: Tokenizer) -> Any | None:
-    """Return the transformers tokenizer within megatron-core's, None if it is of another kind."""
-    if getattr(tokenizer, "library", None) != "huggingface":
-        return None
-    return library_tokenizer(tokenizer)
-
-
-def first_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Return what the tokenizer itself puts before a text: a beginning-of-sequence token, say."""
-    inner = hugging_face_tokenizer(tokenizer)
-    if inner is None:
-        return []
-    text = "a"
-    ids: list[int] = inner(text).input_ids
-    return ids[: ids.index(piece_ids(tokenizer, text)[0])]
-
-
-def piece_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Turn a piece of a longer text into ids, without what would stand at its ends."""
-    inner = hugging_face_tokenizer(tokenizer)
-    if inner is None:
-        return list(tokenizer.tokenize(text))
-    ids: list[int] = inner(text, add_special_tokens=False).input_ids
-    return ids
-
-
-def special_token_texts(tokenizer: Tokenizer) -> list[str]:
-    """Return how the tokens are written that the tokenizer finds in a text and that are none."""
-    inner = hugging_face_tokenizer(tokenizer)
-    if inner is not None:
-        return [t.content for t in inner.added_tokens_decoder.values() if t.special and t.content]
-    tiktoken = _tiktoken(tokenizer)
-    return [] if tiktoken is None else sorted(tiktoken.special_tokens_set)
-
-
-def text_ids(tokenizer: Tokenizer, text: str, *, ends: bool = False) -> list[int]:
-    """Turn a text into ids; special tokens that are written in it are text.
-
-    With `ends` the tokenizer's own tokens for the ends of a text stand around it.
-    """
-    inner = hugging_face_tokenizer(tokenizer)
-    tiktoken = _tiktoken(tokenizer)
-    if tiktoken is not None:
-        return list(tiktoken.encode(text, disallowed_special=()))
-    if inner is None:
-        return list(tokenizer.tokenize(text))
-    ids: list[int] = inner(text, add_special_tokens=ends, split_special_tokens=True).input_ids
-    return ids
-
-
-def _tiktoken(tokenizer: Tokenizer) -> Any | None:
-    if getattr(tokenizer, "library", None) != "tiktoken":
-        return None
-    return library_tokenizer(tokenizer)
-
-
 def _from_megatron(library: str, **options: Any) -> Tokenizer:
     tokenizer: Any = MegatronTokenizer.from_pretrained(
         metadata_path={"library": library}, **options
@@ -238,7 +181,7 @@ def _from_megatron(library: str, **options: Any) -> Tokenizer:
 
 
 def _cannot_be_loaded(config: TokenizerConfig, model: Path, error: Exception) -> str:
-    """Say why a library did not load a tokenizer; its own words advise what has no setting."""
+    """Return the message for a tokenizer that did not load, with a remedy that has a setting."""
     named = f"tokenizer.model={config.model!r}"
     if config.type != "huggingface":
         reason = next(iter(str(error).splitlines()), "no reason is given")
@@ -267,7 +210,7 @@ def _end_of_document(tokenizer: Tokenizer) -> int | None:
     try:
         end = tokenizer.eod
     except (AttributeError, TypeError, IndexError):
-        # Hugging Face's fails in several ways where there is no such token.
+        # transformers' tokenizers fail in several ways if there is no such token.
         return None
     return end if isinstance(end, int) and end >= 0 else None
 
@@ -300,7 +243,7 @@ def _existing_model(config: TokenizerConfig) -> str:
 
 
 def _reject_other_files(config: TokenizerConfig, path: Path) -> None:
-    """Reject a file that is no tokenizer of the type, as its first bytes tell."""
+    """Reject a file whose first bytes are not those of a tokenizer of the type."""
     head = head_of(path)
     kind = kind_of(head)
     wanted = {

@@ -16,7 +16,7 @@ from bridge.gpt.data.sft.rows.conversations import (
     short_repr,
 )
 from bridge.gpt.data.sft.rows.extra_keys import ExtraKeys
-from bridge.gpt.data.text.not_text import reject_what_is_not_text
+from bridge.gpt.data.text.not_text import reject_not_text
 from bridge.gpt.data.text.text_files import json_error, open_text
 from bridge.training.file_kinds import HEAD_BYTES
 from bridge.training.usage_error import UsageError
@@ -121,7 +121,7 @@ def find_rows(path: str, field: str, keys: RowKeys) -> dict[str, StoredRows]:
     if place.is_file():
         if place.stat().st_size == 0:
             raise UsageError(f"{field}={path!r}: the file is empty; give one with a row a line")
-        reject_what_is_not_text(place, f"{field}={path!r}")
+        reject_not_text(place, f"{field}={path!r}")
         return {"train": StoredRows(kind="json lines", path=place, keys=keys)}
     if not place.is_dir():
         raise UsageError(
@@ -140,7 +140,7 @@ def find_rows(path: str, field: str, keys: RowKeys) -> dict[str, StoredRows]:
     if not found:
         present = sorted(entry.name for entry in place.iterdir())
         for entry in sorted(place.rglob("*.parquet")):
-            reject_what_is_not_text(entry, f"{field}={path!r}: {entry}")
+            reject_not_text(entry, f"{field}={path!r}: {entry}")
         raise UsageError(
             f"{field}={path!r}: neither {', '.join(JSON_LINES.values())} nor a Hugging Face "
             f"dataset is in this directory (there is {', '.join(present[:8]) or 'nothing'}); give "
