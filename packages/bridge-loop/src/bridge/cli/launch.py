@@ -24,6 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from bridge.cli.output import flush_output
+from bridge.training.durable_files import replace_durably
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -128,9 +129,7 @@ class Launcher:
     def report(self, code: int, message: str) -> None:
         """Leave word that this rank fails."""
         report = {"time": time.time(), "code": code, "message": message}
-        unfinished = self.folder / f"rank-{os.environ['RANK']}.unfinished"
-        unfinished.write_text(json.dumps(report))
-        unfinished.rename(unfinished.with_suffix(".json"))
+        replace_durably(self.folder / f"rank-{os.environ['RANK']}.json", json.dumps(report))
 
     def reports(self) -> list[dict[str, Any]]:
         """Return what the ranks left, first failure first."""

@@ -1,4 +1,4 @@
-"""Files and folders that survive a crash: filled under another name, made durable, then renamed."""
+"""Files and folders that survive a crash: written under a temporary name, synced, then renamed."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ _UNTOUCHED_FOR_SECONDS = 3600.0
 
 
 def replace_durably(path: Path, content: str | bytes) -> None:
-    """Write a small file such that a reader sees the old content or the new, also after a crash."""
+    """Write a small file so that a reader finds the old or the new content, even after a crash."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -49,21 +49,32 @@ def sync_tree(path: Path) -> None:
         sync_directory(Path(folder))
 
 
-def make_directory(path: Path) -> None:
-    """Make a directory and those above it that are missing, durably; it may be there already."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        sync_directory(folder.parent)
+def make_directory(path: Path, *, made: list[Path] | None = None) -> None:
+    """Make a directory and its missing parents, durably; the directory may exist already.
+
+    Args:
+        path: The directory.
+        made: Receives each directory that this call has made, parents first.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
+    for folder in (*reversed(missing), path):
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+        else:
+            if made is not None:
+                made.append(folder)
+            sync_directory(folder.parent)
 
 
 @contextlib.contextmanager
 def temporary_folder(final: Path) -> Iterator[Path]:
-    """Yield an empty folder next to `final` to fill, which is removed at the end of the block.
+    """Yield an empty folder next to `final`, to be filled; remove it at the end of the block.
 
-    The block may rename it to `final`. What a killed process has left next to `final` is removed:
-    a folder that nobody holds a lock on any more or, on a file system without locks of folders,
-    that nobody has touched for an hour.
+    The block may rename it to `final` (`publish_folder`). Folders that killed processes have left
+    next to `final` are removed first (`abandoned_folders`).
     """
     for leftover in abandoned_folders(final.parent):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -78,10 +89,10 @@ def temporary_folder(final: Path) -> Iterator[Path]:
 
 
 def publish_folder(folder: Path, final: Path) -> None:
-    """Rename a folder of `temporary_folder` to its final name, once its files are durable.
+    """Make the files of a `temporary_folder` durable, and rename it to its final name.
 
     Raises:
-        OSError: There is something by that name already, or the files cannot be made durable.
+        OSError: `final` exists already, or the files cannot be made durable.
     """
     sync_tree(folder)
     folder.rename(final)
@@ -89,12 +100,16 @@ def publish_folder(folder: Path, final: Path) -> None:
 
 
 def abandoned_folders(parent: Path) -> list[Path]:
-    """Return the folders of `temporary_folder` that killed processes have left in a directory."""
+    """Return the folders of `temporary_folder` that killed processes have left in a directory.
+
+    A folder is abandoned if no process holds its lock or, on a file system without locks, if it has
+    not changed for an hour.
+    """
     found = []
     for partial in parent.glob(".*.partial-*"):
         if not _PARTIAL.fullmatch(partial.name):
             continue
-        # Renamed or removed meanwhile, or not ours to look into.
+        # It may have been renamed or removed meanwhile, or be another user's.
         with contextlib.suppress(OSError):
             if _is_abandoned(partial):
                 found.append(partial)
@@ -103,18 +118,18 @@ def abandoned_folders(parent: Path) -> list[Path]:
 
 def _is_abandoned(partial: Path) -> bool:
     """Whether no process fills the folder any more."""
-    made = time.time() - partial.stat().st_mtime
+    age = time.time() - partial.stat().st_mtime
     with _opened(partial) as descriptor:
         is_locked = _lock(descriptor)
     if is_locked is not None:
-        # A folder that was just made is about to be locked.
-        return not is_locked and made > _UNLOCKED_FOR_SECONDS
-    touched = [path.stat().st_mtime for path in (partial, *partial.iterdir())]
-    return time.time() - max(touched) > _UNTOUCHED_FOR_SECONDS
+        # A new folder is about to be locked.
+        return not is_locked and age > _UNLOCKED_FOR_SECONDS
+    changed = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+    return time.time() - changed > _UNTOUCHED_FOR_SECONDS
 
 
 def _lock(descriptor: int, *, waits: bool = False) -> bool | None:
-    """Take the lock of a folder; return whether another has it, None where there are no locks."""
+    """Take the lock of a folder; return whether another process has it, None without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
     except BlockingIOError:

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from bridge.training.durable_files import sync_directory
+from bridge.training.durable_files import make_directory
 from bridge.training.run_files.directory import (
     RunDirectory,
     refuse_what_is_no_directory,
@@ -190,7 +190,7 @@ def _take(path: Path, made: list[Path]) -> int:
         refuse_what_is_no_directory(path, "checkpoint.run_dir")
         attempts += 1
         try:
-            _make_directory(path, made)
+            make_directory(path, made=made)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
             if attempts == _ATTEMPTS:
@@ -230,19 +230,6 @@ def _release(lock: Path, descriptor: int) -> None:
     if _no_rank_is_left(descriptor, SECONDS_FOR_FILE_TO_BE_LEFT) and _is_at(lock, descriptor):
         lock.unlink()
     os.close(descriptor)
-
-
-def _make_directory(path: Path, made: list[Path]) -> None:
-    missing = []
-    folder = path
-    while not os.path.lexists(folder):
-        missing.append(folder)
-        folder = folder.parent
-    for folder in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # Another has just made it.
-            folder.mkdir()
-            made.append(folder)
-            sync_directory(folder.parent)
 
 
 def _lock(descriptor: int, byte: int, kind: int) -> bool | None:
