@@ -1,6 +1,7 @@
-"""The losses of one's own in the README train what the README says, whatever the layout."""
+"""The losses of one's own in bridge-loop's README train what it says, whatever the layout."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from bridge.training.config import CheckpointConfig, ConfigContainer, LoggerConfig, TrainConfig
 from bridge.training.pretrain import pretrain
 from ranks import run_ranks
+from readmes import README, ROOT, code
 from training_runs import rows
 
-README = Path(__file__).parents[2] / "README.md"
+LOOP = ROOT / "packages" / "bridge-loop" / "README.md"
 BATCH, MICRO, SEED = 16, 4, 1234
 STEPS = 3
 
@@ -22,14 +24,13 @@ type Sums = Mapping[str, torch.Tensor]
 
 
 def example(title: str) -> Example:
-    """Return what an example defines, beside the module and the data of the README's script."""
-    text = README.read_text()
-    [script] = re.findall(r"^```python\n(# own_model\.py\n.*?)^if __name__", text, re.M | re.S)
-    [code] = re.findall(rf"^```python\n(# {title}\n.*?)^```$", text, re.M | re.S)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+    """Return what an example defines, with the module and the data of the script."""
+    script = code(README, "own_model.py").partition("\nif __name__")[0]
+    loss = code(LOOP, title)
+    assert len([line for line in loss.splitlines() if line.strip()]) <= 25
     found: Example = {"__name__": "example"}
     exec(script, found)  # the README is ours
-    exec(code, found)
+    exec(loss, found)
     return found
 
 
@@ -86,7 +87,7 @@ def network(parameters: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return torch.tanh(x @ first.T + first_bias) @ second.T + second_bias
 
 
-def regulariser(parameters: list[torch.Tensor], batch: list[Any], step: int) -> Any:
+def regularizer(parameters: list[torch.Tensor], batch: list[Any], step: int) -> Any:
     errors = torch.cat([(network(parameters, x) - y) ** 2 for x, y in batch])
     penalty = sum((p**2).sum() for p in parameters)
     return errors.mean() + 0.01 * penalty, {"error": errors.mean(), "penalty": penalty}
@@ -119,14 +120,14 @@ def custom_batch(parameters: list[torch.Tensor], batch: list[Any], step: int) ->
 
 def functor(parameters: list[torch.Tensor], batch: list[Any], step: int) -> Any:
     miss = torch.cat([(network(parameters, x) - y).abs() for x, y in batch])
-    share = step / 20
-    return ((1 - share) * miss + share * miss**2).mean(), {"share": torch.tensor(share)}
+    weight = step / 20
+    return ((1 - weight) * miss + weight * miss**2).mean(), {"weight": torch.tensor(weight)}
 
 
 @pytest.mark.parametrize(
     ("title", "stated"),
     [
-        ("a regulariser", regulariser),
+        ("a regularizer", regularizer),
         ("two tasks", two_tasks),
         ("an extra metric", extra_metric),
         ("a custom batch", custom_batch),
@@ -147,3 +148,20 @@ def test_an_example_trains_the_objective_that_is_stated(
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
         for name, value in metrics.items():
             assert row[name] == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_the_loop_of_ones_own_trains(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, loop = code(README, "own_model.py"), code(LOOP, "a loop of your own")
+    configured, pretrains, _ = script.partition("    result = pretrain(")
+    assert pretrains
+    monkeypatch.setattr(sys, "argv", ["own_model.py", str(tmp_path / "own")])
+
+    def body() -> None:
+        exec(f"{configured}\n{loop}", {"__name__": "__main__"})
+
+    run_ranks(1, body, process_group=False)
+    losses = re.findall(r"'loss': ([\d.]+)", capfd.readouterr().out)
+    assert len(losses) == 10
+    assert float(losses[-1]) < float(losses[0])

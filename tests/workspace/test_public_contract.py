@@ -6,6 +6,8 @@ import pkgutil
 
 import pytest
 
+from readmes import READMES, imported
+
 FUNCTIONS = {
     "bridge.training.pretrain.pretrain": [
         "config",
@@ -191,6 +193,21 @@ FIELDS = {
     ],
 }
 
+OTHER_NAMES = [
+    "bridge.gpt.sampling.sample_text",
+    "bridge.mimo.accuracy.AnswerAccuracy",
+    "bridge.mimo.data.microbatches.Collate",
+    "bridge.training.callbacks.Callback",
+    "bridge.training.callbacks.CallbackContext",
+    "bridge.training.config.LoggerConfig",
+    "bridge.training.config.TrainConfig",
+    "bridge.training.config.apply_overrides",
+    "bridge.training.contracts.Recipe",
+    "bridge.training.state.GlobalState",
+    "bridge.training.state.TrainState",
+    "bridge.training.train.train_step",
+]
+
 STATE = ["cfg", "timers", "train_state", "tensorboard_logger", "wandb_logger", "close"]
 RECIPES = [
     "gpt.gpt_tiny",
@@ -217,6 +234,14 @@ def test_a_function_has_the_parameters_that_callers_name(path: str) -> None:
     function = found(path)
     assert callable(function)
     assert [*inspect.signature(function).parameters] == FUNCTIONS[path]
+
+
+def test_every_name_that_a_readme_imports_is_in_the_contract() -> None:
+    recipes = {name.replace(".", ".recipes.") for name in RECIPES}
+    promised = {*FUNCTIONS, *FIELDS, *OTHER_NAMES, *(f"bridge.{name}" for name in recipes)}
+    pairs = {pair for path in READMES for pair in imported(path.read_text())}
+    assert {f"{module}.{name}" for module, name in pairs} - promised == set()
+    assert [path for path in OTHER_NAMES if not callable(found(path))] == []
 
 
 @pytest.mark.parametrize("path", FIELDS)
