@@ -24,42 +24,19 @@ tolerance. bf16 has 8 bits.
 Exit code 1 if anything is beyond its tolerance.
 """
 
-import os
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["OMP_NUM_THREADS"] = "1"
-
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
-from itertools import groupby
+from typing import Any
 
-from layouts_cases import Case, complete, sample
-from layouts_runs import MEASURES, Deviation, Outcome, deviation, train_all, worst
+from campaign import Campaign
 
+TEST = "tests/loop_with_gpt/test_layouts_matrix.py::test_a_layout_trains_as_one_process_does"
+MEASURES = ("loss", "grad_norm", "evaluation", "parameters")
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """A case, and how far it is from one process; None if it did not come to its end."""
-
-    case: Case
-    deviation: Deviation | None
-    failure: str = ""
-
-    @property
-    def excesses(self) -> list[str]:
-        """What is beyond its tolerance."""
-        if self.deviation is None:
-            return []
-        return self.deviation.excesses(self.case.model.precision)
-
-    @property
-    def is_wrong(self) -> bool:
-        return self.deviation is None or bool(self.deviation.faults or self.excesses)
+type Result = dict[str, Any]
+"""A case, its `MEASURES` (None if it did not come to its end), and what is wrong with them."""
 
 
 def main() -> int:
@@ -67,62 +44,28 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a sample of the matrix")
     parser.add_argument("--models", nargs="*", default=["*"], help="names, or patterns of names")
     parser.add_argument("--layouts", nargs="*", default=["*"], help="names, or patterns of names")
-    arguments = parser.parse_args()
-    cases = [
-        case
-        for case in (sample() if arguments.quick else complete())
-        if any(fnmatch(case.model.name, pattern) for pattern in arguments.models)
-        and any(fnmatch(case.layout.name, pattern) for pattern in arguments.layouts)
-    ]
-    if not cases:
-        parser.error("no case has such a model and such a layout")
-    warnings.simplefilter("ignore")  # megatron-core advises about CUDA
+    options = vars(parser.parse_args())
     begin = time.monotonic()
-    results = list(run(cases))
+    results = []
+    campaign = Campaign(name="layouts", test=TEST, options=options)
+    for result in campaign:
+        results.append(result)
+        print(f"{title(result)}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    if not results:
+        parser.error("no case has such a model and such a layout, or none came to its end")
     minutes = (time.monotonic() - begin) / 60
     print("\n".join(table(results)))
     print()
     print("\n".join(summary(results)))
-    wrong = [result for result in results if result.is_wrong]
+    wrong = [result for result in results if result["problems"]]
     for result in wrong:
-        print(f"\n{title(result.case)}\n{reason(result)}")
-    print(f"\n{len(cases)} runs in {minutes:.0f} min, {len(wrong)} of them not as one process")
-    return bool(wrong)
+        print("", title(result), *result["problems"], sep="\n")
+    print(f"\n{len(results)} runs in {minutes:.0f} min, {len(wrong)} of them not as one process")
+    return campaign.has_failed
 
 
-def run(cases: Sequence[Case]) -> Iterator[Result]:
-    """Train the cases, those of a model, an objective and a number of ranks in one go."""
-    for alone, group in groupby(cases, key=Case.alone):
-        of_model = list(group)
-        [reference] = train_all([alone])
-        for ranks in sorted({case.layout.ranks for case in of_model}):
-            batch = [case for case in of_model if case.layout.ranks == ranks]
-            begin = time.monotonic()
-            for case, traces in zip(batch, train_all(batch), strict=True):
-                yield compared(case, traces, reference)
-            note = f"{alone.model.name}, {alone.objective}, {ranks} ranks: {len(batch)} runs in"
-            print(f"{note} {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-
-
-def compared(case: Case, traces: Outcome, reference: Outcome) -> Result:
-    if isinstance(reference, str):
-        return Result(case=case, deviation=None, failure=f"on one process: {reference}")
-    if isinstance(traces, str):
-        return Result(case=case, deviation=None, failure=traces)
-    return Result(case=case, deviation=deviation(case, traces, reference[0]))
-
-
-def title(case: Case) -> str:
-    return f"{case.model.name}, {case.layout.name}, {case.objective}"
-
-
-def reason(result: Result) -> str:
-    """Say what is wrong with a result."""
-    if result.deviation is None:
-        return result.failure
-    return "\n".join(
-        [*(f"{name} is beyond its tolerance" for name in result.excesses), *result.deviation.faults]
-    )
+def title(result: Result) -> str:
+    return f"{result['model']}, {result['layout']}, {result['objective']}"
 
 
 def table(results: Iterable[Result]) -> Iterator[str]:
@@ -130,8 +73,7 @@ def table(results: Iterable[Result]) -> Iterator[str]:
     yield "| model | objective | layout | ranks | loss | gradient norm | evaluation | parameters |"
     yield "|---|---|---|---|---|---|---|---|"
     for result in results:
-        case = result.case
-        names = f"{case.model.name} | {case.objective} | {case.layout.name} | {case.layout.ranks}"
+        names = " | ".join(str(result[name]) for name in ("model", "objective", "layout", "ranks"))
         yield f"| {names} | {' | '.join(_cells([result]))} |"
 
 
@@ -141,21 +83,26 @@ def summary(results: Sequence[Result]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        model = result.case.model
-        what = "bf16" if model.precision == "bf16" else "experts" if model.has_experts else "dense"
-        groups.setdefault((result.case.layout.kind, what), []).append(result)
-    for (kind, what), group in sorted(groups.items(), key=lambda item: item[0][1] == "bf16"):
-        names = ", ".join(dict.fromkeys(result.case.layout.name for result in group))
-        yield f"| {kind}: {names} | {what} | {' | '.join(_cells(group))} |"
+        models = "experts" if result["has_experts"] else "dense"
+        if result["precision"] == "bf16":
+            models = "bf16"
+        groups.setdefault((result["kind"], models), []).append(result)
+    for (kind, models), group in sorted(groups.items(), key=lambda item: item[0][1] == "bf16"):
+        names = ", ".join(dict.fromkeys(result["layout"] for result in group))
+        yield f"| {kind}: {names} | {models} | {' | '.join(_cells(group))} |"
 
 
 def _cells(results: Sequence[Result]) -> Iterator[str]:
     for name in MEASURES:
-        if any(result.deviation is None for result in results):
+        numbers = [result[name] for result in results]
+        if None in numbers:
             yield "**failed**"
             continue
-        number = f"{worst(getattr(result.deviation, name) for result in results):.1e}"
-        yield f"**{number}**" if any(name in result.excesses for result in results) else number
+        problems = [problem for result in results for problem in result["problems"]]
+        # NaN is the largest, which Python's own max may pass over.
+        number = f"{max(numbers, key=lambda value: (value != value, value)):.1e}"
+        is_beyond = f"{name} is beyond its tolerance" in problems
+        yield f"**{number}**" if is_beyond else number
 
 
 if __name__ == "__main__":

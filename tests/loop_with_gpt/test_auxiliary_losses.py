@@ -16,8 +16,10 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from auxiliary_loss_definitions import (
     EXPERTS,
     LAYOUTS,
+    MATRIX_LAYOUTS,
     Found,
     Objective,
+    matrix,
     step_by_definition,
     step_of_ours,
 )
@@ -25,12 +27,15 @@ from bridge.training.gpt_step import forward_step
 from bridge.training.megatron_patches import own_loss_trackers
 from bridge.training.pretrain import pretrain
 from bridge.training.state import GlobalState
+from campaigns import hand_back, options_of
 from gpt_models import VOCABULARY, build_chunks, run_of, tiny_gpt
 from ranks import run_ranks
 from training_runs import TokenData, Weights, a_run, gpt_run, one_step, rows
 
 ALL = Objective(z=0.5, sequence=1.0, ahead=2, padded=True, micro_batch_size=2)
 PRECISE = 2e-6
+ASKED = options_of("auxiliary_losses")
+"""What tools/auxiliary_losses.py asks for; None in the suite."""
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +49,38 @@ def wanted() -> Callable[[Objective], Found]:
     return of
 
 
-def check(found: list[Found], reference: Found) -> None:
+def check(found: list[Found], reference: Found, precision: float = PRECISE) -> None:
     for of_rank in found:
         assert of_rank.metrics == found[0].metrics
-        assert of_rank.metrics == pytest.approx(reference.metrics, rel=PRECISE)
-        assert of_rank.grad_norm == pytest.approx(reference.grad_norm, rel=PRECISE)
-        assert of_rank.deviation(reference) < PRECISE
+        assert of_rank.metrics == pytest.approx(reference.metrics, rel=precision)
+        assert of_rank.grad_norm == pytest.approx(reference.grad_norm, rel=precision)
+        assert of_rank.deviation(reference) < precision
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "alone"])
+def cases() -> list[tuple[str, Objective, str]]:
+    """Return names, objectives and layouts."""
+    if ASKED is None:
+        return [(layout, ALL, layout) for layout in LAYOUTS if layout != "alone"]
+    return [
+        (name, objective, layout)
+        for name, objective, layout in matrix()
+        if all(phrase in " ".join(name.split()) for phrase in ASKED["only"])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "layout"), cases(), ids=[" ".join(name.split()) for name, _, _ in cases()]
+)
 def test_every_layout_finds_what_the_definitions_say(
-    wanted: Callable[[Objective], Found], layout: str
+    wanted: Callable[[Objective], Found], name: str, objective: Objective, layout: str
 ) -> None:
-    ranks, sizes = LAYOUTS[layout]
-    check(run_ranks(ranks, lambda: step_of_ours(ALL, **sizes)), wanted(ALL))
+    ranks, sizes = MATRIX_LAYOUTS[layout]
+    timeout = 60 if ASKED is None else ASKED["timeout"]
+    found = run_ranks(ranks, lambda: step_of_ours(objective, **sizes), timeout=timeout)
+    reference = wanted(objective)
+    assert found[0].metrics.keys() == reference.metrics.keys()
+    hand_back(name=name, deviations=[of_rank.deviations(reference) for of_rank in found])
+    check(found, reference, PRECISE if ASKED is None else 1e-5)
 
 
 @pytest.mark.parametrize("pattern", [1, 2])

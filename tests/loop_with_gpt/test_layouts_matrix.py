@@ -1,12 +1,14 @@
-"""A sample of the matrix of tools/layouts.py: every layout trains as one process does.
+"""Every layout trains as one process does: a sample of a matrix of layouts, models and objectives.
 
-Every loss, gradient norms, both kinds of evaluation and all parameters are compared, with masks
-that differ between samples, some of which count no token.
+Every loss, the gradient norms, both kinds of evaluation and all parameters are compared. The masks
+differ between samples, and some count no token. tools/layouts.py runs the complete matrix.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ import torch
 
 from bridge.training.config import OptimizerConfig, SchedulerConfig
 from bridge.training.gpt_step import forward_step
-from layouts_cases import LAYOUTS, MODELS, OBJECTIVES, Case, Objective, complete, sample
-from layouts_runs import (
+from campaigns import hand_back, options_of
+from layout_cases import LAYOUTS, MODELS, OBJECTIVES, Case, Objective, complete, sample
+from layout_runs import (
+    MEASURES,
     Outcome,
     RankTrace,
     assembled,
@@ -60,41 +64,89 @@ def on_one_process() -> Callable[[Case], RankTrace]:
     return trace_of
 
 
-@pytest.mark.parametrize(
-    ("model", "objective", "layouts"),
-    [
-        ("llama", SUMS, ["1 microbatch", "8 microbatches"]),
-        ("llama", SUMS, ["DP2", "TP2+SP", "PP2xVPP2", "CP2"]),
-        ("llama", MEANS, ["DP2", "PP2", "CP2"]),
-        ("llama", PORTING, ["DP2, no distributed optimizer", "PP2xVPP2"]),
-        ("llama", PORTING_MEANS, ["CP2"]),
-        ("llama", SUMS, ["CP2xDP2"]),
-        ("gpt2", SUMS, ["PP2"]),
-        ("recomputed", SUMS, ["PP2, 1 + 3 layers"]),
-        ("mtp", SUMS, ["PP3, MTP alone"]),
-        ("mtp-tied", SUMS, ["PP3, MTP alone"]),
-        ("experts", SUMS, ["EP2xTP2+SP, ETP1"]),
-        ("experts", PORTING, ["EP2xCP2"]),
-        ("dropout-recomputed", SUMS, ["TP2"]),
-        ("attention-dropout", SUMS, ["TP2+SP"]),
-        ("llama-bf16", SUMS, ["DP2"]),
-    ],
-    ids=lambda value: " and ".join(value) if isinstance(value, list) else str(value),
-)
+IN_THE_SUITE = [
+    ("llama", SUMS, ["1 microbatch", "8 microbatches"]),
+    ("llama", SUMS, ["DP2", "TP2+SP", "PP2xVPP2", "CP2"]),
+    ("llama", MEANS, ["DP2", "PP2", "CP2"]),
+    ("llama", PORTING, ["DP2, no distributed optimizer", "PP2xVPP2"]),
+    ("llama", PORTING_MEANS, ["CP2"]),
+    ("llama", SUMS, ["CP2xDP2"]),
+    ("gpt2", SUMS, ["PP2"]),
+    ("recomputed", SUMS, ["PP2, 1 + 3 layers"]),
+    ("mtp", SUMS, ["PP3, MTP alone"]),
+    ("mtp-tied", SUMS, ["PP3, MTP alone"]),
+    ("experts", SUMS, ["EP2xTP2+SP, ETP1"]),
+    ("experts", PORTING, ["EP2xCP2"]),
+    ("dropout-recomputed", SUMS, ["TP2"]),
+    ("attention-dropout", SUMS, ["TP2+SP"]),
+    ("llama-bf16", SUMS, ["DP2"]),
+]
+
+
+def batches() -> list[list[Case]]:
+    """Return cases to train in one go: of one model, one objective and one number of ranks."""
+    asked = options_of("layouts")
+    if asked is None:
+        return [
+            [case_of(model, layout, objective) for layout in layouts]
+            for model, objective, layouts in IN_THE_SUITE
+        ]
+    chosen = [
+        case
+        for case in (sample() if asked["quick"] else complete())
+        if any(fnmatch(case.model.name, pattern) for pattern in asked["models"])
+        and any(fnmatch(case.layout.name, pattern) for pattern in asked["layouts"])
+    ]
+    return [
+        list(batch)
+        for _, of_model in groupby(chosen, key=Case.alone)
+        for _, batch in groupby(sorted(of_model, key=ranks_of), key=ranks_of)
+    ]
+
+
+def ranks_of(case: Case) -> int:
+    return case.layout.ranks
+
+
+def title_of(cases: list[Case]) -> str:
+    layouts = " and ".join(case.layout.name for case in cases)
+    return f"{cases[0].model.name}-{cases[0].objective}-{layouts}"
+
+
+@pytest.mark.parametrize("cases", batches(), ids=title_of)
 def test_a_layout_trains_as_one_process_does(
-    on_one_process: Callable[[Case], RankTrace],
-    model: str,
-    objective: Objective,
-    layouts: list[str],
+    on_one_process: Callable[[Case], RankTrace], cases: list[Case]
 ) -> None:
-    cases = [case_of(model, layout, objective) for layout in layouts]
-    for case, traces in zip(cases, map(trained, train_all(cases)), strict=True):
-        reference = on_one_process(case)
-        assert len(reference.losses) == STEPS
-        assert reference.losses[-1] < reference.losses[0]
-        found = deviation(case, traces, reference)
-        assert found.faults == ()
-        assert found.excesses(case.model.precision) == [], found
+    reference = on_one_process(cases[0])
+    assert len(reference.losses) == cases[0].steps
+    assert reference.losses[-1] < reference.losses[0]
+    wrong = []
+    for case, outcome in zip(cases, train_all(cases), strict=True):
+        numbers, problems = numbers_of(case, outcome, reference)
+        hand_back(
+            model=case.model.name,
+            objective=str(case.objective),
+            layout=case.layout.name,
+            kind=case.layout.kind,
+            ranks=case.layout.ranks,
+            precision=case.model.precision,
+            has_experts=case.model.has_experts,
+            **numbers,
+            problems=problems,
+        )
+        wrong += [f"{title_of([case])}: {problem}" for problem in problems]
+    assert wrong == []
+
+
+def numbers_of(
+    case: Case, outcome: Outcome, reference: RankTrace
+) -> tuple[dict[str, float | None], list[str]]:
+    """Return how far a run is from the reference, and what is wrong with that."""
+    if isinstance(outcome, str):
+        return dict.fromkeys(MEASURES), [outcome]
+    found = deviation(case, outcome, reference)
+    excesses = [f"{name} is beyond its tolerance" for name in found.excesses(case.model.precision)]
+    return {name: getattr(found, name) for name in MEASURES}, [*excesses, *found.faults]
 
 
 PLAIN = {

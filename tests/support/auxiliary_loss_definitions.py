@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,6 +142,16 @@ class Found:
             for of in (self, wanted)
         )
         return float((found - other).norm() / other.norm())
+
+    def deviations(self, wanted: "Found") -> list[float]:
+        """Return the relative deviations of loss, auxiliary metrics, norm and gradients."""
+        metrics = {
+            name: abs((self.metrics[name] or 0.0) / (value or 1.0) - 1.0)
+            for name, value in wanted.metrics.items()
+        }
+        loss = metrics.pop("lm loss")
+        norm = abs(self.grad_norm / wanted.grad_norm - 1.0)
+        return [loss, max(metrics.values()), norm, self.deviation(wanted)]
 
 
 def step_of_ours(objective: Objective, **layout: Any) -> Found:
@@ -354,3 +365,54 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "virtual": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
 }
 """Ranks and the model's values, by name."""
+MATRIX_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = LAYOUTS | {
+    "data4": (4, {}),
+    "context4": (4, {"context_parallel_size": 4}),
+    "tensor x context": (4, LAYOUTS["tensor"][1] | {"context_parallel_size": 2}),
+    "tensor x pipeline": (4, LAYOUTS["tensor"][1] | {"pipeline_model_parallel_size": 2}),
+    "tensor x expert": (4, LAYOUTS["tensor"][1] | {"expert_model_parallel_size": 2}),
+    "recomputed": (
+        1,
+        {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    ),
+}
+_MATRIX_LOSSES: dict[str, dict[str, Any]] = {
+    "z": {"z": 0.5},
+    "sequence": {"sequence": 1.0},
+    "batch": {"batch": 1.0},
+    "ahead 1": {"ahead": 1},
+    "ahead 2": {"ahead": 2},
+    "all": {"z": 0.5, "sequence": 1.0, "batch": 0.7, "ahead": 2},
+}
+
+
+def matrix() -> Iterator[tuple[str, Objective, str]]:
+    """Yield name, objective and layout of each case of tools/auxiliary_losses.py."""
+    for (losses, values), normalization, pattern, padded, size, layout in product(
+        _MATRIX_LOSSES.items(),
+        ("token", "microbatch"),
+        (1, 2),
+        (False, True),
+        (1, 2, 4),
+        MATRIX_LAYOUTS,
+    ):
+        has_experts = values.keys() != {"ahead"}
+        needs_experts = padded or "expert_model_parallel_size" in MATRIX_LAYOUTS[layout][1]
+        # So many microbatches at least, on all replicas together.
+        divisor = {"virtual": 2, "data4": 4}.get(layout, 1)
+        if (needs_experts and not has_experts) or (8 // size) % divisor:
+            continue
+        objective = Objective(
+            normalization=normalization,
+            pattern=pattern,
+            padded=padded,
+            micro_batch_size=size,
+            **values,
+        )
+        padding = "padded" if padded else "-"
+        sizes = f"pattern {pattern}  {padding:7} micro {size}"
+        yield f"{losses:9} {normalization:11} {sizes}  {layout:18}", objective, layout

@@ -1,6 +1,8 @@
 """Layouts of a tiny multimodal model, and what its first steps come to under each."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +78,35 @@ class MimoLayout:
 
 
 ALONE = MimoLayout(language=Sizes())
+
+
+def _matrix() -> Iterator[MimoLayout]:
+    """Yield layouts of data-parallel replicas alone, then of modules that are split as well."""
+    for replicas in (1, 2):
+        yield MimoLayout(language=Sizes(data=replicas))
+    yield MimoLayout(language=Sizes(tensor=2))
+    for encoders, replicas in product((1, 2, 4), (1, 2)):
+        yield MimoLayout(vision=Sizes(data=encoders), language=Sizes(data=replicas))
+    for vision, language in (
+        (Sizes(tensor=2), Sizes()),
+        (Sizes(), Sizes(tensor=2)),
+        (Sizes(tensor=2), Sizes(tensor=2)),
+        (Sizes(pipeline=2), Sizes()),
+        (Sizes(), Sizes(pipeline=2)),
+        (Sizes(pipeline=2), Sizes(pipeline=2)),
+        (Sizes(tensor=2), Sizes(pipeline=2)),
+        (Sizes(pipeline=2, data=2), Sizes(data=1)),
+        (Sizes(pipeline=2), Sizes(data=2)),
+        (Sizes(data=2), Sizes(tensor=2)),
+        (Sizes(data=2), Sizes(pipeline=2, data=2)),
+        (Sizes(tensor=2), Sizes(tensor=2, data=2)),
+        (Sizes(tensor=2, data=2), Sizes(tensor=2)),
+    ):
+        yield MimoLayout(vision=vision, language=language)
+
+
+MATRIX = tuple(_matrix())
+"""What tools/mimo_layouts.py tries."""
 
 
 @dataclass

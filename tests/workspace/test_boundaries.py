@@ -1,5 +1,6 @@
 """What keeps the packages apart: the shared namespace, licenses, light contract modules."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -35,6 +36,26 @@ def test_no_member_closes_the_shared_namespace(member: Path) -> None:
 def test_a_member_carries_its_readme_and_the_license(member: Path) -> None:
     assert (member / "README.md").read_text().strip()
     assert (member / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+
+
+def imports_of(folder: Path) -> set[str]:
+    """Return the first names of everything that the modules of a folder import."""
+    found = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_tools_and_tests_import_nothing_of_each_other() -> None:
+    tools = {path.stem for path in (ROOT / "tools").rglob("*.py")}
+    support = {path.stem for path in (ROOT / "tests" / "support").glob("*.py")}
+    assert tools & support == set()
+    assert imports_of(ROOT / "tests") & tools == set()
+    assert imports_of(ROOT / "tools") & support == set()
 
 
 def test_the_top_of_the_repository_holds_only_what_belongs_there() -> None:

@@ -1,6 +1,5 @@
 """A training run on some ranks, everything that it left, and how far another run is from it."""
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +10,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 from bridge.training.config import (
     ConfigContainer,
@@ -28,7 +25,7 @@ from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.model.initial_weights import shards_of_parameters
 from bridge.training.run import Run
 from bridge.training.train import train
-from layouts_cases import GLOBAL_BATCH, MICRO_BATCH, Case
+from layout_cases import GLOBAL_BATCH, MICRO_BATCH, Case
 from ranks import RankFailure, run_ranks
 from training_runs import a_run, gpt_run
 

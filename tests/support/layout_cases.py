@@ -1,18 +1,14 @@
-"""The matrix of `tools/layouts.py`: models, layouts, objectives, and which of them go together.
+"""A matrix of models, layouts and objectives, and which of them go together.
 
 Everything is as small as it may be: collectives between processes that share two cores take
 milliseconds, and a step makes dozens.
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from torch.nn import functional
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 from bridge.gpt.model_config import GPTModelConfig
 from gpt_models import tiny_gpt

@@ -73,7 +73,9 @@ def trial_of(section: str, name: str, holder: Any) -> Trial | None:
     if found is None and (value := _another(annotation, present)):
         found = Trial(value)
     if found is None:
-        raise LookupError(f"{section}.{name} is new: give it a trial in tools/settings_cases.py")
+        raise LookupError(
+            f"{section}.{name} is new: give it a trial in tests/support/settings_trials.py"
+        )
     if section == "model" and name.startswith("moe_") and not found.beside:
         found = replace(found, beside=EXPERTS)
     if section == "ddp" and found.ranks == 1:
