@@ -76,7 +76,7 @@ def test_entering_twice_leaves_once() -> None:
 def test_it_says_that_it_is_active(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="bridge.training.cpu"), cpu.cpu_training():
         pass
-    assert "CPU rehearsal" in caplog.text
+    assert "CPU emulation" in caplog.text
 
 
 def test_a_visible_gpu_is_never_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Kinds of files by their content: text, or what users give in its place."""
+"""Kinds of files, recognized by their content: text, or a format that users mistake for text."""
 
 import codecs
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 HEAD_BYTES = 4096
-"""Bytes at a file's beginning that `kind_of` needs at most."""
+"""The number of bytes at a file's beginning that `kind_of` needs."""
 _CHUNK_BYTES = 1 << 20
 
 
@@ -92,7 +92,7 @@ _MAGIC: tuple[tuple[int, bytes, FileKind], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class WrongByte:
-    """The first byte of a file for which it is not text."""
+    """The first byte of a file that is not part of text."""
 
     offset: int
     """From 0."""
@@ -112,12 +112,12 @@ def head_of(path: Path) -> bytes:
 
 
 def kind_of(head: bytes) -> FileKind | None:
-    """Return what a file is that begins with `head`; None for text and for unknown bytes."""
+    """Return the kind of a file that begins with `head`; None for text and unknown formats."""
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return FileKind.LFS_POINTER
     if is_text(head):
         return None
-    # Eight bytes that tell the length of a header in JSON.
+    # Eight bytes with the length of the header, which is JSON.
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 1 << 32:
         return FileKind.SAFETENSORS
     for offset, magic, kind in _MAGIC:
@@ -127,7 +127,7 @@ def kind_of(head: bytes) -> FileKind | None:
 
 
 def is_text(head: bytes) -> bool:
-    """Whether bytes are UTF-8 without NUL; the last character may be cut off."""
+    """Whether bytes are UTF-8 without NUL; the last character may be incomplete."""
     if b"\0" in head:
         return False
     try:
@@ -138,17 +138,17 @@ def is_text(head: bytes) -> bool:
 
 
 def first_wrong_byte(stream: BinaryIO) -> WrongByte | None:
-    """Return the first byte for which a file is not text, None if all of it is.
+    """Return the first byte of a file that is not part of text, None if all of it is text.
 
-    Text is UTF-8 without NUL; a last character that is cut off is let pass.
+    Text is UTF-8 without NUL; the last character may be incomplete.
 
     Args:
-        stream: At its beginning; it is read to its end or the byte.
+        stream: The file, at its beginning; it is read up to the byte, or to its end.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, line = 0, 1
     while chunk := stream.read(_CHUNK_BYTES):
-        # The beginning of a character that the last chunk ended in.
+        # The beginning of a character that the last chunk has cut.
         begun = decoder.getstate()[0]
         found = [chunk.find(b"\0")] if b"\0" in chunk else []
         if begun or not chunk.isascii():
@@ -157,11 +157,11 @@ def first_wrong_byte(stream: BinaryIO) -> WrongByte | None:
             except UnicodeDecodeError as error:
                 found.append(error.start - len(begun))
         if found:
-            place = min(found)
+            position = min(found)
             return WrongByte(
-                offset=offset + place,
-                line=line + chunk.count(b"\n", 0, max(0, place)),
-                value=chunk[place] if place >= 0 else begun[place + len(begun)],
+                offset=offset + position,
+                line=line + chunk.count(b"\n", 0, max(0, position)),
+                value=chunk[position] if position >= 0 else begun[position + len(begun)],
             )
         offset += len(chunk)
         line += chunk.count(b"\n")

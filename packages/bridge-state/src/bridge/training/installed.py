@@ -1,7 +1,7 @@
-"""What installed packages offer by name: recipes, methods, targets of an export, commands.
+"""Plugins in installed packages, found by name: recipes, commands, exporters, PEFT methods.
 
-A package declares an entry point in a group, such as ``bridge.recipes``; nothing of it is imported
-before its name is asked for.
+A package offers one by an entry point in a group such as ``bridge.recipes``. It is imported only
+when its name is looked up.
 """
 
 from collections.abc import Callable
@@ -18,23 +18,23 @@ class Offers:
     """One group of entry points."""
 
     group: str
-    """Its name, such as "bridge.recipes"."""
+    """The name of the group, such as "bridge.recipes"."""
     what: str
-    """What is offered, in the plural, as a message says it."""
+    """A noun in the plural for messages, such as "recipes"."""
     package: str
     """A package of this project that offers some."""
 
     def entries(self) -> dict[str, EntryPoint]:
-        """Return what the installed packages offer, in the order of the names."""
+        """Return the entry points of all installed packages by name, sorted."""
         found = sorted(entry_points(group=self.group), key=lambda entry: entry.name)
         return {entry.name: entry for entry in found}
 
     def find(self, name: str) -> Any:
-        """Import and return what is offered under `name`.
+        """Import and return the object offered under `name`.
 
         Raises:
-            UsageError: There is no such name; the message says what there is, or what to install.
-            Exception: Importing it fails; a note says which entry point of which package it is.
+            UsageError: There is no such name; the message lists the names, or what to install.
+            Exception: The import failed; a note names the entry point and its package.
         """
         found = self.entries()
         if name in found:
@@ -53,20 +53,20 @@ class Offers:
         raise UsageError(f"there is no {name!r}{hint} (there are {', '.join(found)})")
 
     def usable[T](self, use: Callable[[Any], T]) -> tuple[dict[str, T], dict[str, str]]:
-        """Import everything that is offered, each for itself.
+        """Import and use each object that is offered, whether others fail or not.
 
         Args:
-            use: Takes what an entry point leads to.
+            use: Called with the object.
 
         Returns:
-            By name, what `use` returned; and for each entry point that cannot be imported or used a
-            line that names its package and the error.
+            The results of `use` by name; and by name, for each entry point that failed, a line with
+            its package and the error.
         """
         results, broken = {}, {}
         for name, entry in self.entries().items():
             try:
                 results[name] = use(entry.load())
-            # Whatever another package does as it is imported must not end the command.
+            # Whatever a package does while it is imported, the command goes on.
             except (Exception, SystemExit) as error:
                 broken[name] = (
                     f"{_described(entry)} cannot be used ({type(error).__name__}: {error}); repair "

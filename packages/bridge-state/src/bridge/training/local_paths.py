@@ -1,6 +1,6 @@
-"""Paths that users give: files and folders of this machine, and no URLs.
+"""Paths in options and settings: files and folders of this machine; URLs are rejected.
 
-A path such as ``s3://bucket/run`` would otherwise make a folder ``s3:`` here.
+Otherwise a path such as ``s3://bucket/run`` would make a folder ``s3:`` here.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from bridge.training.usage_error import UsageError
 
 _IS_LOCAL_PATH = "is_local_path"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-# megatron-core's fields in our sections, which bear no mark.
+# Fields of megatron-core's in our sections: they lack the mark.
 _OF_MEGATRON_CORE = frozenset({"config_logger_dir"})
 
 
@@ -31,7 +31,7 @@ def holds_local_paths(field: dataclasses.Field[Any]) -> bool:
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is a URL, as it is written or as pathlib writes it (``s3:/bucket``)."""
+    """Whether a text is a URL, also as pathlib writes it (``s3:/bucket``)."""
     return _SCHEME.match(text) is not None
 
 
@@ -44,7 +44,7 @@ def url_problem(name: str, url: str) -> str:
 
 
 def urls_in(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Yield each URL in a field's value, lists and mappings within, after what it is called."""
+    """Yield the name and the text of each URL in a field's value, also in lists and mappings."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from urls_in(item, f"{name}.{key}")
@@ -56,10 +56,10 @@ def urls_in(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 class PathOption(argparse.Action):
-    """Stores the path that an argument of the command gives, or adds it to a list of paths.
+    """Action of an option that takes a path: stores it, or adds it to a list of paths.
 
     Raises:
-        UsageError: It is a URL.
+        UsageError: The path is a URL.
     """
 
     @override

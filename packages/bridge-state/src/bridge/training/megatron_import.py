@@ -1,7 +1,7 @@
-"""Imports megatron-core without its noise, and on a machine without a GPU without its wait.
+"""The import of megatron-core: silent, and fast on a machine without a GPU.
 
-Only the first module that imports megatron-core needs this (`bridge.training.config` does it);
-whatever is imported after it may import megatron-core plainly.
+Each module that may be the first to import megatron-core imports it in `quiet_import`. What is
+changed in megatron-core and torch after the import is in `bridge.training.megatron_patches`.
 """
 
 import importlib.util
@@ -37,16 +37,16 @@ _TRACKERS = ("wandb", "torch.utils.tensorboard")
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Import megatron-core inside this: silent about extensions that are absent, and fast.
+    """Import megatron-core in this block, silently and fast, if it is the supported version.
 
-    Only the messages about absent extensions are held back (``bridge doctor`` says them once,
-    with the remedy); any other warning passes. On exit all is as before, with one exception: a
-    Transformer Engine that is installed where there is no GPU stays blocked for the process,
-    because megatron-core has by then decided to do without it, and its later lazy imports must
-    come to the same result.
+    Only the messages about absent extensions are held back, which ``bridge doctor`` reports with
+    the remedy; other warnings pass. At the end everything is as before, with one exception: a
+    Transformer Engine that is installed on a machine without a GPU stays blocked for the process.
+    megatron-core has decided to do without it by then, and its later lazy imports must come to the
+    same result.
 
     Raises:
-        UsageError: megatron-core is of another version than Bridge is written for.
+        UsageError: Another version of megatron-core is installed (`check_megatron_core`).
     """
     check_megatron_core()
     with ExitStack() as stack:
@@ -59,10 +59,10 @@ def quiet_import() -> Iterator[None]:
 
 
 def has_gpu() -> bool:
-    """Tell whether a CUDA device is there, without starting the CUDA runtime.
+    """Whether there is a CUDA device, found without starting the CUDA runtime.
 
-    The runtime reads CUDA_VISIBLE_DEVICES once, and a process that has started it cannot fork:
-    the answer comes from NVML instead wherever that is possible.
+    The runtime reads CUDA_VISIBLE_DEVICES once, and a process that has started it cannot fork. So
+    NVML is asked instead where that is possible.
     """
     name = "PYTORCH_NVML_BASED_CUDA_CHECK"
     before = os.environ.get(name)
@@ -78,14 +78,14 @@ def has_gpu() -> bool:
 
 @contextmanager
 def expected_messages_held_back() -> Iterator[None]:
-    """Hold back what megatron-core says on every start and a user can do nothing about."""
+    """Hold back the messages of every start of megatron-core that need no action of a user's."""
     with ExitStack() as stack:
         for name, start in _EXPECTED_RECORDS.items():
             stack.enter_context(_records_held_back(logging.getLogger(name), start))
         stack.enter_context(warnings.catch_warnings())
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        # megatron-core's docstrings, told once, when Python first compiles them.
+        # In megatron-core's docstrings, once, when Python first compiles them.
         warnings.filterwarnings("ignore", "invalid escape sequence", SyntaxWarning)
         yield
 
@@ -104,10 +104,10 @@ def _records_held_back(logger: logging.Logger, start: str) -> Iterator[None]:
 
 @contextmanager
 def _hidden_modules(names: tuple[str, ...]) -> Iterator[None]:
-    """Let `import name` fail inside, for modules that are not imported yet.
+    """Let `import name` fail in this block, for modules that are not imported yet.
 
-    megatron-core's timers import both trackers to recognise their writers. Values reach our
-    writers without its help, so an import of bridge costs the seconds of neither.
+    megatron-core's timers import both trackers to recognize their writers, which takes seconds. Our
+    metric loggers do without that.
     """
     hidden = [name for name in names if name not in sys.modules]
     for name in hidden:
@@ -116,15 +116,15 @@ def _hidden_modules(names: tuple[str, ...]) -> Iterator[None]:
         yield
     finally:
         for name in hidden:
-            # A module that was imported after all, past the block, is left alone.
+            # A module that was imported in spite of the block stays.
             if name in sys.modules and sys.modules[name] is None:
                 del sys.modules[name]
 
 
 def _block_transformer_engine() -> None:
-    """Make `import transformer_engine` an ImportError where it is installed but of no use.
+    """Make `import transformer_engine` an ImportError where it is installed.
 
-    Without a GPU it cannot run, and an installation with its CUDA library alone dies with an
+    Without a GPU it cannot run, and an installation of its CUDA library alone fails with an
     AssertionError, which megatron-core does not catch.
     """
     name = "transformer_engine"
@@ -134,10 +134,10 @@ def _block_transformer_engine() -> None:
 
 @contextmanager
 def _torch_compile_is_identity() -> Iterator[None]:
-    """Spare the 41 functions that megatron-core compiles at import.
+    """Leave the 41 functions as they are that megatron-core decorates with torch.compile.
 
-    Decorating them loads TorchDynamo and Inductor, more than half of the time that the import
-    takes, and the kernels they fuse are for GPUs.
+    Decorating them loads TorchDynamo and Inductor, which is more than half of the import's time,
+    and the fused kernels are for GPUs.
     """
     compile_function = torch.compile
 

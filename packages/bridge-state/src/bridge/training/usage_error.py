@@ -1,20 +1,20 @@
-"""The error of a user's mistake, which the command prints in one line."""
+"""The error of a user's mistake, which the command prints on one line."""
 
 
 class UsageError(ValueError):
-    """A value, file or call of the user's that the run rejects.
+    """A mistake of the user's: a value, a file or a call that is rejected.
 
-    Its message is ``section.field=value: why; what to do``. The `bridge` command prints it without
-    a traceback and ends with exit code 2; any other exception keeps its traceback.
+    The message is ``section.field=value: what is wrong; what to do``. The `bridge` command prints
+    it without a traceback and ends with exit code 2; any other exception keeps its traceback.
     """
 
     is_usage_error = True
 
 
 def is_usage_error(error: BaseException) -> bool:
-    """Whether an exception is the rejection of a user's mistake.
+    """Whether an exception is about a mistake of the user's.
 
-    A package that does not import this one marks its own exception class with
+    Packages that do not import this one mark their exception classes with
     ``is_usage_error = True``.
     """
     return getattr(error, "is_usage_error", False) is True

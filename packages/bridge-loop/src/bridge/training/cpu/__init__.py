@@ -1,14 +1,19 @@
-"""Run megatron-core's CUDA code on CPU tensors, with gloo between the ranks.
+"""The CPU emulation: megatron-core's CUDA code on CPU tensors, with gloo between the ranks.
 
-While active, a table of functions that megatron-core calls on a GPU does the same on the CPU, so
-the schedules, DDP, optimizers and checkpoints of a run are megatron-core's own. Almost every
-replaced call would raise without a GPU. Working CPU code sees five differences:
-``F.dropout`` draws from the stand-in for the device's generator, ``torch.manual_seed`` seeds that
-one too (as on a GPU), ``Tensor.type()`` says ``torch.cuda.*`` to megatron-core's optimizer alone,
-megatron-core's Adam is `bridge.training.cpu.adam.FusedAdam`, and gloo's groups share a device.
+While it is active, the functions that megatron-core calls on a GPU (`bridge.training.cpu.patches`)
+do the same on the CPU. So the schedules, DDP, optimizers and checkpoints of a run are
+megatron-core's own. Almost all replaced functions would raise without a GPU. Five differences are
+visible to code that works on a CPU anyway:
 
-Entered explicitly, never detected; refused where a GPU is visible. A run that passes here says
-nothing about stream races, GPU memory, Transformer Engine's numerics or NCCL.
+- ``F.dropout`` draws from the emulated generator of the device;
+- ``torch.manual_seed`` seeds that generator too, as on a GPU;
+- ``Tensor.type()`` returns ``torch.cuda.*`` when megatron-core's optimizer calls it;
+- megatron-core's Adam is `bridge.training.cpu.adam.FusedAdam`;
+- gloo's groups share a device.
+
+The emulation is entered explicitly, never by detection, and is rejected where a GPU is visible. A
+run that passes here shows nothing about stream races, GPU memory, Transformer Engine's numerics or
+NCCL.
 """
 
 import contextlib
@@ -26,12 +31,12 @@ _undo: list[Patch] = []
 
 
 def is_active() -> bool:
-    """Say whether the stand-in is in place."""
+    """Whether the emulation is active in this process."""
     return bool(_undo)
 
 
 def enable() -> None:
-    """Put the stand-in in place for this process; a second call does nothing.
+    """Start the emulation for this process; a second call does nothing.
 
     Raises:
         RuntimeError: A GPU is visible.
@@ -40,18 +45,18 @@ def enable() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError(
-            "a GPU is visible and the CPU stand-in does not hide it; "
+            "a GPU is visible and the CPU emulation does not hide it; "
             "set dist.device=cpu, or CUDA_VISIBLE_DEVICES= before torch is imported"
         )
-    # The list is complete before the first replacement: later ones wrap what is there now.
+    # The list is complete before the first replacement: entries wrap the original functions.
     for owner, name, replacement in list(table()):
         _undo.append((owner, name, vars(owner).get(name, _MISSING)))
         setattr(owner, name, replacement)
-    logger.info("CPU rehearsal: megatron-core's CUDA calls run on the CPU, over gloo")
+    logger.info("CPU emulation: megatron-core's CUDA calls run on the CPU, over gloo")
 
 
 def disable() -> None:
-    """Take the stand-in away again and leave everything as it was."""
+    """End the emulation, and put everything back as it was."""
     while _undo:
         owner, name, original = _undo.pop()
         if original is _MISSING:
@@ -62,7 +67,7 @@ def disable() -> None:
 
 @contextlib.contextmanager
 def cpu_training() -> Iterator[None]:
-    """Enter the stand-in for a block; inside another such block this does nothing."""
+    """Emulate in this block; inside another such block this does nothing."""
     if is_active():
         yield
         return

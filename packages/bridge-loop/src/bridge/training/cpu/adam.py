@@ -1,4 +1,4 @@
-"""Adam for CPU tensors in the state layout that megatron-core's distributed optimizer expects."""
+"""Adam for CPU tensors, with the state that megatron-core's distributed optimizer expects."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,16 +10,16 @@ from bridge.training.usage_error import UsageError
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam laid out as Transformer Engine's: ``step`` is an int of the parameter group.
+    """Adam with the state of Transformer Engine's: ``step`` is an int of the parameter group.
 
-    megatron-core falls back to torch's AdamW where neither Transformer Engine nor Apex is
-    installed, and then cannot resume: optimizer/distrib_optimizer.py asserts on a fresh optimizer
-    when loading, looks up a "step" that it has not saved, and hands one step tensor to every
-    parameter, which AdamW advances once for each. This class avoids all three, and its
-    checkpoints have the GPU's layout.
+    Where neither Transformer Engine nor Apex is installed, megatron-core uses torch's AdamW and
+    cannot resume (optimizer/distrib_optimizer.py): loading fails on an assertion for a new
+    optimizer; a "step" is looked up that was not saved; and all parameters share one step tensor,
+    which AdamW advances once for each parameter. With this class none of it happens, and
+    checkpoints have the same layout as on a GPU.
     """
 
-    # torch wraps these such that the first call loads TorchDynamo, which takes seconds.
+    # torch wraps these so that the first call loads TorchDynamo, which takes seconds.
     add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
     load_state_dict = torch.optim.Optimizer.load_state_dict.__wrapped__  # type: ignore[attr-defined]
     state_dict = torch.optim.Optimizer.state_dict.__wrapped__  # type: ignore[attr-defined]

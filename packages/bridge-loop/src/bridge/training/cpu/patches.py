@@ -1,4 +1,4 @@
-"""The table of what is replaced in torch and megatron-core while a CPU stands for a GPU."""
+"""The table of the CPU emulation: the functions of torch and megatron-core that it replaces."""
 
 import contextlib
 import datetime
@@ -36,7 +36,7 @@ type Patch = tuple[Any, str, Any]
 
 
 def table() -> Iterator[Patch]:
-    """Make the table anew: what is replaced, in which module or class, by what."""
+    """Yield the table: a module or class, the name in it, and the replacement."""
     yield from _stream_patches()
     yield from _device_patches()
     yield from _factory_patches()
@@ -49,9 +49,9 @@ def table() -> Iterator[Patch]:
 
 
 def _returning(result: Any = None) -> Callable[..., Any]:
-    """Make a stand-in for a call that has no work to do on a CPU.
+    """Return a new function for a call that has no work to do on a CPU.
 
-    A new function each time: TorchDynamo refuses one function that stands in two places.
+    TorchDynamo rejects one function under two names, so each name gets its own.
     """
     return lambda *args, **kwargs: result
 
@@ -154,7 +154,7 @@ def _random_patches() -> Iterator[Patch]:
     yield tracked, "_get_cuda_rng_state", get_state
     yield tracked, "_set_cuda_rng_state", set_state
     yield tracked, "CudaRNGStatesTracker", make_tracker_class(stream)
-    # The tracker in use belongs to what ran before; the stand-in starts with a fresh one.
+    # The present tracker belongs to what ran before; the emulation starts with a new one.
     yield tracked, "_CUDA_RNG_STATE_TRACKER", None
     yield tracked, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", False
     yield functional, "dropout", dropout_from(stream, functional.dropout)
@@ -179,7 +179,7 @@ def _optimizer_patches() -> Iterator[Patch]:
 
 
 def _type_for_optimizer(type_of: Callable[..., Any]) -> Callable[..., Any]:
-    """Name tensors as CUDA's to the callers that compare with such names: optimizer/*.py."""
+    """Return CUDA's type names to the callers that compare with them: optimizer/*.py."""
 
     def named_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = type_of(tensor, *args, **kwargs)
@@ -196,15 +196,15 @@ def _type_for_optimizer(type_of: Callable[..., Any]) -> Callable[..., Any]:
 def _compiler_patches() -> Iterator[Patch]:
     """torch.compile as a decorator, which would call a C++ compiler in each run: jit.py."""
     yield megatron.core.jit, "jit_fuser", megatron.core.jit.noop_decorator
-    # These load TorchDynamo (seconds, in every rank) to tell it to stay out of them. torch's
-    # decorator leaves the method itself under __wrapped__.
+    # Their decorator loads TorchDynamo (seconds, in every rank) to have it skip them. The method
+    # itself is under __wrapped__.
     for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         method = getattr(torch.optim.Optimizer, name)
         yield torch.optim.Optimizer, name, inspect.unwrap(method)
 
 
 def _expert_patches() -> Iterator[Patch]:
-    """Split sizes of the all-to-all, which are taken to the host only from a GPU: moe_utils.py."""
+    """Split sizes of the all-to-all, which only go to the host from a GPU: moe_utils.py."""
     moe = megatron.core.transformer.moe
     move = moe.moe_utils.maybe_move_tensor_to_cpu
 
@@ -218,7 +218,7 @@ def _expert_patches() -> Iterator[Patch]:
 
 
 def _uneven_collective_patches() -> Iterator[Patch]:
-    """Gathers and scatters of unequal parts, which gloo has not: mappings.py, for experts."""
+    """Gathers and scatters of unequal parts, which gloo lacks: mappings.py, for experts."""
     mappings = megatron.core.tensor_parallel.mappings
     gather: Callable[..., torch.Tensor] = mappings._gather_along_first_dim
     reduce_scatter: Callable[..., torch.Tensor] = mappings._reduce_scatter_along_first_dim
@@ -260,10 +260,10 @@ def _with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _process_group_patches() -> Iterator[Patch]:
-    """Groups asked for over NCCL by name: bridge_communicator.py, colocated_communicator.py.
+    """Groups made with backend="nccl": bridge_communicator.py, colocated_communicator.py.
 
-    And megatron-core makes some thirty groups. Over gloo each would have a device of its own, with
-    a thread that wakes a hundred times a second; all groups of a process share one.
+    Also, megatron-core makes about thirty groups. With gloo each would have a device of its own,
+    whose thread wakes a hundred times a second; here all groups of a process share one.
     """
     yield torch.distributed.ProcessGroupGloo, "__init__", _on_one_device()
     for name in ("new_group", "new_subgroups_by_enumeration"):
@@ -300,7 +300,7 @@ def _on_one_device() -> Callable[..., None]:
 
 
 def _gloo_devices() -> list[Any]:
-    """Make gloo's devices as torch does for each group: of the interfaces that the user names."""
+    """Return gloo's devices as torch makes them for each group: of the interfaces that are set."""
     gloo = torch.distributed.ProcessGroupGloo
     if named := os.environ.get("GLOO_SOCKET_IFNAME"):
         return [gloo.create_device(interface=name) for name in named.split(",")]

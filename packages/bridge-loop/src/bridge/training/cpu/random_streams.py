@@ -1,9 +1,9 @@
-"""The random numbers of the device that `bridge.training.cpu` stands in for.
+"""The random numbers of the device in the CPU emulation.
 
-On a GPU machine the host and the device have generators of their own: what the host draws (data
-order, shuffles) does not move the device's stream (dropout, weights). CPU kernels draw from
-torch's one CPU generator, so here "draw from the device's generator" is: put the device's state
-into the CPU generator, run, take it out again.
+On a GPU machine the host and the device have generators of their own: the host's draws (data order,
+shuffles) do not advance the device's stream (dropout, weights). CPU kernels draw from torch's one
+CPU generator. So the device's state is put into that generator, the kernel runs, and the state is
+taken out again.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class DeviceStream:
 
     @contextlib.contextmanager
     def drawn_by_cpu_kernels(self) -> Iterator[None]:
-        """Lend the stream to CPU kernels; the host's own stream stands still meanwhile."""
+        """Let CPU kernels draw from this stream; the host's stream does not advance meanwhile."""
         if self._lent:
             yield
             return
@@ -55,7 +55,7 @@ class DeviceStream:
 
 
 def make_tracker_class(device: DeviceStream) -> type[CudaRNGStatesTracker]:
-    """Return megatron-core's tracker with a ``fork`` whose streams reach the CPU kernels."""
+    """Return megatron-core's tracker with a ``fork`` from whose streams CPU kernels draw."""
 
     class CpuRNGStatesTracker(CudaRNGStatesTracker):
         @contextlib.contextmanager
@@ -82,7 +82,7 @@ def make_tracker_class(device: DeviceStream) -> type[CudaRNGStatesTracker]:
 def dropout_from(
     device: DeviceStream, dropout: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
-    """Return `dropout` (torch.nn.functional's) drawing its mask from the device's stream."""
+    """Return torch.nn.functional's `dropout` with masks that are drawn from the device's stream."""
 
     def device_dropout(
         input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False

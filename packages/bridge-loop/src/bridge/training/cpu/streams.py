@@ -1,4 +1,4 @@
-"""CUDA streams and events on a CPU, where all work is done at once."""
+"""CUDA streams and events on a CPU, where all work is done immediately."""
 
 import time
 from types import TracebackType
@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 class Stream:
-    """A stream on which all work is done at once: the CPU's."""
+    """The stream of a CPU, on which all work is done immediately."""
 
     device = CPU
     cuda_stream = 0
@@ -31,13 +31,13 @@ class Stream:
         pass
 
     def wait_stream(self, stream: "Stream") -> None:
-        """Everything before this call is done already."""
+        """Do nothing: everything before this call is done."""
 
     def wait_event(self, event: "Event") -> None:
-        """Everything before this call is done already."""
+        """Do nothing: everything before this call is done."""
 
     def synchronize(self) -> None:
-        """Everything before this call is done already."""
+        """Do nothing: everything before this call is done."""
 
     def query(self) -> bool:
         """Whether all work is done."""
@@ -66,10 +66,10 @@ class Event:
         self._seconds = time.perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None:
-        """Everything before the event is done already."""
+        """Do nothing: everything before the event is done."""
 
     def synchronize(self) -> None:
-        """Everything before the event is done already."""
+        """Do nothing: everything before the event is done."""
 
     def query(self) -> bool:
         """Whether the event was reached."""
