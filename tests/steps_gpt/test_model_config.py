@@ -87,7 +87,7 @@ class TestOpenFields:
         self, has_engine: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(transformer_section, "has_transformer_engine", lambda: has_engine)
-        monkeypatch.setattr(transformer_section, "_grad_accum_fusion_available", False)
+        monkeypatch.setattr(transformer_section, "has_fused_gradient_accumulation", lambda: False)
         model = tiny_gpt(layer_spec="auto", num_moe_experts=4)
         values = model.open_fields(run_of(model), device="cuda")
         assert values == {

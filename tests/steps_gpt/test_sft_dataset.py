@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bridge.gpt.data.sft.dataset_config import SFTDatasetConfig
-from bridge.gpt.data.sft.packing import packing_plan
+from bridge.gpt.data.sft.packing import plan_packing
 from bridge.gpt.data.sft.rows.docstring_rows import held_out_modules, instructions
 from bridge.gpt.data.split_plan import parse_split
 from bridge.gpt.data.text.documents import read_documents
@@ -148,10 +148,10 @@ def test_packing_is_first_fit_and_a_function_of_the_seed() -> None:
     generator = torch.Generator().manual_seed(0)
     for count in (0, 1, 2, 7, 100):
         lengths = torch.randint(1, 17, (count,), generator=generator).tolist()
-        assert packing_plan(lengths, 16, seed=None) == naive_first_fit(lengths, 16)
-    shuffled = packing_plan(lengths, 16, seed=5)
-    assert shuffled == packing_plan(lengths, 16, seed=5)
-    assert shuffled != packing_plan(lengths, 16, seed=6)
+        assert plan_packing(lengths, 16, seed=None) == naive_first_fit(lengths, 16)
+    shuffled = plan_packing(lengths, 16, seed=5)
+    assert shuffled == plan_packing(lengths, 16, seed=5)
+    assert shuffled != plan_packing(lengths, 16, seed=6)
     assert sorted(sum(shuffled, [])) == list(range(100))
     assert max(sum(lengths[i] for i in pack) for pack in shuffled) <= 16
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bridge.gpt.data.sft.rendering import Renderer
-from bridge.gpt.data.sft.rows.conversations import RowKeys, conversation_of
+from bridge.gpt.data.sft.rows.conversations import RowKeys, read_conversation
 from bridge.gpt.data.tokenization.tokenizers import build_tokenizer
 from bridge.training.config import TokenizerConfig
 from sft_data import WORDS, chat, word_tokenizer
@@ -36,7 +36,7 @@ STRICT = "{{ raise_exception('no system turns here') }}"
 
 def rendered(record: dict[str, Any], tokenizer: Any, **options: Any) -> list[tuple[int, bool]]:
     values = {"template": "plain", "loss_on": "assistant"} | options
-    result = Renderer(build_tokenizer(tokenizer), **values)(conversation_of(record, "here", KEYS))
+    result = Renderer(build_tokenizer(tokenizer), **values)(read_conversation(record, "here", KEYS))
     return list(zip(result.ids, result.counts, strict=True))
 
 
@@ -144,7 +144,7 @@ def test_the_tokenizers_own_template(
     ("template", "complaint"),
     [
         (FORGETFUL, "here: the tokenizer's chat template writes.*turn 1.*loss_on=answer"),
-        (STRICT, "here: the tokenizer's chat template refuses it .no system turns here"),
+        (STRICT, "here: the tokenizer's chat template rejects it .no system turns here"),
         (None, "dataset.chat_template=tokenizer: the tokenizer has no chat template"),
     ],
 )

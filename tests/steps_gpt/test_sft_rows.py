@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bridge.gpt.data.sft.dataset_config import SFTDatasetConfig
-from bridge.gpt.data.sft.rows.conversations import RowKeys, conversation_of
+from bridge.gpt.data.sft.rows.conversations import RowKeys, read_conversation
 from bridge.gpt.data.sft.rows.row_files import StoredRows, find_rows, reject_missing_library
 from bridge.training.config import ConfigContainer, apply_overrides
 from sft_data import chat, write_rows
@@ -20,7 +20,7 @@ KEYS = RowKeys(prompt="prompt", completion="completion", messages="messages")
 
 
 def turns(record: dict[str, Any], keys: RowKeys = KEYS) -> list[tuple[str, str]]:
-    return [(turn.role, turn.text) for turn in conversation_of(record, "here", keys).turns]
+    return [(turn.role, turn.text) for turn in read_conversation(record, "here", keys).turns]
 
 
 def test_the_three_forms_of_a_row() -> None:
@@ -74,7 +74,7 @@ def test_the_three_forms_of_a_row() -> None:
 )
 def test_a_malformed_row_is_refused_with_its_place(record: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        conversation_of(record, "here", KEYS)
+        read_conversation(record, "here", KEYS)
 
 
 CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Bern"}}}

@@ -10,7 +10,7 @@ import pytest
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.gpt.data.sft.dataset_config import SFTDatasetConfig
 from bridge.gpt.data.sft.rendering import Renderer
-from bridge.gpt.data.sft.rows.conversations import RowKeys, conversation_of
+from bridge.gpt.data.sft.rows.conversations import RowKeys, read_conversation
 from bridge.gpt.data.tokenization.document_encoder import DocumentEncoder
 from bridge.gpt.data.tokenization.encoding import hugging_face_tokenizer
 from bridge.gpt.data.tokenization.tokenizers import build_tokenizer
@@ -55,7 +55,7 @@ class Reference:
 def rendered(record: Any, config: Any, **options: Any) -> tuple[list[int], list[int]]:
     """Return all ids, and those that count."""
     values = {"template": "tokenizer", "loss_on": "assistant"} | options
-    result = Renderer(build_tokenizer(config), **values)(conversation_of(record, "here", KEYS))
+    result = Renderer(build_tokenizer(config), **values)(read_conversation(record, "here", KEYS))
     counted = [i for i, counts in zip(result.ids, result.counts, strict=True) if counts]
     return result.ids, counted
 

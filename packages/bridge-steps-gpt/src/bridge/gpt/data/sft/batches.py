@@ -1,7 +1,7 @@
 """Samples as `bridge.training.gpt_step` takes them: alone, or several packed into a sequence.
 
-Position i of a sample holds token i and predicts token i + 1. What is padded is padded at the end,
-with labels that do not count: attention is causal, so nothing real sees it.
+Position i of a sample holds token i and predicts token i + 1. Padding is at the end, with labels
+that do not count. Attention is causal, so no real token sees it.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from bridge.gpt.data.sft.corpus import Corpus
 type Sample = dict[str, torch.Tensor]
 
 
-def rounded_up(length: int, multiple: int) -> int:
+def round_up(length: int, multiple: int) -> int:
     """Return the smallest multiple that is not below `length`."""
     return -(-length // multiple) * multiple
 
 
 @dataclass(frozen=True, kw_only=True)
 class SingleSamples:
-    """A sample of the corpus each, of its own length; `PaddedBatch` makes microbatches of them."""
+    """Samples of the corpus, each of its own length; `PaddedBatch` makes microbatches of them."""
 
     corpus: Corpus
 
@@ -37,28 +37,28 @@ class SingleSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSamples:
-    """Several samples of the corpus each, one after the other, as documents that stand alone.
+    """Sequences of several samples of the corpus, as documents that do not see each other.
 
     Every document begins at position 0, is padded to a multiple and has its boundaries in
-    ``cu_seqlens``; what is left of the sequence is a last document of padding.
+    ``cu_seqlens``. The rest of the sequence is a last document of padding.
     """
 
     corpus: Corpus
     plan: Sequence[Sequence[int]]
     """The samples of each sequence."""
     length: int
-    """Places of a sequence."""
+    """Tokens of a sequence."""
     multiple: int
-    """What the length of every document is a multiple of."""
+    """The length of every document is a multiple of it."""
     padding: int
-    """A token to stand where none is."""
+    """The token of padding."""
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, index: int, /) -> Sample:
-        # Filled in place: a sequence of short rows has hundreds of them, for which tensors of
-        # their own would take longer to make than a GPU to train on them.
+        # Filled in place, because a sequence has hundreds of short rows: making tensors for each
+        # would take longer than training on the sequence.
         tokens = np.full(self.length, self.padding, np.int64)
         labels = tokens.copy()
         loss_mask = np.zeros(self.length, np.float32)
@@ -66,10 +66,10 @@ class PackedSamples:
         ends = [0]
         for number in self.plan[index]:
             ids, counts = self.corpus[number]
-            places = slice(ends[-1], ends[-1] + len(ids) - 1)
-            tokens[places], labels[places] = ids[:-1], ids[1:]
-            loss_mask[places], padding_mask[places] = counts[1:], False
-            ends.append(ends[-1] + rounded_up(len(ids) - 1, self.multiple))
+            real = slice(ends[-1], ends[-1] + len(ids) - 1)
+            tokens[real], labels[real] = ids[:-1], ids[1:]
+            loss_mask[real], padding_mask[real] = counts[1:], False
+            ends.append(ends[-1] + round_up(len(ids) - 1, self.multiple))
         if ends[-1] < self.length:
             ends.append(self.length)
         starts = np.repeat(ends[:-1], np.diff(ends))
@@ -89,22 +89,22 @@ class PaddedBatch:
     """Makes a microbatch of samples of different lengths."""
 
     multiple: int
-    """What the length is a multiple of."""
+    """The length is a multiple of it."""
     padding: int
-    """A token to stand where none is."""
+    """The token of padding."""
     length: int | None = None
-    """The length of every microbatch; None takes that of the longest sample, rounded up."""
+    """The length of every microbatch. If None, the longest sample's, rounded up."""
 
     def __call__(self, samples: Sequence[Sample]) -> Sample:
         """Pad and stack samples: [batch, sequence]."""
         longest = max(len(sample["tokens"]) for sample in samples)
-        places = self.length or rounded_up(longest, self.multiple)
-        padded = [_padded(sample, places, self.padding) for sample in samples]
+        length = self.length or round_up(longest, self.multiple)
+        padded = [_padded(sample, length, self.padding) for sample in samples]
         return {name: torch.stack([p[name] for p in padded]) for name in padded[0]}
 
 
-def number_of_tokens(microbatch: Sample) -> int:
-    """Count the positions of a microbatch that are no padding; those of prompts count."""
+def count_tokens(microbatch: Sample) -> int:
+    """Return the number of tokens of a microbatch, prompts included and padding not."""
     return int((~microbatch["padding_mask"]).sum())
 
 
@@ -119,8 +119,8 @@ def _sample(ids: NDArray[np.int32], counts: NDArray[np.bool_]) -> Sample:
     }
 
 
-def _padded(sample: Sample, places: int, padding: int) -> Sample:
-    missing = places - len(sample["tokens"])
+def _padded(sample: Sample, length: int, padding: int) -> Sample:
+    missing = length - len(sample["tokens"])
     fills: dict[str, Any] = {
         "tokens": padding,
         "labels": padding,
@@ -131,4 +131,4 @@ def _padded(sample: Sample, places: int, padding: int) -> Sample:
         name: torch.nn.functional.pad(sample[name], (0, missing), value=fill)
         for name, fill in fills.items()
     }
-    return padded | {"position_ids": torch.arange(places)}
+    return padded | {"position_ids": torch.arange(length)}

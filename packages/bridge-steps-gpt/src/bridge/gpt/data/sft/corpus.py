@@ -1,7 +1,8 @@
-"""All samples of a split: tokenized once, cut to the model's length, kept as three arrays.
+"""The samples of a split: tokenized once, cut to the model's length, stored as three arrays.
 
-``ids.npy`` holds the token ids of all samples one after the other, ``counts.npy`` which of them
-count in the loss, ``starts.npy`` where each sample begins and the last one ends.
+ids.npy     [tokens]       the token ids of all samples, one after the other
+counts.npy  [tokens]       whether the token counts in the loss
+starts.npy  [samples + 1]  the offset of each sample, and the end of the last one
 """
 
 import hashlib
@@ -26,23 +27,23 @@ type Truncation = Literal["right", "left", "drop"]
 
 @dataclass(kw_only=True)
 class CorpusCounts:
-    """What became of the rows of a split."""
+    """Numbers of rows and tokens of a split: used, cut and dropped."""
 
     samples: int = 0
     cut: int = 0
     """Samples that lost tokens."""
     dropped_too_long: int = 0
-    """Rows that were left out whole."""
+    """Rows that were longer than a sample, with dataset.truncation=drop."""
     dropped_without_answer: int = 0
-    """Rows of which no token that counts was left."""
+    """Rows of which no token was left that counts in the loss."""
     tokens: int = 0
     """Tokens that are predicted, over all samples."""
     counted: int = 0
-    """Those of them that count in the loss."""
+    """Predicted tokens that count in the loss."""
     with_special_tokens: int = 0
-    """Rows in whose text special tokens are written; they are encoded as text."""
+    """Rows with special tokens in their text, which are encoded as text."""
     ignored_keys: dict[str, int] = field(default_factory=dict)
-    """Rows that have each key of dataset.ignore_keys."""
+    """Rows with each key of dataset.ignore_keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,29 +55,29 @@ class Corpus:
     starts: NDArray[np.int64]
     report: CorpusCounts
     digest: str
-    """Names the contents."""
+    """Digest of the contents."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __getitem__(self, index: int, /) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Return the token ids of a sample, and which of them count."""
+        """Return the token ids of a sample, and whether each counts in the loss."""
         part = slice(int(self.starts[index]), int(self.starts[index + 1]))
         return self.ids[part], self.counts[part]
 
     def predictions(self) -> NDArray[np.int64]:
-        """Return how many tokens are predicted in each sample: all but its first."""
+        """Return the number of predicted tokens of each sample: all but its first."""
         lengths: NDArray[np.int64] = np.diff(self.starts) - 1
         return lengths
 
 
 class CorpusWriter:
-    """Cuts rendered rows to samples and counts what becomes of them.
+    """Cuts rendered rows to samples, counts and writes them.
 
     Args:
         length: Tokens that the model predicts in one sample; a sample holds one more.
-        truncation: What is left of a longer row: its beginning (right), its end (left) or nothing
-            (drop).
+        truncation: The cut of a longer row: keep its beginning (right), keep its end (left), or
+            drop it (drop).
     """
 
     def __init__(self, length: int, truncation: Truncation) -> None:
@@ -87,7 +88,7 @@ class CorpusWriter:
         self.report = CorpusCounts()
 
     def add(self, row: Rendered) -> None:
-        """Take the next row, or what is to be left of it."""
+        """Add the next row, cut or dropped if it is too long."""
         self.report.with_special_tokens += row.has_special_tokens
         ids, counts = np.array(row.ids, np.int32), np.array(row.counts, np.bool_)
         excess = len(ids) - self._room
@@ -110,7 +111,7 @@ class CorpusWriter:
         self._counts.append(counts)
 
     def write(self, directory: Path) -> None:
-        """Write what was taken to a directory, for `read_corpus`."""
+        """Write all samples to a directory, for `read_corpus`."""
         lengths = [len(ids) for ids in self._ids]
         arrays: dict[str, NDArray[Any]] = {
             "ids": np.concatenate([np.zeros(0, np.int32), *self._ids]),
@@ -122,20 +123,20 @@ class CorpusWriter:
             np.save(directory / f"{name}.npy", array)
             digest.update(array.tobytes())
         facts = {"digest": digest.hexdigest(), "report": asdict(self.report)}
-        # Written last: with it the corpus is whole.
+        # Written last: its presence marks a complete corpus.
         (directory / _FACTS).write_text(json.dumps(facts))
 
 
 def is_corpus(directory: Path) -> bool:
-    """Tell whether a whole corpus is in a directory."""
+    """Whether a directory has a complete corpus."""
     return (directory / _FACTS).exists()
 
 
 def read_corpus(directory: Path) -> Corpus:
-    """Open what `CorpusWriter` wrote; the arrays stay on disk.
+    """Open the corpus that `CorpusWriter` wrote; its arrays stay on disk.
 
     Raises:
-        UsageError: It cannot be seen from this rank.
+        UsageError: This rank does not see the files.
     """
     try:
         facts = json.loads((directory / _FACTS).read_text())

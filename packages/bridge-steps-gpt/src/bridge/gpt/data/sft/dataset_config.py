@@ -1,4 +1,4 @@
-"""The data of a fine-tuning run: rows of instructions, with a loss on the answers."""
+"""The dataset section of fine-tuning: rows of prompts and answers, with a loss on the answers."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from bridge.gpt.data.sft.batches import (
     PackedSamples,
     PaddedBatch,
     SingleSamples,
-    number_of_tokens,
-    rounded_up,
+    count_tokens,
+    round_up,
 )
 from bridge.gpt.data.sft.corpus import (
     FORMAT,
@@ -23,7 +23,7 @@ from bridge.gpt.data.sft.corpus import (
     is_corpus,
     read_corpus,
 )
-from bridge.gpt.data.sft.packing import packing_plan
+from bridge.gpt.data.sft.packing import plan_packing
 from bridge.gpt.data.sft.rendering import LossOn, Renderer
 from bridge.gpt.data.sft.rows.conversations import RowKeys
 from bridge.gpt.data.sft.rows.docstring_rows import DocstringRows
@@ -39,7 +39,7 @@ from bridge.gpt.data.sft.sample_lengths import (
     packing_problems,
     sequence_length,
 )
-from bridge.gpt.data.sft.startup_messages import notes_of, warnings_of
+from bridge.gpt.data.sft.startup_messages import collect_notes, collect_warnings
 from bridge.gpt.data.tokenization.tokenizers import build_tokenizer, tokenizer_identity
 from bridge.training.config import TokenizerConfig
 from bridge.training.contracts import TOKENS, DataRequest, DataSplits, SizedDataset
@@ -53,37 +53,37 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class SFTDatasetConfig:
-    """Samples of prompts and answers, or of chats; the loss is on what the assistant says."""
+    """Samples of prompts and answers, or of chats; the loss is on the assistant's turns."""
 
     path: str | None = local_path()
     """A JSON Lines file; a directory with training.jsonl, validation.jsonl and test.jsonl, of which
-    the first is needed; or a Hugging Face dataset as save_to_disk wrote it. Goes before
+    the first is needed; or a Hugging Face dataset as save_to_disk wrote it. Takes precedence over
     standard_library."""
     validation_path: str | None = local_path()
-    """Rows for validation, in place of those in path; a file or what has a training split."""
+    """Rows for validation, in place of those in path; a file, or data with a training split."""
     test_path: str | None = local_path()
     """As validation_path, for test."""
     standard_library: bool = False
     """Without a path: signatures and summaries of this Python's standard library."""
     prompt_key: str = "prompt"
-    """Where a row has its prompt."""
+    """Key of a row's prompt."""
     completion_key: str = "completion"
-    """Where a row has the answer to its prompt."""
+    """Key of the answer to the prompt."""
     messages_key: str = "messages"
-    """Where a row has its chat: a list of objects with role and content. "conversations", with from
-    and value, is known too."""
+    """Key of a row's chat: a list of objects with role and content. "conversations", with from and
+    value, is read too."""
     ignore_keys: list[str] = field(default_factory=list)
-    """Keys of rows and of turns that are given up. Other keys that are not read, such as tools,
+    """Keys of rows and of turns that are ignored. Other keys that are not read, such as tools,
     reasoning_content or weight, are an error."""
     chat_template: Literal["plain", "tokenizer"] = "plain"
-    """plain: prompt and completion as they stand, a chat with a line <|role|> before each turn, and
-    the end-of-document token after each answer. tokenizer: a Hugging Face tokenizer's own."""
+    """plain: prompt and completion unchanged, a chat with a line <|role|> before each turn, and the
+    end-of-document token after each answer. tokenizer: a Hugging Face tokenizer's own."""
     loss_on: LossOn = "assistant"
-    """What counts in the loss: all that the assistant says and the token that ends it; its last
-    answer alone; or all tokens, those of prompts too."""
+    """Tokens that count in the loss: all turns of the assistant, each with the token that ends it;
+    its last answer alone; or all tokens, those of prompts too."""
     truncation: Truncation = "right"
-    """What happens to a row that is longer than model.seq_length: right cuts its end off, left its
-    beginning, drop leaves it out."""
+    """Cut of a row that is longer than model.seq_length: right removes its end, left its beginning,
+    drop the whole row."""
     packing: bool = False
     """Put several samples into one sequence of model.seq_length tokens, as documents that do not
     see each other; needs train.micro_batch_size=1."""
@@ -91,11 +91,11 @@ class SFTDatasetConfig:
     """Pad microbatches, and each document of a packed sequence, to a multiple of so many tokens;
     more where the parallel layout needs it."""
     cache_dir: str | None = local_path()
-    """Where tokens are kept; bridge/data in the user's cache directory if None. On several nodes a
-    directory that all share."""
+    """Directory of cached tokens; bridge/data in the user's cache directory if None. On several
+    nodes, a directory that all share."""
 
     def problems(self, config: "ConfigContainer") -> Iterable[str]:
-        """Yield contradictions, and paths where no rows are; reads no rows."""
+        """Yield contradictions, and paths without rows; no rows are read."""
         if not (self.path or self.standard_library):
             yield (
                 "dataset.path: nothing to train on; give a JSON Lines file, a directory with "
@@ -119,8 +119,8 @@ class SFTDatasetConfig:
     def build(self, request: DataRequest) -> DataSplits:
         """Build the splits; every rank calls it, and rank 0 does the tokenizing.
 
-        A sample is a row, cut to model.seq_length tokens; with packing it is a sequence of rows.
-        The loop shuffles them anew each epoch.
+        A sample is a row, cut to model.seq_length tokens, or a sequence of rows with packing. The
+        loop shuffles the samples each epoch.
 
         Raises:
             UsageError: A row is malformed, or no row of a split is left.
@@ -136,44 +136,39 @@ class SFTDatasetConfig:
         padding = build_tokenizer(_tokenizer_of(config)).eod
         length = sequence_length(config)
         sets: dict[str, SizedDataset] = {}
-        for name, corpus in corpora.items():
-            sets[name] = SingleSamples(corpus=corpus)
-            if self.packing:
-                sets[name] = PackedSamples(
-                    corpus=corpus,
-                    plan=packing_plan(
-                        [rounded_up(places, multiple) for places in corpus.predictions().tolist()],
-                        length,
-                        seed=config.rng.seed if name == "train" else None,
-                    ),
-                    length=length,
-                    multiple=multiple,
-                    padding=padding,
+        sequences: dict[str, int] = {}
+        collate: PaddedBatch | None = None
+        if self.packing:
+            for name, corpus in corpora.items():
+                plan = plan_packing(
+                    [round_up(tokens, multiple) for tokens in corpus.predictions().tolist()],
+                    length,
+                    seed=config.rng.seed if name == "train" else None,
                 )
-        fixed = length if needs_equal_lengths(config) else None
+                sets[name] = PackedSamples(
+                    corpus=corpus, plan=plan, length=length, multiple=multiple, padding=padding
+                )
+                sequences[name] = len(plan)
+        else:
+            sets.update({name: SingleSamples(corpus=c) for name, c in corpora.items()})
+            fixed = length if needs_equal_lengths(config) else None
+            collate = PaddedBatch(multiple=multiple, padding=padding, length=fixed)
         return DataSplits(
             train=sets["train"],
             validation=sets.get("validation"),
             test=sets.get("test"),
-            # Packed sequences are all of one length.
-            collate=(
-                None
-                if self.packing
-                else PaddedBatch(multiple=multiple, padding=padding, length=fixed)
-            ),
+            collate=collate,
             fingerprint=self._fingerprint(config, corpora["train"], len(sets["train"]), multiple),
-            notes=notes_of(
-                corpora, {name: len(s) for name, s in sets.items()} if self.packing else {}
-            ),
-            warnings=warnings_of(corpora, self.ignore_keys),
-            items={TOKENS: number_of_tokens},
+            notes=collect_notes(corpora, sequences),
+            warnings=collect_warnings(corpora, self.ignore_keys),
+            items={TOKENS: count_tokens},
         )
 
     def _sources(self) -> dict[str, RowSource]:
-        """Find the rows of each split; those of training are there.
+        """Return the rows of each split.
 
         Raises:
-            UsageError: They are not, or only a package that is missing can read them.
+            UsageError: There are none for training, or they need a package that is missing.
         """
         if self.path is None:
             found: dict[str, RowSource] = {
@@ -210,7 +205,7 @@ class SFTDatasetConfig:
         return found
 
     def _corpus(self, source: RowSource, config: "ConfigContainer") -> Corpus:
-        """Return the samples of a split, from the cache if the same were made before.
+        """Return the samples of a split, from the cache if it has them.
 
         Raises:
             UsageError: A row is malformed, none is left, or this rank does not see the cache.
@@ -222,7 +217,7 @@ class SFTDatasetConfig:
             return read_corpus(place)
 
     def _key(self, source: RowSource, config: "ConfigContainer") -> str:
-        """Name what is in a corpus: its rows and how they are rendered and cut."""
+        """Return the key of a corpus in the cache: its rows, and how they are rendered and cut."""
         files = [(file, file.stat()) for file in source.files()]
         return digest(
             {
@@ -236,7 +231,7 @@ class SFTDatasetConfig:
         )
 
     def _write(self, source: RowSource, config: "ConfigContainer", directory: Path) -> None:
-        """Fill the directory of a corpus, unless it is there already."""
+        """Write a corpus to a directory, unless it is there."""
         if is_corpus(directory):
             return
         render = Renderer(
@@ -255,7 +250,7 @@ class SFTDatasetConfig:
     def _fingerprint(
         self, config: "ConfigContainer", corpus: Corpus, samples: int, multiple: int
     ) -> str:
-        """Name the order of the training samples, wherever their files are."""
+        """Return a name for the order of the training samples, wherever their files are."""
         described = {
             "corpus": corpus.digest,
             "packed": [sequence_length(config), multiple] if self.packing else None,

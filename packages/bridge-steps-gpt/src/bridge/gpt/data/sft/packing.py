@@ -1,4 +1,4 @@
-"""Which samples share a sequence: first fit, a function of the lengths and the seed alone."""
+"""The packing plan: samples to sequences by first fit, from lengths and seed alone."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 
-def packing_plan(lengths: Sequence[int], capacity: int, *, seed: int | None) -> list[list[int]]:
+def plan_packing(lengths: Sequence[int], capacity: int, *, seed: int | None) -> list[list[int]]:
     """Put samples into sequences, each into the first that has room for it.
 
     Args:
-        lengths: Places that each sample takes; none is above `capacity`.
-        capacity: Places of a sequence.
-        seed: Shuffles the samples first; None takes them in their order.
+        lengths: Tokens of each sample, with its padding; none is above `capacity`.
+        capacity: Tokens of a sequence.
+        seed: Seed of the order in which samples are put; None for the order of `lengths`.
 
     Returns:
         The indices of the samples in each sequence.
@@ -24,19 +24,19 @@ def packing_plan(lengths: Sequence[int], capacity: int, *, seed: int | None) -> 
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(count, generator=generator).tolist()
     rooms = _Rooms(count, capacity)
-    packs: list[list[int]] = []
+    sequences: list[list[int]] = []
     for index in order:
-        place = rooms.take_first(lengths[index])
-        if place == len(packs):
-            packs.append([])
-        packs[place].append(index)
-    return packs
+        number = rooms.take_first(lengths[index])
+        if number == len(sequences):
+            sequences.append([])
+        sequences[number].append(index)
+    return sequences
 
 
 class _Rooms:
-    """The room in each of many sequences; finds the first with enough in logarithmic time.
+    """The room left in each sequence, as a binary tree: a node holds the largest room below it.
 
-    A tree over the sequences: each node holds the largest room below it.
+    The first sequence with enough room is found in logarithmic time.
     """
 
     def __init__(self, count: int, capacity: int) -> None:
@@ -44,15 +44,15 @@ class _Rooms:
         self._largest = np.full(2 * self._leaves, capacity).tolist()
 
     def take_first(self, length: int) -> int:
-        """Take `length` places in the first sequence that has them; return its number."""
+        """Take `length` tokens of room in the first sequence that has them; return its number."""
         largest, node = self._largest, 1
         while node < self._leaves:
             node *= 2
             if largest[node] < length:
                 node += 1
         largest[node] -= length
-        place: int = node - self._leaves
+        number: int = node - self._leaves
         while node > 1:
             node //= 2
             largest[node] = max(largest[2 * node], largest[2 * node + 1])
-        return place
+        return number

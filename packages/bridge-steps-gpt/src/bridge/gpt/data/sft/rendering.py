@@ -1,8 +1,8 @@
-"""A conversation to token ids, and which of them count in the loss.
+"""Rendering of a conversation: its token ids, and whether each counts in the loss.
 
-The text is cut where what counts begins and ends, and each piece is tokenized by itself: the mask
-is exact, and an answer's tokens are those that the model produces after the tokens of its prompt.
-What a turn says is text alone: special tokens that are written in it are encoded as their letters.
+The text is cut where an answer begins and ends, and each piece is tokenized by itself. So the mask
+is exact, and an answer's tokens are those that the model generates after the tokens of its prompt.
+Special tokens that are written in a turn are encoded as text.
 """
 
 import re
@@ -37,30 +37,30 @@ class Rendered:
     counts: list[bool]
     """Whether the token counts in the loss, as the one to be predicted."""
     has_special_tokens: bool = False
-    """Whether special tokens are written in what is said."""
+    """Whether special tokens are written in a turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """A part of a conversation all of which counts, or nothing of it."""
+    """A part of a conversation; either all of it counts in the loss, or nothing."""
 
     text: str = ""
     counts: bool = False
     ends: bool = False
     """Whether the end-of-document token follows the text."""
     is_said: bool = False
-    """Whether all of it is what a turn says, and none of it the template's."""
+    """Whether all of it is the text of a turn, and none of it is the template's."""
 
 
 class Renderer:
     """Turns conversations into tokens.
 
     Args:
-        tokenizer: What the model is trained with.
-        template: "plain" for a prompt and its completion as they stand and for chats with a line
+        tokenizer: The tokenizer.
+        template: "plain" for a prompt and its completion unchanged, and for chats with a line
             ``<|role|>`` before each turn; "tokenizer" for the chat template of a Hugging Face
-            tokenizer, to which a prompt is what the user says.
-        loss_on: What counts: every turn of the assistant, its last one, or all.
+            tokenizer, in which a prompt is a turn of the user.
+        loss_on: The tokens that count: every turn of the assistant, its last one, or all.
 
     Raises:
         UsageError: The tokenizer has no chat template.
@@ -85,7 +85,7 @@ class Renderer:
         """Render a conversation.
 
         Raises:
-            UsageError: Nothing in it would count, or the chat template does not serve.
+            UsageError: Nothing in it would count, or the chat template cannot be used for it.
         """
         answers = [n for n, turn in enumerate(conversation.turns) if turn.role == ASSISTANT]
         if not answers and self._loss_on != "all":
@@ -136,7 +136,7 @@ class Renderer:
         return text
 
     def _by_marks(self, messages: list[dict[str, str]], hidden: HiddenTokens) -> Rendered:
-        """Count what the template marks as the assistant's."""
+        """Render with the tokens counting that the template marks as the assistant's."""
         ids, counts = self._marked(messages, hidden)
         if self._loss_on == "answer":
             last = len(counts)
@@ -151,7 +151,7 @@ class Renderer:
     def _marked(
         self, messages: list[dict[str, str]], hidden: HiddenTokens
     ) -> tuple[list[int], list[bool]]:
-        """Return the ids of a conversation, and which of them the template marks."""
+        """Return the ids of a conversation, and whether the template marks each."""
         if not hidden:
             with _errors_of_template():
                 encoded = self._template.apply_chat_template(
@@ -161,7 +161,7 @@ class Renderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         with _errors_of_template():
-            # It returns a list of texts or, as here, that and the spans of each.
+            # It returns a list of texts and, with this option, the marked spans of each.
             result: Any = render_jinja_template(
                 [messages],
                 chat_template=self._template.chat_template,
@@ -169,16 +169,20 @@ class Renderer:
                 **self._template.special_tokens_map,
             )
             [text], [spans] = result
-        placed = hidden.encode(text)
+        tokens = hidden.encode(text)
         marks = [
-            any(first < end and last > begin for begin, end in spans) for _, (first, last) in placed
+            any(first < end and last > begin for begin, end in spans) for _, (first, last) in tokens
         ]
-        return [index for index, _ in placed], marks
+        return [index for index, _ in tokens], marks
 
     def _between_prefixes(
         self, messages: list[dict[str, str]], counted: list[int]
     ) -> Iterator[_Piece]:
-        """Count what a turn adds to the conversation before it with the assistant's opening."""
+        """Yield the text that each answer adds to the conversation before it, and the rest.
+
+        The conversation before it ends with the assistant's opening. Each of these conversations
+        must be the beginning of the next.
+        """
         whole, done = self._text(messages), 0
         for number in counted:
             before = self._text(messages[:number], asks=True)
@@ -221,11 +225,11 @@ class Renderer:
 
 @contextmanager
 def _errors_of_template() -> Iterator[None]:
-    """Report whatever a template raises: jinja's errors, those of missing keys, its own."""
+    """Report any error of a template as the user's: jinja's, missing keys, or its own."""
     try:
         yield
     except Exception as error:
         raise UsageError(
-            f"the tokenizer's chat template refuses it ({error}); mend the row, or set "
+            f"the tokenizer's chat template rejects it ({error}); fix the row, or set "
             "dataset.chat_template=plain"
         ) from error

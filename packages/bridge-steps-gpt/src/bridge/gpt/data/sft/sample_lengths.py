@@ -1,4 +1,4 @@
-"""What the parallel layout asks of the lengths of samples."""
+"""Lengths of samples: the longest, and those that the parallel layout needs."""
 
 from collections.abc import Iterator
 from math import lcm
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def sequence_length(config: "ConfigContainer") -> int:
-    """Return the tokens of the longest sample.
+    """Return the number of tokens of the longest sample.
 
     Raises:
-        UsageError: The model has none.
+        UsageError: The model has no seq_length.
     """
     length = getattr(config.model, "seq_length", None)
     if not isinstance(length, int) or length < 1:
@@ -28,10 +28,10 @@ def sequence_length(config: "ConfigContainer") -> int:
 
 
 def multiple_of_layout(config: "ConfigContainer", *, packed: bool) -> int:
-    """Return what the length of a microbatch, or of a packed document, must be a multiple of.
+    """Return a number of which the length of a microbatch, or packed document, is a multiple.
 
-    Each context-parallel rank takes two chunks of a sequence, of a packed one two of each document;
-    with sequence parallelism each tensor-parallel rank takes an equal part of that.
+    Each context-parallel rank takes two chunks of a sequence, or of each document of a packed one.
+    With sequence parallelism each tensor-parallel rank takes an equal part of that.
     """
     model = config.model
     if not isinstance(model, ModelParallelConfig):
@@ -44,10 +44,10 @@ def multiple_of_layout(config: "ConfigContainer", *, packed: bool) -> int:
 
 
 def needs_equal_lengths(config: "ConfigContainer") -> bool:
-    """Tell whether every microbatch of a step must have the same length.
+    """Whether every microbatch of a step must have the same length.
 
-    That is so where ranks that hold different ones exchange activations: pipeline stages, which
-    know what to receive, and experts. With ``model.variable_seq_lengths`` they tell each other.
+    Ranks that hold different microbatches exchange activations in pipeline stages, which must know
+    the shape to receive, and among experts. With ``model.variable_seq_lengths`` they send shapes.
     """
     model = config.model
     if not isinstance(model, ModelParallelConfig) or model.variable_seq_lengths:
@@ -56,7 +56,7 @@ def needs_equal_lengths(config: "ConfigContainer") -> bool:
 
 
 def packing_problems(config: "ConfigContainer") -> Iterator[str]:
-    """Yield a line for each setting that packed sequences do not go with."""
+    """Yield a line for each setting that contradicts packed sequences."""
     model, micro = config.model, config.train.micro_batch_size
     if micro != 1:
         yield (

@@ -1,4 +1,4 @@
-"""What a run says of its data when it starts."""
+"""Startup messages about the data: notes and warnings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from bridge.gpt.data.sft.corpus import Corpus
 
 
-def notes_of(corpora: Mapping[str, Corpus], sequences: Mapping[str, int]) -> dict[str, Any]:
-    """Return the facts of the start-up lines: samples, what was cut or dropped, what counts.
+def collect_notes(corpora: Mapping[str, Corpus], sequences: Mapping[str, int]) -> dict[str, Any]:
+    """Return the numbers of samples, of rows that were cut or dropped, and of tokens that count.
 
     Args:
         corpora: The samples of each split.
-        sequences: How many packed sequences they make; empty if they are not packed.
+        sequences: The number of packed sequences of each split; empty without packing.
     """
     notes: dict[str, Any] = {}
     for name, corpus in corpora.items():
@@ -27,15 +27,15 @@ def notes_of(corpora: Mapping[str, Corpus], sequences: Mapping[str, int]) -> dic
         notes |= {fate: rows for fate, rows in fates.items() if rows}
         for key, rows in report.ignored_keys.items():
             notes[f"{name} rows of which {key!r} is ignored"] = rows
-        notes[f"% of {name} tokens count in the loss"] = percentage(corpus)
+        notes[f"% of {name} tokens count in the loss"] = counted_percentage(corpus)
     return notes
 
 
-def warnings_of(corpora: Mapping[str, Corpus], ignore_keys: Sequence[str] = ()) -> list[str]:
-    """Return a line for each thing of a split that a user should know of.
+def collect_warnings(corpora: Mapping[str, Corpus], ignore_keys: Sequence[str] = ()) -> list[str]:
+    """Return the warnings about special tokens in the text, the loss mask and `ignore_keys`.
 
-    They are special tokens in the text, and that nothing or everything counts in the loss. A key
-    of `ignore_keys` that no row has is a mistake.
+    A loss mask in which nothing or everything counts, and an ignored key that no row has, are
+    probably mistakes.
     """
     found = {key for corpus in corpora.values() for key in corpus.report.ignored_keys}
     lines = [
@@ -51,7 +51,7 @@ def warnings_of(corpora: Mapping[str, Corpus], ignore_keys: Sequence[str] = ()) 
                 f"tokens written in {'their' if written > 1 else 'its'} text; they are encoded as "
                 "text"
             )
-        share = percentage(corpus)
+        share = counted_percentage(corpus)
         if share in (0, 100):
             what = "hardly any token" if share == 0 else "every token, also those of prompts,"
             lines.append(
@@ -61,6 +61,6 @@ def warnings_of(corpora: Mapping[str, Corpus], ignore_keys: Sequence[str] = ()) 
     return lines
 
 
-def percentage(corpus: Corpus) -> float:
-    """Return how much of the predicted tokens counts in the loss, in percent with one decimal."""
+def counted_percentage(corpus: Corpus) -> float:
+    """Return the share of predicted tokens that count in the loss, in percent with one decimal."""
     return round(100 * corpus.report.counted / corpus.report.tokens, 1)

@@ -1,1 +1,1 @@
-"""Rows of prompts and answers, or of chats: where they are stored, and the conversation in one."""
+"""Rows of prompts and answers, or of chats: their files, and the conversation in each."""

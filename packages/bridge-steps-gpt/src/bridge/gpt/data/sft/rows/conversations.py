@@ -1,4 +1,4 @@
-"""The conversation in a row, and the keys of a row that no conversation is read from.
+"""Conversations, and how one is read from a row.
 
 A row is a JSON object, or a row of a Hugging Face dataset, in one of three forms:
 
@@ -6,7 +6,7 @@ A row is a JSON object, or a row of a Hugging Face dataset, in one of three form
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
 
-Other keys are rejected, unless dataset.ignore_keys has them.
+Other keys are rejected, unless dataset.ignore_keys names them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +19,11 @@ from bridge.training.usage_error import UsageError
 
 ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
-"""Who may speak in a chat."""
+"""The roles of a chat."""
 
 _SHAREGPT_KEY = "conversations"
 _SHAREGPT_ROLES = {"human": "user", "gpt": ASSISTANT}
-# Where a turn has its role and its text.
+# The keys of a turn's role and of its text.
 _OF_CHAT = ("role", "content")
 _OF_SHAREGPT = ("from", "value")
 _PREFERENCE_KEYS = ("chosen", "rejected")
@@ -31,7 +31,7 @@ _PREFERENCE_KEYS = ("chosen", "rejected")
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """What one side says."""
+    """A turn of a conversation."""
 
     role: str
     text: str
@@ -39,28 +39,28 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """What a row holds."""
+    """The conversation in a row."""
 
     place: str
-    """Where the row stands, for messages."""
+    """The file and line of the row, for messages."""
     turns: tuple[Turn, ...]
     is_chat: bool
-    """False for a prompt and its completion, which are its two turns."""
+    """False for a prompt and its completion, which are the two turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowKeys:
-    """Under which keys a row has what."""
+    """The keys of a row."""
 
     prompt: str
     completion: str
     messages: str
     ignored: tuple[str, ...] = ()
-    """Keys of rows and turns that the user gives up (dataset.ignore_keys)."""
+    """Keys of rows and turns that the user ignores (dataset.ignore_keys)."""
 
 
 def extra_keys_of(record: Mapping[str, Any], keys: RowKeys) -> Iterator[tuple[str, Holder]]:
-    """Yield the keys of a row and of its turns that `conversation_of` does not read."""
+    """Yield the keys of a row and of its turns that `read_conversation` does not read."""
     used: set[str]
     turn_keys: tuple[str, ...]
     if record.get(keys.messages) is not None:
@@ -70,22 +70,22 @@ def extra_keys_of(record: Mapping[str, Any], keys: RowKeys) -> Iterator[tuple[st
     elif all(key in record for key in (keys.prompt, keys.completion)):
         used, turn_keys = {keys.prompt, keys.completion}, ()
     else:
-        return  # a malformed row, whose error tells what it has
+        return  # a malformed row, whose error names its keys
     for key in extra_keys_in(record, used):
         yield key, "rows"
     turns, role_key = record[next(iter(used))], next(iter(turn_keys), "")
     for turn in turns if turn_keys and isinstance(turns, Sequence) else ():
-        # One without a role is malformed.
+        # A turn without a role is malformed.
         if isinstance(turn, Mapping) and turn.get(role_key) is not None:
             for key in extra_keys_in(turn, turn_keys):
                 yield key, "turns"
 
 
-def conversation_of(record: Mapping[str, Any], place: str, keys: RowKeys) -> Conversation:
-    """Read a row.
+def read_conversation(record: Mapping[str, Any], place: str, keys: RowKeys) -> Conversation:
+    """Read the conversation of a row.
 
     Raises:
-        UsageError: It is malformed; the message says where it stands and why.
+        UsageError: It is malformed; the message has its place and the reason.
     """
     if record.get(keys.messages) is not None:
         turns = _turns(record[keys.messages], f"{place}: {keys.messages}", _OF_CHAT, keys)
@@ -143,19 +143,21 @@ def _turn(message: Any, place: str, turn_keys: tuple[str, str], keys: RowKeys) -
         )
     text = message.get(text_key)
     if text is None and extra_keys_in(message, {*turn_keys, *keys.ignored}):
-        text = ""  # Its other keys say what it is, and are reported.
+        text = ""  # its other keys are the mistake, and are reported
     return Turn(role=role, text=_text(text, f"{place}: {text_key}"))
 
 
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{place}: expected text, got {short_repr(value)}{_advice_for(value)}")
+        raise UsageError(
+            f"{place}: expected text, got {short_repr(value)}{_advice_for_text(value)}"
+        )
     # JSON can hold lone surrogates, which UTF-8 cannot.
     return value.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _advice_for_turn(message: Any, turn_keys: tuple[str, str]) -> str:
-    """Return what to do with a turn that has its role and its text elsewhere, or none."""
+    """Return a remedy for a turn that has its role and its text under other keys, or has none."""
     if isinstance(message, Mapping):
         if turn_keys == _OF_SHAREGPT and _OF_CHAT[0] in message:
             return (
@@ -167,8 +169,8 @@ def _advice_for_turn(message: Any, turn_keys: tuple[str, str]) -> str:
     return "write one, or take the row out"
 
 
-def _advice_for(value: Any) -> str:
-    """Return what to do with what others write where a text stands here."""
+def _advice_for_text(value: Any) -> str:
+    """Return a remedy for a value that is not a text."""
     if not isinstance(value, Sequence) or not value or not isinstance(value[0], Mapping):
         return "; write one, or take the row out"
     if "role" in value[0]:

@@ -1,9 +1,9 @@
-"""Instructions on any machine: the docstrings of the running Python's standard library.
+"""Rows from the docstrings of the running Python's standard library, on any machine.
 
-The prompt is a function's signature, the answer the summary of what it does: the first paragraph of
-its docstring, in one line. The rows for validation are those of whole modules: the ones that
-gpt-tiny, which learns the same sources, keeps for its own validation. So neither has seen them.
-What both rows say in the same words is left out of validation too.
+The prompt is a function's signature. The answer is the first paragraph of its docstring, in one
+line. The rows for validation are from the modules that gpt-tiny, which is trained on the same
+sources, keeps for its own validation, so that neither run has seen them. Rows of validation that
+are equal to one of training are removed.
 """
 
 import ast
@@ -19,8 +19,8 @@ from bridge.gpt.data.text.documents import count_documents
 from bridge.gpt.data.text.sources import TextFile, python_standard_library
 
 _TRAINED_ON = 0.98
-"""gpt-tiny's share of the documents: `bridge.gpt.data.split_plan.usual_split` leaves two percent of
-a text of this size to validation."""
+"""Share of the documents that gpt-tiny is trained on: `bridge.gpt.data.split_plan.default_split`
+keeps two percent of a text of this size for validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +34,16 @@ class DocstringRows:
         return [file.path for file in _library()]
 
     def check(self) -> dict[str, int]:
-        """Return nothing: these rows have no other keys."""
+        """Return no counts, since these rows have no extra keys."""
         return {}
 
     def conversations(self) -> Iterator[Conversation]:
-        """Yield a prompt and its answer for each function that has a docstring, once each."""
+        """Yield a prompt and its answer for each function that has a docstring, without repeats."""
         yield from _rows_of_library()[self.split]
 
 
 def held_out_modules(files: Sequence[TextFile]) -> list[TextFile]:
-    """Return the files, of the library's in order, of which gpt-tiny trains on no part."""
+    """Return the library's files of which gpt-tiny is trained on no part, in order."""
     documents = count_documents(files)
     first = round(_TRAINED_ON * sum(documents))
     begins = 0
@@ -57,7 +57,7 @@ def held_out_modules(files: Sequence[TextFile]) -> list[TextFile]:
 def instructions(source: bytes) -> Iterator[tuple[int, str, str]]:
     """Yield line, prompt and answer for each function of a module that has a docstring."""
     with warnings.catch_warnings():
-        # Of old escapes in the module's strings.
+        # Some modules have invalid escapes in their strings.
         warnings.simplefilter("ignore")
         module = ast.parse(source)
     for node in _functions(module):
@@ -92,7 +92,7 @@ def _rows_of_library() -> dict[str, list[Conversation]]:
 
 
 def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Yield the functions within a node, looking into statements only."""
+    """Yield the functions within a node, also within its statements."""
     for block in ("body", "orelse", "handlers", "finalbody"):
         for statement in getattr(node, block, []):
             if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,6 +1,6 @@
-"""Keys of rows and turns that nothing here reads: counted, and rejected unless the user lists them.
+"""Extra keys of rows and turns, which are not read: rejected unless the user ignores them.
 
-A tool, a reasoning or a weight of 0 that is left out in silence makes other data of the rows.
+If a tool, a reasoning or a weight of 0 were skipped silently, the rows would be other data.
 """
 
 import json
@@ -11,33 +11,33 @@ from shlex import quote
 from typing import Any, Literal
 
 type Holder = Literal["rows", "turns"]
-"""Objects with keys: rows, or the turns of their conversations."""
+"""The objects with the key: rows, or the turns of their conversations."""
 
 
 @dataclass
-class _Seen:
-    """Places of a key in the data."""
+class _Count:
+    """The rows that have a key."""
 
     first: str
-    """The first row that has it."""
+    """The place of the first row."""
     rows: int = 0
 
 
 @dataclass
 class ExtraKeys:
-    """The keys of the rows of a source that are not read."""
+    """The extra keys in the rows of a source."""
 
     ignored: Collection[str]
-    """Those that the user gives up (dataset.ignore_keys)."""
-    _seen: dict[tuple[str, Holder], _Seen] = field(default_factory=dict)
+    """The keys that the user ignores (dataset.ignore_keys)."""
+    _seen: dict[tuple[str, Holder], _Count] = field(default_factory=dict)
 
     def add(self, keys: Iterable[tuple[str, Holder]], place: str) -> None:
-        """Take the unused keys of the row at `place`."""
+        """Count the extra keys of the row at `place`."""
         for key in dict.fromkeys(keys):
-            self._seen.setdefault(key, _Seen(first=place)).rows += 1
+            self._seen.setdefault(key, _Count(first=place)).rows += 1
 
     def rows_with_ignored(self) -> dict[str, int]:
-        """Return how many rows have each key that the user gives up, at most."""
+        """Return the number of rows with each ignored key; of rows or of turns, the larger."""
         found: dict[str, int] = {}
         for (key, _), seen in self._seen.items():
             if key in self.ignored:
@@ -45,7 +45,7 @@ class ExtraKeys:
         return found
 
     def problem(self) -> str | None:
-        """Return what rejects the rows; None if all of their keys are read or given up."""
+        """Return the problem with the rows' keys; None if all are read or ignored."""
         found = {key: seen for key, seen in self._seen.items() if key[0] not in self.ignored}
         if not found:
             return None
@@ -63,9 +63,9 @@ class ExtraKeys:
 
 
 def extra_keys_in(record: Mapping[str, Any], used: Collection[str]) -> list[str]:
-    """Return the keys of a row or a turn that say something and are not in `used`.
+    """Return the keys of a row or a turn that have a value and are not in `used`.
 
-    Null, an empty text and an empty list say nothing: tables have them where a row lacks a key.
+    Null, an empty text and an empty list are no value: tables have them where a row lacks a key.
     """
     return [
         str(key)
@@ -75,7 +75,7 @@ def extra_keys_in(record: Mapping[str, Any], used: Collection[str]) -> list[str]
 
 
 def _in_yaml(name: str) -> str:
-    """Write a name as an item of a list on the command line, which is YAML."""
+    """Return a name as an item of a list on the command line, which is YAML."""
     is_plain = _PLAIN.fullmatch(name) and name.lower() not in ("true", "false", "null")
     return name if is_plain else json.dumps(name)
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol
 from bridge.gpt.data.sft.rows.conversations import (
     Conversation,
     RowKeys,
-    conversation_of,
     extra_keys_of,
+    read_conversation,
     short_repr,
 )
 from bridge.gpt.data.sft.rows.extra_keys import ExtraKeys
@@ -22,7 +22,7 @@ from bridge.training.file_kinds import HEAD_BYTES
 from bridge.training.usage_error import UsageError
 
 JSON_LINES = {"train": "training.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
-"""The files of a directory, by split."""
+"""The files of rows in a directory, by split."""
 
 _SPLITS_OF_HUGGING_FACE = {
     "train": ("train", "training"),
@@ -39,19 +39,19 @@ class RowSource(Protocol):
         ...
 
     def check(self) -> dict[str, int]:
-        """Read all rows once; return how many have each of the keys that are given up.
+        """Check all rows; return the number of rows with each ignored key.
 
         Raises:
-            UsageError: Rows are malformed, or have keys that are neither read nor given up. The
+            UsageError: Rows are malformed, or have keys that are neither read nor ignored. The
                 message names the first malformed row and all such keys.
         """
         ...
 
     def conversations(self) -> Iterator[Conversation]:
-        """Read all rows, in their order.
+        """Yield the conversations of all rows, in order.
 
         Raises:
-            UsageError: A row is malformed; the message says where it stands and why.
+            UsageError: A row is malformed; the message has its place and the reason.
         """
         ...
 
@@ -73,13 +73,13 @@ class StoredRows:
         return sorted(path for path in self.path.rglob("*") if path.is_file())
 
     def check(self) -> dict[str, int]:
-        """Look for malformed rows and keys that are not read (see `RowSource`)."""
+        """Check for malformed rows and extra keys (see `RowSource`)."""
         extra = ExtraKeys(self.keys.ignored)
         malformed: list[str] = []
         for place, record in self._records():
             extra.add(extra_keys_of(record, self.keys), place.removeprefix(f"{self.path}, "))
             try:
-                conversation_of(record, place, self.keys)
+                read_conversation(record, place, self.keys)
             except UsageError as error:
                 malformed.append(str(error))
         problems = malformed[:1]
@@ -92,9 +92,9 @@ class StoredRows:
         return extra.rows_with_ignored()
 
     def conversations(self) -> Iterator[Conversation]:
-        """Read all rows (see `RowSource`)."""
+        """Yield the conversations of all rows (see `RowSource`)."""
         for place, record in self._records():
-            yield conversation_of(record, place, self.keys)
+            yield read_conversation(record, place, self.keys)
 
     def _records(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if self.kind == "json lines":
@@ -103,19 +103,19 @@ class StoredRows:
 
 
 def find_rows(path: str, field: str, keys: RowKeys) -> dict[str, StoredRows]:
-    """Find the rows that a user's path means, by the split that they are for.
+    """Return the rows at a user's path, by split.
 
     A file is for training: JSON Lines or a JSON list of rows, also compressed with gzip, bzip2 or
-    xz. A directory has files by the names of `JSON_LINES`, or is a Hugging
-    Face dataset as its ``save_to_disk`` writes it, of several splits or of one, for training.
+    xz. A directory has files by the names of `JSON_LINES`, or is a Hugging Face dataset as its
+    ``save_to_disk`` writes it: of several splits, or of one, which is for training.
 
     Args:
-        path: A JSON Lines file or a directory.
-        field: What the user calls the path, for messages.
-        keys: What the rows have where.
+        path: A file or a directory.
+        field: The field of the path, for messages.
+        keys: The keys of the rows.
 
     Raises:
-        UsageError: No rows are there; the message says what is.
+        UsageError: No rows are there; the message names the files that are.
     """
     place = Path(path).expanduser().absolute()
     if place.is_file():
@@ -168,10 +168,10 @@ def _splits_of_hugging_face(
 
 
 def reject_missing_library(source: StoredRows, field: str) -> None:
-    """Refuse rows that only the package datasets can read, where it is not installed.
+    """Reject rows that need the package datasets if it is not installed.
 
     Raises:
-        UsageError: With the line that installs it.
+        UsageError: It is not installed; the message has the command that installs it.
     """
     if source.kind == "hugging face" and importlib.util.find_spec("datasets") is None:
         raise UsageError(
@@ -182,7 +182,7 @@ def reject_missing_library(source: StoredRows, field: str) -> None:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the rows of a file, a line each or items of one list, each with its place."""
+    """Yield the rows of a file, lines or the items of one list, each with its place."""
     with open_text(path) as stream:
         beginning = stream.read(HEAD_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     if beginning.startswith(b"["):
