@@ -1,39 +1,42 @@
 """The seam to megatron-core: what is patched in it and in torch, and why.
 
-Bridge works with one version of megatron-core, `MEGATRON_CORE`, as it uses private names of it. All
-uses of private names of megatron-core and torch are here, each with its reason and, where one is
-known, the upstream issue or pull request. When the version changes, this module does. Three kinds
-of use are somewhere else:
+Bridge works with one version of megatron-core, `MEGATRON_CORE`, since it uses private names of it.
+The functions of this module are all uses of private names of megatron-core and torch, each with its
+reason and, where one is known, the upstream issue or pull request. A change of the version begins
+here. megatron-core is imported inside the functions, so that importing this module stays light.
 
-- `bridge.training.megatron_import`: what is changed only while megatron-core is being imported;
-- `bridge.training.cpu.patches`: the table of the CPU emulation;
-- private methods that our subclasses override, with ``typing.override``, at their own places:
+Only these are somewhere else:
 
-      bridge.training.model.router.Router._apply_seq_aux_loss
-          Padding lies unevenly in sequences, and megatron-core divides by their mean length. No
-          upstream issue known (padding masks came with NVIDIA/Megatron-LM#2142).
-      bridge.training.model.router.Router._apply_expert_bias
-          The mask of padding does not fit the shape of the routing map: NVIDIA/Megatron-LM#6111,
-          fixed by #6114 after this version.
-      bridge.gpt.model.GPT._postprocess
-          The loss of multi-token prediction depends on layout and micro batch size under uneven
-          masks. NVIDIA/Megatron-LM#2417 is a part of it.
-      bridge.gpt.model.PredictionLayer._get_embeddings
-          The mask of padding is shifted within a sequence-parallel rank's part. No upstream issue
-          known.
-      bridge.gpt.model.GPT (in its constructor)
-          An output layer that shares the embedding's weight has a weight of its own that nothing
-          reads, which megatron-core then rejects to save: NVIDIA/Megatron-LM#7577.
-      bridge.mimo.model.MultimodalModel._forward_encoders
-          An encoder on ranks of its own gives each replica of the language model the embeddings of
-          its samples (see `mark_split_sizes`).
-      bridge.mimo.module_ranks._Communicator._build_bridge_comms
-          It builds our bridges between modules in place of megatron-core's.
-      bridge.mimo.module_ranks._Bridge._communicate_shapes
-          It notes how many embeddings came from each rank, whose gradients go back there. No
-          upstream issue known.
+- changes that last while megatron-core is being imported: `bridge.training.megatron_import`;
+- the table of the CPU emulation: `bridge.training.cpu.patches`.
 
-megatron-core is imported inside the functions, so that importing this module stays light.
+Our subclasses of megatron-core's classes override private methods, with ``typing.override``:
+
+- `bridge.training.model.router.Router._apply_seq_aux_loss`: megatron-core divides by the mean
+  length of the sequences, while padding lies unevenly in them. No upstream issue known; padding
+  masks came with NVIDIA/Megatron-LM#2142.
+- `bridge.training.model.router.Router._apply_expert_bias`: the padding mask does not fit the shape
+  of the routing map. NVIDIA/Megatron-LM#6111, fixed after this version by #6114.
+- `bridge.gpt.model.GPT._postprocess`: under uneven masks the MTP loss depends on the layout and on
+  the micro batch size. NVIDIA/Megatron-LM#2417 is a part of it.
+- `bridge.gpt.model.PredictionLayer._get_embeddings`: the padding mask is shifted within the part of
+  a sequence-parallel rank. No upstream issue known.
+- `bridge.mimo.model.MultimodalModel._forward_encoders`: an encoder on ranks of its own sends each
+  replica of the language model the embeddings of its samples (`mark_split_sizes`).
+- `bridge.mimo.module_ranks._Communicator._build_bridge_comms`: bridges between modules are ours.
+- `bridge.mimo.module_ranks._Bridge._communicate_shapes`: notes the number of embeddings from each
+  rank, whose gradients go back to it. No upstream issue known.
+
+And some of megatron-core's errors are corrected by public names alone:
+
+- `bridge.training.optimizer.saved_state`: the distributed optimizer saves wrong state where buckets
+  are padded. NVIDIA/Megatron-LM#5077, merged after this version.
+- `bridge.gpt.model.GPT`: on the stages of MTP, an output layer that shares the embedding's weight
+  has an unused weight of its own. NVIDIA/Megatron-LM#7577.
+- `bridge.gpt.data.next_token_samples`: padding is found by a token's id, and the loss mask of the
+  first sample is kept for later ones. NVIDIA/Megatron-LM#2170, NVIDIA/Megatron-LM#6981.
+- `bridge.training.model.local_layers`: norms and attention without Transformer Engine that work
+  with sequence and context parallelism and packed sequences. No upstream issue known.
 """
 
 import ast
