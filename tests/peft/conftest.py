@@ -1,4 +1,4 @@
-"""Fixtures of the adapters' tests: megatron-core's process groups of one process, on the CPU."""
+"""Fixtures for the adapters' tests: megatron-core's process groups of one process, on the CPU."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ def one_rank() -> Iterator[None]:
     yield
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-    # megatron-core does not destroy all of its groups. A rank that a later test forks would free
-    # the rest, and wait for their threads, which were not forked.
+    # megatron-core does not destroy all of its groups. A rank forked by a later test would free the
+    # rest, and wait for their threads, which are not forked.
     for name, value in found.items():
         setattr(parallel_state, name, value)

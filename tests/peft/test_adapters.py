@@ -1,4 +1,4 @@
-"""The adapters compute what their papers say, beside plain layers and megatron-core's."""
+"""The adapters compute the equations of their papers, for layers of torch and megatron-core."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ def test_gradients_of_dora_do_not_pass_through_the_lengths() -> None:
 
 
 @pytest.mark.parametrize("method", [LoRA, DoRA, CanonicalLoRA])
-def test_it_starts_as_the_layer_was_and_leaves_it_frozen(method: Any) -> None:
+def test_the_adapted_layer_starts_as_the_base_layer_which_stays_frozen(method: Any) -> None:
     model: Any = ModuleDict({"layer": Linear(5, 3)})
     x = torch.randn(7, 5)
     before = model["layer"](x)
@@ -81,7 +81,7 @@ def test_it_starts_as_the_layer_was_and_leaves_it_frozen(method: Any) -> None:
 
 
 @pytest.mark.parametrize("method", [LoRA, DoRA, CanonicalLoRA])
-def test_merging_leaves_a_plain_layer_that_gives_the_same(method: Any) -> None:
+def test_merging_leaves_a_plain_layer_with_the_same_output(method: Any) -> None:
     chosen = method(target_modules=["layer"], dim=2)
     model, layer = attached(chosen)
     x = torch.randn(7, 5)
@@ -91,14 +91,14 @@ def test_merging_leaves_a_plain_layer_that_gives_the_same(method: Any) -> None:
     torch.testing.assert_close(model["layer"](x), adapted)
 
 
-def test_what_is_adapted_is_not_adapted_again() -> None:
+def test_an_adapted_layer_is_not_adapted_again() -> None:
     model, _ = attached(LoRA(target_modules=["layer"], dim=2))
     with pytest.raises(ValueError, match="layer: has an adapter already"):
         LoRA(target_modules=["layer"], dim=2).attach([model])
 
 
 @pytest.mark.parametrize("method", [LoRA, DoRA, CanonicalLoRA])
-def test_the_chosen_dtype_is_that_of_all_that_trains_and_not_of_the_output(method: Any) -> None:
+def test_the_dtype_is_that_of_the_adapters_parameters_and_not_of_the_output(method: Any) -> None:
     model: Any = ModuleDict({"layer": Linear(5, 3, dtype=torch.bfloat16)})
     chosen = method(target_modules=["layer"], dim=2, dtype=torch.float32)
     [layer] = chosen.attach([model])
@@ -110,17 +110,17 @@ def test_the_chosen_dtype_is_that_of_all_that_trains_and_not_of_the_output(metho
     assert {parameter.dtype for parameter in plain.adapter.parameters()} == {torch.bfloat16}
 
 
-def test_dropout_leaves_inputs_of_the_adapter_out_while_training() -> None:
+def test_dropout_zeroes_inputs_of_the_adapter_in_training_alone() -> None:
     _, layer = attached(LoRA(target_modules=["layer"], dim=2, dropout=0.5))
     x = torch.ones(400, 5)
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-    whole = layer(x) - layer.base(x)
+    update = layer(x) - layer.base(x)
     layer.train()
     dropped = layer(x) - layer.base(x)
     assert not torch.equal(dropped[0], dropped[1])
     # On average it is the same.
-    torch.testing.assert_close(dropped.mean(0), whole[0], atol=1.0, rtol=0.3)
+    torch.testing.assert_close(dropped.mean(0), update[0], atol=1.0, rtol=0.3)
 
 
 def test_problems_name_the_field_and_its_value() -> None:
@@ -156,16 +156,16 @@ def test_any_part_of_a_fused_layer_can_be_adapted(targets: list[str]) -> None:
     assert name == targets[0]
     update = x @ part.linear_in.weight.T @ part.linear_out.weight.T * part.scale
     gate, up = (fc1(x)[0] - fc1.base(x)[0]).chunk(2, dim=-1)
-    changed, left = (up, gate) if name == "linear_fc1_up" else (gate, up)
+    changed, unchanged = (up, gate) if name == "linear_fc1_up" else (gate, up)
     torch.testing.assert_close(changed, update)
-    assert not left.any()
+    assert not unchanged.any()
     output = model["mlp"](x)[0]
     chosen.merge([model])
     torch.testing.assert_close(model["mlp"](x)[0], output)
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_fused_layer_goes_by_the_names_of_its_parts() -> None:
+def test_a_fused_layer_is_named_by_its_parts() -> None:
     with pytest.raises(ValueError, match="'linear_fc1' matches no layer; did you mean 'linear_fc"):
         CanonicalLoRA(target_modules=["linear_fc1"]).attach([gated_mlp()])
     with pytest.raises(ValueError, match=r"\(there are linear_fc1_gate, linear_fc1_up, linear_fc2"):
@@ -173,7 +173,7 @@ def test_a_fused_layer_goes_by_the_names_of_its_parts() -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_callers_see_the_layer_in_the_adapted_one() -> None:
+def test_callers_read_the_base_layers_attributes() -> None:
     model = gated_mlp()
     base = model["mlp"].linear_fc2
     LoRA(target_modules=["linear_fc2"], dim=2).attach([model])

@@ -1,21 +1,22 @@
-"""Canonical LoRA: updates of their own for what megatron-core's fused layers hold.
+"""Canonical LoRA: an update of its own for each part of megatron-core's fused layers.
 
 ``linear_qkv`` holds the projections to queries, keys and values, ``linear_fc1`` of a gated MLP the
-gate and the values it is multiplied with. LoRA gives such a layer one A for all of them; here each
-has an A and a B, as when they are layers of their own, and any of them may be left out.
+gate and the values that it multiplies. LoRA gives such a layer one A for all of its parts. Here
+each part has an A and a B, like a layer of its own, and any of them may be skipped.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, cast, override
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
 
-from bridge.peft.adapted import Update
-from bridge.peft.adapters import LowRankAdapter, gathered_like
+from bridge.peft.adapters.adapter import Adapter, Update
+from bridge.peft.adapters.low_rank import LowRankAdapter, gather_like
+from bridge.peft.layers.candidates import Layer
 from bridge.peft.lora import LoRAAdapter
-from bridge.peft.method import Layer, LowRankMethod
+from bridge.peft.low_rank_method import LowRankMethod
 from bridge.peft.usage_error import UsageError
 
 _QKV = ("linear_q", "linear_k", "linear_v")
@@ -24,7 +25,7 @@ _GATED = ("linear_fc1_gate", "linear_fc1_up")
 
 @dataclass(kw_only=True)
 class CanonicalLoRA(LowRankMethod):
-    """LoRA with updates of their own for queries, keys, values, gate and up projection."""
+    """LoRA with one update each for queries, keys, values, gate and up projection."""
 
     target_modules: list[str] = field(
         default_factory=lambda: [*_QKV, "linear_proj", *_GATED, "linear_fc2"]
@@ -35,48 +36,52 @@ class CanonicalLoRA(LowRankMethod):
     method: Literal["canonical_lora"] = "canonical_lora"
     """The method's name."""
 
+    @override
     def names_of(self, layer: Layer) -> list[str]:
         """Return the names of a fused layer's parts, or the layer's."""
         return list(_parts_of(layer)) or [layer.name]
 
-    def adapter_for(self, layer: Layer, meant: Sequence[str]) -> torch.nn.Module:
-        """Make the adapter of a layer.
+    @override
+    def build_adapter(self, layer: Layer, selected: Sequence[str]) -> Adapter:
+        """Build the adapter of a layer.
 
         Raises:
-            UsageError: Tensor-parallel ranks share a group of queries.
+            UsageError: A group of queries is split over tensor-parallel ranks.
         """
         parts = _parts_of(layer)
         if not parts:
-            return LoRAAdapter(layer.weight, layer.linear, **self.adapter_options())
+            return LoRAAdapter(layer.weight, layer.layout, **self.adapter_options())
         rows = _rows_of_parts(layer)
         adapters = {
             name: LowRankAdapter(
                 layer.weight,
-                layer.linear,
+                layer.layout,
                 rows=rows.groups * width,
                 **self.adapter_options(),
             )
             for name, width in zip(parts, rows.widths, strict=True)
-            if name in meant
+            if name in selected
         }
-        return PartedAdapter({name.rpartition(".")[2]: adapters.get(name) for name in parts}, rows)
+        return FusedLayerAdapter(
+            {name.rpartition(".")[2]: adapters.get(name) for name in parts}, rows
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """How a fused layer's output is made of its parts: group after group, part after part."""
+    """The order of a fused layer's rows: group after group, and part after part in each."""
 
     groups: int
     widths: tuple[int, ...]
     """Rows of each part within a group."""
 
 
-class PartedAdapter(torch.nn.Module):
-    """Adapters of the parts of a fused layer, of which some may be absent.
+class FusedLayerAdapter(Adapter):
+    """The adapters of the parts of a fused layer, of which some may be absent.
 
     Args:
-        parts: By name, in the order in which the layer holds them; None for one left alone.
-        rows: How they share the layer's rows on this rank.
+        parts: By name, in the order of the layer; None for a part without an adapter.
+        rows: The order of the layer's rows on this rank.
     """
 
     def __init__(self, parts: Mapping[str, LowRankAdapter | None], rows: Rows) -> None:
@@ -85,23 +90,26 @@ class PartedAdapter(torch.nn.Module):
         self._order = list(parts)
         self._rows = rows
 
+    @override
     def forward(
         self, x: torch.Tensor, output: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the output of the adapted layer (see `bridge.peft.adapted.Adapter`)."""
+        """Return the output of the adapted layer (see `Adapter`)."""
         parts = self._adapters()
-        linear = next(iter(parts.values())).linear
+        layout = next(iter(parts.values())).layout
         deltas = {name: part.update(x) for name, part in parts.items()}
-        return output + gathered_like(self._together(deltas), output, linear)
+        return output + gather_like(self._combine(deltas), output, layout)
 
+    @override
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight with the updates of its parts added, in float32."""
         deltas = {name: part.delta_weight().t() for name, part in self._adapters().items()}
-        return weight.float() + self._together(deltas).t()
+        return weight.float() + self._combine(deltas).t()
 
+    @override
     def updates(self) -> list[Update]:
         """Return an update for each part that has an adapter."""
-        rows = self._rows_of_each()
+        rows = self._rows_by_part()
         return [
             Update(
                 rows=rows[name],
@@ -112,8 +120,8 @@ class PartedAdapter(torch.nn.Module):
             for name, part in self._adapters().items()
         ]
 
-    def _rows_of_each(self) -> dict[str, torch.Tensor]:
-        """Return the layer's rows that each part has, in the part's order."""
+    def _rows_by_part(self) -> dict[str, torch.Tensor]:
+        """Return the indices of each part's rows in the layer, in the part's order."""
         groups, widths = self._rows.groups, self._rows.widths
         numbers = torch.arange(groups * sum(widths)).view(groups, -1).split(widths, dim=1)
         return {name: part.flatten() for name, part in zip(self._order, numbers, strict=True)}
@@ -121,8 +129,8 @@ class PartedAdapter(torch.nn.Module):
     def _adapters(self) -> dict[str, LowRankAdapter]:
         return cast("dict[str, LowRankAdapter]", dict(self.parts.items()))
 
-    def _together(self, deltas: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Bring [..., rows of a part] of the parts into the layer's order; 0 for an absent one."""
+    def _combine(self, deltas: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Put [..., rows of a part] of the parts in the layer's order, zeros for an absent part."""
         some = next(iter(deltas.values()))
         shape, groups = some.shape[:-1], self._rows.groups
         blocks = [
@@ -135,7 +143,7 @@ class PartedAdapter(torch.nn.Module):
 
 
 def _parts_of(layer: Layer) -> list[str]:
-    """Return the full names of what a fused layer holds, none if it is not fused."""
+    """Return the full names of a fused layer's parts, none if it is not fused."""
     parent, _, own = layer.name.rpartition(".")
     if isinstance(layer.parent, SelfAttention) and own == "linear_qkv":
         names: tuple[str, ...] = _QKV
@@ -152,11 +160,11 @@ def _rows_of_parts(layer: Layer) -> Rows:
         return Rows(groups=1, widths=(rows // 2, rows // 2))
     config = layer.parent.config
     groups = config.num_query_groups or config.num_attention_heads
-    if groups % layer.linear.ranks:
+    if groups % layer.layout.num_ranks:
         raise UsageError(
             f"peft.method=canonical_lora: model.num_query_groups={groups} is not a multiple of "
-            f"model.tensor_model_parallel_size={layer.linear.ranks}, so ranks share keys; choose "
-            "another layout or peft.method=lora"
+            f"model.tensor_model_parallel_size={layer.layout.num_ranks}, so ranks share keys; "
+            "choose another layout or peft.method=lora"
         )
     if getattr(config, "attention_output_gate", False):
         raise UsageError(
@@ -165,4 +173,4 @@ def _rows_of_parts(layer: Layer) -> Rows:
         )
     width = config.kv_channels or config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads // groups * width
-    return Rows(groups=groups // layer.linear.ranks, widths=(queries, width, width))
+    return Rows(groups=groups // layer.layout.num_ranks, widths=(queries, width, width))

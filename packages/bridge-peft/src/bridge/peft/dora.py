@@ -1,4 +1,4 @@
-"""DoRA: the update changes a weight's direction, a vector its length (arXiv:2402.09353).
+"""DoRA: a low-rank update turns a weight's rows, a vector sets their length (arXiv:2402.09353).
 
 With V = W + s B A and m one number for each output feature, y = m / |V| * V x, where |V| is the
 length of each row of V. Gradients do not pass through |V| (section 4.3 there). The length needs no
@@ -9,15 +9,21 @@ V of its own:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, override
 
 import torch
 import torch.distributed as dist
 
-from bridge.peft.adapted import Update
-from bridge.peft.adapters import LowRankAdapter, gathered_like, mark, whole_gradient
-from bridge.peft.linears import Linear
-from bridge.peft.method import Layer, LowRankMethod
+from bridge.peft.adapters.adapter import Adapter, Update
+from bridge.peft.adapters.low_rank import (
+    LowRankAdapter,
+    gather_like,
+    set_parallel_attributes,
+    sum_expert_gradient,
+)
+from bridge.peft.layers.candidates import Layer
+from bridge.peft.layers.linear_layout import LinearLayout
+from bridge.peft.low_rank_method import LowRankMethod
 
 
 @dataclass(kw_only=True)
@@ -27,50 +33,56 @@ class DoRA(LowRankMethod):
     method: Literal["dora"] = "dora"
     """The method's name."""
 
-    def adapter_for(self, layer: Layer, meant: Sequence[str]) -> torch.nn.Module:
-        """Make the adapter of a layer."""
+    @override
+    def build_adapter(self, layer: Layer, selected: Sequence[str]) -> Adapter:
+        """Build the adapter of a layer."""
         return DoRAAdapter(
-            layer.weight, layer.linear, is_gated=layer.is_gated, **self.adapter_options()
+            layer.weight, layer.layout, is_gated=layer.is_gated, **self.adapter_options()
         )
 
 
-class DoRAAdapter(LowRankAdapter):
-    """Turns and scales what a layer gives.
+class DoRAAdapter(LowRankAdapter, Adapter):
+    """The adapter that turns and scales the rows of a layer's weight.
 
     Args:
         weight: The base layer's weight on this rank, [out features, in features].
-        linear: The base layer.
+        layout: The base layer's layout.
         options: Those of `LowRankAdapter`.
     """
 
-    def __init__(self, weight: torch.Tensor, linear: Linear, **options: Any) -> None:
-        super().__init__(weight, linear, **options)
+    def __init__(self, weight: torch.Tensor, layout: LinearLayout, **options: Any) -> None:
+        super().__init__(weight, layout, **options)
         # Not a submodule: it belongs to the base layer.
         self._weight = [weight]
         self.magnitude = torch.nn.Parameter(
             self._lengths().to(self.linear_out.weight.dtype), requires_grad=True
         )
-        mark(self.magnitude, weight, linear, split_axis=0 if linear.split == "rows" else None)
+        set_parallel_attributes(
+            self.magnitude, weight, layout, split_axis=0 if layout.split == "rows" else None
+        )
         self.magnitude.is_gated = self.linear_out.weight.is_gated  # type: ignore[attr-defined]
 
+    @override
     def forward(
         self, x: torch.Tensor, output: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the output of the adapted layer (see `bridge.peft.adapted.Adapter`)."""
-        # First, as the factors may have to be fetched from other ranks when they are called.
-        delta = gathered_like(self.update(x), output, self.linear)
-        scale = whole_gradient(self.magnitude, self.linear) / self._lengths()
-        scale = gathered_like(scale, output, self.linear)
+        """Return the output of the adapted layer (see `Adapter`)."""
+        # First, as a call of the factors may have to fetch them from other ranks.
+        delta = gather_like(self.update(x), output, self.layout)
+        scale = sum_expert_gradient(self.magnitude, self.layout) / self._lengths()
+        scale = gather_like(scale, output, self.layout)
         product = output + delta if bias is None else output - bias + delta
         scaled: torch.Tensor = scale * product
         return scaled if bias is None else scaled + bias
 
+    @override
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """Return m / |V| * V in float32."""
         scale = self.magnitude.float() / self._lengths()
         merged: torch.Tensor = scale[:, None] * (weight.float() + self.delta_weight())
         return merged
 
+    @override
     def updates(self) -> list[Update]:
         """Return the one update of all rows."""
         return [
@@ -91,6 +103,6 @@ class DoRAAdapter(LowRankAdapter):
         squares = (w * w).sum(dim=1)
         squares += 2 * self.scale * (b * (w @ a.t())).sum(dim=1)
         squares += self.scale**2 * (b * (b @ (a @ a.t()))).sum(dim=1)
-        if self.linear.split == "columns" and self.linear.ranks > 1:
-            dist.all_reduce(squares, group=self.linear.group)
+        if self.layout.split == "columns" and self.layout.num_ranks > 1:
+            dist.all_reduce(squares, group=self.layout.group)
         return squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()

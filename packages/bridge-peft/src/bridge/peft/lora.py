@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, override
 
 import torch
 
-from bridge.peft.adapted import Update
-from bridge.peft.adapters import LowRankAdapter, gathered_like
-from bridge.peft.method import Layer, LowRankMethod
+from bridge.peft.adapters.adapter import Adapter, Update
+from bridge.peft.adapters.low_rank import LowRankAdapter, gather_like
+from bridge.peft.layers.candidates import Layer
+from bridge.peft.low_rank_method import LowRankMethod
 
 
 @dataclass(kw_only=True)
@@ -18,30 +19,34 @@ class LoRA(LowRankMethod):
     method: Literal["lora"] = "lora"
     """The method's name."""
 
-    def adapter_for(self, layer: Layer, meant: Sequence[str]) -> torch.nn.Module:
-        """Make the adapter of a layer."""
+    @override
+    def build_adapter(self, layer: Layer, selected: Sequence[str]) -> Adapter:
+        """Build the adapter of a layer."""
         return LoRAAdapter(
-            layer.weight, layer.linear, is_gated=layer.is_gated, **self.adapter_options()
+            layer.weight, layer.layout, is_gated=layer.is_gated, **self.adapter_options()
         )
 
 
-class LoRAAdapter(LowRankAdapter):
-    """Adds s B A x to what a layer gives."""
+class LoRAAdapter(LowRankAdapter, Adapter):
+    """The adapter that adds s B A x to a layer's output."""
 
+    @override
     def forward(
         self, x: torch.Tensor, output: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the output of the adapted layer (see `bridge.peft.adapted.Adapter`)."""
+        """Return the output of the adapted layer (see `Adapter`)."""
         weight = self.linear_out.weight
         if output.dtype == weight.dtype and output.shape[-1] == weight.shape[0]:
             added: torch.Tensor = self.linear_out(self.hidden(x), onto=output)
             return added
-        return output + gathered_like(self.update(x), output, self.linear)
+        return output + gather_like(self.update(x), output, self.layout)
 
+    @override
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W + s B A in float32."""
         return weight.float() + self.delta_weight()
 
+    @override
     def updates(self) -> list[Update]:
         """Return the one update of all rows."""
         return [Update(a=self.linear_in.weight, b=self.linear_out.weight, scale=self.scale)]

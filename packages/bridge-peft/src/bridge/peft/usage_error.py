@@ -1,10 +1,10 @@
-"""The error of a user's mistake in a PEFT section."""
+"""The error for a user's mistake in a PEFT section."""
 
 
 class UsageError(ValueError):
-    """A field of the section that does not fit the model.
+    """A field of the section does not fit the model.
 
-    The loop recognizes it by the mark, since this package does not import the loop's own.
+    The loop recognizes it by `is_usage_error`, since this package does not import the loop's class.
     """
 
     is_usage_error = True

@@ -1,8 +1,8 @@
-"""The linear layers of a model: what an adapter must know of the one that it stands beside.
+"""The layout of a linear layer over ranks: the facts about it that an adapter needs.
 
-An adapter multiplies by A, which reads what the layer reads, and then by B, which writes what it
-writes. So A is split over tensor-parallel ranks where the weight's columns are, B where its rows
-are, and the other factor is whole on every rank.
+An adapter multiplies by A, which reads the layer's input, and then by B, which writes its output.
+So A is sharded over tensor-parallel ranks where the weight's columns are, B where its rows are, and
+the other factor is replicated on every rank.
 """
 
 from collections.abc import Callable
@@ -19,63 +19,69 @@ type Split = Literal["rows", "columns"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear:
-    """A linear layer whose weight is [out features, in features]."""
+class LinearLayout:
+    """The layout of a linear layer whose weight is [out features, in features]."""
 
     split: Split
-    """What of the weight is spread over the ranks of `group`; None: every rank has all of it."""
+    """The axis of the weight that is sharded over the ranks of `group`; None: every rank has all of
+    it."""
     group: Any
     """The tensor-parallel ranks, None where there are none."""
     is_expert: bool
-    """Whether it belongs to an expert, which gets tokens of its own."""
-    sequence_parallel: bool
+    """Whether the layer belongs to an expert, which gets tokens of its own."""
+    is_sequence_parallel: bool
     """Whether the side that is not split holds this rank's part of the sequence."""
-    communicates: bool
-    """Whether the layer itself brings the ranks' parts together. The dispatcher of the tokens does
-    it for experts: their input is the same on all ranks, their outputs are added up later."""
+    is_communicating: bool
+    """Whether the layer itself communicates between the ranks. For experts the token dispatcher
+    does: their input is the same on all ranks, their outputs are summed later."""
     normalize: Callable[[torch.Tensor], torch.Tensor] | None = None
     """The norm that the layer applies to its input before the product."""
 
     @property
-    def ranks(self) -> int:
-        """Ranks over which the weight is spread."""
+    def num_ranks(self) -> int:
+        """Ranks over which the weight is sharded."""
         return 1 if self.split is None or self.group is None else int(self.group.size())
 
 
-def describe(module: torch.nn.Module) -> Linear | str | None:
-    """Return what an adapter must know of a layer.
+def find_layout(module: torch.nn.Module) -> LinearLayout | str | None:
+    """Return the layout of a linear layer.
 
     Returns:
-        A text that says why not, for a linear layer that can have no adapter; None for a module
-        that is no linear layer.
+        For a linear layer that can have no adapter the reason; None for a module of another kind.
     """
     if isinstance(module, ColumnParallelLinear | RowParallelLinear):
         if module.weight is None:
             return "its weight is the embedding's"
-        return _megatrons(module)
-    if HAVE_TE and (found := _transformer_engines(module)) is not None:
-        return found
+        return _megatron_layout(module)
+    if HAVE_TE and (layout := _transformer_engine_layout(module)) is not None:
+        return layout
     if isinstance(module, torch.nn.Linear):
-        return Linear(
-            split=None, group=None, is_expert=False, sequence_parallel=False, communicates=True
+        return LinearLayout(
+            split=None,
+            group=None,
+            is_expert=False,
+            is_sequence_parallel=False,
+            is_communicating=True,
         )
     if _is_grouped(module):
         return "it holds several experts in one; set model.moe_grouped_gemm=false"
     return None
 
 
-def _megatrons(module: Any) -> Linear:
-    communicates = not module.explicit_expert_comm
-    return Linear(
+def _megatron_layout(module: Any) -> LinearLayout:
+    is_communicating = not module.explicit_expert_comm
+    return LinearLayout(
         split="rows" if isinstance(module, ColumnParallelLinear) else "columns",
         group=module.tp_group,
         is_expert=module.is_expert,
-        sequence_parallel=module.sequence_parallel and module.tp_group.size() > 1 and communicates,
-        communicates=communicates,
+        is_sequence_parallel=module.sequence_parallel
+        and module.tp_group.size() > 1
+        and is_communicating,
+        is_communicating=is_communicating,
     )
 
 
-def _transformer_engines(module: Any) -> Linear | None:
+def _transformer_engine_layout(module: Any) -> LinearLayout | None:
     from megatron.core.extensions import transformer_engine as engine
 
     if isinstance(module, engine.TELayerNormColumnParallelLinear):
@@ -91,26 +97,26 @@ def _transformer_engines(module: Any) -> Linear | None:
     else:
         return None
     group = tensor_parallel_group(module)
-    # Its communication is turned off by taking the mode away, for experts and for shared experts
-    # that overlap with the dispatcher.
-    communicates = split is None or module.parallel_mode is not None
-    # Experts' weights are reduced over other ranks than the rest of the model where EP is used;
-    # without it they are known by the mode alone.
-    is_expert = not communicates or not getattr(module.weight, "allreduce", True)
-    return Linear(
+    # megatron-core turns the communication off by removing the mode, for experts and for shared
+    # experts that overlap with the dispatcher.
+    is_communicating = split is None or module.parallel_mode is not None
+    # Under expert parallelism the weights of experts are reduced over other ranks than the rest of
+    # the model. Without it the mode alone tells them from the others.
+    is_expert = not is_communicating or not getattr(module.weight, "allreduce", True)
+    return LinearLayout(
         split=split,
         group=group,
         is_expert=is_expert,
-        sequence_parallel=bool(module.config.sequence_parallel)
+        is_sequence_parallel=bool(module.config.sequence_parallel)
         and group.size() > 1
-        and communicates,
-        communicates=communicates,
+        and is_communicating,
+        is_communicating=is_communicating,
         normalize=normalize,
     )
 
 
 def _norm_of(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the norm of Transformer Engine's fused layer, which keeps its result to itself."""
+    """Return the norm of Transformer Engine's fused layer, which does not return its result."""
 
     def normalize(x: torch.Tensor) -> torch.Tensor:
         weight = module.layer_norm_weight

@@ -1,16 +1,17 @@
-"""Patterns mean what they say, and one that means nothing is refused with what is near."""
+"""Patterns select layers by name; one that matches nothing is rejected with the nearest name."""
 
 import pytest
 from torch.nn import Linear, Module, ModuleDict, ModuleList
 
 from bridge.peft import LoRA
-from bridge.peft.matching import matches, named_modules
+from bridge.peft.layers.module_names import named_modules
+from bridge.peft.layers.patterns import matches
 
 NAME = "decoder.layers.10.self_attention.linear_qkv"
 
 
 @pytest.mark.parametrize(
-    ("pattern", "is_meant"),
+    ("pattern", "is_match"),
     [
         ("linear_qkv", True),
         ("self_attention.linear_qkv", True),
@@ -25,10 +26,10 @@ NAME = "decoder.layers.10.self_attention.linear_qkv"
         ("decoder.layers.10", False),
     ],
 )
-def test_a_pattern_means_the_end_of_a_name_or_with_a_star_all_of_it(
-    pattern: str, is_meant: bool
+def test_a_pattern_matches_the_end_of_a_name_or_with_a_star_all_of_it(
+    pattern: str, is_match: bool
 ) -> None:
-    assert matches(NAME, pattern) is is_meant
+    assert matches(NAME, pattern) is is_match
 
 
 def test_a_star_is_the_only_sign_in_a_pattern() -> None:
@@ -46,7 +47,7 @@ def adapted(**fields: object) -> list[str]:
     return [layer.name for layer in LoRA(dim=2, **fields).attach([model()])]  # type: ignore[arg-type]
 
 
-def test_what_is_meant_and_not_excluded_is_adapted() -> None:
+def test_layers_that_match_and_are_not_excluded_are_adapted() -> None:
     assert adapted(target_modules=["query", "head"]) == ["blocks.0.query", "blocks.1.query", "head"]
     assert adapted(target_modules=["*"], exclude_modules=["blocks.1.*", "head"]) == [
         "blocks.0.query",
@@ -80,19 +81,19 @@ def test_what_is_meant_and_not_excluded_is_adapted() -> None:
         ),
     ],
 )
-def test_a_pattern_that_means_nothing_is_refused(
+def test_a_pattern_that_matches_nothing_is_rejected(
     fields: dict[str, list[str]], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         adapted(**fields)
 
 
-def test_every_pattern_that_means_nothing_is_named() -> None:
+def test_every_pattern_that_matches_nothing_is_named() -> None:
     with pytest.raises(ValueError, match="'hed' matches no layer") as error:
         adapted(target_modules=["hed", "head", "valeu"])
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_names_leave_wrappers_out() -> None:
+def test_names_skip_wrappers() -> None:
     names = [name for name, _, _ in named_modules(model())]
     assert "blocks.1.value" in names

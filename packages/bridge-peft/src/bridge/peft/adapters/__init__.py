@@ -1,0 +1,1 @@
+"""The adapters of linear layers, and the wrapper that adds one to its layer."""
