@@ -1,10 +1,11 @@
 """A whole run, from inside another program: what it gives, and that it leaves nothing behind."""
 
 import gc
+import json
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch.distributed as dist
 from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
 
 from bridge.training import cpu
+from bridge.training.checkpoint.manifest import write_manifest
 from bridge.training.config import TrainConfig, ValidationConfig
 from bridge.training.pretrain import pretrain
 from bridge.training.ranks.stop_request import STOP_SIGNALS
-from ranks import run_ranks
+from ranks import RankFailure, run_ranks
 from training_runs import OwnData, own_run, rows, series, token_step
 
 
@@ -263,6 +265,67 @@ def test_a_run_that_had_finished_is_only_recalled(tmp_path: Path) -> None:
     assert rows(tmp_path / "run") == written
     assert [result[2] for result in again] == [first[0][2]] * 2
     assert again[0] == again[1] == first[0]
+
+
+def remove_records(run: Path) -> None:
+    (run / "metrics.jsonl").unlink()
+
+
+def edit_records(run: Path) -> None:
+    """Give every record of the last step another step."""
+    edited = [row | {"step": min(row["step"], 3)} for row in rows(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in edited))
+
+
+@pytest.mark.parametrize("change", [remove_records, edit_records])
+def test_a_finished_run_takes_its_metrics_from_the_checkpoint_and_is_not_evaluated_again(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    """What is in metrics.jsonl does not matter."""
+
+    def body(resume: bool) -> Any:
+        evaluated = []
+
+        class Listener:
+            def on_evaluate_start(self, context: Any) -> None:
+                evaluated.append(context.split)
+
+        config = own_run(tmp_path / "run", dataset=OwnData(validation=8, test=8))
+        config.checkpoint.save_at_end, config.checkpoint.resume = True, resume
+        result = pretrain(config, token_step, [Listener()])
+        return (dict(result.metrics), dict(result.validation)), evaluated
+
+    first = run_ranks(2, body, False, timeout=120)
+    assert first[0][1] == ["validation", "test"]
+    change(tmp_path / "run")
+    assert run_ranks(2, body, True, timeout=120) == [(first[0][0], [])] * 2
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    (saved / "evaluations.json").write_text("{")
+    with pytest.raises(RankFailure, match="remove it to evaluate again"):
+        run_ranks(2, body, True, timeout=120)
+
+
+def test_a_checkpoint_without_metrics_recalls_none_and_says_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Older ones have none."""
+
+    def body(resume: bool) -> Any:
+        config = own_run(tmp_path / "run", dataset=OwnData(validation=8))
+        config.checkpoint.save_at_end, config.checkpoint.resume = True, resume
+        result = pretrain(config, token_step)
+        return dict(result.metrics), dict(result.validation)
+
+    (first,) = run_ranks(1, body, False, timeout=120)
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    (saved / "evaluations.json").unlink()
+    state = json.loads((saved / "run_state.json").read_text())
+    del state["results"]
+    (saved / "run_state.json").write_text(json.dumps(state))
+    write_manifest(saved, step=5)
+    capfd.readouterr()
+    assert run_ranks(1, body, True, timeout=120) == [({}, first[1])]
+    assert "warning" not in capfd.readouterr().out
 
 
 def test_a_signal_ends_the_run_after_the_step_on_every_rank(tmp_path: Path) -> None:

@@ -174,14 +174,14 @@ def test_flops_are_what_torch_counts_of_a_frozen_model(
         from torch.utils.flop_counter import FlopCounterMode
 
         with a_run(adapted_run(tmp_path / "run", bases["dense"]), forward_step) as run:
-            assert run.size is not None
+            assert run.parts.size is not None
             tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
             with FlopCounterMode(display=False) as counter:
                 run.model[0](tokens, tokens, None, labels=tokens).sum().backward()
             counts = counter.get_flop_counts()["Global"]
             products = sum(n for op, n in counts.items() if "mm" in str(op))
             told = model_flops_per_token(
-                run.config.model, trained_beside=run.size.trained_per_token
+                run.config.model, trained_beside=run.parts.size.trained_per_token
             )
             return products / tokens.numel(), told
 
@@ -199,7 +199,7 @@ def test_an_experts_adapter_counts_as_often_as_a_token_meets_it(
         config = adapted_run(tmp_path / "run", bases["experts"], "experts", **EP)
         config.peft = LoRA(dim=4, target_modules=["*.experts.*"])
         with a_run(config, forward_step) as run:
-            return run.size
+            return run.parts.size
 
     size, same = run_ranks(2, sizes)
     of_an_expert = 4 * ((32 + 2 * 24) + (24 + 32))

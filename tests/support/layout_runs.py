@@ -198,7 +198,7 @@ def traced(config: ConfigContainer, pattern: int) -> RankTrace:
         with run.callbacks.training(run.context):
             train(run)
         run.validate()
-        trace.validation = run.validation["lm loss"] or 0.0
+        trace.validation = run.evaluations.validation["lm loss"] or 0.0
         trace.collected = _collected(run, pattern)
         groups = run.ranks.model.groups
         trace.replica = (groups.dp.rank(), groups.dp.size())
@@ -207,7 +207,7 @@ def traced(config: ConfigContainer, pattern: int) -> RankTrace:
 
 
 def _collected(run: Run, pattern: int) -> list[float]:
-    collected = run.collect_non_loss_data()
+    collected = run.context.collect_non_loss_data()
     groups = run.ranks.model.groups
     if groups.tp.rank() > 0:
         return []

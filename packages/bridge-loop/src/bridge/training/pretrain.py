@@ -125,7 +125,7 @@ def _run(run: Run, peers: PeerWatch, resume_line: Callable[[Path], str]) -> Trai
             run.validate()
             run.test()
             reason = run.stop.cause or reason
-        run.forget_old_validation()
+        run.evaluations.hide_outdated_validation()
         run.check_directory()
         peers.needs_no_peers()
     run.progress.summary(_summary(run, reason, resume_line))
@@ -134,8 +134,8 @@ def _run(run: Run, peers: PeerWatch, resume_line: Callable[[Path], str]) -> Trai
         reason=reason,
         step=counters.step,
         consumed_samples=counters.consumed_train_samples,
-        metrics=run.metrics,
-        validation=run.validation,
+        metrics=run.state.results.logged,
+        validation=run.evaluations.validation,
         run_dir=run.directory.path,
     )
 

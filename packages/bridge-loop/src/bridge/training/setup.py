@@ -17,7 +17,7 @@ import torch.distributed as dist
 from bridge.training.adapters.attaching import attach_adapters, find_base, notes
 from bridge.training.callbacks import Callbacks
 from bridge.training.checkpoint.base import refuse_another_base
-from bridge.training.checkpoint.checkpointer import Checkpointer
+from bridge.training.checkpoint.checkpointer import Checkpointer, SavedRun
 from bridge.training.checkpoint.manifest import Verification, missing_rows
 from bridge.training.checkpoint.run_state import counters_of
 from bridge.training.config import ConfigContainer, resolve
@@ -42,7 +42,7 @@ from bridge.training.ranks.groups import Ranks, choose_device, ranks_of
 from bridge.training.ranks.launcher_store import is_logging_rank, world_size
 from bridge.training.ranks.seeding import restore_random_streams_at_exit, seed_all, seed_stage
 from bridge.training.ranks.stop_request import stop_signals
-from bridge.training.reporting.introduction import introduce
+from bridge.training.reporting.introduction import describe_run, describe_start
 from bridge.training.reporting.progress import Progress
 from bridge.training.reporting.training_log import TrainingLog
 from bridge.training.run import Run, TrainingParts
@@ -130,7 +130,7 @@ def set_up(
             told = _prepare_directory(config, parts, ranks)
             parts.state.open_loggers(parts.state.train_state.step)
             run = Run(
-                **vars(parts),
+                parts,
                 callbacks=callbacks,
                 progress=progress,
                 training_log=TrainingLog(
@@ -149,10 +149,12 @@ def set_up(
                 ),
                 stop=stack.enter_context(stop_signals(ends_at)),
             )
-            if run.restored_from is not None:
-                run.recall_last_step()
-            introduce(run)
-            for line in told:
+            counters, last_step = parts.state.train_state, parts.data.train_iters
+            for line in (
+                *describe_run(config, ranks, parts.model, parts.data, counters),
+                *describe_start(config, parts.restored_from, parts.changes, counters, last_step),
+                *told,
+            ):
                 progress.note(line)
         yield run
 
@@ -212,18 +214,17 @@ def _built(
             scheduler = build_scheduler(config, optimizer, data.schedule_samples)
             attach_hooks(config, model, optimizer, timers)
             stack.callback(detach_hooks, model)
-        checkpointer = Checkpointer(
-            directory=directory,
+        saved_run = SavedRun(
             config=config,
-            ranks=ranks,
             model=model,
             optimizer=optimizer,
             scheduler=scheduler,
-            train_state=state.train_state,
+            state=state,
             data_fingerprint=data.fingerprint,
-            loss_watch=forward_step.watch,
+            watch=forward_step.watch,
             base=base,
         )
+        checkpointer = Checkpointer(saved_run, directory, ranks)
         changes: list[str] = []
         if checkpoint is not None or (pretrained is not None and base is None):
             with progress.phase("checkpoint"), verification.explaining_errors():

@@ -1,10 +1,10 @@
 """The state of a run while it trains: configuration, counters and loggers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,6 +71,24 @@ class TrainState:
             setattr(self, name, value.item())
 
 
+@dataclass(kw_only=True)
+class Evaluation:
+    """The metrics of a split at one step."""
+
+    step: int
+    metrics: dict[str, float | None]
+
+
+@dataclass(kw_only=True)
+class Results:
+    """The newest metrics of a run; saved with every checkpoint."""
+
+    logged: dict[str, Any] = field(default_factory=dict)
+    """The record of the newest logged step, with its "step"."""
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    """The newest evaluation of each split, "validation" and "test"."""
+
+
 class GlobalState:
     """The state of one run, handed to the forward step; there is one for each run, not process.
 
@@ -82,6 +100,7 @@ class GlobalState:
         """Hold the resolved configuration `cfg`; nothing is built yet."""
         self.cfg = cfg
         self.train_state = TrainState()
+        self.results = Results()
         self._loggers: MetricLoggers | None = None
         self._closed = False
 

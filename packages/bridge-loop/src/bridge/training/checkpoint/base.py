@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from bridge.training.checkpoint.manifest import (
-    MANIFEST,
-)
-from bridge.training.checkpoint.run_state import (
-    read_common,
-)
+from bridge.training.checkpoint.manifest import MANIFEST
+from bridge.training.checkpoint.run_state import EVALUATIONS, read_common
 from bridge.training.config import ConfigContainer
 from bridge.training.usage_error import UsageError
 
@@ -73,8 +69,8 @@ def fingerprint(checkpoint: Path) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(checkpoint.rglob("*")):
-        # The manifest has the configuration's checksum.
-        if not path.is_file() or path.name in ("config.yaml", MANIFEST):
+        # The manifest has the configuration's checksum, and evaluations may come later.
+        if not path.is_file() or path.name in ("config.yaml", MANIFEST, EVALUATIONS):
             continue
         size = path.stat().st_size
         digest.update(f"{path.relative_to(checkpoint)} {size} ".encode())

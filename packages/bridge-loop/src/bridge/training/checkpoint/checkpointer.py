@@ -38,11 +38,14 @@ from bridge.training.checkpoint.manifest import (
 from bridge.training.checkpoint.megatron_io import extra_states, load_sharded, save_sharded, saving
 from bridge.training.checkpoint.model_weights import chunk_name, load_model_weights
 from bridge.training.checkpoint.run_state import (
+    EVALUATIONS,
     FORMAT_VERSION,
     RUN_STATE,
     format_version,
     read_common,
     saved_counters,
+    saved_results,
+    write_evaluations,
 )
 from bridge.training.checkpoint.safe_loading import restricted_loading
 from bridge.training.config import ConfigContainer
@@ -65,6 +68,7 @@ from bridge.training.ranks.launcher_store import is_logging_rank, rank, world_si
 from bridge.training.ranks.seeding import random_state, restore_random_state
 from bridge.training.run_files.configuration import write_config
 from bridge.training.run_files.directory import RunDirectory, step_of
+from bridge.training.state import GlobalState
 from bridge.training.usage_error import UsageError
 
 _logger = logging.getLogger(__name__)
@@ -72,64 +76,60 @@ _logger = logging.getLogger(__name__)
 _PARTIAL = ".partial"
 
 
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class SavedRun:
+    """The components of a run whose state is in its checkpoints."""
+
+    config: ConfigContainer
+    """The resolved configuration, written into every checkpoint."""
+    model: list[Any]
+    """This rank's model chunks, DDP-wrapped."""
+    optimizer: Any
+    """megatron-core's optimizer."""
+    scheduler: Any
+    """megatron-core's LR scheduler."""
+    state: GlobalState
+    """Has the counters and the newest metrics."""
+    data_fingerprint: str
+    """Names the order of the training samples."""
+    watch: LossWatch
+    """Has the mean that spikes of the loss are measured by."""
+    base: Base | None = None
+    """The base weights, where the run trains adapters; None if it trains the model."""
+
+
 class Checkpointer:
-    """Saves and restores one run.
+    """Saves and restores one run."""
 
-    Args:
-        directory: The run's files.
-        config: The resolved configuration, written into every checkpoint.
-        ranks: The process groups.
-        model: This rank's model chunks, DDP-wrapped.
-        optimizer: megatron-core's optimizer.
-        scheduler: megatron-core's schedule.
-        train_state: The run's counters.
-        data_fingerprint: Names the order of the training samples.
-        loss_watch: Holds the mean that spikes of the loss are measured by.
-        base: The frozen weights that the run trains adapters beside; None if it trains the model.
-    """
+    def __init__(self, run: SavedRun, directory: RunDirectory, ranks: Ranks) -> None:
+        """Save a run.
 
-    def __init__(  # noqa: PLR0913  # all that a checkpoint holds
-        self,
-        *,
-        directory: RunDirectory,
-        config: ConfigContainer,
-        ranks: Ranks,
-        model: list[Any],
-        optimizer: Any,
-        scheduler: Any,
-        train_state: Any,
-        data_fingerprint: str,
-        loss_watch: LossWatch,
-        base: Base | None = None,
-    ) -> None:
+        Args:
+            run: The components whose state is saved.
+            directory: The run's files.
+            ranks: The process groups.
+        """
+        self._run = run
         self._directory = directory
-        self._config = config
         self._ranks = ranks
-        self._model = model
-        self._optimizer = optimizer
-        self._scheduler = scheduler
-        self._train_state = train_state
-        self._data_fingerprint = data_fingerprint
-        self._loss_watch = loss_watch
-        self._base = base
         self._last_saved: int | None = None
         self.before_first_save: Callable[[], object] | None = None
         """Called on rank 0 when the run is about to write for the first time."""
-        let_sgd_be_loaded(optimizer)
+        let_sgd_be_loaded(run.optimizer)
 
     def save(self) -> Path | None:
         """Save the run as it stands; return the checkpoint, or None if this step is saved already.
 
         A collective over all ranks. The state to be saved is that at the call.
         """
-        step, group = self._train_state.step, self._ranks.control_group
+        step, group = self._step, self._ranks.control_group
         if step == self._last_saved:
             return None
         final = self._directory.checkpoint(step)
         partial = final.with_name(final.name + _PARTIAL)
         try:
             on_first_rank(lambda: self._prepare(partial), group)
-            with parameters_in_sync(self._model), saving(self._directory):
+            with parameters_in_sync(self._run.model), saving(self._directory):
                 state = self._sharded_state(is_loading=False, with_state_of_ranks=True)
                 save_sharded(state, partial, self._content(), group)
                 own = record_files(written_by(partial, rank()))
@@ -156,7 +156,7 @@ class Checkpointer:
     def _publish(self, partial: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
         run = self._directory
         with saving(run):
-            write_config(partial / "config.yaml", self._config)
+            write_config(partial / "config.yaml", self._run.config)
             (partial / RUN_STATE).write_text(json.dumps(self._run_state(), indent=2) + "\n")
             write_manifest(partial, step=step_of(final), metrics=run.metrics, known=records)
             sync_tree(partial)
@@ -169,6 +169,25 @@ class Checkpointer:
             run.publish(final)
             self._remove_old()
 
+    def save_evaluations(self) -> None:
+        """Add the newest evaluations to the checkpoint of this step, if it is saved already.
+
+        The evaluation at the end of a run comes after its last checkpoint.
+        """
+        if self._step != self._last_saved:
+            return
+        path = self._directory.checkpoint(self._step) / EVALUATIONS
+
+        def write() -> None:
+            with saving(self._directory):
+                write_evaluations(path, self._run.state.results)
+
+        on_first_rank(write, self._ranks.control_group)
+
+    @property
+    def _step(self) -> int:
+        return self._run.state.train_state.step
+
     def restore(self, checkpoint: Path) -> list[str]:
         """Continue from a checkpoint of this run: everything that `save` wrote comes back.
 
@@ -179,11 +198,10 @@ class Checkpointer:
             UsageError: The checkpoint belongs to another model or another order of the data.
         """
         common = read_common(checkpoint)
-        saved_ranks = common["world_size"]
         self._check_same_data(checkpoint, common["data_fingerprint"])
         self._check_same_optimizer(checkpoint, common)
         # Other ranks have other random streams and losses; each starts its own anew.
-        same_ranks = saved_ranks == world_size()
+        same_ranks = common["world_size"] == world_size()
         state = load_sharded(
             checkpoint, self._sharded_state(is_loading=True, with_state_of_ranks=same_ranks)
         )
@@ -192,17 +210,18 @@ class Checkpointer:
         if format_version(common) < 2:
             self._reject_shifted_optimizer(checkpoint, state["optimizer"])
         self._load_optimizer(state["optimizer"], common["scheduler"])
-        self._train_state.load_state_dict(saved_counters(common))
+        counters = self._run.state.train_state
+        counters.load_state_dict(saved_counters(common))
         changes = resume_scheduler(
-            self._scheduler, common["scheduler"], self._config, self._train_state
+            self._run.scheduler, common["scheduler"], self._run.config, counters
         )
         if same_ranks:
-            of_rank = state[_rng_key()]
-            restore_random_state(of_rank)
-            # Checkpoints of an older form have none.
-            if "loss_watch" in of_rank:
-                self._loss_watch.load_state_dict(of_rank["loss_watch"])
-        self._last_saved = self._train_state.step
+            self._restore_state_of_rank(state[_rng_key()])
+        # The ranks must agree on what is evaluated already.
+        self._run.state.results = on_first_rank(
+            lambda: saved_results(checkpoint, common), self._ranks.control_group
+        )
+        self._last_saved = self._step
         return changes
 
     def load_weights(self, checkpoint: Path) -> None:
@@ -210,19 +229,29 @@ class Checkpointer:
 
         The optimizer's float32 copies follow, else its first step would bring the old ones back.
         """
-        load_model_weights([without_ddp(chunk) for chunk in self._model], checkpoint, self._ranks)
-        self._optimizer.reload_model_params()
+        load_model_weights(
+            [without_ddp(chunk) for chunk in self._run.model], checkpoint, self._ranks
+        )
+        self._run.optimizer.reload_model_params()
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
-        for index, chunk in enumerate(self._model):
+        for index, chunk in enumerate(self._run.model):
             name, inner = self._chunk_name(index), without_ddp(chunk)
-            if self._base is None:
+            if self._run.base is None:
                 inner.load_state_dict(state[name])
             else:
                 load_trained(inner, state.get(name, {}))
 
+    def _restore_state_of_rank(self, state: Mapping[str, Any]) -> None:
+        restore_random_state(state)
+        # Checkpoints of an older form have none.
+        if "loss_watch" in state:
+            self._run.watch.load_state_dict(state["loss_watch"])
+
     def _reject_shifted_optimizer(self, checkpoint: Path, state: Any) -> None:
-        shifted = torch.tensor(is_shifted(self._optimizer, fitted_to(self._optimizer, state)))
+        shifted = torch.tensor(
+            is_shifted(self._run.optimizer, fitted_to(self._run.optimizer, state))
+        )
         dist.all_reduce(shifted, op=dist.ReduceOp.MAX, group=self._ranks.control_group)
         if shifted:
             raise UsageError(
@@ -238,24 +267,26 @@ class Checkpointer:
         megatron-core finds a parameter group by its learning rates among other things, and takes
         all of its settings from the checkpoint.
         """
-        groups = self._optimizer.param_groups
+        groups = self._run.optimizer.param_groups
         wanted = [{**group, "params": None} for group in groups]
-        take_saved_rates(groups, state, saved=schedule["max_lr"], present=self._scheduler.max_lr)
-        self._optimizer.load_state_dict(fitted_to(self._optimizer, state))
-        for group, settings in zip(self._optimizer.param_groups, wanted, strict=True):
+        take_saved_rates(
+            groups, state, saved=schedule["max_lr"], present=self._run.scheduler.max_lr
+        )
+        self._run.optimizer.load_state_dict(fitted_to(self._run.optimizer, state))
+        for group, settings in zip(self._run.optimizer.param_groups, wanted, strict=True):
             group.update(
                 (name, value) for name, value in settings.items() if name not in ("params", "step")
             )
 
     def _chunk_name(self, index: int) -> str:
-        return chunk_name(index, len(self._model))
+        return chunk_name(index, len(self._run.model))
 
     def _content(self) -> dict[str, Any]:
         return {
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
             # A tensor of all layers or experts together would have holes where none is adapted.
-            "singleton_local_shards": self._base is not None,
+            "singleton_local_shards": self._run.base is not None,
             "chained_optim_avoid_prefix": True,
         }
 
@@ -267,9 +298,9 @@ class Checkpointer:
             self._chunk_name(index): without_ddp(chunk).sharded_state_dict(
                 metadata=self._metadata()
             )
-            for index, chunk in enumerate(self._model)
+            for index, chunk in enumerate(self._run.model)
         }
-        if self._base is not None:
+        if self._run.base is not None:
             return {name: only_trained(state) for name, state in states.items()}
         return states
 
@@ -278,16 +309,16 @@ class Checkpointer:
 
         state = self._model_state()
         if not is_loading:
-            make_state(self._optimizer)
-        with offsets_without_padding(self._optimizer):
+            make_state(self._run.optimizer)
+        with offsets_without_padding(self._run.optimizer):
             # It finds its parameters in the chunks' dictionaries, of one chunk or of many.
-            state["optimizer"] = self._optimizer.sharded_state_dict(
-                dict(state) if len(self._model) > 1 else state["model"],
+            state["optimizer"] = self._run.optimizer.sharded_state_dict(
+                dict(state) if len(self._run.model) > 1 else state["model"],
                 is_loading=is_loading,
                 metadata=self._metadata(),
             )
         if with_state_of_ranks:
-            of_rank = {**random_state(), "loss_watch": self._loss_watch.state_dict()}
+            of_rank = {**random_state(), "loss_watch": self._run.watch.state_dict()}
             state[_rng_key()] = ShardedObject(
                 "rng", of_rank, (world_size(),), (rank(),), replica_id=0
             )
@@ -297,28 +328,29 @@ class Checkpointer:
         """Return what JSON has types for, of all ranks alike."""
         state = {
             "format_version": FORMAT_VERSION,
-            "scheduler": scheduler_state(self._scheduler, self._config),
-            "train_state": dataclasses.asdict(self._train_state),
-            "data_fingerprint": self._data_fingerprint,
+            "scheduler": scheduler_state(self._run.scheduler, self._run.config),
+            "train_state": dataclasses.asdict(self._run.state.train_state),
+            "data_fingerprint": self._run.data_fingerprint,
             "world_size": world_size(),
             "optimizer": self._kind_of_optimizer(),
+            "results": dataclasses.asdict(self._run.state.results),
         }
-        return state if self._base is None else {**state, "base": self._base.record()}
+        return state if self._run.base is None else {**state, "base": self._run.base.record()}
 
     def _check_same_data(self, checkpoint: Path, saved: str) -> None:
-        if saved != self._data_fingerprint:
+        if saved != self._run.data_fingerprint:
             raise UsageError(
                 f"{checkpoint}: the run was trained on data in the order {saved!r}; the present "
-                f"configuration draws {self._data_fingerprint!r}. Undo the overrides of dataset.*, "
-                "rng.seed or train.train_iters, or start a new run with "
+                f"configuration draws {self._run.data_fingerprint!r}. Undo the overrides of "
+                "dataset.*, rng.seed or train.train_iters, or start a new run with "
                 "checkpoint.pretrained_checkpoint"
             )
 
     def _kind_of_optimizer(self) -> dict[str, Any]:
         """Return the settings that decide what an optimizer's state consists of."""
         return {
-            "optimizer.optimizer": self._config.optimizer.optimizer,
-            "ddp.use_distributed_optimizer": self._config.ddp.use_distributed_optimizer,
+            "optimizer.optimizer": self._run.config.optimizer.optimizer,
+            "ddp.use_distributed_optimizer": self._run.config.ddp.use_distributed_optimizer,
         }
 
     def _check_same_optimizer(self, checkpoint: Path, common: Mapping[str, Any]) -> None:
@@ -333,9 +365,9 @@ class Checkpointer:
                 )
 
     def _remove_old(self) -> None:
-        keep, step = self._config.checkpoint.keep_last, self._train_state.step
+        keep = self._run.config.checkpoint.keep_last
         # Later steps are those of a run that went on from here before; they do not count.
-        known = [path for path in self._directory.saved() if step_of(path) <= step]
+        known = [path for path in self._directory.saved() if step_of(path) <= self._step]
         for old in of_this_course(known)[:-keep] if keep else []:
             shutil.rmtree(old)
 

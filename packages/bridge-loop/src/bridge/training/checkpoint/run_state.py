@@ -1,5 +1,6 @@
-"""run_state.json: what a checkpoint holds besides tensors, of all ranks alike."""
+"""run_state.json: the content of a checkpoint that is no tensor and the same on all ranks."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,11 +8,10 @@ from typing import Any
 
 import torch
 
-from bridge.training.checkpoint.manifest import (
-    refuse_missing_manifest,
-)
+from bridge.training.checkpoint.manifest import refuse_missing_manifest
 from bridge.training.checkpoint.megatron_io import reading
-from bridge.training.state import TrainState
+from bridge.training.durable_files import replace_durably
+from bridge.training.state import Evaluation, Results, TrainState
 from bridge.training.usage_error import UsageError
 
 FORMAT_VERSION = 2
@@ -22,19 +22,22 @@ FORMAT_VERSION = 2
 2: it is that of each weight.
 """
 
-
 RUN_STATE = "run_state.json"
+
+EVALUATIONS = "evaluations.json"
+"""The file of evaluations that came after the checkpoint was saved. The manifest does not have it.
+"""
 
 
 def counters_of(checkpoint: Path) -> TrainState:
-    """Return how far a run had come at a checkpoint."""
+    """Return the counters of a run at a checkpoint."""
     counters = TrainState()
     counters.load_state_dict(saved_counters(read_common(checkpoint)))
     return counters
 
 
 def read_common(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds beside tensors."""
+    """Return the content of a checkpoint that is no tensor and the same on all ranks."""
     from megatron.core import dist_checkpointing
 
     with reading(checkpoint, "it is no checkpoint of a run, or it is damaged"):
@@ -42,7 +45,7 @@ def read_common(checkpoint: Path) -> dict[str, Any]:
     # Weights alone have no such file, and of checkpoints of an older form all is in the other.
     path = checkpoint / RUN_STATE
     if path.exists():
-        common |= _read_run_state(path)
+        common |= _read_json(path, "take another checkpoint")
     if format_version(common) > FORMAT_VERSION:
         raise UsageError(
             f"{checkpoint}: has format version {format_version(common)}, and this version of "
@@ -53,18 +56,45 @@ def read_common(checkpoint: Path) -> dict[str, Any]:
     return common
 
 
+def saved_results(checkpoint: Path, common: Mapping[str, Any]) -> Results:
+    """Return the newest metrics that a checkpoint holds; older checkpoints hold none.
+
+    Args:
+        checkpoint: Its folder.
+        common: Its content from `read_common`.
+
+    Raises:
+        UsageError: The file of later evaluations is damaged.
+    """
+    saved = common.get("results", {})
+    evaluations = dict(saved.get("evaluations", {}))
+    later = checkpoint / EVALUATIONS
+    if later.exists():
+        evaluations |= _read_json(later, "remove it to evaluate again")
+    return Results(
+        logged=dict(saved.get("logged", {})),
+        evaluations={split: Evaluation(**newest) for split, newest in evaluations.items()},
+    )
+
+
+def write_evaluations(path: Path, results: Results) -> None:
+    """Write the newest evaluations of a run next to the files of a checkpoint."""
+    evaluations = dataclasses.asdict(results)["evaluations"]
+    replace_durably(path, json.dumps(evaluations, indent=2) + "\n")
+
+
 def format_version(common: Mapping[str, Any]) -> int:
     """Return the format version of a checkpoint, 1 where it has none."""
     return int(common.get("format_version", 1))
 
 
-def _read_run_state(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); the file is damaged, take "
-            "another checkpoint"
+            f"{path}: cannot be read ({type(error).__name__}: {error}); the file is damaged, "
+            f"{remedy}"
         ) from error
 
 

@@ -1,17 +1,77 @@
 """The lines that introduce a run: ranks, layout, model, data, where it continues."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
 
+import torch
+
+from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DrawsLayout
+from bridge.training.data.run_data import RunData
 from bridge.training.model.building import count_parameters
+from bridge.training.ranks.groups import Ranks
+from bridge.training.state import TrainState
 
-if TYPE_CHECKING:
-    from bridge.training.run import Run
+
+def describe_run(
+    config: ConfigContainer,
+    ranks: Ranks,
+    model: list[torch.nn.Module],
+    data: RunData,
+    counters: TrainState,
+) -> Iterator[str]:
+    """Yield lines that say what the run trains, on which ranks and with which data.
+
+    Args:
+        config: The resolved configuration.
+        ranks: The process groups.
+        model: This rank's model chunks.
+        data: The run's data.
+        counters: The counters at the run's start.
+    """
+    yield _describe_ranks(config, ranks)
+    if isinstance(config.model, DrawsLayout):
+        picture = config.model.layout_picture(ranks.layout.world_size)
+        yield from [] if picture is None else picture.splitlines()
+    yield f"model {count_parameters(model):,} parameters on this rank"
+    yield _describe_training_data(config, data, counters)
+    yield from data.warnings
+    sets = {**data.sets("validation"), **data.sets("test")}
+    if sets and config.validation.eval_iters != 0:
+        drawn = ", ".join(
+            f"{name} {data.evaluation_samples(dataset):,} of {len(dataset):,}"
+            for name, dataset in sets.items()
+        )
+        yield f"evaluates {drawn} samples"
 
 
-def introduce(run: "Run") -> None:
-    """Say what the run is and where it continues."""
-    layout, train = run.ranks.layout, run.config.train
+def describe_start(
+    config: ConfigContainer,
+    restored_from: Path | None,
+    changes: list[str],
+    counters: TrainState,
+    last_step: int,
+) -> Iterator[str]:
+    """Yield lines that say where a run continues; none for a new run.
+
+    Args:
+        config: The resolved configuration.
+        restored_from: The checkpoint that the run continues from.
+        changes: A line for each rate that jumps there.
+        counters: The counters at the run's start.
+        last_step: The step after which the run ends.
+    """
+    if restored_from is not None:
+        yield f"continues after step {counters.step}, from {restored_from}"
+        # A run that is finished takes no step at another rate.
+        if counters.step < last_step:
+            yield from (f"warning: {change}" for change in changes)
+    elif config.checkpoint.resume:
+        yield "the run has no checkpoint yet: it starts again at step 0"
+
+
+def _describe_ranks(config: ConfigContainer, ranks: Ranks) -> str:
+    layout = ranks.layout
     sizes = ", ".join(
         f"{name} {size}"
         for name, size in (
@@ -24,43 +84,22 @@ def introduce(run: "Run") -> None:
         )
         if size > 1
     )
-    done = run.state.train_state
-    left = run.data.train_iters - done.step
-    samples = done.consumed_train_samples + left * train.global_batch_size
-    other_batches = done.consumed_train_samples != done.step * train.global_batch_size
-    notes = "".join(f", {value:,} {key}" for key, value in run.data.splits.notes.items())
-    progress = run.progress
-    progress.note(
-        f"device {run.ranks.device}, {run.config.mixed_precision.precision}, "
+    return (
+        f"device {ranks.device}, {config.mixed_precision.precision}, "
         f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}"
         + (f" ({sizes})" if sizes else "")
     )
-    drawn = None
-    if isinstance(run.config.model, DrawsLayout):
-        drawn = run.config.model.layout_picture(layout.world_size)
-    for line in [] if drawn is None else drawn.splitlines():
-        progress.note(line)
-    progress.note(f"model {count_parameters(run.model):,} parameters on this rank")
-    progress.note(
-        f"data {samples / len(run.data.splits.train or []):.3g} epochs: {run.data.train_iters} "
-        f"steps of {train.global_batch_size} samples"
-        + (f" from step {done.step + 1} on" if other_batches else "")
+
+
+def _describe_training_data(config: ConfigContainer, data: RunData, counters: TrainState) -> str:
+    batch = config.train.global_batch_size
+    samples = counters.consumed_train_samples + (data.train_iters - counters.step) * batch
+    # Steps of another batch size came before.
+    is_changed = counters.consumed_train_samples != counters.step * batch
+    notes = "".join(f", {value:,} {key}" for key, value in data.splits.notes.items())
+    return (
+        f"data {samples / len(data.splits.train or []):.3g} epochs: {data.train_iters} "
+        f"steps of {batch} samples"
+        + (f" from step {counters.step + 1} on" if is_changed else "")
         + notes
     )
-    for warning in run.data.warnings:
-        progress.note(warning)
-    sets = {**run.data.sets("validation"), **run.data.sets("test")}
-    if sets and run.config.validation.eval_iters != 0:
-        drawn = ", ".join(
-            f"{name} {run.data.evaluation_samples(dataset):,} of {len(dataset):,}"
-            for name, dataset in sets.items()
-        )
-        progress.note(f"evaluates {drawn} samples")
-    if run.restored_from is not None:
-        step = run.state.train_state.step
-        progress.note(f"continues after step {step}, from {run.restored_from}")
-        # A run that is finished takes no step at another rate.
-        for change in run.changes if left else []:
-            progress.note(f"warning: {change}")
-    elif run.config.checkpoint.resume:
-        progress.note("the run has no checkpoint yet: it starts again at step 0")

@@ -66,6 +66,11 @@ class Progress:
             self._write(("\r\x1b[K" if self._live else "") + line + "\n")
             self._live = False
 
+    def warn(self, warnings: Iterable[str]) -> None:
+        """Write a line that stays for each warning."""
+        for warning in warnings:
+            self.note(f"warning: {warning}")
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], None]]:
         """Show that a phase of the start-up begins, and how long it took.

@@ -234,10 +234,6 @@ class RunDirectory:
         """
         return read_records(self.metrics)
 
-    def rows_of(self, step: int) -> list[dict[str, Any]]:
-        """Return what was logged of a step, as `rows`."""
-        return [row for row in self.rows() if row["step"] == step]
-
 
 def refuse_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run: bool) -> None:
     """Refuse to start a run where one is, or to continue one that is not there.
