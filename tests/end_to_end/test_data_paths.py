@@ -49,7 +49,7 @@ def test_a_file_a_glob_and_token_files_train(tmp_path: Path, texts: Path) -> Non
         ("one.txt", ["model.seq_length=20000"], ["model.seq_length", "20000"]),
     ],
 )
-def test_data_that_cannot_be_used_are_refused_once_and_leave_nothing(
+def test_data_that_cannot_be_used_are_rejected_once_and_leave_nothing(
     tmp_path: Path, texts: Path, path: str, overrides: list[str], parts: list[str], ranks: int
 ) -> None:
     before = tree(texts)

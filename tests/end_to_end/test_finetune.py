@@ -66,7 +66,7 @@ def test_a_run_with_overrides_is_fine_tuned_packed_killed_and_resumed(base: Path
     assert trajectory(base / "C") == trajectory(base / "W")
 
 
-def test_mistakes_are_refused_before_anything_is_made(base: Path) -> None:
+def test_mistakes_are_rejected_before_anything_is_made(base: Path) -> None:
     def refused(*arguments: str) -> str:
         ended = run("finetune", "gpt-tiny-sft", *TUNE, *arguments, folder=base)
         assert ended.code == 2

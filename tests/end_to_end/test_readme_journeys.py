@@ -56,7 +56,7 @@ def test_try_it(tmp_path: Path) -> None:
     assert steps(tmp_path / "runs/texts") == [1, 2]
 
 
-def test_a_model_and_a_loss_of_ones_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_users_model_and_loss(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     script = code(README, "own_model.py")
     assert len([line for line in script.splitlines() if line.strip()]) <= 40
     (tmp_path / "own_model.py").write_text(script)

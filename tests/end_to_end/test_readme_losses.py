@@ -150,7 +150,7 @@ def test_an_example_trains_the_objective_that_is_stated(
             assert row[name] == pytest.approx(value.item(), rel=1e-5), name
 
 
-def test_the_loop_of_ones_own_trains(
+def test_a_users_loop_trains(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, loop = code(README, "own_model.py"), code(LOOP, "a loop of your own")

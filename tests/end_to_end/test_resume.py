@@ -94,7 +94,7 @@ def test_a_run_can_be_extended_and_not_be_made_another(tmp_path: Path) -> None:
     assert all(0.0003 < row["learning_rate"] <= 0.001 for row in continued[3:])
 
 
-def test_a_run_goes_on_with_fewer_ranks_than_its_layout_had(tmp_path: Path) -> None:
+def test_a_run_continues_with_fewer_ranks_than_its_layout_had(tmp_path: Path) -> None:
     split = "model.tensor_model_parallel_size=2"
     assert begin(tmp_path, "train.train_iters=2", split, ranks=2).wait().code == 0
     refused = resume(tmp_path, "train.train_iters=3")

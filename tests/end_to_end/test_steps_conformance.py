@@ -281,7 +281,7 @@ def test_wandb_has_the_same_numbers(runs: Runs) -> None:
     assert logged == losses_of(runs)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(runs: Runs) -> None:
+def test_a_killed_run_continues_bit_for_bit(runs: Runs) -> None:
     def comparable(name: str) -> list[dict[str, Any]]:
         left_out = ("step_time_s", "tokens_per_s", "samples_per_s", "images_per_s")
         return [
@@ -304,7 +304,7 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint(runs: Runs) -> None:
         assert found.resumed_after_stops.metrics["lm loss"] == found.result.metrics["lm loss"]
 
 
-def test_a_nan_is_an_error_on_every_rank_or_a_step_left_out(runs: Runs) -> None:
+def test_a_nan_is_an_error_on_every_rank_or_a_skipped_step(runs: Runs) -> None:
     for found in runs.ranks:
         assert "nan at step 3, microbatch 0" in found.message
         assert found.skipped.reason == "finished"

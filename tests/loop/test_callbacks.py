@@ -81,7 +81,7 @@ def test_any_object_with_known_events_is_a_callback(context: CallbackContext) ->
     assert heard == [context]
 
 
-def test_an_unknown_event_is_refused_with_the_nearest_name() -> None:
+def test_an_unknown_event_is_rejected_with_the_nearest_name() -> None:
     class Misspelt(Callback):
         def on_before_optimiser_step(self, context: CallbackContext) -> None: ...
 
@@ -97,14 +97,14 @@ def test_an_unknown_event_is_refused_with_the_nearest_name() -> None:
         (SimpleNamespace(on_step_end=lambda context: None), r"must take \(context, result\)"),
     ],
 )
-def test_what_cannot_be_a_callback_is_refused(callback: object, problem: str) -> None:
+def test_an_object_that_cannot_be_a_callback_is_rejected(callback: object, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Callbacks([callback])
 
 
 @pytest.mark.parametrize("train", [pretrain, finetune])
 @pytest.mark.parametrize("callbacks", [Recorder("one", []), Recorder, Callback(), 3])
-def test_what_is_no_list_of_callbacks_is_rejected_before_anything_starts(
+def test_a_value_that_is_no_list_of_callbacks_is_rejected_before_anything_starts(
     train: Any, callbacks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = own_run(tmp_path / "run")

@@ -127,7 +127,7 @@ def test_no_run_starts_from_a_checkpoint_with_a_flipped_bit(work: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cut", "gone", "damaged"])
-def test_rows_that_are_missing_are_told(work: Path, kind: str) -> None:
+def test_missing_rows_are_reported(work: Path, kind: str) -> None:
     path = work / "R" / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     if kind == "gone":
@@ -148,7 +148,9 @@ def test_rows_that_are_missing_are_told(work: Path, kind: str) -> None:
     assert ("to write them again, --resume --step 2" in ended.out) == (kind == "cut")
 
 
-def test_a_run_directory_that_is_deleted_while_the_run_goes_on_is_an_error(tmp_path: Path) -> None:
+def test_a_run_directory_that_is_deleted_during_the_run_is_an_error(
+    tmp_path: Path,
+) -> None:
     slow = ("dataset.seconds_per_sample=0.03", "train.train_iters=30", "--run-dir", "R")
     for interval, told in ((1, "metrics.jsonl"), (100, "R was deleted or moved while")):
         folder = tmp_path / str(interval)
@@ -163,7 +165,7 @@ def test_a_run_directory_that_is_deleted_while_the_run_goes_on_is_an_error(tmp_p
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_disk_that_is_full_in_a_save_is_told_with_rank_path_and_the_newest_checkpoint(
+def test_a_full_disk_in_a_save_is_reported_with_rank_path_and_newest_checkpoint(
     tmp_path: Path, ranks: int
 ) -> None:
     with small_disk(tmp_path / "disk", 2500) as disk:
@@ -186,7 +188,7 @@ def test_a_disk_that_is_full_in_a_save_is_told_with_rank_path_and_the_newest_che
     ("kilobytes", "cause"),
     [(4, "No space left on device"), (8, "No space left on device"), (9, "Read-only file system")],
 )
-def test_a_disk_that_cannot_be_written_at_the_start_is_told_in_one_line(
+def test_a_disk_that_cannot_be_written_at_the_start_is_reported_in_one_line(
     tmp_path: Path, kilobytes: int, cause: str
 ) -> None:
     with small_disk(tmp_path / "disk", kilobytes) as disk:

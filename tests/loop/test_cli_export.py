@@ -11,11 +11,11 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "5", "GB", "-1GB", "0GB", "5TB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_text_that_is_no_size_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="--max-shard-size: .*such as 5GB"):
         parse_size(text)
 
 
-def test_a_target_that_nobody_brings_is_refused_with_the_option() -> None:
+def test_a_target_that_no_package_has_is_rejected_with_the_option() -> None:
     with pytest.raises(ValueError, match="^--to: .*'gguf'"):
         find_exporter("gguf")

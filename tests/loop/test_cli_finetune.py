@@ -62,7 +62,7 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(
         ("model: {_target_: a.Model}\n", "is a a.Model, and the recipe sine trains a own_recipe."),
     ],
 )
-def test_a_checkpoint_of_no_or_another_kind_of_model_is_refused(
+def test_a_checkpoint_of_no_or_another_kind_of_model_is_rejected(
     text: str | None, complaint: str, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint(work, text)

@@ -61,7 +61,7 @@ def test_a_rank_that_is_killed_is_named_though_it_says_nothing(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
-def test_a_mistake_that_only_the_data_show_is_told_once_and_leaves_nothing(
+def test_a_mistake_that_only_the_data_show_is_reported_once_and_leaves_nothing(
     tmp_path: Path, ranks: str
 ) -> None:
     arguments = ("dataset.size=13", "--run-dir", RUN, "--nproc", ranks)
@@ -71,7 +71,7 @@ def test_a_mistake_that_only_the_data_show_is_told_once_and_leaves_nothing(
     assert not (tmp_path / RUN).exists()
 
 
-def test_a_mistake_that_only_another_rank_finds_is_told(tmp_path: Path) -> None:
+def test_a_mistake_that_only_another_rank_finds_is_reported(tmp_path: Path) -> None:
     arguments = ("dataset.size=14", "--run-dir", RUN, "--nproc", "2")
     ended = run("pretrain", "sine", *arguments, folder=tmp_path)
     assert ended.code == 2
@@ -105,7 +105,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict
         ("2", signal.SIGHUP, "process", 0),
     ],
 )
-def test_a_signal_lets_the_step_end_saves_and_the_run_goes_on_bit_for_bit(
+def test_a_signal_lets_the_step_end_and_save_and_the_run_continues_bit_for_bit(
     tmp_path: Path,
     undisturbed: dict[str, list[dict[str, Any]]],
     ranks: str,

@@ -54,7 +54,7 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(
     assert [path.name for path in work.rglob("*")] == ["occupied", "precious.txt"]
 
 
-def test_a_configuration_file_that_is_no_mapping_is_refused(
+def test_a_configuration_file_that_is_no_mapping_is_rejected(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (work / "bad.yaml").write_bytes(b"\x1f\x8b\x08")
@@ -78,7 +78,7 @@ def test_all_mistakes_of_files_and_overrides_come_in_one_report(
     assert report.count("bridge: ") == 1
 
 
-def test_under_a_launcher_nproc_is_refused_and_the_world_size_is_that_of_the_launcher(
+def test_under_a_launcher_nproc_is_rejected_and_the_world_size_is_that_of_the_launcher(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "0")
@@ -217,7 +217,7 @@ def test_the_doctor_names_versions_devices_and_recipes(capsys: pytest.CaptureFix
         assert part in text
 
 
-def test_a_rehearsal_hides_the_gpus_from_the_ranks(
+def test_the_cpu_emulation_hides_the_gpus_from_the_ranks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

@@ -168,7 +168,7 @@ def test_a_step_that_fails_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     run_ranks(2, body, timeout=120)
 
 
-def test_a_context_of_no_run_has_nothing_to_collect() -> None:
+def test_a_context_without_a_run_has_nothing_to_collect() -> None:
     context = CallbackContext(state=None, model=[])  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="belongs to no run"):
         context.collect_non_loss_data()

@@ -56,7 +56,7 @@ def test_nothing_is_left_behind() -> None:
         torch.zeros(2, device="cuda")
 
 
-def test_the_stand_in_leaves_after_an_exception() -> None:
+def test_the_emulation_ends_after_an_exception() -> None:
     with pytest.raises(ZeroDivisionError), cpu.cpu_training():
         raise ZeroDivisionError
     assert not cpu.is_active()

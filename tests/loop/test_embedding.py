@@ -223,7 +223,7 @@ def test_signals_are_the_programs_own_while_it_trains() -> None:
     run_ranks(1, body, timeout=120)
 
 
-def test_the_trained_model_is_whole_and_of_use_after_the_run() -> None:
+def test_the_trained_model_is_complete_and_can_be_used_after_the_run() -> None:
     """The gathering of parameters overlaps with the next step's forward pass, if there is one."""
 
     def body() -> Any:
@@ -241,7 +241,7 @@ def test_the_trained_model_is_whole_and_of_use_after_the_run() -> None:
             torch.testing.assert_close(parameters[name], value, rtol=2e-5, atol=2e-6)
 
 
-def test_the_next_model_finds_the_memory_of_the_last_one_free() -> None:
+def test_the_memory_of_a_model_is_free_for_the_next_one() -> None:
     def body() -> None:
         gc.disable()  # It would come too late on a device, whose memory it knows nothing of.
 
@@ -264,7 +264,7 @@ def test_the_next_model_finds_the_memory_of_the_last_one_free() -> None:
     run_ranks(1, body, timeout=120)
 
 
-def test_a_checkpoint_continues_a_loop_of_ones_own_bit_for_bit(tmp_path: Path) -> None:
+def test_a_checkpoint_continues_a_users_loop_bit_for_bit(tmp_path: Path) -> None:
     def body() -> None:
         config = config_of(6)
         config.checkpoint.run_dir = str(tmp_path / "run")
@@ -284,7 +284,7 @@ def test_a_checkpoint_continues_a_loop_of_ones_own_bit_for_bit(tmp_path: Path) -
     run_ranks(2, body, timeout=120)
 
 
-def test_weights_are_saved_whole_and_may_be_what_another_run_starts_from(tmp_path: Path) -> None:
+def test_weights_are_saved_unsharded_and_another_run_can_start_from_them(tmp_path: Path) -> None:
     def body() -> None:
         config = config_of(6)
         config.checkpoint.run_dir = str(tmp_path / "run")

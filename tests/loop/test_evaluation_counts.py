@@ -248,7 +248,7 @@ def drawing(per_call: Iterator[int], only_rank: int | None = None) -> Any:
         ([1, 2, 1], "the forward step draws more than the 12 planned microbatches"),
     ],
 )
-def test_a_step_that_draws_another_number_of_microbatches_is_refused(
+def test_a_step_that_draws_another_number_of_microbatches_is_rejected(
     tmp_path: Path, pattern: list[int], message: str
 ) -> None:
     def body() -> None:
@@ -277,7 +277,7 @@ def test_one_rank_that_draws_too_little_says_so_and_no_rank_waits(tmp_path: Path
     assert "on another rank drew another number of the 6 planned" in other
 
 
-def test_data_that_ends_too_early_is_refused(tmp_path: Path) -> None:
+def test_data_that_ends_too_early_is_rejected(tmp_path: Path) -> None:
     def body() -> None:
         config = own_run(tmp_path / "run", dataset=OwnData(validation=8))
         with (

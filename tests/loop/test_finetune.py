@@ -110,7 +110,7 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
     run_ranks(1, body)
 
 
-def test_a_resumed_run_goes_on_bit_for_bit_without_its_base(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_bit_for_bit_without_its_base(tmp_path: Path) -> None:
     def body() -> None:
         pretrain(base(tmp_path / "base"), token_step)
         finetune(tuned(tmp_path / "whole", tmp_path / "base"), token_step)

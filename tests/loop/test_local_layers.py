@@ -130,7 +130,7 @@ def test_packed_sequences_are_the_sequences_apart() -> None:
         )
 
 
-def test_dropout_leaves_out_weights_and_scales_the_others() -> None:
+def test_dropout_zeroes_weights_and_scales_the_others() -> None:
     rate, length, batch = 0.25, 64, 8
 
     def on_a_rank() -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +182,7 @@ def test_dropout_is_the_same_on_two_tensor_parallel_ranks(sequence_parallel: boo
 @pytest.mark.parametrize(
     "changes", [{"softmax_type": "off-by-one"}, {"qk_clip": True}], ids=lambda c: next(iter(c))
 )
-def test_what_the_kernel_lacks_is_refused_by_name(changes: dict[str, Any]) -> None:
+def test_features_that_the_kernel_lacks_are_rejected_by_name(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"model.{next(iter(changes))}"):
         make_attention(**changes)
 
@@ -255,7 +255,7 @@ def test_two_context_parallel_ranks_attend_within_packed_documents_as_one_rank(
             torch.testing.assert_close(gradient, whole[places[rank]])
 
 
-def test_context_parallelism_refuses_masks() -> None:
+def test_context_parallelism_rejects_masks() -> None:
     two_ranks: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
     attention = make_attention(group=two_ranks)
     query, key, value = random_qkv(4, batch=1)

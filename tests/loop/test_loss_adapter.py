@@ -327,11 +327,13 @@ def refusal(returned: Any) -> str:
         (lambda o: (o.sum().detach(), {}), "does not depend on the model's output"),
     ],
 )
-def test_what_cannot_be_a_loss_is_refused_with_what_can(returned: Any, message: str) -> None:
+def test_a_value_that_cannot_be_a_loss_is_rejected_with_the_accepted_forms(
+    returned: Any, message: str
+) -> None:
     assert message in refusal(returned)
 
 
-def test_a_forward_step_without_a_loss_function_is_refused_where_the_loss_is_due() -> None:
+def test_a_forward_step_without_a_loss_function_is_rejected_on_the_last_stage() -> None:
     with pytest.raises(ValueError, match="None for loss_func on the last pipeline stage"):
         adapter_of(None)[1]()
     adapter = LossAdapter(lambda data, model: torch.ones(1), normalization="token", token_slots=1)
@@ -453,7 +455,7 @@ def test_the_schedule_plan_is_asked_for_only_where_megatron_wants_one() -> None:
 @pytest.mark.parametrize(
     "arguments", [{"token_slots": 0}, {"token_slots": 8, "context_parallel_size": 2}]
 )
-def test_impossible_settings_are_refused(arguments: dict[str, Any]) -> None:
+def test_impossible_settings_are_rejected(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(reversed(arguments))):
         LossAdapter(lambda data, model: None, normalization="token", **arguments)
 
@@ -468,7 +470,7 @@ def test_each_loss_is_shown_to_who_asked() -> None:
 # ---- NaN and Inf -----------------------------------------------------------------------------
 
 
-def test_a_nan_prediction_rings_the_alarm_and_no_valid_token_does_not() -> None:
+def test_a_nan_prediction_raises_the_anomaly_flag_and_no_valid_token_does_not() -> None:
     def trial(losses: list[float], mask: list[int]) -> bool:
         output = torch.tensor(losses, requires_grad=True)
         adapter, run = adapter_of(partial(masked_token_loss, torch.tensor(mask)), output=output)

@@ -140,7 +140,7 @@ def test_microbatches_and_tokens_travel_with_the_metrics() -> None:
     assert run_ranks(3, body) == [((1 + 3, 3 + 3 * 5), ["all_reduce"])] * 3
 
 
-def test_what_a_fresh_reducer_holds_is_nobody_elses() -> None:
+def test_a_fresh_reducer_shares_no_values_with_the_first() -> None:
     reducer = alone()
     reducer.accumulate([record(a=1.0)])
     other = reducer.fresh()
@@ -150,7 +150,7 @@ def test_what_a_fresh_reducer_holds_is_nobody_elses() -> None:
     assert (reduced.to_dict(), reduced.microbatches) == ({"a": 5.0, "b": 2.0}, 2)
 
 
-def test_a_fresh_reducer_shares_the_agreed_keys_both_ways() -> None:
+def test_a_fresh_reducer_shares_the_registered_keys_both_ways() -> None:
     def body() -> Any:
         reducer = alone()
         reducer.fresh().reduce([record(b=1.0)]).to_dict()
@@ -193,12 +193,12 @@ def test_nan_stays_in_its_own_metric(kind: Callable[[Any], Metric], bad: Any) ->
 @pytest.mark.parametrize(
     "value", [torch.zeros(3), torch.zeros(2, 1), "text", None, [1.0, 2.0], 1j, {"a": 1.0}]
 )
-def test_a_value_of_no_known_form_is_refused_by_its_name(value: Any) -> None:
+def test_a_value_of_no_known_form_is_rejected_by_its_name(value: Any) -> None:
     with pytest.raises(ValueError, match="'my metric'"):
         as_metric("my metric", value)
 
 
-def test_one_key_declared_in_two_ways_is_refused_by_its_name() -> None:
+def test_one_key_declared_in_two_ways_is_rejected_by_its_name() -> None:
     with pytest.raises(ValueError, match=r"'x' \(mean and total\)"):
         alone().reduce([record(x=1.0), record(x=total(1.0))]).to_dict()
     reducer = alone()
@@ -268,7 +268,7 @@ def test_ranks_without_the_loss_learn_it_and_add_nothing() -> None:
 
 
 @pytest.mark.parametrize("ringing", [0, 1])
-def test_an_alarm_on_one_rank_rings_on_all(ringing: int) -> None:
+def test_an_anomaly_flag_of_one_rank_reaches_all(ringing: int) -> None:
     def alarm_of(rank: int) -> torch.Tensor | None:
         return torch.tensor(float(rank == ringing)) if rank != 2 else None
 
@@ -321,7 +321,7 @@ def _error_on_every_rank(records_of: Callable[[int], list[MicrobatchRecord]]) ->
     return str(caught.value)
 
 
-def test_a_key_declared_differently_on_two_ranks_is_refused_on_both() -> None:
+def test_a_key_declared_differently_on_two_ranks_is_rejected_on_both() -> None:
     def records_of(rank: int) -> list[MicrobatchRecord]:
         return [record(x=1.0 if rank else total(1.0))]
 
@@ -329,7 +329,7 @@ def test_a_key_declared_differently_on_two_ranks_is_refused_on_both() -> None:
         assert "'x' (total and mean)" in message
 
 
-def test_a_conflict_within_one_rank_is_refused_on_all() -> None:
+def test_a_conflict_within_one_rank_is_rejected_on_all() -> None:
     def records_of(rank: int) -> list[MicrobatchRecord]:
         return [record(x=1.0), record(x=total(1.0))] if rank else [record(x=1.0)]
 
@@ -337,7 +337,7 @@ def test_a_conflict_within_one_rank_is_refused_on_all() -> None:
         assert "'x' (mean and total)" in message
 
 
-def test_loss_patterns_that_differ_between_ranks_are_refused_on_all() -> None:
+def test_loss_patterns_that_differ_between_ranks_are_rejected_on_all() -> None:
     def records_of(rank: int) -> list[MicrobatchRecord]:
         count = torch.tensor(1) if rank else None
         one = MicrobatchRecord(metrics={"x": mean(1.0)}, loss=torch.zeros(()), count=count)
@@ -526,7 +526,7 @@ def test_an_interval_is_the_mean_of_its_steps_in_one_collective(normalization: s
         assert math.isnan(alone_["m"])
 
 
-def test_without_an_average_a_logged_step_is_told_alone_and_all_tokens_are_counted() -> None:
+def test_without_an_average_a_logged_step_has_its_own_values_and_all_tokens_are_counted() -> None:
     ((found, _, _, tokens),) = run_ranks(1, _alone_of_an_interval)
     sums = [a_cell(0, 4, microbatch) for microbatch in range(2)]
     assert found[1]["t"] == sum(value for value, _ in sums) / sum(count for _, count in sums)

@@ -68,7 +68,7 @@ def test_the_first_loss_that_is_not_finite_is_named(bad: float, factor: float | 
     assert watch.check(settings()) == []
 
 
-def test_clearing_forgets_only_what_the_alarm_covered() -> None:
+def test_clearing_forgets_only_what_the_anomaly_flag_covered() -> None:
     watch = watch_of([1.0, 1.0])
     alarm = watch.alarm()
     assert alarm is not None
@@ -280,7 +280,7 @@ def test_each_kind_has_its_own_action(nan_action: Any, spike_action: Any) -> Non
     assert watch.check(train) == []
 
 
-def test_what_is_not_looked_for_is_not_reported() -> None:
+def test_a_kind_without_an_action_is_not_reported() -> None:
     watch = warmed_up()
     one_step(watch, 21, [50.0, NAN])
     assert watch.check(settings(check_for_nan=False)) == []
@@ -302,7 +302,7 @@ def test_what_is_not_looked_for_is_not_reported() -> None:
         ("skip", "raise_at_once", 50.0, "raise_at_once). rank 1: 50 at step 21, microbatch 0"),
     ],
 )
-def test_all_ranks_leave_out_the_step_of_one_rank(
+def test_all_ranks_skip_the_step_of_one_rank(
     nan_action: Any, spike_action: Any, losses: float, expected: bool | str
 ) -> None:
     def body() -> bool | str:
@@ -322,7 +322,7 @@ def test_all_ranks_leave_out_the_step_of_one_rank(
         assert found == expected or (isinstance(found, str) and str(expected) in found)
 
 
-def test_only_the_present_step_is_left_out_and_earlier_losses_stay_unread() -> None:
+def test_only_the_present_step_is_skipped_and_earlier_losses_stay_unread() -> None:
     def body() -> list[Any]:
         watch = warmed_up()
         train = settings(spike_factor=3.0, nan_action="skip")

@@ -20,7 +20,7 @@ def test_sums_the_losses_at_valid_positions_and_counts_them(dtype: torch.dtype) 
     assert report["lm loss"].tolist() == [21.0, 3.0]
 
 
-def test_the_name_that_porters_know_is_the_same_function() -> None:
+def test_megatron_lms_name_is_the_same_function() -> None:
     assert masked_next_token_loss is masked_token_loss
 
 
@@ -52,7 +52,7 @@ def test_counts_exactly_beyond_the_integers_of_float32() -> None:
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-def test_what_stands_at_a_masked_position_reaches_neither_loss_nor_gradient(
+def test_values_at_masked_positions_reach_neither_loss_nor_gradient(
     poison: float, dtype: torch.dtype
 ) -> None:
     losses = torch.tensor([1.0, poison, 3.0], requires_grad=True)
@@ -120,7 +120,7 @@ def test_accepts_shapes_that_list_the_same_positions(
 @pytest.mark.parametrize(
     ("mask", "losses"), [((3, 2), (2, 3)), ((2,), (3,)), ((1,), (3,)), ((2, 1), (2, 3))]
 )
-def test_refuses_shapes_that_would_pair_the_wrong_positions(
+def test_rejects_shapes_that_would_pair_the_wrong_positions(
     mask: tuple[int, ...], losses: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError, match="loss_mask has shape"):

@@ -185,7 +185,7 @@ def test_what_a_callback_adds_to_an_evaluation_is_written_and_returned(tmp_path:
     assert series(tmp_path / "run", "test/doubled") == []
 
 
-def test_a_loss_that_is_not_finite_is_told_with_the_name_of_its_set(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_reported_with_the_name_of_its_set(tmp_path: Path) -> None:
     def step(data_iterator: Any, model: Any) -> Any:
         batch = next(data_iterator)
         if not model.training and bool((batch["y"] == Samples(1, FIRST["code"])[0]["y"]).any()):

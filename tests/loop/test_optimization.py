@@ -119,7 +119,7 @@ def test_a_model_may_have_a_rate_for_each_of_its_parameters(
 
 
 @pytest.mark.parametrize("distributed", [True, False])
-def test_a_run_with_several_rates_goes_on_at_another_rate_or_is_rejected_in_our_words(
+def test_a_run_with_several_rates_continues_at_another_rate_or_is_rejected_in_our_words(
     tmp_path: Path, distributed: bool
 ) -> None:
     def continued(**changes: Any) -> list[float]:

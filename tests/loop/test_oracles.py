@@ -367,7 +367,7 @@ def empty_where(cells: Cells, is_empty: Callable[[int, int, int], bool]) -> Cell
 
 @pytest.mark.parametrize("loss_function", [sum_and_count, product_and_count])
 @pytest.mark.parametrize("normalization", ["token", "microbatch"])
-def test_cells_without_tokens_take_their_share_of_nothing(
+def test_cells_without_tokens_change_nothing(
     tmp_path: Path, normalization: Normalization, loss_function: Callable[..., Any]
 ) -> None:
     full: Cells = [[[(6, 2), (4, 4)], [(9, 1), (7, 3)]], [[(10, 5), (3, 3)], [(8, 16), (1, 1)]]]
@@ -426,7 +426,7 @@ def test_a_run_logs_each_kind_of_metric_as_it_is_declared(tmp_path: Path, pipeli
 
 
 @pytest.mark.parametrize("normalization", ["token", "microbatch"])
-def test_a_loss_that_is_normalised_already_is_left_alone_at_any_number_of_microbatches(
+def test_a_loss_that_is_normalized_already_is_left_alone_at_any_number_of_microbatches(
     tmp_path: Path, normalization: Normalization
 ) -> None:
     def body() -> list[Seen]:
@@ -529,7 +529,7 @@ class Disagreeing(OneWeightConfig):
 
 
 @pytest.mark.parametrize("normalization", ["token", "microbatch"])
-def test_a_model_that_divides_the_loss_in_another_way_than_the_run_is_refused(
+def test_a_model_that_divides_the_loss_in_another_way_than_the_run_is_rejected(
     tmp_path: Path, normalization: Normalization
 ) -> None:
     def body() -> str:

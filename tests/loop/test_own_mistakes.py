@@ -152,6 +152,6 @@ def test_a_module_that_fails_while_it_is_imported_keeps_its_traceback(
 
 
 @pytest.mark.parametrize("name", [".", "a..b", ".a.B", "torch.nn.", "a b.C"])
-def test_what_is_no_name_is_rejected(name: str) -> None:
+def test_a_value_that_is_no_name_is_rejected(name: str) -> None:
     with pytest.raises(UsageError, match="is no name of a class or function"):
         import_by_name(name)

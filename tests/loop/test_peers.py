@@ -171,7 +171,7 @@ def ends_the_others(
         ("exit", "step 2", "SystemExit"),
     ],
 )
-def test_a_rank_ends_that_waits_for_one_that_has_failed(
+def test_a_rank_that_waits_for_a_failed_one_ends(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], where: str, phase: str, what: str
 ) -> None:
     def body() -> str:
@@ -227,7 +227,7 @@ def test_ranks_that_meet_by_themselves_end_together_whoever_keeps_the_store(
     assert time.monotonic() - began < 30
 
 
-def test_a_rank_ends_that_waits_for_another_in_the_last_callback(
+def test_a_rank_that_waits_for_another_in_the_last_callback_ends(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def body() -> str:
@@ -242,7 +242,7 @@ def test_a_rank_ends_that_waits_for_another_in_the_last_callback(
     assert "rank 0, in final evaluation: ends, since rank 1 failed" in ended
 
 
-def test_who_presses_ctrl_c_twice_is_told_nothing_and_leaves_no_rank_behind(
+def test_a_second_ctrl_c_ends_all_ranks_without_a_report(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def body() -> str:
@@ -354,7 +354,7 @@ def test_an_exception_that_follows_from_another_ranks_says_so(tmp_path: Path) ->
     ]
 
 
-def test_a_caller_can_be_told_instead_of_the_terminal(
+def test_a_caller_can_get_the_report_instead_of_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def body() -> Any:
@@ -375,7 +375,7 @@ def test_a_caller_can_be_told_instead_of_the_terminal(
     assert "a shape does not fit" not in capfd.readouterr().err
 
 
-def test_the_live_line_ends_before_a_failure_is_told(tmp_path: Path) -> None:
+def test_the_live_line_ends_before_a_failure_is_reported(tmp_path: Path) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

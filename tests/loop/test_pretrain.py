@@ -110,7 +110,7 @@ def test_groups_that_were_there_stay_and_are_used(tmp_path: Path) -> None:
     assert series(tmp_path / "default", "error") == series(tmp_path / "all", "error")
 
 
-def test_groups_of_another_layout_are_refused(tmp_path: Path) -> None:
+def test_groups_of_another_layout_are_rejected(tmp_path: Path) -> None:
     def body() -> None:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
         with pytest.raises(ValueError, match="sizes tensor 1.* already with tensor 2"):

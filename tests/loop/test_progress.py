@@ -167,7 +167,7 @@ def test_an_evaluation_is_a_line_that_stays() -> None:
     assert in_a_pipe(write)[1] == line
 
 
-def test_the_summary_stands_below_the_last_step() -> None:
+def test_the_summary_is_below_the_last_step() -> None:
     def write(progress: Progress) -> None:
         progress.step(100, 100, ROW)
         progress.summary(["finished", "run runs/x"])

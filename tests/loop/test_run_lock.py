@@ -119,7 +119,7 @@ def test_a_path_that_can_be_no_directory_is_rejected(work: Path, path: str, comp
     assert str(caught.value).startswith(f"checkpoint.run_dir: '{path}' {complaint}")
 
 
-def test_of_two_starts_at_once_one_trains_and_the_other_is_told_by_whom(work: Path) -> None:
+def test_of_two_starts_at_once_one_trains_and_the_other_names_it(work: Path) -> None:
     arguments = (
         "pretrain",
         "sine",
@@ -144,7 +144,7 @@ def test_of_two_starts_at_once_one_trains_and_the_other_is_told_by_whom(work: Pa
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
-def test_a_run_is_not_resumed_beside_itself_and_is_at_once_when_it_was_killed(
+def test_a_run_is_not_resumed_while_it_trains_and_is_at_once_after_a_kill(
     work: Path, ranks: str
 ) -> None:
     running = start("pretrain", "sine", *SLOW, "--run-dir", "R", "--nproc", ranks, folder=work)

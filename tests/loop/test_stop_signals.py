@@ -16,7 +16,7 @@ from bridge.training.ranks.stop_request import (
 from ranks import run_ranks
 
 
-def test_the_first_signal_is_remembered_and_handlers_come_back() -> None:
+def test_the_first_signal_is_remembered_and_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with stop_signals() as request:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -47,7 +47,7 @@ def test_a_hangup_stays_ignored_where_it_was_as_under_nohup() -> None:
     assert run_ranks(1, body, process_group=False) == [False]
 
 
-def test_a_second_ctrl_c_ends_at_once_and_handlers_come_back() -> None:
+def test_a_second_ctrl_c_ends_at_once_and_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT)
     with stop_signals():
         os.kill(os.getpid(), signal.SIGINT)
@@ -79,7 +79,7 @@ def agreed_on_every_rank() -> tuple[str | None, str | None]:
     return nobody, one
 
 
-def test_all_ranks_stop_when_one_is_told_to() -> None:
+def test_all_ranks_stop_when_one_gets_a_signal() -> None:
     assert run_ranks(2, agreed_on_every_rank) == [(None, "SIGTERM")] * 2
 
 

@@ -241,7 +241,7 @@ def test_all_ranks_end_an_evaluation_when_one_has_to(tmp_path: Path) -> None:
         assert asked == 2
 
 
-def test_nobody_is_asked_after_the_last_batch(tmp_path: Path) -> None:
+def test_after_the_last_batch_no_rank_is_asked_to_stop(tmp_path: Path) -> None:
     def body() -> Any:
         with a_run(own_run(tmp_path / "run", dataset=OwnData(validation=8)), token_step) as run:
             result = evaluated(run, stop=lambda: True)

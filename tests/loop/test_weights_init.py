@@ -347,7 +347,7 @@ def test_16_bit_weights_are_the_rounded_ones_wrapped_or_not() -> None:
     assert torch.equal(bare, whole_model("gated")[name].bfloat16())
 
 
-def test_an_initializer_of_ones_own_sees_full_tensors() -> None:
+def test_a_users_initializer_sees_unsharded_tensors() -> None:
     def shapes_seen() -> set[tuple[int, ...]]:
         shapes = set()
 
@@ -393,7 +393,7 @@ class OwnModel(MegatronModule):
         )
 
 
-def test_modules_of_ones_own_keep_their_weights_and_unknown_split_ones_are_refused() -> None:
+def test_a_users_modules_keep_their_weights_and_unknown_sharded_ones_are_rejected() -> None:
     def messages() -> tuple[bool, str]:
         layout_of(tp=2)
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
@@ -437,7 +437,7 @@ class Encoder(MegatronModule):
         draw_with(self.positions, torch.nn.init.ones_)
 
 
-def test_weights_of_ones_own_that_are_named_are_drawn_and_by_the_config_that_they_are_in() -> None:
+def test_a_users_weights_that_are_named_are_drawn_by_their_own_config() -> None:
     def weights(noise: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         layout_of()
         torch.manual_seed(noise)

@@ -158,7 +158,7 @@ def told(run: RunDirectory, name: str, message: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", AT_ONCE)
-def test_damage_is_told_by_file_and_cause_with_the_older_checkpoint(
+def test_damage_is_reported_by_file_and_cause_with_the_older_checkpoint(
     run: RunDirectory, kind: str
 ) -> None:
     refuse_damage(run.checkpoint(4))
@@ -295,7 +295,7 @@ def test_a_format_version_that_has_manifests_does_without_none(run: RunDirectory
     assert told(run, "manifest.json", message), message
 
 
-def test_a_checkpoint_of_an_older_version_is_read_and_told_as_unverified(
+def test_a_checkpoint_of_an_older_version_is_read_and_reported_as_unverified(
     run: RunDirectory, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = run.checkpoint(4)

@@ -222,7 +222,7 @@ def copied(saved: Path, place: Path) -> Path:
 
 @pytest.mark.parametrize("how", ["resume", "pretrained_checkpoint"])
 @pytest.mark.parametrize("layers", ["wider", "deeper"])
-def test_a_checkpoint_of_another_model_is_refused_by_its_path(
+def test_a_checkpoint_of_another_model_is_rejected_by_its_path(
     tmp_path: Path, saved: Path, how: str, layers: str
 ) -> None:
     class Deeper(OwnModel):
@@ -262,7 +262,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(
     assert "damaged" in message_of(saving_run(run, resume=True))
 
 
-def test_a_run_that_goes_on_does_not_look_for_what_it_once_started_from(
+def test_a_run_that_continues_does_not_look_for_what_it_once_started_from(
     tmp_path: Path, saved: Path
 ) -> None:
     run = copied(saved, tmp_path / "run")
@@ -314,7 +314,7 @@ def experts_run(directory: Path, until: int, **layout: Any) -> ConfigContainer:
     return config
 
 
-def test_a_run_goes_on_under_any_layout_experts_spread_or_not(tmp_path: Path) -> None:
+def test_a_run_continues_under_any_layout_experts_spread_or_not(tmp_path: Path) -> None:
     layouts: list[tuple[int, dict[str, Any]]] = [
         (1, {}),
         (2, {"expert_model_parallel_size": 2}),
@@ -398,7 +398,7 @@ def skipping_run(directory: Path, kind: str) -> tuple[ConfigContainer, Callable[
 
 
 @pytest.mark.parametrize("kind", SKIPPING)
-def test_a_run_whose_first_steps_were_skipped_is_saved_and_goes_on_bit_for_bit(
+def test_a_run_whose_first_steps_were_skipped_is_saved_and_continues_bit_for_bit(
     tmp_path: Path, kind: str
 ) -> None:
     def train(name: str, until: int, resume: bool) -> tuple[dict[str, torch.Tensor], list[int]]:

@@ -53,7 +53,7 @@ def test_losses_are_known_at_the_end_of_the_pipeline() -> None:
 
 
 @pytest.mark.parametrize("ranks_with_embedding", [None, [0, 1], [0, 1, 2]])
-def test_groups_that_leave_out_a_copy_of_the_embedding_are_rejected_on_every_rank(
+def test_groups_without_a_replica_of_the_embedding_are_rejected_on_every_rank(
     ranks_with_embedding: list[int] | None,
 ) -> None:
     model = tiny_gpt(

@@ -68,7 +68,7 @@ def test_the_value_is_the_sum_over_the_set_by_the_tokens_of_the_set(
             assert error == pytest.approx(error_of(7, 1000, samples), rel=1e-6)
 
 
-def test_training_goes_on_as_if_there_had_been_no_evaluation(tmp_path: Path) -> None:
+def test_training_continues_as_if_there_had_been_no_evaluation(tmp_path: Path) -> None:
     """With overlapped gathering, whose hooks are off while parameters are whole."""
 
     def body() -> None:
@@ -184,7 +184,7 @@ def test_under_every_layout_it_is_the_sum_of_all_token_losses_by_their_number(
         assert (counted, observed) == (tokens, 17)
 
 
-def test_metrics_reduced_without_the_context_parallel_ranks_are_refused(tmp_path: Path) -> None:
+def test_metrics_reduced_without_the_context_parallel_ranks_are_rejected(tmp_path: Path) -> None:
     def body() -> str:
         config = gpt_run(tmp_path / "run", tiny_gpt(context_parallel_size=2))
         config.dataset = TokenData(validation=8)

@@ -64,7 +64,7 @@ def test_weights_of_hugging_face_are_the_same_model_in_either_kind_of_layers(
 
 @needs_engine
 @pytest.mark.parametrize("kind", [LoRA, DoRA, CanonicalLoRA])
-def test_adapters_train_alike_beside_either_kind_of_layers(tmp_path: Path, kind: Any) -> None:
+def test_adapters_train_alike_next_to_either_kind_of_layers(tmp_path: Path, kind: Any) -> None:
     base = run_of(tmp_path / "base", "local")
     base.checkpoint.save_at_end = True
     pretrain(base, forward_step)

@@ -232,7 +232,7 @@ def told(body: Callable[[], Any]) -> tuple[Any, str]:
         return body(), stream.getvalue()
 
 
-def test_a_skipped_step_is_told_and_leaves_nothing_behind_in_the_run(tmp_path: Path) -> None:
+def test_a_skipped_step_is_reported_and_leaves_nothing_behind_in_the_run(tmp_path: Path) -> None:
     def body(iterations: int, resume: bool) -> Any:
         config = a_config(tmp_path / "run", None, nan_action="skip", train_iters=iterations)
         config.scheduler.lr_warmup_fraction = None

@@ -30,7 +30,7 @@ from training_runs import (
 )
 
 
-def test_a_module_of_ones_own_is_built_from_the_seed(tmp_path: Path) -> None:
+def test_a_users_module_is_built_from_the_seed(tmp_path: Path) -> None:
     def body() -> Any:
         with a_run(own_run(tmp_path / "run"), token_step) as run:
             assert count_parameters(run.model) == 6 * 4 + 6 + 6 + 1
@@ -59,7 +59,7 @@ def test_chunks_share_the_hooks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["wrapper", "module"])
-def test_chunks_that_do_not_share_their_config_are_refused(tmp_path: Path, place: str) -> None:
+def test_chunks_that_do_not_share_their_config_are_rejected(tmp_path: Path, place: str) -> None:
     def body() -> None:
         with a_run(own_run(tmp_path / "run"), token_step) as run:
             wrapper: Any = run.model[0]
@@ -77,7 +77,7 @@ def test_chunks_that_do_not_share_their_config_are_refused(tmp_path: Path, place
     run_ranks(1, body, timeout=120)
 
 
-def test_parameters_are_whole_inside_and_gathered_by_hooks_again_outside(tmp_path: Path) -> None:
+def test_parameters_are_in_sync_inside_and_gathered_by_hooks_again_outside(tmp_path: Path) -> None:
     def body() -> Any:
         with a_run(own_run(tmp_path / "run"), token_step) as run:
             one_step(run)
@@ -102,7 +102,7 @@ def test_parameters_are_whole_inside_and_gathered_by_hooks_again_outside(tmp_pat
                 torch.testing.assert_close(found[index][name], value, rtol=2e-5, atol=2e-6)
 
 
-def test_a_16_bit_module_of_ones_own_computes_in_16_bits(tmp_path: Path) -> None:
+def test_a_users_16_bit_module_computes_in_16_bits(tmp_path: Path) -> None:
     def step(data_iterator: Any, model: Any) -> Any:
         output, loss_function = token_step(data_iterator, model)
         return output, lambda out: loss_function(out.float())

@@ -134,7 +134,7 @@ def save_as_before(directory: Path, seeds: Iterable[int], ranks: int) -> list[in
     return save(directory, seeds, ranks)
 
 
-def test_a_shifted_state_of_the_first_format_is_rejected_and_a_whole_one_goes_on(
+def test_a_shifted_state_of_the_first_format_is_rejected_and_an_intact_one_continues(
     tmp_path: Path,
 ) -> None:
     seeds = range(4)

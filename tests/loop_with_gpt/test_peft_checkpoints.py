@@ -55,7 +55,7 @@ def resumed(config: ConfigContainer, **layout: Any) -> list[Any]:
     return series(str(config.checkpoint.run_dir), "lm loss")
 
 
-def test_a_resumed_run_goes_on_bit_for_bit_and_holds_nothing_of_the_base(
+def test_a_resumed_run_continues_bit_for_bit_and_holds_nothing_of_the_base(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
     def both() -> tuple[list[Any], list[Any], list[str], str]:
@@ -101,7 +101,7 @@ def test_another_layout_can_resume(
     assert found == pytest.approx(whole["lm loss"], rel=1e-5)
 
 
-def test_a_base_that_was_moved_is_taken_and_another_one_is_refused(
+def test_a_base_model_that_was_moved_is_accepted_and_another_one_is_rejected(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
     config = saving_run(tmp_path / "run", bases["dense"], method=METHOD)

@@ -55,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_merged_model_says_what_the_adapted_one_says(
+def test_the_merged_model_gives_the_logits_of_the_adapted_one(
     name: str, runs: Path, tmp_path: Path
 ) -> None:
     def compare() -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,7 +100,7 @@ def test_hugging_faces_peft_gives_equal_logits(name: str, runs: Path, tmp_path: 
     assert (adapted.peft_config["default"].peft_type, len(adapted.active_adapters)) == ("LORA", 1)
 
 
-def test_what_cannot_be_merged_is_refused(
+def test_a_run_that_cannot_be_merged_is_rejected(
     runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def attempts() -> list[int]:

@@ -156,7 +156,7 @@ def test_the_base_stays_as_it_was_and_dropout_and_dtype_are_obeyed(
     assert dtypes == {torch.float32}
 
 
-def test_a_typo_in_the_targets_is_refused_on_every_stage(
+def test_a_typo_in_the_targets_is_rejected_on_every_stage(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
     config = adapted_run(

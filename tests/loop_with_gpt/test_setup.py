@@ -80,7 +80,7 @@ def test_nothing_is_left_where_a_tracker_cannot_start(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_directory_that_holds_a_run_is_refused_and_kept(tmp_path: Path) -> None:
+def test_a_directory_that_holds_a_run_is_rejected_and_kept(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1}\n')

@@ -71,7 +71,7 @@ def test_packed_samples_train_as_samples_alone_under_every_layout(tmp_path: Path
     assert len(found["alone"][0]) == 2
 
 
-def test_a_packed_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_a_packed_run_that_was_cut_off_continues_bit_for_bit(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", uneven_rows(30))
 
     def config(name: str) -> ConfigContainer:

@@ -140,7 +140,9 @@ class Overflows:
         return False, None, None
 
 
-def test_a_refused_step_counts_its_samples_and_leaves_the_schedule_alone(tmp_path: Path) -> None:
+def test_a_skipped_step_counts_its_samples_and_leaves_the_rate_alone(
+    tmp_path: Path,
+) -> None:
     def body() -> list[Any]:
         with a_run(own_run(tmp_path / "run"), token_step) as run:
             before = parameters_of(run.model)
@@ -166,7 +168,7 @@ def test_a_refused_step_counts_its_samples_and_leaves_the_schedule_alone(tmp_pat
 
 
 @pytest.mark.parametrize("calls", [0, 2])
-def test_gradients_that_are_not_finalised_exactly_once_are_an_error(
+def test_gradients_that_are_not_finalized_exactly_once_are_an_error(
     tmp_path: Path, calls: int
 ) -> None:
     class Finalizer(GradientFinalizer):
@@ -183,7 +185,7 @@ def test_gradients_that_are_not_finalised_exactly_once_are_an_error(
     assert f"finalised the gradients {calls} times" in run_ranks(1, body, timeout=120)[0]
 
 
-def test_a_model_without_the_hooks_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_the_hooks_is_rejected(tmp_path: Path) -> None:
     def body() -> None:
         with a_run(own_run(tmp_path / "run"), token_step) as run:
             get_model_config(run.model[0]).finalize_model_grads_func = None

@@ -44,6 +44,6 @@ def test_set_writes_the_version_everywhere_and_touches_no_other_pin(tree: Path) 
     assert after == before.replace(version_of(ROOT), "1.2.0rc1")
 
 
-def test_a_version_that_no_installer_reads_is_refused(tree: Path) -> None:
+def test_a_version_that_no_installer_reads_is_rejected(tree: Path) -> None:
     with pytest.raises(SystemExit, match="'v1'"):
         write(tree, "v1")
