@@ -7,7 +7,7 @@ import yaml
 
 import own_recipe
 from bridge.cli import main
-from bridge.cli.base import find_base
+from bridge.cli.starting_checkpoint import find_starting_checkpoint
 from bridge.training.recipe_lookup import find_recipe
 from commands import run
 
@@ -83,9 +83,9 @@ def test_the_checkpoint_decides_what_the_model_is_and_the_recipe_how_it_is_train
     }
     saved = {"model": model, "tokenizer": {"type": "bytes"}, "train": {"train_iters": 7}}
     checkpoint(work, yaml.safe_dump(saved))
-    base = find_base("B", find_recipe("sine"))
-    assert base.checkpoint == work / "B" / "checkpoints" / "step-0000002"
-    assert yaml.safe_load(base.document) == {
+    start = find_starting_checkpoint("B", find_recipe("sine"))
+    assert start.path == work / "B" / "checkpoints" / "step-0000002"
+    assert yaml.safe_load(start.document) == {
         "model": {
             "_target_": "own_recipe.Perceptron",
             "width": 5,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.training.config import ConfigContainer
+from bridge.training.config import ConfigContainer, ConfigError
 from bridge.training.finetune import finetune
 from bridge.training.pretrain import pretrain
 from ranks import run_ranks
@@ -103,7 +103,9 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
         pretrain(base(tmp_path / "base"), token_step)
         config = tuned(tmp_path / "run", tmp_path / "base")
         config.model = OwnModel(width=7)
-        with pytest.raises(ValueError, match="does not fit the model that is configured"):
+        with pytest.raises(
+            ConfigError, match=r"model\.width: the checkpoint .* is of a model with"
+        ):
             finetune(config, token_step)
         assert not (tmp_path / "run").exists()
 

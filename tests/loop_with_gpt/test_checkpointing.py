@@ -225,6 +225,10 @@ def copied(saved: Path, place: Path) -> Path:
 def test_a_checkpoint_of_another_model_is_rejected_by_its_path(
     tmp_path: Path, saved: Path, how: str, layers: str
 ) -> None:
+    class Wider(OwnModel):
+        def build(self, **arguments: Any) -> torch.nn.Module:  # type: ignore[override]
+            return OwnModel(width=7).build(**arguments)
+
     class Deeper(OwnModel):
         def build(self, **arguments: Any) -> torch.nn.Module:  # type: ignore[override]
             module = super().build(**arguments)
@@ -235,7 +239,7 @@ def test_a_checkpoint_of_another_model_is_rejected_by_its_path(
         config = saving_run(copied(saved, tmp_path / "run"), resume=True)
     else:
         config = saving_run(tmp_path / "run", pretrained_checkpoint=str(saved))
-    config.model = OwnModel(width=7) if layers == "wider" else Deeper()
+    config.model = Wider() if layers == "wider" else Deeper()
     message = message_of(config)
     assert "fit the model" in message
     assert (tmp_path / "run").exists() == (how == "resume")
@@ -243,6 +247,8 @@ def test_a_checkpoint_of_another_model_is_rejected_by_its_path(
 
 def test_a_run_does_not_continue_on_data_in_another_order(tmp_path: Path, saved: Path) -> None:
     config = saving_run(copied(saved, tmp_path / "run"), resume=True)
+    # The checkpoint knows it too.
+    (tmp_path / "run" / "config.yaml").unlink()
     config.dataset = OwnData(train=25)
     assert re.search("24 samples.*25 samples", message_of(config))
     config.dataset = OwnData()

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from bridge.cli.base import find_base
+from bridge.cli.starting_checkpoint import find_starting_checkpoint
 from bridge.mimo.sections import ModuleParallelism
 from bridge.training.checkpoint.manifest import write_manifest
+from bridge.training.checkpoint.resume_rules import reject_another_model
 from bridge.training.config import ConfigError, resolve
 from bridge.training.recipe_lookup import configure, find_recipe
 from bridge.training.run_files.configuration import write_config
@@ -69,11 +70,12 @@ def test_a_checkpoint_is_fine_tuned_by_its_own_recipe_under_any_placement(
     (tmp_path / ".metadata").touch()
     write_config(tmp_path / "config.yaml", configure(recipe, [], [], world_size=1))
     write_manifest(tmp_path)
-    base = find_base(str(tmp_path), recipe)
+    start = find_starting_checkpoint(str(tmp_path), recipe)
     ranks = 1 if placement == "colocated" else 2
     asked = [f"model.placement={placement}"]
-    base.refuse_another_model(configure(recipe, [base.document], asked, world_size=ranks))
+    same = configure(recipe, [start.document], asked, world_size=ranks)
+    reject_another_model(start.path, same)
     asked += ["model.language.num_layers=3"]
-    other = configure(recipe, [base.document], asked, world_size=ranks)
+    other = configure(recipe, [start.document], asked, world_size=ranks)
     with pytest.raises(ConfigError, match="is of a model with"):
-        base.refuse_another_model(other)
+        reject_another_model(start.path, other)

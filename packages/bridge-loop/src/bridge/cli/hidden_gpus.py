@@ -1,16 +1,12 @@
-"""Hiding the GPUs of this machine from a run on the CPU."""
+"""The GPUs of this machine, hidden from a run on the CPU."""
 
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
-def hide_gpus_for_rehearsal(documents: Sequence[str], overrides: Sequence[str]) -> None:
-    """Hide the GPUs where ``dist.device=cpu`` is asked for, before torch initialises CUDA."""
+def hide_gpus_on_cpu_runs(documents: Sequence[str], overrides: Sequence[str]) -> None:
+    """Hide the GPUs where ``dist.device=cpu`` is asked for, before torch initializes CUDA."""
     import yaml
 
     wanted = "auto"

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from bridge.cli.hidden_gpus import hide_gpus_for_rehearsal
+from bridge.cli.hidden_gpus import hide_gpus_on_cpu_runs
 from bridge.training.installed import RECIPES
 from bridge.training.recipe_lookup import (
     add_configuration_arguments,
@@ -44,7 +44,7 @@ def _list(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     documents = read_documents(options.config)
-    hide_gpus_for_rehearsal([document.text for document in documents], options.overrides)
+    hide_gpus_on_cpu_runs([document.text for document in documents], options.overrides)
     ranks = checked_ranks(options.nproc)
     config = configure(find_recipe(options.recipe), documents, options.overrides, world_size=ranks)
     # As a comment: what is printed can be fed back.

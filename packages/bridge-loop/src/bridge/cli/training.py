@@ -1,4 +1,4 @@
-"""What ``bridge pretrain`` and ``bridge finetune`` share: a run, on one rank or on several."""
+"""The run that ``bridge pretrain`` and ``bridge finetune`` start, on one rank or on several."""
 
 import argparse
 import contextlib
@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge.cli.base import find_base
-from bridge.cli.hidden_gpus import hide_gpus_for_rehearsal
+from bridge.cli.hidden_gpus import hide_gpus_on_cpu_runs
 from bridge.cli.launch import on_local_ranks
 from bridge.cli.one_rank import Command, RankFailed, train_here
 from bridge.cli.recipes import layout_lines, print_keys
-from bridge.cli.resume import refuse_another_run
 from bridge.cli.start_command import StartCommand
+from bridge.cli.starting_checkpoint import find_starting_checkpoint
 from bridge.training.launchers import rank_environment, rendezvous_url
 from bridge.training.local_paths import PathOption
 from bridge.training.recipe_lookup import (
@@ -29,8 +28,6 @@ from bridge.training.usage_error import UsageError
 if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer, YamlDocument, YamlText
     from bridge.training.contracts import Recipe
-
-"""The entry point that a command calls."""
 
 
 def add_parser(
@@ -87,59 +84,88 @@ def run(options: argparse.Namespace, command: "Command", *, source: str | None =
 
 
 def _run(options: argparse.Namespace, command: "Command", source: str | None) -> int:
-    overrides = list(options.overrides)
-    if options.run_dir is not None:
-        overrides.append(f"checkpoint.run_dir={options.run_dir}")
-    overrides.append(f"checkpoint.resume={'true' if options.resume else 'false'}")
-    overrides += [] if options.step is None else [f"checkpoint.step={options.step}"]
     # megatron-core's overlap of transfers with computing relies on it; CUDA reads it once.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    ranks = _number_of_ranks(options)
+    # The user's mistakes are found before ranks are started, for the layout of all of them.
+    recipe, config = _configured(options, command, source, ranks)
+    _check_directory(config)
+    if options.dry_run:
+        _check_length(config)
+        _report_dry_run(recipe, config, ranks)
+        return 0
+    start = StartCommand.of_this_process(options.arguments, options.nproc)
+    if ranks > 1 and rank_environment().launcher is None:
+        return on_local_ranks(ranks, command, recipe, config, start)
+    try:
+        return train_here(command, recipe, config, start)
+    except RankFailed as failure:
+        return failure.code
+
+
+def _number_of_ranks(options: argparse.Namespace) -> int:
+    """Return the ranks of the run: those that a launcher has started, else those asked for."""
     environment = rank_environment()
-    is_a_rank = environment.launcher is not None
-    if is_a_rank and options.nproc is not None:
+    if environment.launcher is not None and options.nproc is not None:
         raise UsageError(
             f"--nproc={options.nproc}: {environment.launcher} has started this rank already; leave "
             f"--nproc away under {environment.launcher}"
         )
     if environment.world_size > 1 and not options.dry_run:
         rendezvous_url()  # What is missing is said before anything slow.
-    ranks = environment.world_size if is_a_rank else checked_ranks(options.nproc)
-    given = _given_documents(options.config, environment.rank)
+    is_a_rank = environment.launcher is not None
+    return environment.world_size if is_a_rank else checked_ranks(options.nproc)
+
+
+def _configured(
+    options: argparse.Namespace, command: "Command", source: str | None, ranks: int
+) -> "tuple[Recipe, ConfigContainer]":
+    """Return the recipe and its resolved configuration, with what the command line puts on it.
+
+    Raises:
+        UsageError: The configuration has problems, or there is no such recipe, file, run or
+            checkpoint.
+    """
+    overrides = _all_overrides(options)
+    given = _given_documents(options.config, rank_environment().rank)
     saved = _saved_configuration(options)
-    hide_gpus_for_rehearsal([*saved, *(document.text for document in given)], overrides)
+    hide_gpus_on_cpu_runs([*saved, *(document.text for document in given)], overrides)
     recipe = find_recipe(options.recipe)
-    base = None if source is None else find_base(source, recipe)
     documents: list[YamlDocument] = [*saved, *given]
-    if base is not None:
-        documents = [*saved, base.document, *given]
-        overrides.append(f"checkpoint.pretrained_checkpoint={base.checkpoint}")
-    # The user's mistakes are found before ranks are started, for the layout of all of them.
+    start = None if source is None else find_starting_checkpoint(source, recipe)
+    if start is not None:
+        documents = [*saved, start.document, *given]
+        overrides.append(f"checkpoint.pretrained_checkpoint={start.path}")
     config = configure(recipe, documents, overrides, world_size=ranks)
-    if saved:
-        refuse_another_run(_as_saved(recipe, saved, ranks), config)
-    if base is not None:
-        base.refuse_another_model(config)
+    if start is not None:
+        from bridge.training.checkpoint.resume_rules import reject_another_model
+
+        reject_another_model(start.path, config)
     config.command = command
-    _check_directory(config)
-    if options.dry_run:
-        _check_length(config)
-        for line in layout_lines(config, ranks):
-            print(line)
-        if environment.note is not None:
-            print(environment.note)
-        print(f"dry run: {recipe.name} is ready for {ranks} rank{'s' if ranks > 1 else ''}")
-        return 0
-    start = StartCommand.of_this_process(options.arguments, options.nproc)
-    if is_a_rank or ranks == 1:
-        try:
-            return train_here(command, recipe, config, start)
-        except RankFailed as failure:
-            return failure.code
-    return on_local_ranks(ranks, command, recipe, config, start)
+    return recipe, config
+
+
+def _all_overrides(options: argparse.Namespace) -> list[str]:
+    """Return the overrides, those that options stand for included."""
+    overrides = list(options.overrides)
+    if options.run_dir is not None:
+        overrides.append(f"checkpoint.run_dir={options.run_dir}")
+    overrides.append(f"checkpoint.resume={'true' if options.resume else 'false'}")
+    if options.step is not None:
+        overrides.append(f"checkpoint.step={options.step}")
+    return overrides
+
+
+def _report_dry_run(recipe: "Recipe", config: "ConfigContainer", ranks: int) -> None:
+    for line in layout_lines(config, ranks):
+        print(line)
+    if (note := rank_environment().note) is not None:
+        print(note)
+    print(f"dry run: {recipe.name} is ready for {ranks} rank{'s' if ranks > 1 else ''}")
 
 
 def _given_documents(paths: Sequence[str], rank: int) -> "list[YamlText]":
-    """Read configuration files; say of which run's configuration not all is taken."""
+    """Read configuration files, and report the fields of a run's own that are not taken."""
     documents = read_documents(paths)
     for document in documents:
         if document.not_taken and rank == 0:
@@ -159,11 +185,11 @@ def _claimed_directory(options: argparse.Namespace) -> Iterator[None]:
         for override in options.overrides if path is None else ():
             key, _, value = override.partition("=")
             path = value if key == "checkpoint.run_dir" else path
-        # What is wrong with a run that is not there is said later.
-        there = path and (not options.resume or Path(path).is_dir())
+        # That a run is not there is reported later.
+        is_there = path and (not options.resume or Path(path).is_dir())
         environment = rank_environment()
-        if there and not options.dry_run and environment.rank == 0:
-            # Under a launcher `pretrain` tries again and tells all ranks.
+        if is_there and not options.dry_run and environment.rank == 0:
+            # Under a launcher `pretrain` tries again, and all ranks learn of it.
             problems = () if environment.launcher is None else (UsageError,)
             with contextlib.suppress(*problems):
                 stack.enter_context(claimed(Path(path)))
@@ -183,39 +209,23 @@ def _saved_configuration(options: argparse.Namespace) -> list[str]:
     return [directory.saved_config()]
 
 
-def _as_saved(recipe: "Recipe", saved: Sequence[str], ranks: int) -> "ConfigContainer":
-    """Return the configuration of a run without this start's overrides.
-
-    Its layout need not fit the present number of ranks: that is what the overrides may be for.
-    """
-    from bridge.training.config import ConfigError
-
-    try:
-        return configure(recipe, saved, [], world_size=ranks)
-    except ConfigError as error:
-        if error.remainder is None:
-            raise
-        return error.remainder
-
-
 def _check_directory(config: "ConfigContainer") -> None:
+    """Reject a run's directory that does not fit this start, as its ranks would."""
     from bridge.training.checkpoint.manifest import refuse_damage
-    from bridge.training.run_files.directory import (
-        RunDirectory,
-        refuse_another_command,
-        refuse_wrong_directory,
-    )
+    from bridge.training.checkpoint.resume_rules import reject_another_run
+    from bridge.training.run_files.directory import RunDirectory, refuse_wrong_directory
 
-    if config.checkpoint.run_dir is not None:
-        directory = RunDirectory(Path(config.checkpoint.run_dir))
-        refuse_wrong_directory(
-            directory, resume=config.checkpoint.resume, holds_a_run=directory.holds_a_run()
-        )
-        refuse_another_command(directory, config)
-        if config.checkpoint.resume:
-            checkpoint = directory.checkpoint_to_resume(config.checkpoint.step)
-            if checkpoint is not None:
-                refuse_damage(checkpoint)
+    if config.checkpoint.run_dir is None:
+        return
+    directory = RunDirectory(Path(config.checkpoint.run_dir))
+    refuse_wrong_directory(
+        directory, resume=config.checkpoint.resume, holds_a_run=directory.holds_a_run()
+    )
+    reject_another_run(directory, config)
+    if config.checkpoint.resume:
+        checkpoint = directory.checkpoint_to_resume(config.checkpoint.step)
+        if checkpoint is not None:
+            refuse_damage(checkpoint)
 
 
 def _check_length(config: "ConfigContainer") -> None:

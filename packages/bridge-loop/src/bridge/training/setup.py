@@ -19,6 +19,7 @@ from bridge.training.callbacks import Callbacks
 from bridge.training.checkpoint.base import refuse_another_base
 from bridge.training.checkpoint.checkpointer import Checkpointer, SavedRun
 from bridge.training.checkpoint.manifest import Verification, missing_rows
+from bridge.training.checkpoint.resume_rules import reject_another_model, reject_another_run
 from bridge.training.checkpoint.run_state import counters_of
 from bridge.training.config import ConfigContainer, resolve
 from bridge.training.contracts import AdaptedLayer
@@ -51,7 +52,6 @@ from bridge.training.run_files.directory import (
     RunDirectory,
     find_checkpoint,
     new_run_name,
-    refuse_another_command,
     refuse_wrong_directory,
     refusing_what_cannot_be_written,
 )
@@ -169,6 +169,8 @@ def _built(
 ) -> Iterator[TrainingParts]:
     """Build what is trained, with a checkpoint loaded; writes nothing to disk."""
     checkpoint, pretrained = _find_checkpoints(config, directory)
+    if pretrained is not None:
+        on_first_rank(lambda: reject_another_model(pretrained, config), ranks.control_group)
     with contextlib.ExitStack() as stack:
         read = [path for path in (checkpoint, pretrained) if path is not None]
         verification = stack.enter_context(Verification(read, ranks.control_group))
@@ -307,7 +309,7 @@ def _chosen_directory(
             refuse_wrong_directory(
                 directory, resume=config.checkpoint.resume, holds_a_run=directory.holds_a_run()
             )
-            refuse_another_command(directory, config)
+            reject_another_run(directory, config)
 
         # Other ranks may see a shared file system a moment later.
         on_first_rank(look, ranks.control_group)

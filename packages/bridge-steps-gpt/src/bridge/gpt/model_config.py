@@ -16,6 +16,7 @@ with quiet_import():
     from bridge.gpt.layer_specs import mtp_block_spec
     from bridge.gpt.model import GPT
     from bridge.training.config import ConfigContainer, Problem
+    from bridge.training.config.model_identity import model_field
     from bridge.training.contracts import ExportedWeight
     from bridge.training.model.language_model_section import LanguageModelSection
 
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 class GPTModelConfig(LanguageModelSection):
     """A GPT model: a transformer with vocabulary and positions."""
 
-    rope_scaling: bool = False
+    rope_scaling: bool = model_field("extensible", default=False)
     """Stretch the rotary embedding's long wavelengths as Llama 3.1 does."""
-    rope_scaling_factor: float = 8.0
+    rope_scaling_factor: float = model_field("extensible", default=8.0)
     """By how much rope_scaling stretches."""
-    hf_files: dict[str, str] | None = None
+    hf_files: dict[str, str] | None = model_field("extensible", default=None)
     """Content of the Hugging Face folder that the model was imported from: the JSON of
     config.json and generation_config.json, for `bridge export`; not to be set by hand."""
 

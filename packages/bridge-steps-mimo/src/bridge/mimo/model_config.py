@@ -19,6 +19,7 @@ from bridge.mimo.sections import (
     VisionEncoderConfig,
 )
 from bridge.training.config import ConfigContainer, Layout, Problem
+from bridge.training.config.model_identity import model_field
 from bridge.training.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -42,13 +43,14 @@ class MultimodalModelConfig:
     """From each encoder to the language model; linear where none is given."""
     special_token_ids: dict[str, int] = field(default_factory=dict)
     """The token that stands for an embedding of each modality; it need not be in the vocabulary."""
-    placement: Literal["colocated", "separate"] = "colocated"
+    # The optimizer of modules on ranks of their own saves its state in a form of its own.
+    placement: Literal["colocated", "separate"] = model_field("training", default="colocated")
     """colocated: all modules on all ranks. separate: each on ranks of its own."""
-    parallelism: dict[str, ModuleParallelism] = field(default_factory=dict)
+    parallelism: dict[str, ModuleParallelism] = model_field("execution", default_factory=dict)
     """How the ranks of each module share it."""
-    freeze: list[str] = field(default_factory=list)
+    freeze: list[str] = model_field("training", default_factory=list)
     """Modules or parts that are not trained, such as [vision.encoder, language]."""
-    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    lr_multipliers: dict[str, float] = model_field("training", default_factory=dict)
     """Factors on optimizer.lr and optimizer.min_lr for modules or parts; a part's own comes before
     its module's."""
 

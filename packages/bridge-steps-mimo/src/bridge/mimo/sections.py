@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.mimo.modules import LinearProjection, MLPProjection, VisionTransformer
 from bridge.training.config import ConfigContainer, Problem
+from bridge.training.config.model_identity import model_field
 from bridge.training.megatron_import import quiet_import
 from bridge.training.model.language_model_section import LanguageModelSection
 from bridge.training.model.transformer_section import TransformerSection
@@ -78,7 +79,7 @@ class LanguageModelConfig(ModuleSection, LanguageModelSection):
 
     vocab_size: int = field()
     """Number of tokens."""
-    seq_length: int = 1024
+    seq_length: int = model_field("extensible", default=1024)
     """Tokens of a sample, those that stand for images included; also the number of learned
     positions."""
 

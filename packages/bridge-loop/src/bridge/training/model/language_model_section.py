@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, override
 
+from bridge.training.config.model_identity import model_field
 from bridge.training.megatron_import import quiet_import
 from bridge.training.usage_error import UsageError
 
@@ -27,11 +28,11 @@ class LanguageModelSection(TransformerSection):
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this, the same under every parallel layout
     (unless tensor_model_parallel_size does not divide it)."""
-    seq_length: int = 1024
+    seq_length: int = model_field("extensible", default=1024)
     """Tokens of a sample; also the number of learned positions."""
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     """How the model knows positions."""
-    rotary_base: int = 10000
+    rotary_base: int = model_field("extensible", default=10000)
     """Base period of the rotary embedding."""
     rotary_percent: float = 1.0
     """Part of each head's channels that is rotated."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from bridge.training.config import ConfigContainer, Problem
 from bridge.training.config.checks.unsupported import rejections_in
+from bridge.training.config.model_identity import model_field
 from bridge.training.megatron_import import quiet_import
 from bridge.training.megatron_patches import has_fused_gradient_accumulation
 from bridge.training.model.transformer_limits import LAYERS
@@ -41,7 +42,9 @@ class TransformerSection(TransformerConfig):
     values of `device_defaults`.
     """
 
-    layer_spec: Literal["auto", "transformer_engine", "local"] = "auto"
+    layer_spec: Literal["auto", "transformer_engine", "local"] = model_field(
+        "execution", default="auto"
+    )
     """auto takes Transformer Engine's modules on a GPU where it is installed, else the local ones.
     It takes the place of transformer_impl."""
 

@@ -59,11 +59,11 @@ def read_config_text(path: Path, remedy: str, *, may_lack_end: bool = False) -> 
     return text
 
 
-def read_config(path: Path, remedy: str) -> dict[str, Any]:
+def read_config(path: Path, remedy: str, *, may_lack_end: bool = False) -> dict[str, Any]:
     """Return the sections of a config.yaml, as `read_config_text` reads it."""
     from bridge.training.config.schema.yaml12 import load_yaml
 
-    sections: dict[str, Any] = load_yaml(read_config_text(path, remedy))
+    sections: dict[str, Any] = load_yaml(read_config_text(path, remedy, may_lack_end=may_lack_end))
     return sections
 
 

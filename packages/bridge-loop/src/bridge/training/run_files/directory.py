@@ -31,7 +31,7 @@ from bridge.training.run_files.configuration import cause_of, read_config, read_
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
-    from bridge.training.config import ConfigContainer
+    pass
 
 _STEP = re.compile(r"step-(\d{7,})")
 
@@ -260,28 +260,6 @@ def refuse_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run
         raise UsageError(
             f"checkpoint.run_dir: {place!r} holds no run to resume; check the path, or start a new "
             "run without --resume"
-        )
-
-
-def refuse_another_command(directory: RunDirectory, config: "ConfigContainer") -> None:
-    """Reject the continuation of a run by another entry point than the one that made it.
-
-    Args:
-        directory: Where the run is.
-        config: The configuration of this start; its `command` is the entry point.
-
-    Raises:
-        UsageError: With the remedy, or the run's configuration cannot be read.
-    """
-    if not config.checkpoint.resume or config.command is None or not directory.config.exists():
-        return
-    made_by = read_config(directory.config, directory.remedy_of_config()).get("command")
-    # Runs from before this was recorded tell nothing.
-    if made_by not in (None, config.command):
-        raise UsageError(
-            f"checkpoint.run_dir={str(directory.path)!r}: it holds a run of {made_by}, and "
-            f"{config.command} would continue it as another; use `bridge {made_by}`, or start a "
-            "new run"
         )
 
 

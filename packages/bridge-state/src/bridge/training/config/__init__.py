@@ -13,6 +13,7 @@ with quiet_import():
 from bridge.training.config.container import ConfigContainer, peft_method
 from bridge.training.config.errors import ConfigError
 from bridge.training.config.layout import Layout, layout_of
+from bridge.training.config.model_identity import model_field
 from bridge.training.config.overrides import YamlDocument, YamlText, apply_overrides, configure
 from bridge.training.config.reference import Key, describe, reference_text
 from bridge.training.config.resolution import resolve
@@ -55,6 +56,7 @@ __all__ = [
     "configure",
     "describe",
     "layout_of",
+    "model_field",
     "peft_method",
     "reference_text",
     "resolve",

@@ -17,6 +17,10 @@ class ModelConfig(Protocol):
 
     A config that is also a megatron-core ``ModelParallelConfig`` brings the parallel layout
     (``tensor_model_parallel_size`` and so on); any other is trained data-parallel only.
+
+    Its fields say what the model is, so neither a resumed run nor one that starts from its weights
+    may change them. A field that says how it is trained or executed is declared with
+    `bridge.training.config.model_field`, or has the name of one of megatron-core's.
     """
 
     def build(

@@ -1,0 +1,193 @@
+"""Rules for what a start may change of the run that it resumes, or of the weights it starts from.
+
+A run that is resumed keeps its model, its adapters, its data and its seed. A run that starts from
+the weights of another keeps the model. Settings that only say how a model is executed may differ
+in both (`bridge.training.config.model_identity` says of each field what it decides).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import Field
+from pathlib import Path
+from typing import Any
+
+from bridge.training.config import ConfigContainer, ConfigError, Problem
+from bridge.training.config.model_identity import FieldKind, field_kinds, kind_of
+from bridge.training.config.provenance import DERIVED
+from bridge.training.config.schema.fields import TARGET, fields_of, is_default
+from bridge.training.config.schema.paths import is_dataclass_instance, value_at
+from bridge.training.config.schema.to_plain import to_plain
+from bridge.training.run_files.configuration import read_config
+from bridge.training.run_files.directory import RunDirectory
+from bridge.training.usage_error import UsageError
+
+_FIXED_SECTIONS = ("peft", "dataset", "tokenizer")
+_FIXED_FIELDS = ("rng.seed", "rng.layout_invariant_init")
+
+
+def reject_another_run(directory: RunDirectory, config: ConfigContainer) -> None:
+    """Reject a start that would continue a run as another one; do nothing for a new run.
+
+    Args:
+        directory: Where the run is.
+        config: The resolved configuration of this start; its `command` is the entry point.
+
+    Raises:
+        UsageError: Another entry point made the run, or its configuration cannot be read.
+        ConfigError: With every value that differs and must not.
+    """
+    if not config.checkpoint.resume or not directory.config.exists():
+        return
+    saved = read_config(directory.config, directory.remedy_of_config())
+    _reject_another_command(saved.get("command"), directory, config)
+    problems = [
+        Problem(
+            (path,),
+            f"{path}: the run was started with {old!r}, and {new!r} would make "
+            f"{_consequence(path)} of it; leave it, or start a new run "
+            "(checkpoint.pretrained_checkpoint takes the weights along)",
+        )
+        for path, old, new in _changed_values(saved, config)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def reject_another_model(checkpoint: Path, config: ConfigContainer) -> None:
+    """Reject a configuration whose model is another than that of the weights it starts from.
+
+    Args:
+        checkpoint: Its folder. One without a configuration says nothing about its model.
+        config: The resolved configuration.
+
+    Raises:
+        UsageError: The checkpoint's configuration cannot be read.
+        ConfigError: With every field that differs.
+    """
+    file = checkpoint / "config.yaml"
+    if not file.exists():
+        return
+    saved = read_config(file, "give another checkpoint", may_lack_end=True).get("model")
+    if not saved:
+        return
+    wanted = _plain_values(config, "model")
+    kinds = field_kinds(type(config.model))
+    problems = [
+        Problem(
+            (path,),
+            f"{path}: the checkpoint {checkpoint} is of a model with {value!r}, and "
+            f"{wanted.get(path)!r} would be another; leave it out",
+        )
+        for path, value in flatten({"model": saved}).items()
+        if kind_of(path.partition(".")[2], kinds) == "identity"
+        and not path.endswith(TARGET)
+        and wanted.get(path) != value
+        and not _lacks_field(config, path)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def decided_by_checkpoint(
+    section: Mapping[str, Any], kinds: Mapping[str, FieldKind], place: str = ""
+) -> dict[str, Any]:
+    """Return the fields of a saved model section that say what the model is.
+
+    Args:
+        section: The section, or one of a module within it.
+        kinds: Of the fields (`field_kinds`).
+        place: Where the section is within the model's, with a dot behind it.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            decided = decided_by_checkpoint(value, kinds, f"{place}{name}.")
+            # A section of which all is the recipe's is not to be compared as an empty one.
+            kept |= {name: decided} if decided or not value else {}
+        elif kind_of(f"{place}{name}", kinds) in ("identity", "extensible"):
+            kept[name] = value
+    return kept
+
+
+def flatten(fields: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """Return the values by their paths: a model of several modules has sections inside."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = flatten(value, f"{place}{name}.") if isinstance(value, Mapping) else {}
+        found |= inner or {f"{place}{name}": value}
+    return found
+
+
+def _reject_another_command(
+    made_by: str | None, directory: RunDirectory, config: ConfigContainer
+) -> None:
+    # Runs from before this was recorded say nothing.
+    if None not in (made_by, config.command) and made_by != config.command:
+        raise UsageError(
+            f"checkpoint.run_dir={str(directory.path)!r}: it holds a run of {made_by}, and "
+            f"{config.command} would continue it as another; use `bridge {made_by}`, or start a "
+            "new run"
+        )
+
+
+def _consequence(path: str) -> str:
+    of_the_model = path.partition(".")[0] in ("model", "peft")
+    return "another model (or optimizer state)" if of_the_model else "another order of the data"
+
+
+def _changed_values(
+    saved: Mapping[str, Any], config: ConfigContainer
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield path, saved and present value of what must not differ and does."""
+    kinds = field_kinds(type(config.model))
+    listed = saved.get(DERIVED) or []
+    for section in ("model", *_FIXED_SECTIONS, "rng"):
+        # A run without adapters or a tokenizer is recognized by its checkpoint.
+        if not isinstance(saved.get(section), Mapping) or getattr(config, section) is None:
+            continue
+        old, new = flatten({section: saved[section]}), _plain_values(config, section)
+        for path in sorted(old.keys() | new.keys()):
+            if (
+                old.get(path) != new.get(path)
+                and _is_fixed(path, kinds)
+                # What was filled in before and is now follows from values that are compared.
+                and not (path in listed and config.provenance.is_derived(path))
+                and not (path not in old and _is_unset(config, path))
+                and not (path not in new and _lacks_field(config, path))
+            ):
+                yield path, old.get(path), new.get(path)
+
+
+def _plain_values(config: ConfigContainer, section: str) -> dict[str, Any]:
+    return flatten({section: to_plain(getattr(config, section), Any, section)})
+
+
+def _is_fixed(path: str, kinds: Mapping[str, FieldKind]) -> bool:
+    section, _, name = path.partition(".")
+    if name.endswith(TARGET):
+        return False  # A class may be moved to another module.
+    if section == "model":
+        return kind_of(name, kinds) != "execution"
+    return section in _FIXED_SECTIONS or path in _FIXED_FIELDS
+
+
+def _is_unset(config: ConfigContainer, path: str) -> bool:
+    """Whether a field, which older versions lack, has the value that it has if nobody sets it."""
+    if config.provenance.is_derived(path):
+        return True
+    field = _fields_next_to(config, path).get(path.rpartition(".")[2])
+    return field is not None and is_default(value_at(config, path), field)
+
+
+def _lacks_field(config: ConfigContainer, path: str) -> bool:
+    """Whether a field of older versions does not exist any more."""
+    fields = _fields_next_to(config, path)
+    return bool(fields) and path.rpartition(".")[2] not in fields
+
+
+def _fields_next_to(config: ConfigContainer, path: str) -> Mapping[str, Field[Any]]:
+    """Return the fields of the dataclass that `path` leads into; none where it is a mapping."""
+    try:
+        holder = value_at(config, path.rpartition(".")[0])
+    except KeyError:
+        return {}
+    return fields_of(holder) if is_dataclass_instance(holder) else {}
