@@ -16,10 +16,11 @@ from commands import run
 from gpt_data import write_story
 from hf_models import config_of, tensors_of, write_with_transformers
 from ranks import run_ranks
-from readmes import README, blocks, code, commands, section
+from readmes import PACKAGES, README, blocks, code, commands, section
 from sft_data import CHATML, letter_tokenizer
 from training_runs import rows, series
 
+GPT = next(path for path in PACKAGES if path.parent.name == "bridge-steps-gpt")
 QUICK = ("validation.eval_iters=0", "logger.tensorboard=false")
 
 
@@ -112,7 +113,7 @@ def assert_ready(arguments: list[str], ranks: int, folder: Path) -> None:
     assert f"is ready for {ranks} ranks" in ended.out
 
 
-def test_fine_tune_a_model(tmp_path: Path) -> None:
+def test_fine_tune_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     title = "4. Fine-tune a model"
     given = tmp_path / "Llama-3.1-8B"
     letter_tokenizer(given, CHATML)
@@ -123,6 +124,8 @@ def test_fine_tune_a_model(tmp_path: Path) -> None:
 
     imports, adapt, to_peft, merge, to_hf, show, tune = lines(title, "bridge")
     run_line(imports, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(blocks(section(GPT, "Hugging Face's models"), "python")[0], {})
     printed = run_line(adapt, tmp_path, *QUICK, *small, "train.train_iters=2")
     assert "lora adapts" in printed
     run_line(to_peft, tmp_path)
@@ -142,6 +145,10 @@ def test_fine_tune_a_model(tmp_path: Path) -> None:
     few = ("train.train_iters=1", "validation.eval_iters=1", "--run-dir", "runs/tuned")
     run_line(from_import, tmp_path, *few)
     assert "validation/lm loss" in rows(tmp_path / "runs/tuned")[0]
+    for line in [line for path in PACKAGES for line in commands(path.read_text())]:
+        if line.startswith("bridge finetune") and "RECIPE" not in line:
+            from_import = re.sub(r"--from \S+", "--from checkpoints/llama", line)
+            assert "ready" in run_line(from_import, tmp_path, "--run-dir", "new", "--dry-run")
 
 
 def test_images_and_text(tmp_path: Path) -> None:

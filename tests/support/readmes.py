@@ -7,10 +7,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+PACKAGES = sorted(ROOT.glob("packages/*/README.md"))
 READMES = [
     README,
-    *sorted(ROOT.glob("packages/README.md")),
-    *sorted(ROOT.glob("packages/*/README.md")),
+    ROOT / "packages" / "README.md",
+    *PACKAGES,
     *sorted(ROOT.glob("tools/**/README.md")),
     *sorted(ROOT.glob("tests/**/README.md")),
 ]

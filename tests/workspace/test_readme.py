@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from readmes import README, READMES, ROOT, blocks, commands, imported, section
+from readmes import PACKAGES, README, READMES, ROOT, blocks, commands, imported, section
 
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)\)")
 FILE = re.compile(r"(?:tools|tests|packages|\.ci)/[A-Za-z0-9_./-]*[A-Za-z0-9_]")
@@ -78,9 +78,7 @@ def test_the_dotted_names_in_its_text_exist(path: Path) -> None:
         pkgutil.resolve_name(name)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("packages/*/README.md")), ids=lambda path: path.parent.name
-)
+@pytest.mark.parametrize("path", PACKAGES, ids=relative)
 def test_a_members_readme_is_named_after_it(path: Path) -> None:
     assert path.read_text().startswith(f"# {path.parent.name}\n")
 
