@@ -48,6 +48,7 @@ def test_the_launcher_says_which_rank_this_is(
     found = rank_environment(variables)
     assert (found.launcher, found.rank, found.world_size) == (launcher, rank, world_size)
     assert found.local_rank == local_rank
+    assert found.start_words == (("srun",) if launcher == "Slurm" else ())
 
 
 def test_a_process_of_a_slurm_job_that_srun_did_not_start_says_so() -> None:

@@ -44,9 +44,7 @@ class StartCommand:
                     break
                 if outer[:1] in (("uv",), ("torchrun",)) or _MODULE_OF_TORCHRUN in outer:
                     words = outer
-        if rank_environment().launcher == "Slurm":
-            words = ("srun", *words)
-        return cls(words, nproc)
+        return cls((*rank_environment().start_words, *words), nproc)
 
     def resume(self, command: str, recipe: str, run_dir: Path) -> str:
         """Return the line that continues a run, for a shell in the directory of the start."""

@@ -179,8 +179,8 @@ def _initialize_default_group(device: Device, timeout_minutes: float) -> None:
 def _own_gpu() -> int | None:
     """Return the index of this rank's GPU, None for the one that the program has chosen."""
     environment = rank_environment()
-    if environment.launcher == "Slurm" and torch.cuda.device_count() == 1:
-        return 0  # Of a step with --gpus-per-task each task sees its own.
+    if environment.may_see_own_gpu_alone and torch.cuda.device_count() == 1:
+        return 0
     return environment.local_rank
 
 

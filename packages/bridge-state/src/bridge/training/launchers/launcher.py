@@ -18,6 +18,10 @@ class RankEnvironment:
     world_size: int = 1
     local_rank: int | None = None
     """The rank among those of this machine; None if nothing says."""
+    start_words: tuple[str, ...] = ()
+    """The words that a user types before a command to start it on all ranks, such as srun."""
+    may_see_own_gpu_alone: bool = False
+    """Whether a rank that sees one GPU may be one of several on its machine."""
     note: str | None = None
     """A line for the user about what was taken from the environment."""
 

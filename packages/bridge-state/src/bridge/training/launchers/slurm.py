@@ -49,6 +49,9 @@ class Slurm(Launcher):
             rank=rank,
             world_size=world_size,
             local_rank=number(given, "SLURM_LOCALID") if "SLURM_LOCALID" in given else None,
+            start_words=("srun",),
+            # In a step with --gpus-per-task.
+            may_see_own_gpu_alone=True,
             note=f"task {rank} of the {world_size} that Slurm has started",
         )
 
