@@ -1,4 +1,4 @@
-"""How often a model's first choice is right: measured on logits, in every evaluation."""
+"""The accuracy of a model's most probable token, counted on logits in every evaluation."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -18,18 +18,18 @@ with quiet_import():
 
 
 class AnswerAccuracy(Callback):
-    """Adds ``accuracy`` to the metrics of every evaluation on the validation data.
+    """A callback that adds ``accuracy`` to the metrics of every evaluation on validation data.
 
-    It is the part of the tokens with a loss mask that the model gives the highest probability, of
-    all tokens of its vocabulary; one pass over the data more, without labels.
+    A label that counts in the loss is right if it is the model's most probable token. The accuracy
+    is the fraction of right labels. It takes a second pass over the data, without labels.
     """
 
     def on_train_start(self, context: CallbackContext) -> None:
-        """See that the accuracy of every set can be measured.
+        """Check that the accuracy of every set can be measured.
 
         Raises:
-            UsageError: Encoders have more replicas than the language model, and a set has another
-                number of samples than they can divide.
+            UsageError: Encoders have more replicas than the language model, and cannot divide the
+                samples of a set.
         """
         assert context.data is not None
         unit = context.data.smallest_microbatch
@@ -43,7 +43,7 @@ class AnswerAccuracy(Callback):
                 )
 
     def on_evaluate_end(self, context: CallbackContext, results: dict[str, float | None]) -> None:
-        """Collect the counts of all ranks, and add their quotient."""
+        """Sum the counts of all ranks, and add their quotient."""
         if context.split != "validation" or not results:
             return
         assert context.data is not None
@@ -52,12 +52,12 @@ class AnswerAccuracy(Callback):
             total = torch.zeros(2, dtype=torch.int64, device=torch.cuda.current_device())
             for count in counts:
                 total += count
-            # Of every microbatch as many ranks have a count: the quotient is the same.
+            # Every microbatch is counted on the same number of ranks, so the quotient is right.
             dist.all_reduce(total)
-            right, asked = total.tolist()
-            place = name.removeprefix("validation").lstrip("/")
-            key = f"{place}/accuracy" if place else "accuracy"
-            results[key] = right / asked if asked else None
+            right, labels = total.tolist()
+            set_name = name.removeprefix("validation").lstrip("/")
+            key = f"{set_name}/accuracy" if set_name else "accuracy"
+            results[key] = right / labels if labels else None
 
     def on_train_end(self, context: CallbackContext) -> None:
         """Add the last accuracy to the summary of the run."""
@@ -69,12 +69,12 @@ class AnswerAccuracy(Callback):
 def count_step(
     data_iterator: Iterator[Mapping[str, Any]] | None, model: torch.nn.Module
 ) -> tuple[Any, Callable[..., Any]]:
-    """Run one microbatch without its labels; the loss function counts what is right.
+    """Run one microbatch without its labels; the loss function counts the right ones.
 
     Returns:
         Where the language model ends, the logits, [batch, sequence, vocabulary of this rank], and
-        their loss function, which returns ``[right answers, answers]`` (int64); elsewhere what the
-        modules there return.
+        their loss function, which returns ``[right labels, labels]`` (int64). Elsewhere the output
+        of the modules there.
     """
     batch = inputs_of(data_iterator, model)
     output, _ = model(**(batch | {"labels": None}))
@@ -93,7 +93,7 @@ def _count(
     loss_mask: torch.Tensor,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    whole = gather_from_tensor_model_parallel_region(logits, group=group)
-    asked = loss_mask != 0
-    right = (whole.argmax(dim=-1) == labels) & asked
-    return torch.stack([right.sum(), asked.sum()])
+    unsharded = gather_from_tensor_model_parallel_region(logits, group=group)
+    counts = loss_mask != 0
+    right = (unsharded.argmax(dim=-1) == labels) & counts
+    return torch.stack([right.sum(), counts.sum()])

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class MultimodalModelConfig:
-    """A language model, and encoders by name whose outputs stand in its input.
+    """A language model, and encoders by name whose outputs are part of its input.
 
-    The modules are "language" and the names of the encoders; "NAME.encoder" and "NAME.projection"
-    are the two parts of the latter.
+    The modules are "language" and the names of the encoders. An encoder has two parts,
+    "NAME.encoder" and "NAME.projection".
     """
 
     language: LanguageModelConfig
@@ -47,12 +47,12 @@ class MultimodalModelConfig:
     placement: Literal["colocated", "separate"] = model_field("training", default="colocated")
     """colocated: all modules on all ranks. separate: each on ranks of its own."""
     parallelism: dict[str, ModuleParallelism] = model_field("execution", default_factory=dict)
-    """How the ranks of each module share it."""
+    """The ranks of each module, and its layout over them."""
     freeze: list[str] = model_field("training", default_factory=list)
     """Modules or parts that are not trained, such as [vision.encoder, language]."""
     lr_multipliers: dict[str, float] = model_field("training", default_factory=dict)
-    """Factors on optimizer.lr and optimizer.min_lr for modules or parts; a part's own comes before
-    its module's."""
+    """Factors on optimizer.lr and optimizer.min_lr for modules or parts; that of a part replaces
+    that of its module."""
 
     @property
     def seq_length(self) -> int:
@@ -102,13 +102,13 @@ class MultimodalModelConfig:
         return model
 
     def prefixes(self) -> dict[str, str]:
-        """Return, for each module and part, how the names of its parameters begin in the model."""
-        found = {LANGUAGE: "language_model."}
+        """Return, by module and part, the prefix of its parameters' names in the model."""
+        prefixes = {LANGUAGE: "language_model."}
         for name in self.encoders:
-            found[name] = f"modality_submodules.{name}."
-            found[f"{name}.encoder"] = f"modality_submodules.{name}.encoders."
-            found[f"{name}.projection"] = f"modality_submodules.{name}.input_projections."
-        return found
+            prefixes[name] = f"modality_submodules.{name}."
+            prefixes[f"{name}.encoder"] = f"modality_submodules.{name}.encoders."
+            prefixes[f"{name}.projection"] = f"modality_submodules.{name}.input_projections."
+        return prefixes
 
     def is_frozen(self, parameter: str) -> bool:
         """Whether the parameter of this name in the model is not trained."""
@@ -132,27 +132,27 @@ class MultimodalModelConfig:
         }
 
     def derived_fields(self, config: ConfigContainer) -> Mapping[str, tuple[Any, str]]:
-        """Return the parallel sizes of each module's section, which follow from `parallelism`."""
+        """Return the parallel sizes of each module's section, derived from `parallelism`."""
         derived: dict[str, tuple[Any, str]] = {}
         for path in self.sections():
             module = path.rpartition(".")[2]
-            spread = self.parallelism.get(module, ModuleParallelism())
+            given = self.parallelism.get(module, ModuleParallelism())
             tensor = self.tensor_parallel_size(module)
             for name, size in (
                 ("tensor_model_parallel_size", tensor),
-                ("pipeline_model_parallel_size", spread.pipeline_model_parallel_size),
+                ("pipeline_model_parallel_size", given.pipeline_model_parallel_size),
             ):
-                reason = f"model.parallelism.{module}.{name}={getattr(spread, name)}"
+                reason = f"model.parallelism.{module}.{name}={getattr(given, name)}"
                 derived[f"{path}.{name}"] = (size, reason)
             if self.placement == "separate":
-                # Stages tell each other the shapes of what they send: images differ in number.
+                # Stages send the shapes of their tensors ahead, as images differ in number.
                 reason = "model.placement=separate"
                 derived[f"{path}.variable_seq_lengths"] = (True, reason)
                 derived[f"{path}.moe_token_dispatcher_type"] = ("alltoall", reason)
         return derived
 
     def tensor_parallel_size(self, module: str) -> int:
-        """Return how many ranks share each layer of a module."""
+        """Return the number of ranks over which each layer of a module is sharded."""
         size = self.parallelism.get(module, ModuleParallelism()).tensor_model_parallel_size
         if size is not None:
             return size
@@ -161,17 +161,18 @@ class MultimodalModelConfig:
         return self.tensor_parallel_size(LANGUAGE)
 
     def places(self, world_size: int) -> tuple[dict[str, Place], list[str]]:
-        """Return where each module is on separate ranks, and why it cannot be there."""
-        asked = {
+        """Return the ranks of each module where they are separate, and the problems with them."""
+        modules = {
             name: self.parallelism.get(name, ModuleParallelism())
             for name in (*self.encoders, LANGUAGE)
         }
-        return separate_places(asked, world_size)
+        return separate_places(modules, world_size)
 
     def layout(self, world_size: int) -> Layout:
-        """Return the layout of the language model on `world_size` ranks of all modules.
+        """Return the layout of the language model, which colocated modules share.
 
-        Where the modules are colocated it is that of all of them.
+        Args:
+            world_size: Ranks of all modules.
         """
         tensor, pipeline = self.tensor_parallel_size(LANGUAGE), 1
         data = most = world_size // tensor
@@ -207,7 +208,7 @@ class MultimodalModelConfig:
         return module_ranks_of(self.places(world_size)[0], timeout)
 
     def layout_problems(self, world_size: int) -> Iterator[str]:
-        """Yield why the modules do not fit on `world_size` ranks."""
+        """Yield the reasons why the modules do not fit on `world_size` ranks."""
         if self.placement == "separate":
             yield from self.places(world_size)[1]
             yield from self._stage_problems()
@@ -234,26 +235,25 @@ class MultimodalModelConfig:
 
     def _colocation_problems(self, module: str, tensor: int, data: int) -> Iterator[str]:
         path = f"model.parallelism.{module}"
-        spread = self.parallelism.get(module, ModuleParallelism())
+        given = self.parallelism.get(module, ModuleParallelism())
         if self.tensor_parallel_size(module) != tensor:
             yield (
-                f"{path}.tensor_model_parallel_size: {spread.tensor_model_parallel_size} differs "
+                f"{path}.tensor_model_parallel_size: {given.tensor_model_parallel_size} differs "
                 f"from the language model's {tensor}, which colocated modules share; leave it out"
             )
-        if spread.data_parallel_size not in (None, data):
+        if given.data_parallel_size not in (None, data):
             yield (
-                f"{path}.data_parallel_size: {spread.data_parallel_size}; colocated modules have "
+                f"{path}.data_parallel_size: {given.data_parallel_size}; colocated modules have "
                 f"{data} copies on these ranks, give that or leave it out"
             )
-        if spread.pipeline_model_parallel_size != 1:
+        if given.pipeline_model_parallel_size != 1:
             yield (
-                f"{path}.pipeline_model_parallel_size: {spread.pipeline_model_parallel_size}; "
+                f"{path}.pipeline_model_parallel_size: {given.pipeline_model_parallel_size}; "
                 "colocated modules have no pipeline, set 1"
             )
-        if spread.rank_offset not in (None, 0):
+        if given.rank_offset not in (None, 0):
             yield (
-                f"{path}.rank_offset: {spread.rank_offset}; colocated modules begin at rank 0, "
-                "set 0"
+                f"{path}.rank_offset: {given.rank_offset}; colocated modules begin at rank 0, set 0"
             )
 
     def problems(self, config: ConfigContainer) -> Iterator[str | Problem]:
@@ -323,6 +323,6 @@ class MultimodalModelConfig:
 def _most_specific[T](
     parameter: str, values: Mapping[str, T], prefixes: Mapping[str, str]
 ) -> T | None:
-    """Return the value of the smallest part that a parameter is in, None if it is in none."""
-    found = [name for name in values if parameter.startswith(prefixes.get(name, "\0"))]
-    return values[max(found, key=lambda name: len(prefixes[name]))] if found else None
+    """Return the value of the smallest part that has a parameter, None if none has it."""
+    parts = [name for name in values if parameter.startswith(prefixes.get(name, "\0"))]
+    return values[max(parts, key=lambda name: len(prefixes[name]))] if parts else None

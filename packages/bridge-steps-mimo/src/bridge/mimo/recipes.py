@@ -29,6 +29,18 @@ from bridge.training.mimo_step import forward_step
 _NO_DROPOUT: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 
 
+def _adam(*, lr: float, min_lr: float) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        min_lr=min_lr,
+        weight_decay=0.1,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        clip_grad=1.0,
+    )
+
+
 def _mimo_digits() -> ConfigContainer:
     width: dict[str, Any] = {
         **_NO_DROPOUT,
@@ -61,18 +73,10 @@ def _mimo_digits() -> ConfigContainer:
             special_token_ids={"vision": IMAGE},
             parallelism={"vision": ModuleParallelism(), "language": ModuleParallelism()},
         ),
-        # Two microbatches a step, so that two data-parallel ranks can share it; the 360 images
-        # that are held out are six global batches.
+        # Two microbatches a step, one for each of two data-parallel ranks. The 360 images that are
+        # held out are six global batches.
         train=TrainConfig(train_iters=500, global_batch_size=60, micro_batch_size=30),
-        optimizer=OptimizerConfig(
-            optimizer="adam",
-            lr=2e-3,
-            min_lr=2e-5,
-            weight_decay=0.1,
-            adam_beta1=0.9,
-            adam_beta2=0.95,
-            clip_grad=1.0,
-        ),
+        optimizer=_adam(lr=2e-3, min_lr=2e-5),
         scheduler=SchedulerConfig(lr_warmup_fraction=0.05),
         dataset=DigitsDatasetConfig(),
         logger=LoggerConfig(log_interval=20),
@@ -113,7 +117,7 @@ def _mimo_llava() -> ConfigContainer:
             language=language,
             encoders={"vision": vision},
             projections={"vision": ProjectionConfig(kind="mlp")},
-            # No token of the text's vocabulary.
+            # It is not in the vocabulary.
             special_token_ids={"vision": -200},
             parallelism={"vision": ModuleParallelism(), "language": ModuleParallelism()},
         ),
@@ -121,15 +125,7 @@ def _mimo_llava() -> ConfigContainer:
             train_iters=5000, global_batch_size=64, micro_batch_size=4, num_workers=4
         ),
         validation=ValidationConfig(eval_interval=500, eval_iters=4),
-        optimizer=OptimizerConfig(
-            optimizer="adam",
-            lr=2e-5,
-            min_lr=2e-6,
-            weight_decay=0.1,
-            adam_beta1=0.9,
-            adam_beta2=0.95,
-            clip_grad=1.0,
-        ),
+        optimizer=_adam(lr=2e-5, min_lr=2e-6),
         scheduler=SchedulerConfig(lr_warmup_fraction=0.03),
         dataset=MockDatasetConfig(),
         checkpoint=CheckpointConfig(save_interval=500),

@@ -22,33 +22,33 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ModuleParallelism:
-    """On which ranks a module is, and how they share it."""
+    """The ranks of a module, and its layout over them."""
 
     tensor_model_parallel_size: int | None = None
-    """Ranks that share each layer. None: as many as share the language model's where the modules
-    are colocated, else 1."""
+    """Ranks over which each layer is sharded. None: the language model's where the modules are
+    colocated, else 1."""
     pipeline_model_parallel_size: int = 1
-    """Ranks that share the layers, some each."""
+    """Pipeline stages, each with some of the layers."""
     data_parallel_size: int | None = None
-    """Copies of the module. None: as many as there are ranks for, the same for all modules that
-    leave it open."""
+    """Data-parallel replicas of the module. None: as many as there are ranks for, the same for all
+    modules that leave it open."""
     rank_offset: int | None = None
-    """The first of the module's ranks, for modules on separate ranks. None: behind those of the
+    """The first of the module's ranks, for modules on separate ranks. None: after those of the
     module before it; encoders come first, the language model last."""
 
 
 @dataclass(kw_only=True)
 class ModuleSection(TransformerSection):
-    """What the transformers of a multimodal model have in common.
+    """The base of the sections of all transformers in a multimodal model.
 
-    Its parallel sizes are filled in from ``model.parallelism``.
+    Its parallel sizes are derived from ``model.parallelism``.
     """
 
     def problems(self, path: str, config: ConfigContainer) -> Iterator[str | Problem]:
-        """Yield what contradicts, or is not supported in a multimodal model.
+        """Yield contradictions, and settings that a multimodal model does not support.
 
         Args:
-            path: Where the section stands.
+            path: Path of the section.
             config: The run's configuration.
         """
         yield from self.feature_problems(path, config)
@@ -84,7 +84,7 @@ class LanguageModelConfig(ModuleSection, LanguageModelSection):
     positions."""
 
     def spec(self, pg_collection: "ProcessGroupCollection") -> ModuleSpec:
-        """Specify the stage of the model that belongs to a rank.
+        """Specify the stage of the model on a rank.
 
         Args:
             pg_collection: The process groups of the language model.
@@ -95,12 +95,12 @@ class LanguageModelConfig(ModuleSection, LanguageModelSection):
         arguments = self.gpt_arguments(
             config, pg_collection, pre_process=stage == 0, post_process=stage == stages - 1
         )
-        # The sequence is cut when the images are in it.
+        # The sequence is split later, when the images are in it.
         arguments["scatter_embedding_sequence_parallel"] = False
         return ModuleSpec(module=GPTModel, params=arguments)
 
     def problems(self, path: str, config: ConfigContainer) -> Iterator[str | Problem]:
-        """Yield as `ModuleSection.problems`, and what is wrong with vocabulary and sequence."""
+        """Yield as `ModuleSection.problems`, and mistakes in vocabulary and sequence."""
         yield from super().problems(path, config)
         yield from self.language_model_problems(path)
         for name in ("vocab_size", "seq_length"):
@@ -120,20 +120,21 @@ class VisionEncoderConfig(ModuleSection):
     image_size: int = 224
     """Height and width of the images, in pixels."""
     patch_size: int = 16
-    """Height and width of a patch, in pixels: an image is (image_size / patch_size)**2 tokens."""
+    """Height and width of a patch, in pixels: an image becomes (image_size / patch_size)**2
+    tokens."""
     num_channels: int = 3
     """Channels of the images."""
 
     @property
     def tokens_per_image(self) -> int:
-        """Embeddings that an image becomes, and tokens that stand for it."""
+        """Embeddings of an image, and special tokens for it."""
         return (self.image_size // self.patch_size) ** 2
 
     def spec(self, path: str, pg_collection: "ProcessGroupCollection") -> ModuleSpec:
         """Specify the encoder.
 
         Args:
-            path: Where the section stands.
+            path: Path of the section.
             pg_collection: The process groups of its modality.
         """
         self.refuse_open_layer_spec(path)
@@ -149,7 +150,7 @@ class VisionEncoderConfig(ModuleSection):
         )
 
     def problems(self, path: str, config: ConfigContainer) -> Iterator[str | Problem]:
-        """Yield as `ModuleSection.problems`, and what is wrong with the images' sizes."""
+        """Yield as `ModuleSection.problems`, and mistakes in the sizes of the images."""
         yield from super().problems(path, config)
         sizes = ("image_size", "patch_size", "num_channels")
         wrong = [name for name in sizes if getattr(self, name) < 1]
@@ -169,10 +170,10 @@ class VisionEncoderConfig(ModuleSection):
 
 @dataclass(kw_only=True)
 class ProjectionConfig:
-    """From an encoder's width to that of the language model."""
+    """A projection from an encoder's width to that of the language model."""
 
     kind: Literal["linear", "mlp"] = "linear"
-    """linear: one matrix. mlp: two with a GELU between them, as wide as the language model."""
+    """linear: one matrix. mlp: two with a GELU between them, of the language model's width."""
 
     def spec(
         self,

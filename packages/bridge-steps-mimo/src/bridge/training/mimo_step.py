@@ -1,15 +1,20 @@
 """The forward step of multimodal models, whatever modules a rank holds.
 
-A microbatch is a dict of host tensors: ``input_ids`` and ``position_ids``, ``labels`` and
-``loss_mask`` (not zero where the prediction counts), each [batch, sequence], and
-``modality_inputs``: ``{modality: {encoder: {argument: tensor}}}``, the items of all samples of the
-microbatch one after the other. A modality of which the microbatch has no item is left out.
+A microbatch is a dict of host tensors:
 
-A microbatch of packed samples has ``packing_kwargs`` too (`bridge.mimo.data.packing.pack`).
+- ``input_ids``, ``position_ids``, ``labels`` and ``loss_mask`` (not zero where the prediction
+  counts), each [batch, sequence];
+- ``modality_inputs``: ``{modality: {encoder: {argument: tensor}}}``, the items of all samples one
+  after the other. A modality of which the microbatch has no item is absent;
+- ``packing_kwargs`` for packed samples (`bridge.mimo.data.packing.pack`).
 
-A rank takes what the modules on it need, as the model's role says: a first stage of an encoder its
-inputs, the first stage of the language model the tokens, its last stage labels and mask, each of
-its stages the boundaries of packed samples.
+A rank reads the inputs of the stages that it holds (the model's ``role``):
+
+    first stage of an encoder              its inputs
+    last stage of an encoder               input_ids, to count the embeddings of each sample
+    first stage of the language model      input_ids and position_ids
+    last stage of the language model       labels and loss_mask
+    every stage of the language model      packing_kwargs
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
     from bridge.training.state import GlobalState
 
 KEYS = ("input_ids", "labels", "loss_mask", "position_ids", "modality_inputs", "packing_kwargs")
-"""What a microbatch may hold; `get_batch` leaves anything else where it is."""
+"""The keys of a microbatch; `get_batch` skips others."""
 
 
 def forward_step(
@@ -47,17 +52,18 @@ def forward_step(
 
     Args:
         state: The state of the run.
-        data_iterator: Yields this rank's microbatches; None where its modules need none.
+        data_iterator: This rank's microbatches; None where its modules need none.
         model: The model, as wrapped for training.
-        return_schedule_plan: Not supported: megatron-core has no such plan for these models.
+        return_schedule_plan: Not supported: megatron-core has no schedule plan for these models.
 
     Returns:
         Where the language model ends, the losses of the tokens, [batch, sequence], and their loss
         function. On other ranks the output of each module by its name, and None.
 
     Raises:
-        UsageError: The microbatch lacks what the modules of this rank need, the output is not what
-            this stage must give, or a plan was asked for. The message names module, stage and rank.
+        UsageError: The microbatch lacks an input of the modules on this rank, the model's output is
+            no tensor where it must be one, or `return_schedule_plan` is true. The message names
+            module, stage and rank.
     """
     if return_schedule_plan:
         raise UsageError(
@@ -78,21 +84,21 @@ def forward_step(
             f"{kind}; where the language model ends it must return the tokens' losses, or their "
             "mean, as a tensor"
         )
-    # A model that cut the sequence for context parallelism has cut the mask as well.
+    # A model that splits the sequence for context parallelism splits the mask as well.
     return output, partial(loss_func, values["loss_mask"] if loss_mask is None else loss_mask)
 
 
 def inputs_of(
     data_iterator: Iterator[Mapping[str, Any]] | None, model: torch.nn.Module
 ) -> dict[str, Any]:
-    """Read a microbatch, and return the arguments with which the model is called on this rank.
+    """Read a microbatch, and return the model's arguments on this rank.
 
     Args:
-        data_iterator: As `forward_step` takes it; it is not drawn from where nothing is needed.
+        data_iterator: As for `forward_step`. Nothing is drawn from it where nothing is needed.
         model: The model, as wrapped for training.
 
     Raises:
-        UsageError: The microbatch lacks what the modules of this rank need.
+        UsageError: The microbatch lacks an input of the modules on this rank.
     """
     inner: Any = unwrap_model(model)
     role: RankRole = inner.role
@@ -111,7 +117,7 @@ def inputs_of(
             for name in ending
         }
         if not any(role.is_first_stage(name) for name in role.modules):
-            # They were counted on the host.
+            # The host has counted them; the device needs none.
             values["input_ids"] = None
     moved: dict[str, Any] = _moved(values, torch.cuda.current_device())
     return moved
@@ -120,12 +126,12 @@ def inputs_of(
 def loss_func(
     loss_mask: torch.Tensor | None, output_tensor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum the losses of the tokens that count.
+    """Sum the losses of the counted tokens.
 
     Args:
         loss_mask: Not zero where a token counts, [batch, sequence].
         output_tensor: The tokens' losses in nats, in the shape of the mask; or one number, the
-            mean of the losses that count.
+            mean of the counted losses.
 
     Returns:
         The sum (float32 scalar), the number of tokens (int32 scalar) and
@@ -147,15 +153,15 @@ def loss_func(
 def get_batch(
     data_iterator: Iterator[Mapping[str, Any]] | None, *, keys: Collection[str] = KEYS
 ) -> dict[str, Any] | None:
-    """Read the next microbatch and move it to the device; nothing waits for the copies.
+    """Read the next microbatch and move it to the device, without a host-device sync.
 
     Args:
-        data_iterator: Yields microbatches; tensors on the host, pinned where the device is a GPU.
-        keys: Those that this rank needs, of `KEYS`.
+        data_iterator: Microbatches of tensors on the host, pinned where the device is a GPU.
+        keys: The keys that this rank needs, of `KEYS`.
 
     Returns:
-        The microbatch, with the `keys` that it has and nothing else; None if there is no iterator
-        or it is exhausted.
+        The microbatch with those of the `keys` that it has; None if there is no iterator or it is
+        exhausted.
     """
     sample = None if data_iterator is None else next(data_iterator, None)
     if sample is None:
@@ -169,9 +175,9 @@ def _present(sample: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]
 
 
 def _required_keys(role: RankRole) -> dict[str, tuple[str, ...]]:
-    """Return what the stages on this rank cannot do without; those that read nothing are absent.
+    """Return the required keys of each stage on this rank that reads any.
 
-    A modality's inputs are not among it: a microbatch may be text alone.
+    A modality's inputs are never required: a microbatch may be text alone.
     """
     required: dict[str, tuple[str, ...]] = {}
     for name in role.modality_module_names:
@@ -197,12 +203,12 @@ def _wanted_keys(role: RankRole) -> set[str]:
 
 def _embeddings_per_sample(sample: Mapping[str, Any], name: str, token: int) -> list[int]:
     """Count the embeddings of each sample, on the host."""
-    places = (sample["input_ids"] == token).sum(dim=1)
+    counts = (sample["input_ids"] == token).sum(dim=1)
     items = sample.get("item_counts", {}).get(name)
-    if items is not None and places.numel() != items.numel():
-        # Packed samples stand in one row; an item is as long as the others.
-        places = items * (places.sum() // items.sum().clamp(min=1))
-    return [int(number) for number in places.tolist()]
+    if items is not None and counts.numel() != items.numel():
+        # Packed samples are in one row. All items have the same number of embeddings.
+        counts = items * (counts.sum() // items.sum().clamp(min=1))
+    return [int(count) for count in counts.tolist()]
 
 
 def _checked(
@@ -210,7 +216,11 @@ def _checked(
     required: Mapping[str, Collection[str]],
     wanted: Collection[str],
 ) -> dict[str, Any]:
-    """Return what is wanted of a microbatch, or say what it lacks."""
+    """Return the wanted keys of a microbatch.
+
+    Raises:
+        UsageError: It lacks a required one.
+    """
     if sample is None:
         raise UsageError(
             f"rank {_rank()}, {' and '.join(required)}: there is no microbatch (no data iterator, "
@@ -237,7 +247,7 @@ def _rank() -> int:
 
 
 def _moved(value: Any, device: Any) -> Any:
-    """Move the tensors of a nested structure."""
+    """Return a nested structure with its tensors moved to a device."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
