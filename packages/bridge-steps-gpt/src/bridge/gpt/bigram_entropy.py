@@ -1,4 +1,4 @@
-"""What a model must beat: how well the previous token alone predicts the next one."""
+"""The bigram entropy: a baseline that predicts the next token from the previous one alone."""
 
 from typing import Any
 
@@ -10,20 +10,19 @@ from bridge.training.usage_error import UsageError
 
 
 def bigram_entropy(previous: NDArray[Any], following: NDArray[Any]) -> float:
-    """Conditional entropy H(following | previous), measured in-sample, in nats per token.
+    """Return the conditional entropy H(following | previous), in-sample, in nats per token.
 
     With c(a, b) the number of times that b followed a among N pairs and c(a) = sum_b c(a, b),
     it is -sum_ab c(a, b) / N * ln(c(a, b) / c(a)) (Cover and Thomas, Elements of Information
-    Theory, equation 2.10). It is the loss of the best table of next-token probabilities that was
-    fitted on the very tokens that it is measured on, so a model that beats it looks further back
-    than one token.
+    Theory, equation 2.10). It is the loss of the best table of next-token probabilities, fitted on
+    the same tokens that it is measured on. A model with a lower loss uses more than one token.
 
     Args:
-        previous: Token ids, any shape.
-        following: The ids that came next, the same shape.
+        previous: Token ids, of any shape.
+        following: The ids of the tokens after them, of the same shape.
 
     Raises:
-        UsageError: The shapes differ or nothing is there.
+        UsageError: The shapes differ, or there is no token.
     """
     if previous.shape != following.shape or previous.size == 0:
         raise UsageError(
@@ -40,7 +39,7 @@ def bigram_entropy(previous: NDArray[Any], following: NDArray[Any]) -> float:
 
 
 def bigram_entropy_of(dataset: SizedDataset) -> float:
-    """`bigram_entropy` of all samples of a GPT dataset, where the loss is not masked.
+    """Return the `bigram_entropy` of all samples of a GPT dataset, where the loss is not masked.
 
     Args:
         dataset: Samples are dicts of ``tokens``, ``labels`` and ``loss_mask``, each [sequence].

@@ -1,4 +1,4 @@
-"""The layers of a GPT: those of any transformer, and multi-token prediction's."""
+"""The MTP layers of a GPT; its other layers are `bridge.training.model.layer_specs`."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,7 @@ with quiet_import():
 def mtp_block_spec(
     config: TransformerConfig, *, vp_stage: int | None, pp_rank: int
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """Return the multi-token prediction layers of one model chunk, None where it holds none."""
+    """Return the MTP layers of a model chunk, None if it has none."""
     if not config.mtp_num_layers:
         return None
     layers: Any = get_gpt_decoder_layer_specs(

@@ -1,15 +1,15 @@
 """The GPT: megatron-core's, with multi-token prediction that is the same under every layout.
 
-At depth d the targets are the labels moved by d places, and one counts where the loss mask, moved
-as well, is not zero. With w the moved masks, l the losses and N the tokens in the main loss, the
-term in the objective is ``mtp_loss_scaling_factor`` times the mean over depths of
+The targets of MTP layer d are the labels moved by d positions. A target counts where the loss mask,
+moved as well, is not zero. With w the moved masks, l the losses and N the tokens in the main loss,
+the term in the objective is ``mtp_loss_scaling_factor`` times the mean over MTP layers of
 
     token         sum of all w * l / N, so that a target weighs as one of the main loss does
     microbatch    mean over microbatches of sum of w * l / count of w
 
 megatron-core multiplies each sum by the ratio of the mask's counts before and after the move, or
-divides it by the latter, both as counted in a microbatch on one context-parallel rank. Under
-uneven masks that is another objective for every micro batch size and context-parallel size.
+divides it by the count after. Both are counts of a microbatch on one context-parallel rank, so
+uneven masks make another objective for every micro batch size and context-parallel size.
 """
 
 from typing import Any, override
@@ -34,7 +34,7 @@ with quiet_import():
 
 
 class GPT(GPTModel):
-    """A chunk of a GPT (see the module)."""
+    """A chunk of a GPT, with the term of multi-token prediction above."""
 
     def __init__(self, *args: Any, **arguments: Any) -> None:
         """Build megatron-core's model."""
@@ -42,17 +42,17 @@ class GPT(GPTModel):
         self._target_weights: list[torch.Tensor] = []
         shares = self.post_process and self.share_embeddings_and_output_weights
         if shares and self.mtp_process and not self.pre_process:
-            # This stage has the embedding, whose weight the output layer is called with. It also
-            # got one of its own that nothing reads, and megatron-core then refuses to save it.
+            # This stage has the embedding, whose weight is passed to the output layer. The output
+            # layer also has a weight of its own, which nothing reads and megatron-core cannot save.
             self.output_layer.weight = None
 
-    # megatron-core names all arguments where it calls this.
+    # megatron-core passes all arguments by name.
     @override
     def _postprocess(self, **arguments: Any) -> Any:  # type: ignore[override]
         labels = arguments["labels"]
         if self.post_process and self.config.mtp_num_layers and labels is not None:
             self._target_weights = self._weights_of_targets(labels, arguments["loss_mask"])
-            arguments["loss_mask"] = None  # it is in the weights
+            arguments["loss_mask"] = None  # the weights contain it
         try:
             return super()._postprocess(**arguments)  # type: ignore[no-untyped-call]
         finally:
@@ -61,17 +61,17 @@ class GPT(GPTModel):
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:
-        """Return the loss of each position, [batch, sequence]; those of the depths come first."""
+        """Return the losses, [batch, sequence]; the MTP layers call this before the main loss."""
         losses: torch.Tensor = super().compute_language_model_loss(labels, logits)
         return losses * self._target_weights.pop(0) if self._target_weights else losses
 
     def _weights_of_targets(
         self, labels: torch.Tensor, loss_mask: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        """Return, by depth, the factors with which megatron-core's term becomes ours.
+        """Return for each MTP layer the factors that turn megatron-core's term into ours.
 
-        They are [batch, sequence]. Without a mask megatron-core takes all positions for targets
-        except those with no label to move there.
+        They are [batch, sequence]. Without a mask, megatron-core counts all positions as targets
+        except those to which no label is moved.
         """
         cp_group, positions = self.pg_collection.cp, labels.numel()
         per_token = self.config.calculate_per_token_loss
@@ -102,13 +102,13 @@ class GPT(GPTModel):
 
 
 class PredictionLayer(MultiTokenPredictionLayer):
-    """megatron-core's layer of one depth, which moves the padding mask as the tokens are moved.
+    """megatron-core's MTP layer, with the padding mask moved as the tokens are.
 
-    Position i takes the token at i + 1. megatron-core moves a sequence-parallel rank's part of the
-    mask by itself, and takes the last position for real, also behind padding.
+    Position i takes the token at i + 1. megatron-core moves each sequence-parallel rank's shard of
+    the mask alone, and takes the last position for a real token, also behind padding.
     """
 
-    # And here.
+    # megatron-core passes all arguments by name.
     @override
     def _get_embeddings(  # type: ignore[override]
         self, *, padding_mask: torch.Tensor | None = None, **arguments: Any
@@ -118,15 +118,15 @@ class PredictionLayer(MultiTokenPredictionLayer):
         return input_ids, position_ids, moved, embedded, hidden_states
 
     def _moved(self, mask: torch.Tensor) -> torch.Tensor:
-        """Move a mask, [batch, this rank's sequence], by one place."""
+        """Return a mask, [batch, this rank's sequence], moved by one position."""
         if self.sequence_parallel:
-            whole = gather_from_sequence_parallel_region(mask.t().contiguous(), group=self.tp_group)
-            mask = whole.t()
+            full = gather_from_sequence_parallel_region(mask.t().contiguous(), group=self.tp_group)
+            mask = full.t()
         moved: torch.Tensor
         moved, _ = roll_tensor(mask, cp_group=self.cp_group)
-        if self.cp_group.rank() == 0:  # the first and the last part of the sequence
+        if self.cp_group.rank() == 0:  # it has the first and the last chunk of the sequence
             moved[:, -1] = mask[:, -1]
         if self.sequence_parallel:
-            part = scatter_to_sequence_parallel_region(moved.t().contiguous(), group=self.tp_group)
-            moved = part.t().contiguous()
+            shard = scatter_to_sequence_parallel_region(moved.t().contiguous(), group=self.tp_group)
+            moved = shard.t().contiguous()
         return moved

@@ -1,4 +1,4 @@
-"""The GPT model's section of a run's configuration, which also builds the model."""
+"""The model section of GPT models, which builds the model."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,7 @@ class GPTModelConfig(LanguageModelSection):
     config.json and generation_config.json, for `bridge export`; not to be set by hand."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # The shared copy holds the hooks of a running model; it stays with this object.
+        # The shared config holds the hooks of a running model, so it is neither copied nor saved.
         return {name: value for name, value in vars(self).items() if name != "_shared"}
 
     def open_fields(
@@ -45,8 +45,8 @@ class GPTModelConfig(LanguageModelSection):
     ) -> dict[str, Any]:
         """Return the value that each field takes where it was left at its default.
 
-        `bridge.training.config.resolve` asks for it, so that the values stand in the resolved
-        configuration; nothing is changed here. ``vocab_size`` is left out while it is unknown.
+        `bridge.training.config.resolve` calls this and writes the values into the resolved
+        configuration; nothing is changed here. ``vocab_size`` is missing while it is unknown.
 
         Args:
             config: The run's configuration, of which this is the model section.
@@ -72,7 +72,7 @@ class GPTModelConfig(LanguageModelSection):
         """
         self.refuse_open_layer_spec("model")
         config = self._chunks_config(vp_stage)
-        # megatron-core takes block specs too, which its annotations leave out.
+        # megatron-core takes block specs too, which its annotations do not say.
         mtp: Any = mtp_block_spec(config, vp_stage=vp_stage, pp_rank=pg_collection.pp.rank())
         with expected_messages_held_back():
             model = GPT(
@@ -93,9 +93,13 @@ class GPTModelConfig(LanguageModelSection):
     def training_flops_per_token(self) -> float:
         """Return the FLOPs of forward and backward for one token, without recomputation.
 
-        6 for each weight that a token is multiplied with (its experts, the output layer, not the
-        embedding), and 6 s d a layer for the causal half of the attention matrices, with s
-        positions and d the heads times their width (PaLM, arXiv:2204.02311, appendix B).
+        With w the weights that a token is multiplied with (its experts and the output layer, not
+        the embedding), n layers, s tokens of a sample, and d the heads times their width, it is
+
+            6 w + 6 n s d
+
+        The second term is the causal half of the attention matrices (PaLM, arXiv:2204.02311,
+        appendix B).
         """
         matrices = self.seq_length * self.num_attention_heads * self._head_width()
         layers = self.num_layers + (self.mtp_num_layers or 0)
@@ -106,7 +110,7 @@ class GPTModelConfig(LanguageModelSection):
         return 2.0 * self._weights_per_token()
 
     def _weights_per_token(self) -> int:
-        """Return the weights that a token is multiplied with."""
+        """Return the number of weights that a token is multiplied with."""
         heads, groups = self.num_attention_heads, self.num_query_groups or self.num_attention_heads
         attention = self.hidden_size * self._head_width() * 2 * (heads + groups)
         layers = [attention + self._mlp_weights(is_moe) for is_moe in self._moe_pattern()]
@@ -156,7 +160,7 @@ class GPTModelConfig(LanguageModelSection):
             )
 
     def _chunks_config(self, vp_stage: int | None) -> TransformerConfig:
-        """Return one config for all chunks of a rank: schedules set their hooks on it once."""
+        """Return one config for all chunks of a rank, as schedules set their hooks on it once."""
         if vp_stage is None or vp_stage == 0:
             self._shared = self.finalized()
         return self._shared
@@ -170,7 +174,7 @@ class GPTModelConfig(LanguageModelSection):
         return [bool(is_moe) for is_moe in frequency]
 
     def _mlp_weights(self, is_moe: bool) -> int:
-        """Weights of one layer's MLP that a token is multiplied with."""
+        """Return the number of weights of a layer's MLP that a token is multiplied with."""
         matrices = 3 if self.gated_linear_unit else 2
         width = self.ffn_hidden_size or 4 * self.hidden_size
         if not is_moe:

@@ -1,7 +1,7 @@
 """GPT recipes: named runs that train as they are, or with a path to data.
 
-Widths, depths and vocabularies are those of the published models; the training settings are
-common ones, not those of the papers.
+Sizes and vocabularies are those of the published models. The training settings are common ones, not
+those of the papers.
 """
 
 from typing import Any, cast
@@ -28,7 +28,7 @@ from bridge.training.gpt_step import forward_step
 
 
 def _llama_block() -> dict[str, Any]:
-    """What Llama changed in the transformer (arXiv:2302.13971, section 2.2), and no dropout."""
+    """Return the fields of Llama's block (arXiv:2302.13971, section 2.2), without dropout."""
     return {
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
@@ -64,10 +64,11 @@ def _gpt_tiny() -> ConfigContainer:
             seq_length=128,
             # Each of the 257 tokens costs time on a CPU.
             make_vocab_size_divisible_by=8,
-            # 0.02 is for wide models; one this narrow stays behind for hundreds of steps with it.
+            # The default, 0.02, is for wide models; with it this narrow one lags for hundreds of
+            # steps.
             init_method_std=0.06,
         ),
-        # Two microbatches a step, so that a pipeline or two data-parallel ranks can share it.
+        # Two microbatches a step, so that a pipeline or two data-parallel replicas can share it.
         train=TrainConfig(train_iters=400, global_batch_size=16, micro_batch_size=8),
         validation=ValidationConfig(eval_iters=32),
         optimizer=_adamw(4e-3),
@@ -90,7 +91,7 @@ def _gpt_tiny_sft() -> ConfigContainer:
 def _gpt_tiny_lora() -> ConfigContainer:
     config = _gpt_tiny_sft()
     config.peft = peft_method("lora", dim=16)
-    # Two minutes on a CPU, from the first import to the last word.
+    # Two minutes on a CPU, with all imports.
     config.train.train_iters = 180
     config.optimizer = _adamw(4e-3)
     return config
@@ -180,7 +181,7 @@ def _llama3_8b_lora() -> ConfigContainer:
 
 
 def _large_run(*, micro_batch_size: int, lr: float) -> dict[str, Any]:
-    """Return the sections that runs of the Llama 3 models share."""
+    """Return the sections other than the model that runs of the Llama 3 models share."""
     return {
         "train": TrainConfig(
             train_iters=10_000,
@@ -244,7 +245,7 @@ llama3_8b = Recipe(
 
 llama3_8b_lora = Recipe(
     name="llama3-8b-lora",
-    summary="LoRA beside Llama 3 8B on one GPU, packed to 4096 tokens; needs dataset.path, a "
+    summary="LoRA on top of Llama 3 8B on one GPU, packed to 4096 tokens; needs dataset.path, a "
     "tokenizer and bridge-peft",
     make_config=_llama3_8b_lora,
     forward_step=forward_step,

@@ -1,4 +1,4 @@
-"""The last lines of a run of gpt-tiny: a sampled text, and whether the model beats bigrams."""
+"""The last lines of a run of gpt-tiny: a sampled text, and the loss next to that of bigrams."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ _PROMPT_TOKENS = 48
 
 
 class RunSummary(Callback):
-    """Adds to the summary of a finished run what its model writes and how well it predicts.
+    """Adds a sampled text, and loss and bigram entropy, to the summary of a finished run.
 
-    The bigram entropy is measured on the validation samples that the loss was measured on, of each
-    set for itself. A run without a validation result gets no such lines.
+    The bigram entropy of each validation set is that of the samples of its loss. A run without a
+    validation result gets no such lines.
 
     Args:
         num_tokens: Length of the sampled text.
@@ -28,7 +28,7 @@ class RunSummary(Callback):
         self._num_tokens = num_tokens
 
     def on_train_end(self, context: CallbackContext) -> None:
-        """Append the lines, unless the run failed or was not evaluated."""
+        """Append the lines, unless the run failed or has no validation result."""
         if context.exception is not None or context.data is None:
             return
         losses = {
@@ -49,7 +49,7 @@ class RunSummary(Callback):
             context.summary.append(f"{name} {loss:.3f} nats/{unit}, bigram {bigram:.3f}")
 
     def _add_sample(self, context: CallbackContext, validation: Any) -> None:
-        """Continue the beginning of the validation data; every rank takes part."""
+        """Append a continuation of the beginning of the validation data; every rank calls it."""
         reason = why_not_sampled(context.pg_collection)
         if reason is not None:
             context.summary.append(f"no sampled text: {reason}")
@@ -80,6 +80,6 @@ def _tokenizer_type(context: CallbackContext) -> str | None:
 
 
 def _printable(text: str) -> str:
-    """Return text that cannot disturb a terminal."""
-    stand_in = "\N{REPLACEMENT CHARACTER}"
-    return "".join(c if c.isprintable() or c in "\n\t" else stand_in for c in text)
+    """Return a text with control characters replaced, which could change the terminal."""
+    replacement = "\N{REPLACEMENT CHARACTER}"
+    return "".join(c if c.isprintable() or c in "\n\t" else replacement for c in text)

@@ -1,4 +1,4 @@
-"""Text from a trained model: short samples to look at, with no cache and no speed."""
+"""Text from a trained model: short samples to read, without a key-value cache."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ _LENGTH_STEP = 32
 
 
 def why_not_sampled(pg_collection: Any) -> str | None:
-    """Return why `sample_text` cannot serve a model under these process groups, None if it can."""
+    """Return why `sample_text` does not support a model's process groups; None if it does."""
     if pg_collection.pp.size() > 1:
         return "sampling does not run under pipeline parallelism"
     if pg_collection.cp.size() > 1:
@@ -35,15 +35,15 @@ def sample_text(
 ) -> str:
     """Continue `prompt` by `num_tokens` tokens and return the new text without the prompt.
 
-    The whole context, cut to the model's sequence length, is computed anew for every token. All
-    tensor- and expert-parallel ranks must call it together, and all return the same text.
+    The context, cut to the model's sequence length, is computed anew for every token. All tensor-
+    and expert-parallel ranks must call it together, and all return the same text.
 
     Args:
         model: The only model chunk of this rank, wrapped for training or not.
         tokenizer: The tokenizer that the model was trained with.
         prompt: At least one token of text.
-        num_tokens: How many tokens to add; it ends earlier at the end of a document.
-        temperature: Divides the logits; 0 always takes the most probable token.
+        num_tokens: Tokens to add; fewer if the document ends.
+        temperature: Divides the logits; 0 takes the most probable token.
         seed: Seed of the draws.
 
     Raises:
@@ -77,8 +77,8 @@ def _next_token_logits(
 ) -> torch.Tensor:
     """Return the logits after the last of `ids`, on the host, without the padded vocabulary."""
     window = ids[-chunk.max_sequence_length :]
-    # Few different lengths (each has its own rotary embedding), and under sequence parallelism a
-    # multiple of the ranks. What stands to the right of a token does not change its logits.
+    # Few different lengths, since each has its own rotary embedding; under sequence parallelism a
+    # multiple of the ranks. Tokens to the right of the last do not change its logits.
     step = _LENGTH_STEP * chunk.config.tensor_model_parallel_size
     length = min(-(-len(window) // step) * step, chunk.max_sequence_length)
     tokens = torch.zeros(1, length, dtype=torch.int64)
