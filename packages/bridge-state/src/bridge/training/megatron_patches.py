@@ -39,7 +39,6 @@ And some of megatron-core's errors are corrected by public names alone:
   with sequence and context parallelism and packed sequences. No upstream issue known.
 """
 
-import ast
 import contextlib
 import importlib.util
 import multiprocessing.queues
@@ -89,12 +88,11 @@ def _version_of_megatron_core() -> str:
     package = importlib.util.find_spec("megatron.core")
     if package is None or package.origin is None:
         return "unknown"
-    info = Path(package.origin).with_name("package_info.py").read_text()
-    constants = dict(re.findall(r"^([A-Z_]+) = (\d+|\"[^\"]*\"|'[^']*')$", info, re.MULTILINE))
-    number, suffix = ("MAJOR", "MINOR", "PATCH"), constants.get("PRE_RELEASE", "''")
-    if not all(name in constants for name in number):
-        return "unknown"
-    return ".".join(constants[name] for name in number) + str(ast.literal_eval(suffix))
+    info = Path(package.origin).with_name("package_info.py")
+    text = info.read_text() if info.is_file() else ""
+    constants = dict(re.findall(r"""^([A-Z_]+) = ["']?([^"'\n]*)["']?$""", text, re.MULTILINE))
+    numbers = [constants.get(name, "") for name in ("MAJOR", "MINOR", "PATCH")]
+    return ".".join(numbers) + constants.get("PRE_RELEASE", "") if all(numbers) else "unknown"
 
 
 # --- process groups and what megatron-core keeps for the whole process
