@@ -124,8 +124,8 @@ def destroy_model_parallel() -> None:
 def process_globals() -> Iterator[tuple[Any, str]]:
     """Yield the owner and the name of every variable that megatron-core keeps for the process.
 
-    Its functions that reset them forget some (NVIDIA/Megatron-LM#7029), and reset them to nothing,
-    not to what the program around a run had set.
+    megatron-core's functions that reset them forget some (NVIDIA/Megatron-LM#7029), and do not
+    restore the values that the program around a run has set.
     """
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
     from megatron.core.tensor_parallel import random
@@ -179,9 +179,9 @@ def ensure_global_memory_buffer() -> None:
 
 
 def has_fused_gradient_accumulation() -> bool:
-    """Whether Apex's kernel is installed that adds weight gradients up in the matrix product.
+    """Whether Apex's kernel is installed that adds up weight gradients in the matrix product.
 
-    megatron-core says it under no public name. No upstream issue known.
+    megatron-core has no public name for it. No upstream issue known.
     """
     from megatron.core.tensor_parallel import layers
 
@@ -191,7 +191,7 @@ def has_fused_gradient_accumulation() -> bool:
 def assert_on_device(condition: torch.Tensor, message: str) -> None:
     """Fail on the device where `condition` is false, without a host-device sync.
 
-    The function is to become public: pytorch/pytorch#53284. CUDA does not print the message:
+    There is no public function yet: pytorch/pytorch#53284. On CUDA the message is not printed:
     pytorch/pytorch#131491.
 
     Raises:
@@ -201,10 +201,10 @@ def assert_on_device(condition: torch.Tensor, message: str) -> None:
 
 
 def slowest_times(timers: Any, names: Sequence[str], *, steps: int) -> dict[str, float]:
-    """Return the seconds a step of the slowest rank by timer, and reset the timers; a collective.
+    """Return the seconds per step of the slowest rank for each timer; a collective.
 
-    The public ``write`` of megatron-core's timers writes to TensorBoard and W&B alone. No upstream
-    issue known.
+    The timers are reset. The public ``write`` of megatron-core's timers writes to TensorBoard and
+    W&B only. No upstream issue known.
     """
     times = timers._get_global_min_max_time(names, reset=True, barrier=False, normalizer=steps)
     return {name: slowest for name, (_, slowest) in times.items()}
@@ -234,8 +234,8 @@ def tokens_of_sample(dataset: Any, index: int) -> tuple[Any, Any]:
 def own_bridge_groups() -> Iterator[None]:
     """Give this block process groups of its own for bridges between modules.
 
-    megatron-core keeps them for the whole process, by ranks, also after the ranks' default group
-    was destroyed. No upstream issue known.
+    megatron-core caches them by ranks for the whole process, even when the default group has been
+    destroyed. No upstream issue known.
     """
     from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 
@@ -250,21 +250,27 @@ def own_bridge_groups() -> Iterator[None]:
 
 
 def bridge_batch_dimension(bridge: Any) -> int:
-    """Return the dimension of a bridge's tensors that is divided among the receiving ranks."""
+    """Return the dimension in which a bridge splits tensors for the receiving ranks.
+
+    No upstream issue known.
+    """
     return int(bridge._batch_dim)
 
 
 def mark_split_sizes(tensor: torch.Tensor, sizes: list[int]) -> None:
-    """Note how many embeddings of `tensor` are each sample's or rank's, for the bridge.
+    """Record the numbers of embeddings by which a bridge splits `tensor`.
 
-    megatron-core looks for the sizes at the tensor, where its own model, which finds them by a
-    host-device sync, puts them: NVIDIA/Megatron-LM#5062.
+    The bridge reads them from an attribute of the tensor. megatron-core's own model sets it, after
+    a host-device sync: NVIDIA/Megatron-LM#5062.
     """
     tensor._mimo_bridge_split_sizes = sizes  # type: ignore[attr-defined]
 
 
 def optimizers_of_modules(optimizer: Any) -> list[Any]:
-    """Return the optimizers of the modules on this rank, of a MimoOptimizer."""
+    """Return the optimizers that a MimoOptimizer has on this rank.
+
+    No upstream issue known.
+    """
     found: list[Any] = optimizer._active_optimizers
     return found
 
@@ -273,15 +279,15 @@ def optimizers_of_modules(optimizer: Any) -> list[Any]:
 
 
 def shut_down_workers(iterator: Any) -> None:
-    """End the workers of a DataLoader's iterator, for which it waits up to five seconds each.
+    """End the workers of a DataLoader's iterator; wait up to five seconds for each.
 
-    torch does it when the iterator is collected, which a traceback puts off.
+    torch does so when the iterator is collected, but a traceback may keep it alive.
     """
     iterator._shutdown_workers()
 
 
 def forget_workers(iterator: Any) -> None:
-    """Do what ``_shutdown_workers`` does, but for waiting for the workers.
+    """Do what ``_shutdown_workers`` does without waiting for the workers.
 
     A worker that does not end holds the process up: pytorch/pytorch#39570, pytorch/pytorch#81794.
     """
@@ -298,10 +304,13 @@ def forget_workers(iterator: Any) -> None:
 
 
 def on_unsent_batch(handler: Callable[[Exception, Any], None]) -> None:
-    """Have `handler` called in this worker process with the error for which a batch is not sent.
+    """Have `handler` called in this worker process if a batch cannot be sent.
 
-    Without it Python drops the batch, and the training process waits for it for ever:
+    Otherwise Python drops the batch, and the training process waits for it forever:
     pytorch/pytorch#142884.
+
+    Args:
+        handler: Takes the error and the batch.
     """
     # A hook of Python's for subclasses.
     queues: Any = multiprocessing.queues.Queue
@@ -327,8 +336,8 @@ def checkpoint_writer_replaced(write: Wrapper, write_item: Wrapper) -> Iterator[
 
     writer: Any = filesystem_async.FileSystemWriterAsync
     results: Any = queue.Queue()
-    # The function itself, which is found through the class as a static method.
     with (
+        # A static method.
         _replaced(writer, "write_preloaded_data", lambda found: staticmethod(write(found))),
         _replaced(filesystem_async, "_write_item", write_item),
         _replaced(filesystem_async, "_results_queue", lambda _: results),
