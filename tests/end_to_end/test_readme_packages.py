@@ -14,14 +14,14 @@ TEXT = {path.parent.name: path.read_text() for path in PACKAGES}
 
 
 @pytest.mark.parametrize("package", TEXT)
-def test_a_command_that_trains_passes_a_dry_run(package: str, tmp_path: Path) -> None:
+def test_a_configuration_in_a_command_passes_the_checks(package: str, tmp_path: Path) -> None:
     for line in commands(TEXT[package]):
-        program, *arguments = shlex.split(line)
-        if (program, *arguments[:1]) != ("bridge", "pretrain") or "--resume" in arguments:
+        if not line.startswith(("bridge pretrain", "bridge show ")) or "--resume" in line:
             continue
         # The data of the example is not there.
         absent = ["dataset.path=null"] if "dataset.path=" in line else []
-        ended = run(*arguments, *absent, "--dry-run", folder=tmp_path)
+        dry_run = ["--dry-run"] if line.startswith("bridge pretrain") else []
+        ended = run(*shlex.split(line)[1:], *absent, *dry_run, folder=tmp_path)
         assert (ended.code, ended.err) == (0, ""), line
 
 
