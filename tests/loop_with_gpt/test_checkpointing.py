@@ -239,7 +239,8 @@ def test_a_checkpoint_of_another_model_is_rejected_by_its_path(
         config = saving_run(copied(saved, tmp_path / "run"), resume=True)
     else:
         config = saving_run(tmp_path / "run", pretrained_checkpoint=str(saved))
-    config.model = Wider() if layers == "wider" else Deeper()
+    model: Any = Wider() if layers == "wider" else Deeper()
+    config.model = model
     message = message_of(config)
     assert "fit the model" in message
     assert (tmp_path / "run").exists() == (how == "resume")
