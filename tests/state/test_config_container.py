@@ -1,3 +1,5 @@
+"""The container of a configuration, to and from YAML."""
+
 import functools
 
 import pytest
@@ -138,3 +140,10 @@ def test_text_that_is_not_sections_is_refused() -> None:
         ConfigContainer.from_yaml("just words")
     with pytest.raises(ConfigError, match="not valid YAML"):
         ConfigContainer.from_yaml("a: [1")
+
+
+def test_the_error_is_the_same_on_another_rank() -> None:
+    error = ConfigError(["train.train_iters=0 must be positive"])
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert again.problems == error.problems

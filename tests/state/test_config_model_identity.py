@@ -10,7 +10,7 @@ from bridge.training.config import TransformerConfig
 from bridge.training.config.model_identity import (
     MEGATRON_FIELDS,
     field_kinds,
-    kind_of,
+    kind_at,
     model_field,
 )
 from bridge.training.config.schema.fields import is_runtime_hook
@@ -60,4 +60,4 @@ class Whole:
 def test_a_field_is_of_the_kind_that_its_section_or_megatron_core_gives_it(
     section: type, path: str, kind: str
 ) -> None:
-    assert kind_of(path, field_kinds(section)) == kind
+    assert kind_at(path, field_kinds(section)) == kind

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.training.config import ConfigContainer, ConfigError, Problem
-from bridge.training.config.model_identity import FieldKind, field_kinds, kind_of
+from bridge.training.config.model_identity import FieldKind, field_kinds, kind_at
 from bridge.training.config.provenance import DERIVED
 from bridge.training.config.schema.fields import TARGET, fields_of, is_default
 from bridge.training.config.schema.paths import is_dataclass_instance, value_at
@@ -78,7 +78,7 @@ def reject_another_model(checkpoint: Path, config: ConfigContainer) -> None:
             f"{wanted.get(path)!r} would be another; leave it out",
         )
         for path, value in flatten({"model": saved}).items()
-        if kind_of(path.partition(".")[2], kinds) == "identity"
+        if kind_at(path.partition(".")[2], kinds) == "identity"
         and not path.endswith(TARGET)
         and wanted.get(path) != value
         and not _lacks_field(config, path)
@@ -103,7 +103,7 @@ def decided_by_checkpoint(
             decided = decided_by_checkpoint(value, kinds, f"{place}{name}.")
             # A section of which all is the recipe's is not to be compared as an empty one.
             kept |= {name: decided} if decided or not value else {}
-        elif kind_of(f"{place}{name}", kinds) in ("identity", "extensible"):
+        elif kind_at(f"{place}{name}", kinds) in ("identity", "extensible"):
             kept[name] = value
     return kept
 
@@ -166,7 +166,7 @@ def _is_fixed(path: str, kinds: Mapping[str, FieldKind]) -> bool:
     if name.endswith(TARGET):
         return False  # A class may be moved to another module.
     if section == "model":
-        return kind_of(name, kinds) != "execution"
+        return kind_at(name, kinds) != "execution"
     return section in _FIXED_SECTIONS or path in _FIXED_FIELDS
 
 

@@ -1,26 +1,25 @@
 """The one error of a configuration: everything that is wrong with it, at once."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any, override
 
 from bridge.training.config.schema.errors import Problem
 from bridge.training.usage_error import UsageError
-
-if TYPE_CHECKING:
-    from bridge.training.config.container import ConfigContainer
 
 
 class ConfigError(UsageError):
     """A configuration cannot be used; `problems` has one line for each reason."""
 
-    def __init__(
-        self, problems: Iterable[Problem | str], *, remainder: "ConfigContainer | None" = None
-    ) -> None:
-        """Collect `problems`; `remainder` is the configuration without the rejected values."""
+    def __init__(self, problems: Iterable[Problem | str]) -> None:
+        """Collect `problems`, each once."""
         self.problems = list(dict.fromkeys(map(str, problems)))
-        self.remainder = remainder
         count = len(self.problems)
         heading = "1 problem" if count == 1 else f"{count} problems"
         super().__init__(
             "\n".join([f"{heading} in the configuration:", *(f"  - {p}" for p in self.problems)])
         )
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Other ranks raise it again, made of the problems and not of the whole message.
+        return type(self), (self.problems,), self.__dict__

@@ -47,7 +47,7 @@ def field_kinds(section: type) -> dict[str, FieldKind]:
     return kinds
 
 
-def kind_of(path: str, kinds: Mapping[str, FieldKind]) -> FieldKind:
+def kind_at(path: str, kinds: Mapping[str, FieldKind]) -> FieldKind:
     """Return the kind of a value in a model's section, such as "encoders.vision.num_layers".
 
     What is within a field, such as an item of a mapping, is of the field's kind.

@@ -89,13 +89,12 @@ def apply_overrides(
             ``recipe``, or a section's class in ``_target_``, must agree with `config`.
 
     Raises:
-        ConfigError: With everything that is wrong in all of them; its `remainder` is the
-            configuration with all the rest applied.
+        ConfigError: With everything that is wrong in all of them.
     """
     merge = _Merge(config.copy())
     merge.everything(overrides, yaml_documents)
     if merge.problems:
-        raise ConfigError(merge.problems, remainder=merge.config)
+        raise ConfigError(merge.problems)
     return merge.config
 
 
@@ -127,7 +126,7 @@ def configure(
         merge.config, device=where, world_size=world_size, rejected=merge.rejected
     )
     if merge.problems or problems:
-        raise ConfigError(merge.problems + problems, remainder=resolved)
+        raise ConfigError(merge.problems + problems)
     return resolved
 
 

@@ -31,7 +31,7 @@ def resolve(
     """
     resolved, problems = resolve_collecting(config, device=device, world_size=world_size)
     if problems:
-        raise ConfigError(problems, remainder=resolved)
+        raise ConfigError(problems)
     return resolved
 
 
