@@ -1,6 +1,7 @@
 """The container of a configuration, to and from YAML."""
 
 import functools
+import pickle
 
 import pytest
 import torch

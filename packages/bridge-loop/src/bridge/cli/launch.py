@@ -1,4 +1,4 @@
-"""Local ranks through torchrun's elastic launcher, and hiding the GPUs from a rehearsal.
+"""The launch of local ranks (``--nproc``), through torchrun's elastic launcher.
 
 On a CPU the ranks are forked from this process, which has imported everything: they start at once.
 On GPUs each is a process of its own, as CUDA does not survive a fork. Either way they are in
@@ -7,8 +7,6 @@ passes on the signals that it gets. When it dies without a chance to do so, they
 """
 
 import contextlib
-import gc
-import json
 import logging
 import os
 import shutil
@@ -18,13 +16,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bridge.cli.output import flush_output
-from bridge.training.durable_files import replace_durably
+from bridge.cli.local_rank import POLL_SECONDS, Launcher, train_as_forked_rank
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -34,7 +30,6 @@ if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
     from bridge.training.contracts import Recipe
 
-_POLL_SECONDS = 0.1
 _GRACE_SECONDS = 1.0
 
 
@@ -68,7 +63,7 @@ def on_local_ranks(
             rdzv_backend="c10d",
             rdzv_endpoint="127.0.0.1:0",
             max_restarts=0,
-            monitor_interval=_POLL_SECONDS,
+            monitor_interval=POLL_SECONDS,
             start_method="fork",
             # A directory that it makes by itself it leaves behind.
             logs_specs=DefaultLogsSpecs(log_dir=folder),
@@ -93,7 +88,7 @@ def _launch(
 
     try:
         if choose_device(config.dist.device) == "cpu":
-            elastic_launch(settings, _forked_rank)(launcher, command, recipe, config)
+            elastic_launch(settings, train_as_forked_rank)(launcher, command, recipe, config)
         else:
             path = launcher.folder / "config.yaml"
             path.write_text(config.to_yaml())
@@ -107,59 +102,6 @@ def _launch(
     except SignalException as error:
         return 128 + error.sigval
     return 0
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """The process that started the ranks, as they know it."""
-
-    pid: int
-    folder: Path
-    """Where ranks leave word of what made them fail."""
-    start: "StartCommand"
-    """The words with which the command was started."""
-    signals: list[int] = field(default_factory=list)
-    """Those that asked to stop: in the launcher all that it passed on, in a forked rank those that
-    came before it could obey."""
-
-    def is_to_end_at_once(self) -> bool:
-        """Whether Ctrl-C was pressed a second time."""
-        return self.signals.count(signal.SIGINT) > 1
-
-    def report(self, code: int, message: str) -> None:
-        """Leave word that this rank fails."""
-        report = {"time": time.time(), "code": code, "message": message}
-        replace_durably(self.folder / f"rank-{os.environ['RANK']}.json", json.dumps(report))
-
-    def reports(self) -> list[dict[str, Any]]:
-        """Return what the ranks left, first failure first."""
-        found = [json.loads(path.read_text()) for path in self.folder.glob("rank-*.json")]
-        return sorted(found, key=lambda report: report["time"])
-
-
-def train_as_rank(
-    launcher: Launcher, command: "Command", recipe: "Recipe", config: "ConfigContainer"
-) -> int:
-    """Train as one of the local ranks of `launcher`; return the exit code."""
-    from bridge.cli.one_rank import RankFailed, train_here
-    from bridge.training.run_files.lock import claimed_by_launcher
-    from bridge.training.usage_error import is_usage_error
-
-    _end_with(launcher)
-    assert config.checkpoint.run_dir is not None
-    try:
-        with claimed_by_launcher(Path(config.checkpoint.run_dir)):
-            return train_here(command, recipe, config, launcher.start)
-    except RankFailed as failure:
-        launcher.report(failure.code, str(failure))
-        # A rank that was killed says nothing: let the launcher see it before those that lost it.
-        time.sleep(5 * _POLL_SECONDS)
-        return failure.code
-    except Exception as error:
-        if not is_usage_error(error):
-            raise
-        launcher.report(2, str(error))
-        return 2
 
 
 def _explain(launcher: Launcher, rank: int, code: int) -> int:
@@ -180,46 +122,6 @@ def _explain(launcher: Launcher, rank: int, code: int) -> int:
     message = mistakes[0] if mistakes else f"the first failure was {reports[0]['message']}"
     print(f"bridge: {message}", file=sys.stderr)
     return 2 if mistakes else int(reports[0]["code"])
-
-
-def _end_with(launcher: Launcher) -> None:
-    """End this rank when its launcher has been killed: no signal would reach it any more."""
-
-    def watch() -> None:
-        while os.getppid() == launcher.pid:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _forked_rank(
-    launcher: Launcher, command: "Command", recipe: "Recipe", config: "ConfigContainer"
-) -> None:
-    import torch
-
-    from bridge.training.ranks.stop_request import signals_to_catch
-
-    # A collection would copy every page that the imported modules' objects are on, in each rank.
-    gc.freeze()
-    try:
-        # A process of its own, as on GPUs, is the leader of a session of its own already.
-        os.setpgid(0, 0)
-        for number in signals_to_catch():
-            signal.signal(
-                number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            )
-        for missed in launcher.signals:
-            signal.raise_signal(missed)
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        code = train_as_rank(launcher, command, recipe, config)
-    except KeyboardInterrupt:
-        # The launcher would take a rank that leaves it this way for one that still works.
-        code = int(128 + signal.SIGINT)
-    flush_output()
-    if code:
-        # An exit, not an exception, which the launcher would report a second time.
-        os._exit(code)
 
 
 @contextlib.contextmanager

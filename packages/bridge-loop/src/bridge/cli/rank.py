@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from bridge.cli.launch import Launcher, train_as_rank
+from bridge.cli.local_rank import Launcher, train_as_rank
 from bridge.cli.start_command import StartCommand
 from bridge.training.recipe_lookup import find_recipe
 
