@@ -1,4 +1,4 @@
-"""The part of the answers that are right, counted on logits, wherever the language model is."""
+"""The accuracy of answers, counted on logits, under every placement of the language model."""
 
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,17 @@ from training_runs import a_run
 from validation_sets import evaluated
 
 IMAGES = MIXED + MIXED[:7]
-"""Of a global batch of 16 samples, and of 7 more."""
+"""Numbers of images in a global batch of 16 samples, and in 7 more samples."""
 
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, int, float]]:
-    """Right answers, answers and their loss of each sample, from the untrained model's logits."""
+    """Return right answers, answers and loss of each sample, by the untrained model's logits."""
 
     def body() -> list[tuple[int, int, float]]:
         found = []
-        place = tmp_path_factory.mktemp("by hand")
-        with a_run(config(place / "run", ALONE), forward_step) as run, torch.no_grad():
+        directory = tmp_path_factory.mktemp("by hand")
+        with a_run(config(directory / "run", ALONE), forward_step) as run, torch.no_grad():
             run.model[0].eval()
             for number, images in enumerate(IMAGES):
                 one = microbatch(sample(images, 4 + (number % 4) * (images == 0), seed=number))
@@ -46,11 +46,11 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, int, fl
     return found
 
 
-def config(place: Path, layout: MimoLayout, samples: int = 0) -> Any:
-    made = run_in_layout(place, layout)
+def config(directory: Path, layout: MimoLayout, samples: int = 0) -> Any:
+    made = run_in_layout(directory, layout)
     made.dataset = Chosen(IMAGES, validation=samples)
     made.train.train_iters = 1
-    # It stays as it is.
+    # The weights stay as they are.
     made.optimizer.lr = made.optimizer.min_lr = 0.0
     made.optimizer.weight_decay = 0.0
     return made
@@ -66,7 +66,7 @@ def config(place: Path, layout: MimoLayout, samples: int = 0) -> Any:
     ],
     ids=lambda value: value.name if isinstance(value, MimoLayout) else "",
 )
-def test_it_is_the_part_of_right_answers_beside_the_loss(
+def test_it_is_the_fraction_of_right_answers_next_to_the_loss(
     layout: MimoLayout,
     samples: int,
     by_hand: list[tuple[int, int, float]],
@@ -76,11 +76,11 @@ def test_it_is_the_part_of_right_answers_beside_the_loss(
         made = config(tmp_path / "run", layout, samples)
         return pretrain(made, forward_step, [AnswerAccuracy()])
 
-    right, asked, loss = (sum(numbers) for numbers in zip(*by_hand[:samples], strict=True))
+    right, answers, loss = (sum(numbers) for numbers in zip(*by_hand[:samples], strict=True))
     assert right > 0
     for result in run_ranks(layout.ranks, body, timeout=90):
-        assert result.validation["accuracy"] == pytest.approx(right / asked)
-        assert result.validation["lm loss"] == pytest.approx(loss / asked, rel=1e-5)
+        assert result.validation["accuracy"] == pytest.approx(right / answers)
+        assert result.validation["lm loss"] == pytest.approx(loss / answers, rel=1e-5)
 
 
 def test_an_odd_sample_of_two_encoders_counts_once_in_the_loss_and_cannot_be_collected(
@@ -99,7 +99,7 @@ def test_an_odd_sample_of_two_encoders_counts_once_in_the_loss_and_cannot_be_col
                 AnswerAccuracy().on_train_start(run.context)
         return result.metrics["lm loss"], result.tokens, result.samples
 
-    _, asked, loss = (sum(numbers) for numbers in zip(*by_hand, strict=True))
+    _, answers, loss = (sum(numbers) for numbers in zip(*by_hand, strict=True))
     for found, tokens, samples in run_ranks(3, body, timeout=90):
-        assert found == pytest.approx(loss / asked, rel=1e-5)
-        assert (tokens, samples) == (asked, 23)
+        assert found == pytest.approx(loss / answers, rel=1e-5)
+        assert (tokens, samples) == (answers, 23)

@@ -1,4 +1,4 @@
-"""Samples, the microbatches made of them, and the datasets: handwritten digits and mock data."""
+"""Samples, their microbatches, and the datasets: handwritten digits and mock data."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ class TestSamples:
         ("tokens", "counted", "says"),
         [([1] * 6, [1], "6 tokens does not fit"), ([1, 2], [0], "must be positions from 1 to 1")],
     )
-    def test_what_cannot_be_predicted_is_refused(
+    def test_a_text_that_cannot_be_predicted_is_rejected(
         self, tokens: list[int], counted: list[int], says: str
     ) -> None:
         with pytest.raises(ValueError, match=says):
@@ -78,7 +78,7 @@ class TestDigits:
         assert first["input_ids"].tolist() == [IMAGE] * 4 + [QUESTION]
         assert first["labels"][first["loss_mask"] != 0].tolist() == [int(digits[HELD_OUT][1])]
 
-    def test_views_are_other_images_of_the_same_digit_the_same_every_time(self) -> None:
+    def test_a_view_is_another_image_of_its_digit_and_the_same_every_time(self) -> None:
         train: Any = built(mimo_digits()).train
         number = len(train) // 32
         assert len(train) == 1437 * 32
@@ -88,7 +88,7 @@ class TestDigits:
         assert torch.equal(pixels[1], pixels[2])
         assert not torch.equal(pixels[0], pixels[1])
 
-    def test_what_the_model_cannot_read_is_refused(self) -> None:
+    def test_digits_that_the_model_cannot_read_are_rejected(self) -> None:
         config = mimo_digits()
         config.model.encoders["vision"].num_channels = 3  # type: ignore[attr-defined]
         config.model.language.vocab_size = 12  # type: ignore[attr-defined]
@@ -109,17 +109,17 @@ class TestMock:
         for key in ("input_ids", "labels"):
             assert torch.equal(first[7][key], second[7][key])
 
-    def test_a_rank_that_reads_no_image_loads_none_and_the_same_text(self) -> None:
+    def test_a_rank_without_the_encoder_loads_the_same_text_and_no_image(self) -> None:
         config = mimo_run("unused", tiny_mimo())
-        whole, text = (built(config, modules).train for modules in (None, frozenset({"language"})))
-        assert whole is not None
+        both, text = (built(config, modules).train for modules in (None, frozenset({"language"})))
+        assert both is not None
         assert text is not None
         for index in range(4):
-            assert torch.equal(whole[index]["input_ids"], text[index]["input_ids"])
-            number = len(whole[index]["items"]["vision"]["pixels"])
+            assert torch.equal(both[index]["input_ids"], text[index]["input_ids"])
+            number = len(both[index]["items"]["vision"]["pixels"])
             assert text[index]["items"]["vision"]["nothing"].shape == (number, 0)
         assert number_of_items(microbatch(text[0], text[1])) == number_of_items(
-            microbatch(whole[0], whole[1])
+            microbatch(both[0], both[1])
         )
 
     def test_images_must_leave_room_for_text(self) -> None:

@@ -1,4 +1,4 @@
-"""The forward step: what each role reads, returns and refuses."""
+"""The forward step: the inputs and outputs of each role, and the mistakes that it rejects."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -56,7 +56,7 @@ class TestLossFunction:
 
 
 class TestGetBatch:
-    def test_nested_tensors_are_moved_and_nothing_else_is_taken(self) -> None:
+    def test_nested_tensors_are_moved_and_other_keys_are_skipped(self) -> None:
         def body() -> Any:
             given = microbatch() | {"name": "a", "attention_mask": torch.zeros(1)}
             batch = get_batch(iter([given]))
@@ -67,7 +67,7 @@ class TestGetBatch:
 
         assert run_ranks(1, body) == [(True, True, "cpu")]
 
-    def test_structures_keep_their_kinds(self) -> None:
+    def test_lists_and_tuples_stay_what_they_are(self) -> None:
         def body() -> Any:
             inputs = {"audio": {"encoder": {"waves": [torch.ones(2), (torch.zeros(1), 3)]}}}
             batch = get_batch(iter([{"modality_inputs": inputs}]))
@@ -86,7 +86,7 @@ class TestGetBatch:
 
 
 class Recorder(torch.nn.Module):
-    """Stands for a model of which this rank holds some stages; remembers what it was given."""
+    """A model of which this rank holds some stages. It keeps the names of its arguments."""
 
     def __init__(self, stages: dict[str, tuple[bool, bool]], output: Any) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class TestRoles:
             "all",
         ],
     )
-    def test_a_rank_takes_what_its_stages_need(
+    def test_a_rank_reads_the_inputs_of_its_stages(
         self, stages: dict[str, Any], output: Any, given: set[str], is_terminal: bool
     ) -> None:
         kind = "Tensor" if is_terminal else "dict"
@@ -158,7 +158,7 @@ class TestRoles:
 
     def test_the_middle_of_an_encoder_reads_nothing(self) -> None:
         def untouched() -> Iterator[Any]:
-            raise AssertionError("it was read")
+            raise AssertionError("data was read")
             yield
 
         stages = {"vision": (False, False)}
@@ -166,7 +166,7 @@ class TestRoles:
         assert ran(Recorder(stages, {"vision": HIDDEN}), None) == (set(), "dict", True)
 
     @pytest.mark.parametrize("stage", [(True, False), (False, False), (False, True)])
-    def test_every_stage_of_the_language_model_knows_where_packed_samples_end(
+    def test_every_stage_of_the_language_model_reads_the_boundaries_of_packed_samples(
         self, stage: tuple[bool, bool]
     ) -> None:
         given = microbatch() | {"packing_kwargs": {"cu_seqlens_q": torch.tensor([0, 5, 9])}}
@@ -227,17 +227,17 @@ class TestRoles:
         assert says in ran(Recorder(stages, LOSSES), data)
 
     @pytest.mark.parametrize("output", [{"language": LOSSES}, None, [LOSSES]])
-    def test_the_end_of_the_language_model_gives_a_tensor(self, output: Any) -> None:
+    def test_the_end_of_the_language_model_must_return_a_tensor(self, output: Any) -> None:
         message = ran(Recorder({"language": (True, True)}, output), iter([microbatch()]))
         assert message.startswith("rank 0, last stage of language: the model returned ")
         assert message.endswith("must return the tokens' losses, or their mean, as a tensor")
 
-    def test_a_schedule_plan_is_refused(self) -> None:
+    def test_a_schedule_plan_is_rejected(self) -> None:
         model = Recorder({"language": (True, True)}, LOSSES)
         with pytest.raises(ValueError, match="a multimodal model has no schedule plan"):
             forward_step(state(), iter([microbatch()]), model, return_schedule_plan=True)
 
-    def test_the_loop_recognises_its_form(self) -> None:
+    def test_the_loop_recognizes_its_form(self) -> None:
         prepared = prepare_forward_step_func(forward_step, state())
         assert prepared.takes_schedule_plan
         assert prepared._form.takes_state
@@ -251,7 +251,7 @@ def losses_of_all_modules() -> list[list[float]]:
 
 
 def on_ranks_of_their_own() -> Any:
-    """The encoder on rank 0, the language model on rank 1; its input travels by hand."""
+    """Run the encoder on rank 0 and the language model on rank 1, and send its input by hand."""
     grids = {name: grid_at(offset) for offset, name in enumerate(("vision", "language"))}
     mine = ("vision", "language")[torch.distributed.get_rank()]
     groups = groups_of(grids[mine])
@@ -287,14 +287,14 @@ def groups_of(grid: HyperCommGrid) -> ProcessGroupCollection:
     return groups
 
 
-def test_modules_on_ranks_of_their_own_give_the_losses_of_all_on_one() -> None:
+def test_modules_on_separate_ranks_have_the_losses_of_all_on_one() -> None:
     (together,) = run_ranks(1, losses_of_all_modules)
     encoder, language = run_ranks(2, on_ranks_of_their_own)
     assert encoder == ({"vision"}, None, ["vision"])
     assert language == together
 
 
-def test_what_a_microbatch_lacks_is_said_with_the_real_model_too() -> None:
+def test_a_missing_input_is_an_error_with_the_real_model_too() -> None:
     def body() -> list[str]:
         model = build(tiny_mimo())
         messages = []

@@ -1,4 +1,4 @@
-"""The model's section: what contradicts, what follows, which part a parameter belongs to."""
+"""The model's section: contradictions, derived fields, and the part of a parameter."""
 
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,13 @@ from mimo_models import mimo_run, resolved, tiny_mimo
         ({"language": {"context_parallel_size": 2}}, "context parallelism is not supported"),
     ],
 )
-def test_a_contradiction_is_refused(fields: dict[str, Any], says: str) -> None:
+def test_a_contradiction_is_rejected(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(mimo_run("unused", tiny_mimo(**fields)), device="cpu", world_size=1)
     assert says in str(caught.value)
 
 
-def test_a_part_comes_before_its_module() -> None:
+def test_the_value_of_a_part_replaces_that_of_its_module() -> None:
     model = resolved(
         tiny_mimo(freeze=["vision.encoder"], lr_multipliers={"vision": 0.5, "vision.projection": 2})
     )
@@ -53,7 +53,7 @@ def test_a_part_comes_before_its_module() -> None:
     assert rates == [0.5, 2, 1.0]
 
 
-def test_modules_on_their_own_ranks_tell_each_other_shapes() -> None:
+def test_modules_on_separate_ranks_send_shapes_ahead() -> None:
     asked = {"language": ModuleParallelism(tensor_model_parallel_size=2)}
     model = resolved(tiny_mimo(placement="separate", parallelism=asked), world_size=3)
     assert model.language.variable_seq_lengths

@@ -1,4 +1,4 @@
-"""Packed samples train as those that are padded, whatever the stage they are in."""
+"""Packed samples train like padded ones, in every stage."""
 
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from mimo_models import microbatch, sample
 from ranks import run_ranks
 
 
-def test_a_packed_row_has_the_tokens_of_its_samples_and_says_where_they_end() -> None:
+def test_a_packed_row_has_the_tokens_of_its_samples_and_their_boundaries() -> None:
     samples = [sample(1, 3), sample(0, 4, seed=1)]
     row = microbatch(*samples, pack=True)
     padded = microbatch(*samples)
-    # Of 7 and 4 tokens the last of each is a label alone; one more makes the length even.
+    # The samples have 7 and 4 tokens, the last of which is a label alone. One token of padding
+    # makes the length even.
     lengths = [6, 3, 1]
     assert row["packing_kwargs"]["cu_seqlens_q"].tolist() == [0, 6, 9, 10]
     assert row["packing_kwargs"]["max_seqlen_q"] == 6
@@ -40,7 +41,7 @@ def test_a_packed_row_has_the_tokens_of_its_samples_and_says_where_they_end() ->
 
 
 def changed(**values: Any) -> dict[str, Any]:
-    """A sample of 2 images and 3 tokens, with other values."""
+    """Return a sample of 2 images and 3 tokens, with some values replaced."""
     return sample(2, 3) | values
 
 
@@ -64,14 +65,14 @@ def changed(**values: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_a_sample_whose_tensors_do_not_belong_together_is_rejected(
+def test_a_sample_with_tensors_of_different_lengths_is_rejected(
     mistaken: dict[str, Any], message: str, packed: bool
 ) -> None:
     with pytest.raises(UsageError, match=message):
         microbatch(sample(1, 3), mistaken, pack=packed)
 
 
-def test_special_tokens_beyond_the_length_of_a_packed_sample_are_not_counted() -> None:
+def test_special_tokens_in_the_padding_of_a_packed_sample_are_not_counted() -> None:
     mistaken = changed(length=4)
     with pytest.raises(UsageError, match="sample 0 .* has 2 items of 'vision', and . tokens"):
         microbatch(mistaken, pack=True)

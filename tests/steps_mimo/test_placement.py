@@ -1,4 +1,4 @@
-"""Where modules are on ranks of their own, what is refused, and the picture of it."""
+"""The placement of modules on separate ranks: defaults, rejected settings, the picture."""
 
 from typing import Any
 
@@ -18,20 +18,20 @@ from bridge.training.config import (
 from mimo_models import mimo_run, tiny_mimo
 
 
-def modules(**asked: dict[str, int]) -> dict[str, ModuleParallelism]:
-    """Return settings of an encoder and the language model, in their order."""
+def modules(**sizes: dict[str, int]) -> dict[str, ModuleParallelism]:
+    """Return the settings of an encoder and of the language model, in that order."""
     return {
         name: ModuleParallelism(
             **{
                 f"{key}_size" if key != "rank_offset" else key: number
-                for key, number in asked.get(name, {}).items()
+                for key, number in sizes.get(name, {}).items()
             }
         )
         for name in ("vision", "language")
     }
 
 
-def offsets_and_copies(
+def offsets_and_replicas(
     world_size: int, **asked: dict[str, int]
 ) -> dict[str, tuple[int, int]] | list[str]:
     places, problems = separate_places(modules(**asked), world_size)
@@ -40,18 +40,18 @@ def offsets_and_copies(
 
 class TestDefaults:
     def test_one_rank_each_on_two(self) -> None:
-        assert offsets_and_copies(2) == {"vision": (0, 1), "language": (1, 1)}
+        assert offsets_and_replicas(2) == {"vision": (0, 1), "language": (1, 1)}
 
-    def test_open_copies_are_as_many_as_there_are_ranks_for(self) -> None:
-        assert offsets_and_copies(6) == {"vision": (0, 3), "language": (3, 3)}
+    def test_open_replicas_are_as_many_as_there_are_ranks_for(self) -> None:
+        assert offsets_and_replicas(6) == {"vision": (0, 3), "language": (3, 3)}
         tensor = {"tensor_model_parallel": 2}
-        assert offsets_and_copies(6, language=tensor) == {"vision": (0, 2), "language": (2, 2)}
+        assert offsets_and_replicas(6, language=tensor) == {"vision": (0, 2), "language": (2, 2)}
         two = {"data_parallel": 2}
-        assert offsets_and_copies(6, vision=two) == {"vision": (0, 2), "language": (2, 4)}
+        assert offsets_and_replicas(6, vision=two) == {"vision": (0, 2), "language": (2, 4)}
 
-    def test_an_offset_moves_a_module_in_front_of_another(self) -> None:
+    def test_an_offset_puts_a_module_before_another(self) -> None:
         asked = {"rank_offset": 1, "data_parallel": 1}
-        found = offsets_and_copies(2, vision=asked, language={"rank_offset": 0})
+        found = offsets_and_replicas(2, vision=asked, language={"rank_offset": 0})
         assert found == {"vision": (1, 1), "language": (0, 1)}
 
 
@@ -90,7 +90,7 @@ class TestDefaults:
         (2, {"language": {"rank_offset": -1}}, "language.rank_offset: -1; give a number of at lea"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_a_layout_that_does_not_fit_is_rejected(
     world_size: int, asked: dict[str, dict[str, int]], says: str
 ) -> None:
     _, problems = separate_places(modules(**asked), world_size)
@@ -124,35 +124,35 @@ class TestPicture:
 
 
 class TestReport:
-    def refused(self, world_size: int, fields: dict[str, Any], **sections: Any) -> str:
+    def report(self, world_size: int, fields: dict[str, Any], **sections: Any) -> str:
         model = tiny_mimo(placement="separate", **fields)
         with pytest.raises(ConfigError) as caught:
             resolve(mimo_run("unused", model, **sections), device="cpu", world_size=world_size)
         return str(caught.value)
 
-    def test_it_shows_the_picture_of_a_bad_layout(self) -> None:
+    def test_the_report_shows_the_picture_of_a_bad_layout(self) -> None:
         overlapping = modules(
             vision={"data_parallel": 1}, language={"rank_offset": 0, "data_parallel": 2}
         )
-        text = self.refused(2, {"parallelism": overlapping})
+        text = self.report(2, {"parallelism": overlapping})
         assert "are both on rank" in text
         assert "\n      vision    s0 r0 t0" in text
 
     def test_samples_must_make_equal_parts(self) -> None:
         three = modules(vision={"data_parallel": 3}, language={"data_parallel": 1})
-        text = self.refused(4, {"parallelism": three})
+        text = self.report(4, {"parallelism": three})
         assert "are 2 samples, which do not make 3 equal parts" in text
         assert "\n      vision    s0 r0 t0  s0 r1 t0  s0 r2 t0  ." in text
 
     def test_layers_must_fill_the_stages(self) -> None:
         stages = modules(language={"pipeline_model_parallel": 4}, vision={"data_parallel": 1})
-        text = self.refused(5, {"parallelism": stages})
+        text = self.report(5, {"parallelism": stages})
         assert "model.language.num_layers: 2 is not a multiple of" in text
         assert "\n      language  .         s0 r0 t0  s1 r0 t0" in text
 
     def test_a_size_is_named_by_the_field_that_the_user_has_set(self) -> None:
         shared = modules(language={"tensor_model_parallel": 3}, vision={"data_parallel": 1})
-        text = self.refused(4, {"parallelism": shared})
+        text = self.report(4, {"parallelism": shared})
         assert (
             "is not a multiple of model.parallelism.language.tensor_model_parallel_size=3" in text
         )
@@ -160,9 +160,9 @@ class TestReport:
         assert "must be a multiple of tensor_model_parallel_size" not in text
         assert "\n      vision    s0 r0 t0" in text
 
-    def test_loss_scales_of_modules_would_part(self) -> None:
+    def test_fp16_is_rejected_as_loss_scales_would_differ_by_module(self) -> None:
         half = MixedPrecisionConfig(precision="fp16")
-        text = self.refused(2, {}, mixed_precision=half)
+        text = self.report(2, {}, mixed_precision=half)
         assert "fp16 is not supported with model.placement=separate" in text
 
     def test_a_good_layout_is_that_of_the_language_model(self) -> None:
@@ -175,7 +175,7 @@ class TestReport:
         assert config.model.language.variable_seq_lengths  # type: ignore[attr-defined]
 
 
-def test_the_command_shows_the_picture_and_text_that_can_be_fed_back(
+def test_the_command_shows_the_picture_and_text_that_is_valid_input(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked = [

@@ -106,22 +106,22 @@ def test_gradients_are_those_of_one_process(
 
 
 class Trace:
-    """A callback, and a forward step that notes the samples that a rank reads."""
+    """A forward step that records the samples that a rank reads."""
 
     def __init__(self) -> None:
         self.samples: list[list[int]] = []
 
     def forward_step(self, state: Any, data_iterator: Any, model: Any) -> Any:
-        def noted() -> Any:
+        def recorded() -> Any:
             for microbatch in data_iterator:
                 self.samples.append(microbatch["position_ids"][:, 0].tolist())
                 yield microbatch
 
-        return forward_step(state, noted(), model)
+        return forward_step(state, recorded(), model)
 
 
 def test_every_module_sees_the_samples_of_the_same_global_microbatch(tmp_path: Path) -> None:
-    """The position of a sample's first token is its number; each rank reads its share alone."""
+    """The position of a sample's first token is its number; each rank reads its shard alone."""
 
     def body() -> Any:
         config = run_in_layout(tmp_path / "run", MimoLayout(vision=Sizes(data=4), language=Sizes()))
@@ -155,7 +155,7 @@ def test_text_alone_and_images_alone_train(tmp_path: Path) -> None:
         assert found.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
 
 
-def test_several_encoders_have_ranks_each(tmp_path: Path) -> None:
+def test_each_of_several_encoders_has_ranks_of_its_own(tmp_path: Path) -> None:
     def config(name: str, **fields: Any) -> Any:
         model = tiny_mimo(special_token_ids={"vision": -7, "depth": -8}, **fields)
         model.encoders["depth"] = VisionEncoderConfig(
@@ -197,7 +197,7 @@ def test_several_encoders_have_ranks_each(tmp_path: Path) -> None:
 def test_frozen_modules_stay_and_others_learn_at_their_rates(
     frozen: list[str], prefixes: list[str], tmp_path: Path
 ) -> None:
-    """Adam's first step is the rate, whatever the gradient."""
+    """Rely on Adam's first step, which is the learning rate whatever the gradient."""
     rates = {"vision.encoder": 0.5, "vision.projection": 2.0, "language": 0.25}
 
     def body() -> Any:
@@ -232,7 +232,7 @@ def test_frozen_modules_stay_and_others_learn_at_their_rates(
         assert found == pytest.approx([expected] * len(found), rel=1e-3), part
 
 
-def test_a_run_goes_on_bit_for_bit_and_its_weights_serve_the_other_placement(
+def test_a_run_resumes_bit_for_bit_and_its_weights_load_under_the_other_placement(
     tmp_path: Path,
 ) -> None:
     layout = MimoLayout(vision=Sizes(data=2), language=Sizes(pipeline=2))

@@ -1,4 +1,4 @@
-"""Whole runs: under every colocated layout, with modules frozen, without images, resumed."""
+"""Runs of colocated modules: under every layout, with frozen modules, without images."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def test_a_layout_trains_the_model_of_one_process(
 
 
 TEXT = [0] * 16
-# Microbatches of two samples: with images, without, and both kinds.
+# Microbatches of two samples: with images, without images, and of both kinds.
 TEXT_ON_EVERY_SECOND_RANK = [1, 2, 0, 0, 0, 0, 1, 0, 2, 2, 0, 0, 0, 0, 1, 1]
 
 
@@ -52,14 +52,15 @@ def without_images(directory: Path, images: list[int]) -> ConfigContainer:
     config = mimo_run(directory, tiny_mimo())
     config.dataset = Chosen(images)
     config.train = TrainConfig(train_iters=3, global_batch_size=8, micro_batch_size=2)
-    # Where gradients are reduced, and parameters gathered, as soon as they are needed.
+    # Several buckets: gradients are reduced as soon as they are known, parameters gathered as soon
+    # as they are needed.
     config.ddp.bucket_size = 1000
     assert config.ddp.overlap_grad_reduce
     assert config.ddp.overlap_param_gather
     return config
 
 
-def test_an_encoder_that_nothing_uses_has_gradients_of_zero(tmp_path: Path) -> None:
+def test_an_unused_encoder_has_gradients_of_zero(tmp_path: Path) -> None:
     def body() -> Any:
         with a_run(without_images(tmp_path / "run", TEXT), forward_step) as run:
             gradients: dict[str, torch.Tensor] = {}
@@ -84,7 +85,7 @@ def test_an_encoder_that_nothing_uses_has_gradients_of_zero(tmp_path: Path) -> N
 
 
 def test_ranks_without_images_stay_in_step_with_the_others(tmp_path: Path) -> None:
-    """Two ranks whose microbatches use different modules; a wrong order would hang or differ."""
+    """Use different modules in the microbatches of two ranks; a wrong order hangs or differs."""
 
     def body(name: str) -> Any:
         return trained(without_images(tmp_path / name, TEXT_ON_EVERY_SECOND_RANK), forward_step)[1]
@@ -96,7 +97,7 @@ def test_ranks_without_images_stay_in_step_with_the_others(tmp_path: Path) -> No
     )
     for name, weight in first.items():
         assert torch.equal(second[name], weight), name
-        # Adam divides by the gradient's size: where that is nothing but rounding, it shows.
+        # Adam divides by the gradient's size, so a gradient of mere rounding errors moves weights.
         torch.testing.assert_close(weight, alone[name], rtol=1e-3, atol=2e-4)
 
 
@@ -108,7 +109,7 @@ def test_ranks_without_images_stay_in_step_with_the_others(tmp_path: Path) -> No
     ],
     ids=["modality", "all but the projection"],
 )
-def test_what_is_frozen_stays_as_it_was_bit_for_bit(
+def test_frozen_weights_stay_bit_for_bit(
     frozen: list[str], prefixes: list[str], tmp_path: Path
 ) -> None:
     def body() -> Any:
@@ -131,7 +132,7 @@ def test_what_is_frozen_stays_as_it_was_bit_for_bit(
 
 
 def test_each_module_learns_at_its_own_rate(tmp_path: Path) -> None:
-    """Adam's first step is the rate, whatever the gradient."""
+    """Rely on Adam's first step, which is the learning rate whatever the gradient."""
 
     def body() -> Any:
         model = tiny_mimo(lr_multipliers={"vision": 0.5, "vision.projection": 2.0})
