@@ -5,7 +5,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, override
 
 from bridge.cli.hidden_gpus import hide_gpus_on_cpu_runs
 from bridge.cli.launch import on_local_ranks
@@ -57,6 +57,7 @@ def add_parser(
 class _Help(argparse.Action):
     """Lists the keys of the recipe that was named, with their values."""
 
+    @override
     def __call__(
         self,
         parser: argparse.ArgumentParser,

@@ -10,7 +10,7 @@ sizes of the microbatches, as in training, and so on the layout for the samples 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, override
 
 import torch
 import torch.distributed as dist
@@ -214,6 +214,7 @@ class _Counted(Iterator[Any]):
         self._planned = planned
         self._drawn = 0
 
+    @override
     def __next__(self) -> Any:
         if self._drawn == self._planned:
             raise RuntimeError(

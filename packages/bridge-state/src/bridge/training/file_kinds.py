@@ -4,7 +4,7 @@ import codecs
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, override
 
 HEAD_BYTES = 4096
 """The number of bytes at a file's beginning that `kind_of` needs."""
@@ -100,6 +100,7 @@ class WrongByte:
     """From 1."""
     value: int
 
+    @override
     def __str__(self) -> str:
         what = "is NUL" if self.value == 0 else f"is 0x{self.value:02X} and not UTF-8"
         return f"byte {self.offset}, in line {self.line}, {what}"

@@ -58,6 +58,7 @@ class GPT(GPTModel):
         finally:
             self._target_weights = []
 
+    @override
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, override
 
 from bridge.training.megatron_import import expected_messages_held_back, quiet_import
 from bridge.training.usage_error import UsageError
@@ -36,6 +36,7 @@ class GPTModelConfig(LanguageModelSection):
     """Content of the Hugging Face folder that the model was imported from: the JSON of
     config.json and generation_config.json, for `bridge export`; not to be set by hand."""
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         # The shared config holds the hooks of a running model, so it is neither copied nor saved.
         return {name: value for name, value in vars(self).items() if name != "_shared"}

@@ -1,6 +1,6 @@
 """The last lines of a run of gpt-tiny: a sampled text, and the loss next to that of bigrams."""
 
-from typing import Any
+from typing import Any, override
 
 from torch.utils.data import Subset
 
@@ -27,6 +27,7 @@ class RunSummary(Callback):
     def __init__(self, num_tokens: int = 160) -> None:
         self._num_tokens = num_tokens
 
+    @override
     def on_train_end(self, context: CallbackContext) -> None:
         """Append the lines, unless the run failed or has no validation result."""
         if context.exception is not None or context.data is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ class AnswerAccuracy(Callback):
     is the fraction of right labels. It takes a second pass over the data, without labels.
     """
 
+    @override
     def on_train_start(self, context: CallbackContext) -> None:
         """Check that the accuracy of every set can be measured.
 
@@ -42,6 +43,7 @@ class AnswerAccuracy(Callback):
                     "samples, validation.eval_iters, or the data_parallel_size of the encoders"
                 )
 
+    @override
     def on_evaluate_end(self, context: CallbackContext, results: dict[str, float | None]) -> None:
         """Sum the counts of all ranks, and add their quotient."""
         if context.split != "validation" or not results:
@@ -59,6 +61,7 @@ class AnswerAccuracy(Callback):
             key = f"{set_name}/accuracy" if set_name else "accuracy"
             results[key] = right / labels if labels else None
 
+    @override
     def on_train_end(self, context: CallbackContext) -> None:
         """Add the last accuracy to the summary of the run."""
         accuracy = context.validation.get("accuracy")

@@ -254,15 +254,18 @@ class _Bridge(BridgeCommunicator):
         self._trains = False
         super().__init__(*args, **kwargs)
 
+    @override
     def recv_forward(self) -> torch.Tensor:
         """Receive the embeddings of a microbatch."""
         return self._receive(super().recv_forward)
 
+    @override
     def send_backward(self, grad_tensor: torch.Tensor) -> None:
         """Send each rank the gradients of its embeddings."""
         self._mark(grad_tensor)
         super().send_backward(grad_tensor)
 
+    @override
     def send_backward_recv_forward(
         self, grad_tensor: torch.Tensor, forward_shape: tuple[int, ...] | None = None
     ) -> torch.Tensor:

@@ -67,6 +67,7 @@ class VisionTransformer(MegatronModule):
             pg_collection=pg_collection,
         )
 
+    @override
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode images, or run the first pipeline stage on them.
 
@@ -155,6 +156,7 @@ class LinearProjection(MegatronModule):
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
         self.linear = _linear(config, input_size)
 
+    @override
     def forward(self, encoded: torch.Tensor) -> torch.Tensor:
         """Project [tokens, encoder's width] to [tokens, hidden size of the language model]."""
         projected: torch.Tensor = self.linear(encoded)
@@ -181,6 +183,7 @@ class MLPProjection(MegatronModule):
             tp_group=pg_collection.tp,
         )
 
+    @override
     def forward(self, encoded: torch.Tensor) -> torch.Tensor:
         """Project [tokens, encoder's width] to [tokens, hidden size of the language model]."""
         projected, bias = self.mlp(encoded)

@@ -5,7 +5,7 @@ The norm of the gradients is that of all modules, and each is clipped by it.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, override
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,7 @@ class ModulesOptimizer(MimoOptimizer):
         return cls(infos, config)
 
     @torch.no_grad()
+    @override
     def get_grad_norm(self) -> Any:
         """Return the L2 norm of the gradients of all modules: on the device where possible."""
         squares = torch.zeros(
@@ -71,6 +72,7 @@ class ModulesOptimizer(MimoOptimizer):
         return norm if clip_grads.multi_tensor_scale_tensor_impl is not None else norm.item()
 
     @torch.no_grad()
+    @override
     def step(self) -> tuple[bool, Any, int | None]:
         """Clip by the norm of all gradients and step, unless it is too large.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, override
 
 from bridge.mimo.modules import LinearProjection, MLPProjection, VisionTransformer
 from bridge.training.config import ConfigContainer, Problem
@@ -99,6 +99,7 @@ class LanguageModelConfig(ModuleSection, LanguageModelSection):
         arguments["scatter_embedding_sequence_parallel"] = False
         return ModuleSpec(module=GPTModel, params=arguments)
 
+    @override
     def problems(self, path: str, config: ConfigContainer) -> Iterator[str | Problem]:
         """Yield as `ModuleSection.problems`, and mistakes in vocabulary and sequence."""
         yield from super().problems(path, config)
@@ -149,6 +150,7 @@ class VisionEncoderConfig(ModuleSection):
             },
         )
 
+    @override
     def problems(self, path: str, config: ConfigContainer) -> Iterator[str | Problem]:
         """Yield as `ModuleSection.problems`, and mistakes in the sizes of the images."""
         yield from super().problems(path, config)

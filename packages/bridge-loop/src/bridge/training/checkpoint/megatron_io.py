@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import torch.distributed as dist
 
@@ -161,6 +161,7 @@ class _Noting:
 class _WithoutView(io.BytesIO):
     """Gives its content as a copy."""
 
+    @override
     def getbuffer(self) -> Any:
         return self.getvalue()
 

@@ -17,7 +17,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, override
 
 import torch
 
@@ -65,6 +65,7 @@ class RejectedType(UsageError):
         self.entry = entry
         self.types = names
 
+    @override
     def __reduce__(self) -> tuple[type[Self], tuple[str, str, list[str]]]:
         """Let other ranks raise it too."""
         return type(self), (self.file, self.entry, self.types)
@@ -192,6 +193,7 @@ def _unpickled(file: Any, path: str, entry: Callable[[], str], keywords: Mapping
     from megatron.core.safe_globals import SafeUnpickler
 
     class Unpickler(SafeUnpickler):
+        @override
         def find_class(self, module: str, name: str) -> Any:
             is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
             if is_dtype or (module, name) in _TYPES:

@@ -1,7 +1,7 @@
 """Adam for CPU tensors, with the state that megatron-core's distributed optimizer expects."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, override
 
 import torch
 from torch.optim.adam import adam
@@ -48,6 +48,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
+    @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, by torch's fused CPU kernel."""
         loss = None

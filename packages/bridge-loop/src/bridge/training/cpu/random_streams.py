@@ -8,6 +8,7 @@ taken out again.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import override
 
 import torch
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
@@ -59,6 +60,7 @@ def make_tracker_class(device: DeviceStream) -> type[CudaRNGStatesTracker]:
 
     class CpuRNGStatesTracker(CudaRNGStatesTracker):
         @contextlib.contextmanager
+        @override
         def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
             if name not in self.states_:
                 raise KeyError(f"random state {name!r} was never added to the tracker")

@@ -10,6 +10,7 @@ their own cut each D microbatches into as many shards as the module has replicas
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import override
 
 import torch
 from torch.utils.data import Sampler
@@ -65,6 +66,7 @@ class MicrobatchSampler(Sampler[list[int]]):
         self._shard = shard
         self._start = start
 
+    @override
     def __iter__(self) -> Iterator[list[int]]:
         size = self._shard.samples
         for block in itertools.count(self._start, size * self._shard.size):
@@ -84,6 +86,7 @@ class EvaluationSampler(Sampler[list[int]]):
         self._batches = batches
         self._ranks = ranks
 
+    @override
     def __iter__(self) -> Iterator[list[int]]:
         for call in itertools.chain(*self._batches):
             yield from call.positions(self._ranks.shard(call.size))

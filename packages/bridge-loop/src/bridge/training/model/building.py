@@ -6,7 +6,7 @@ of its schedules.
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, override
 
 import torch
 
@@ -118,6 +118,7 @@ def _plain_module(
             self.pg_collection = ranks.model.groups
             self.tp_group = ranks.model.groups.tp
 
+        @override
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return self.module(*args, **kwargs)
 

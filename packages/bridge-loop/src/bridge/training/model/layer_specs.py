@@ -8,7 +8,7 @@ ours, from `bridge.training.model.local_layers`, do not.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, override
 
 from bridge.training.megatron_import import quiet_import
 
@@ -116,11 +116,13 @@ class _LocalBackend(LocalSpecProvider):
     def __init__(self, config: TransformerConfig) -> None:
         self._config = config
 
+    @override
     def layer_norm(
         self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
     ) -> Any:
         return _local_norm(self._config)
 
+    @override
     def core_attention(self) -> type:
         return LocalAttention
 

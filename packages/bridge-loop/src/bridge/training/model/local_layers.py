@@ -7,7 +7,7 @@ d channels of a head, t tokens of a pack.
 """
 
 import math
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,7 @@ class _Norm(torch.nn.Module):
 class RMSNorm(_Norm):
     """``x / sqrt(mean(x**2) + eps) * weight`` over the last dimension (arXiv:1910.07467)."""
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` ``[..., hidden]``; the result has the weight's type."""
         gain = self._gain().to(x.dtype)
@@ -69,6 +70,7 @@ class LayerNorm(_Norm):
         super().__init__(config, hidden_size, eps)
         self.bias = self._parameter(hidden_size, fill=0.0)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` ``[..., hidden]``; the result has the weight's type."""
         gain, bias = self._gain().to(x.dtype), self.bias.to(x.dtype)
@@ -122,6 +124,7 @@ class LocalAttention(torch.nn.Module):
         )
         self.window = config.window_size if windowed else None
 
+    @override
     def forward(
         self,
         query: Tensor,
@@ -349,6 +352,7 @@ class _GatherSequence(torch.autograd.Function):
     """All-gather along the first dimension; every rank's gradient of a part is summed."""
 
     @staticmethod
+    @override
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         whole = part.new_empty((part.shape[0] * group.size(), *part.shape[1:]))
@@ -356,6 +360,7 @@ class _GatherSequence(torch.autograd.Function):
         return whole
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         part = gradient.new_empty((gradient.shape[0] // ctx.group.size(), *gradient.shape[1:]))

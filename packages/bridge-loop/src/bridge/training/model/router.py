@@ -38,6 +38,7 @@ class Router(TopKRouter):
     _positions: int
     """Its token positions on all those ranks."""
 
+    @override
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +68,7 @@ class Router(TopKRouter):
         finally:
             self._padding = None
 
+    @override
     def apply_z_loss(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -83,6 +85,7 @@ class Router(TopKRouter):
         attached = MoEAuxLossAutoScaler.apply(logits, coefficient * scale * share)
         return attached
 
+    @override
     def attach_and_log_load_balancing_loss(
         self,
         activation: torch.Tensor,

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, override
 
 import torch
 from torch.nn import functional
@@ -71,6 +71,7 @@ class TransformerSection(TransformerConfig):
     """What per-layer CUDA graphs capture; empty for whole layers (megatron-core's own default
     says the same in a deprecated word)."""
 
+    @override
     def __post_init__(self) -> None:
         """Derive nothing yet: see `finalized`."""
 

@@ -33,7 +33,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, override
 
 from bridge.training.durable_files import make_directory
 from bridge.training.run_files.directory import (
@@ -71,6 +71,7 @@ class Holder:
         moment = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         return cls(os.getpid(), socket.gethostname(), moment)
 
+    @override
     def __str__(self) -> str:
         return f"process {self.process} on host {self.host} (since {self.since})"
 

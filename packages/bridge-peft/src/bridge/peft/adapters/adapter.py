@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import override
 
 import torch
 
@@ -25,6 +26,7 @@ class Adapter(torch.nn.Module, ABC):
     """The module that changes the output of a linear layer."""
 
     @abstractmethod
+    @override
     def forward(
         self, x: torch.Tensor, output: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

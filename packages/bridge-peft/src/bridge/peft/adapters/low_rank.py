@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,7 @@ class Factor(torch.nn.Module):
             self.weight, weight, layout, split_axis=split_axis if is_split else None
         )
 
+    @override
     def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         """Return the product with x.
 

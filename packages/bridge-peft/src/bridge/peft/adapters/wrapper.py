@@ -1,6 +1,6 @@
 """The wrapper that replaces a linear layer in a model: the layer and an adapter on top of it."""
 
-from typing import Any
+from typing import Any, override
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -38,6 +38,7 @@ class AdaptedLinear(torch.nn.Module):
         self.layout = layout
         self.train(base.training)
 
+    @override
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -46,6 +47,7 @@ class AdaptedLinear(torch.nn.Module):
                 raise
             return getattr(self.base, name)
 
+    @override
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the layer and change its output.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from typing import override
 
 from bridge.training.usage_error import UsageError
 
@@ -28,6 +29,7 @@ class Problem:
         """Return the same problem in other words."""
         return dataclasses.replace(self, text=text)
 
+    @override
     def __str__(self) -> str:
         return self.text
 

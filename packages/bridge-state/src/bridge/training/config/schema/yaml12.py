@@ -6,7 +6,7 @@ the rules of YAML 1.2; what is written is quoted such that readers of either ver
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, override
 
 import yaml
 
@@ -33,6 +33,7 @@ _CORE_SCHEMA = {
 class _Loader(SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
+    @override
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
@@ -46,6 +47,7 @@ class _Loader(SafeLoader):
 
 
 class _Dumper(SafeDumper):
+    @override
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
