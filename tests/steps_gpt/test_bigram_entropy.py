@@ -13,7 +13,7 @@ def brute_force(pairs: list[tuple[int, int]]) -> float:
     return sum(-math.log(both[a, b] / first[a]) for a, b in pairs) / len(pairs)
 
 
-def test_it_equals_the_mean_surprise_counted_pair_by_pair() -> None:
+def test_entropy_equals_the_mean_surprise_counted_pair_by_pair() -> None:
     rng = np.random.default_rng(0)
     previous = rng.integers(0, 300, size=(7, 400))
     following = (previous * 3 + rng.integers(0, 5, size=previous.shape)) % 70_000
@@ -21,7 +21,7 @@ def test_it_equals_the_mean_surprise_counted_pair_by_pair() -> None:
     assert bigram_entropy(previous, following) == pytest.approx(brute_force(pairs), rel=1e-12)
 
 
-def test_a_certain_successor_costs_nothing_and_a_coin_costs_ln_two() -> None:
+def test_a_certain_successor_has_entropy_zero_and_a_coin_has_ln_two() -> None:
     steady = np.array([1, 2, 3, 1, 2, 3], dtype=np.uint16)
     assert bigram_entropy(steady[:-1], steady[1:]) == 0.0
     previous, following = np.zeros(4, dtype=int), np.array([0, 1, 0, 1])
@@ -41,11 +41,11 @@ class _Samples:
         }
 
 
-def test_a_dataset_is_measured_on_its_samples_where_the_loss_is_not_masked() -> None:
+def test_a_dataset_is_measured_where_its_loss_is_not_masked() -> None:
     pairs = [(1, 2), (2, 1), (1, 3), (1, 2), (2, 2), (2, 3)]
     assert bigram_entropy_of(_Samples()) == pytest.approx(brute_force(pairs))
 
 
-def test_nothing_to_measure_is_an_error() -> None:
+def test_no_token_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one"):
         bigram_entropy(np.array([], dtype=int), np.array([], dtype=int))

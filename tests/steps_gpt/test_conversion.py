@@ -1,171 +1,383 @@
-"""Models of transformers' own, in and out: the logits are transformers', the weights unchanged."""
+"""Import and export in Hugging Face's format, and their errors, without transformers."""
 
-import importlib.util
+import json
+import re
+import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from bridge.gpt.conversion.hf_config import config_json, read_model_config
 from bridge.gpt.conversion.hf_export import export_hf
-from bridge.gpt.conversion.hf_import import import_hf
-from bridge.training.checkpoint.single_weights import saved_config
-from bridge.training.contracts import ExportRequest
-from bridge.training.gpt_step import forward_step
-from bridge.training.setup import training_parts
-from bridge.training.train import train_step
-from hf_models import (
-    LLAMA3_ROPE,
-    VOCABULARY,
-    config_of,
-    logits_of,
-    run_from,
-    tensors_of,
-    write_with_transformers,
-)
+from bridge.gpt.conversion.hf_import import import_hf, read_weights
+from bridge.gpt.conversion.safetensors_files import TensorFolder, write_tensors
+from bridge.gpt.conversion.tokenizer_files import copy_tokenizer
+from bridge.gpt.data.dataset_config import GPTDatasetConfig
+from bridge.training.checkpoint.single_weights import saved_config, write_weights
+from bridge.training.config import ConfigContainer, TokenizerConfig, resolve
+from bridge.training.contracts import ExportRequest, NamesWeights
+from bridge.training.ranks.groups import one_process
+from bridge.training.run_files.directory import find_checkpoint, new_folder
+from bridge.training.usage_error import UsageError
+from commands import run
+from gpt_models import run_of, tiny_gpt
+from hf_models import LLAMA3_ROPE, VOCABULARY, config_of, tensors_of, write_folder
 from ranks import run_ranks
-
-pytestmark = [
-    pytest.mark.xdist_group("transformers"),
-    # Asked without importing it: every worker collects this, and one runs it.
-    pytest.mark.skipif(
-        importlib.util.find_spec("transformers") is None, reason="needs transformers"
-    ),
-]
-
-LLAMA, QWEN3 = "LlamaForCausalLM", "Qwen3ForCausalLM"
-MODELS = {
-    "llama": config_of(LLAMA),
-    "llama3, tied": config_of(
-        LLAMA, rope_theta=500000.0, rope_scaling=LLAMA3_ROPE, tie_word_embeddings=True
-    ),
-    "llama with biases": config_of(
-        LLAMA, attention_bias=True, mlp_bias=True, num_key_value_heads=4, rms_norm_eps=1e-3
-    ),
-    "qwen3": config_of(QWEN3, head_dim=16, rope_theta=1000000.0),
-    "qwen3, tied, bf16": config_of(QWEN3, head_dim=16, tie_word_embeddings=True),
-}
-TOKENS = torch.randint(VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(3))
+from small_disks import small_disk
+from training_runs import OwnModel
 
 
-def alone(convert: Callable[..., Any], *arguments: Any) -> None:
-    """Convert in a fork: a process that gloo has run in is not to be forked afterwards."""
-    run_ranks(1, convert, *arguments, process_group=False)
+def read_config(folder: Path, **changes: Any) -> Any:
+    (folder / "config.json").write_text(json.dumps(config_of(**changes)))
+    return read_model_config(folder)
 
 
-class Made:
-    """The models in all forms: transformers', its folder, our checkpoint."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.logits: dict[str, torch.Tensor] = {}
-        for name, config in MODELS.items():
-            dtype = torch.bfloat16 if "bf16" in name else torch.float32
-            model = write_with_transformers(self.original(name), config, dtype)
-            with torch.no_grad():
-                self.logits[name] = model(TOKENS).logits
-            alone(import_hf, self.original(name), self.checkpoint(name))
-
-    def original(self, name: str) -> Path:
-        return self.folder / name
-
-    def checkpoint(self, name: str) -> Path:
-        return self.folder / f"{name} imported"
-
-    def export(self, checkpoint: Path, name: str) -> Path:
-        output = self.folder / name
-        output.mkdir()
-        config = saved_config(checkpoint)
-        alone(
-            export_hf,
-            ExportRequest(
-                checkpoint=checkpoint, config=config, output=output, dtype=None, max_shard_size=9000
-            ),
-        )
-        return output
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(tmp_path_factory.mktemp("models"))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "MistralForCausalLM"}, "MistralForCausalLM is not supported; supported"),
+        ({"architecture": "Qwen2ForCausalLM"}, "Qwen2ForCausalLM is not .*Qwen3ForCausalLM"),
+        ({"architecture": "Qwen3MoeForCausalLM"}, "Qwen3MoeForCausalLM is not supported"),
+        ({"architectures": None}, r"no architecture \(model_type 'llama'\) is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: fp8; convert the"),
+        ({"use_sliding_window": True}, "use_sliding_window: true"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types: sliding_attention",
+        ),
+        ({"attention_bias": True}, "attention_bias: True with mlp_bias False"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type: 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type: 'yarn'"),
+        (
+            {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 2.0}},
+            r"low_freq_factor of the rope: 2\.0; only Llama 3\.1's 1\.0",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
+        ({"hidden_size": "32"}, "hidden_size is '32'; it must be a whole number"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None"),
+    ],
+)
+def test_an_unsupported_config_is_rejected_by_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        read_config(tmp_path, **changes)
+    assert str(tmp_path / "config.json") in str(error.value)
 
 
-def loaded_logits(made: Made, names: list[str], *, split: bool) -> dict[str, Any]:
-    """Start a run from each checkpoint, as the loop does, and return its model's logits.
-
-    The run of a split model saves a checkpoint after a step that changes nothing.
-    """
-    found = {}
-    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2} if split else {}
-    for name in names:
-        config = run_from(made.checkpoint(name), made.folder / f"{name} run", **layout)
-        with training_parts(config, forward_step) as parts:
-            found[name] = logits_of(parts.model, TOKENS)
-            if split:
-                train_step(
-                    parts.forward_step,
-                    parts.data.training(consumed_samples=0),
-                    parts.model,
-                    parts.optimizer,
-                    parts.scheduler,
-                    parts.state,
-                    pg_collection=parts.ranks.pg_collection,
-                    reducer=parts.reducer,
-                )
-                parts.checkpointer.save()
-    return found
+def test_all_unsupported_settings_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"(?s)hidden_act.*mlp_bias.*rope_type"):
+        read_config(tmp_path, hidden_act="relu", mlp_bias=True, rope_scaling={"rope_type": "x"})
 
 
-def assert_equal_logits(made: Made, found: dict[str, Any]) -> None:
-    for name, logits in found.items():
-        expected = made.logits[name]
-        assert expected.std() > 0.5
-        deviation = (logits - expected).abs().max()
-        assert deviation < 1e-4, f"{name}: {deviation}"
+def test_a_missing_or_broken_config_is_an_error_with_its_path(tmp_path: Path) -> None:
+    for text, message in ((None, "cannot be read"), ("{", "is no JSON"), ("[]", "no object")):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+            read_model_config(tmp_path)
 
 
-def test_every_kind_of_model_has_the_logits_of_transformers(made: Made) -> None:
-    [found] = run_ranks(1, lambda: loaded_logits(made, list(MODELS), split=False))
-    assert list(found) == list(MODELS)
-    assert_equal_logits(made, found)
-    # The test would see if the scaling were left out.
-    plain = MODELS["llama3, tied"] | {"rope_scaling": None}
-    model = write_with_transformers(made.folder / "plain", plain, torch.float32)
-    with torch.no_grad():
-        assert (model(TOKENS).logits - made.logits["llama3, tied"]).abs().max() > 1e-3
+def test_older_and_newer_rope_keys_make_the_same_model(tmp_path: Path) -> None:
+    older = read_config(tmp_path, rope_theta=500000.0, rope_scaling=LLAMA3_ROPE)
+    newer = read_config(tmp_path, rope_parameters={"rope_theta": 500000.0, **LLAMA3_ROPE})
+    assert replace(older, hf_files=None) == replace(newer, hf_files=None)
+    assert (older.rotary_base, older.rope_scaling, older.rope_scaling_factor) == (500000, True, 8.0)
 
 
-def test_split_models_load_and_are_exported_bit_for_bit(made: Made) -> None:
-    names = ["llama3, tied", "qwen3"]
-    *_, last = run_ranks(4, lambda: loaded_logits(made, names, split=True))
-    assert_equal_logits(made, last)
-    for name in names:
-        run = made.folder / f"{name} run" / "checkpoints" / "step-0000001"
-        for checkpoint in (made.checkpoint(name), run):
-            exported = made.export(checkpoint, f"{checkpoint.name} {name} exported")
-            assert_same_tensors(made.original(name), exported)
+def test_an_imported_vocabulary_is_padded_only_for_the_ranks(tmp_path: Path) -> None:
+    model = read_config(tmp_path, vocab_size=65, max_position_embeddings=131072)
+    assert (model.padded_vocab_size, model.seq_length) == (65, 4096)
+    model.tensor_model_parallel_size = 2
+    assert model.padded_vocab_size == 66
+    assert read_config(tmp_path, vocab_size=128256).make_vocab_size_divisible_by == 128
 
 
-def test_transformers_reads_an_export_as_the_model_that_was_imported(made: Made) -> None:
-    import transformers
-
-    for name, config in MODELS.items():
-        exported = made.export(made.checkpoint(name), f"{name} back")
-        assert_same_tensors(made.original(name), exported)
-        kind = getattr(transformers, config["architectures"][0])
-        model = kind.from_pretrained(exported, dtype=torch.float32, attn_implementation="eager")
-        with torch.no_grad():
-            assert torch.equal(model(TOKENS).logits, made.logits[name])
-        before = transformers.AutoConfig.from_pretrained(made.original(name)).to_dict()
-        after = model.config.to_dict()
-        differing = {key for key in before if before[key] != after.get(key)}
-        assert differing <= {"_name_or_path", "dtype", "bos_token_id", "eos_token_id"}
+def test_an_absent_head_dim_is_the_family_s_default(tmp_path: Path) -> None:
+    assert read_config(tmp_path, head_dim=None).kv_channels == 8
+    assert read_config(tmp_path, architecture="Qwen3ForCausalLM", head_dim=None).kv_channels == 128
 
 
-def assert_same_tensors(original: Path, exported: Path) -> None:
-    one, other = tensors_of(original), tensors_of(exported)
+def test_a_model_of_no_family_is_rejected_by_its_fields() -> None:
+    model = tiny_gpt(normalization="LayerNorm", num_moe_experts=2, qk_layernorm=True)
+    assert isinstance(model, NamesWeights)
+    with pytest.raises(ValueError, match=r"(?s)normalization: 'LayerNorm'.*num_moe_experts: 2"):
+        model.exported_weights()
+    with pytest.raises(ValueError, match="add_bias_linear: True; Qwen3ForCausalLM"):
+        tiny_gpt(qk_layernorm=True, add_bias_linear=True).exported_weights()
+
+
+def test_fused_weights_are_split_by_query_group() -> None:
+    model = tiny_gpt(num_layers=1)  # 4 heads of 8 in 2 groups
+    weights = model.exported_weights()
+    qkv = weights["decoder.layers.0.self_attention.linear_qkv.weight"]
+    assert qkv.shape == (64, 32)
+    parts = qkv.split(torch.arange(64))  # a vector has the rows, as an adapter's side has
+    q, k, v = (parts[f"model.layers.0.self_attn.{letter}_proj.weight"] for letter in "qkv")
+    # In each group two heads of queries, a key and a value.
+    assert q.tolist() == [*range(16), *range(32, 48)]
+    assert k.tolist() == [*range(16, 24), *range(48, 56)]
+    assert v.tolist() == [*range(24, 32), *range(56, 64)]
+    assert torch.equal(qkv.join(parts), torch.arange(64))
+    gated = weights["decoder.layers.0.mlp.linear_fc1.weight"].split(torch.arange(96))
+    assert [part[0].item() for part in gated.values()] == [0, 48]
+    padded = weights["embedding.word_embeddings.weight"].split(torch.ones(72, 32))
+    assert padded["model.embed_tokens.weight"].shape == (64, 32)
+
+
+def change(**changed: Any) -> Callable[[Path], None]:
+    """Return a function that replaces tensors of a folder's file; None removes one."""
+
+    def apply(folder: Path) -> None:
+        tensors = tensors_of(folder) | changed
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(kept, folder / "model.safetensors")
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def only_a_pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
+
+
+def index_of_absent_files(folder: Path) -> None:
+    index = {"weight_map": dict.fromkeys(tensors_of(folder), "model-00001-of-00002.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change(**{NORM: None}), f"the files have no {NORM}, which config.json asks for"),
+        (change(**{"model.layers.2.x": torch.ones(1)}), "have model.layers.2.x, for which"),
+        (change(**{NORM: torch.ones(31)}), rf"{NORM} has the shape \[31\]; .*is \[32\]"),
+        (truncate, "model.safetensors: is damaged"),
+        (only_a_pointer, "model.safetensors: is Git LFS's pointer to a file, not safetensors"),
+        (index_of_absent_files, "model-00001-of-00002.safetensors: is not there"),
+        (only_pickles, "has neither model.safetensors nor .*; only weights in safetensors"),
+    ],
+    ids=["missing", "surplus", "shape", "truncated", "pointer", "absent", "pickles"],
+)
+def test_files_of_another_model_are_rejected_and_leave_nothing(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    folder = write_folder(tmp_path / "model")
+    damage(folder)
+
+    def body() -> None:
+        with pytest.raises(ValueError, match=message):
+            import_hf(folder, tmp_path / "checkpoint")
+
+    run_ranks(1, body, process_group=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_tied_weights_that_differ_are_rejected_and_equal_ones_are_read_once(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", tie_word_embeddings=True)
+    model = read_model_config(folder)
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from .*embed_tokens"):
+        read_weights(folder, model)
+    tensors = tensors_of(folder)
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    change(**{"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, **buffers)(folder)
+    weights = read_weights(folder, model)
+    assert "output_layer.weight" not in weights
+    assert weights.keys() == model.exported_weights().keys()
+
+
+def test_tensors_are_split_over_files_of_a_maximal_size(tmp_path: Path) -> None:
+    tensors = {f"t{number}": torch.full((number,), 1.0) for number in (4, 2, 9, 1, 1)}
+    size, files = write_tensors(tmp_path, tensors.items(), max_shard_size=24)
+    assert (size, files) == (4 * 16, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)),
+        "model.safetensors.index.json",
+    ]
+    with TensorFolder(tmp_path) as folder:
+        assert folder.names() == set(tensors)
+        assert all(torch.equal(folder.read(name), tensor) for name, tensor in tensors.items())
+
+
+def bridge(*arguments: str | Path) -> int:
+    """Run the command in a fork, because a process with gloo must not be forked later."""
+    with tempfile.TemporaryDirectory() as folder:
+        ended = run(*map(str, arguments), folder=Path(folder))
+    sys.stdout.write(ended.out)
+    sys.stderr.write(ended.err)
+    return ended.code
+
+
+def test_import_and_export_commands_return_the_same_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "model", eos_token_id=[7, 8], max_position_embeddings=99999)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_text("{}")
+    checkpoint, back = tmp_path / "a" / "checkpoint", tmp_path / "back"
+    assert bridge("import-hf", folder, "--output", checkpoint) == 0
+    assert re.search(r"checkpoint: [\d,]+ parameters in float32", capsys.readouterr().out)
+    assert find_checkpoint(checkpoint, "--from") == checkpoint
+    config = saved_config(checkpoint)
+    assert config.model == read_model_config(folder)
+    assert config.tokenizer is not None
+    assert config.tokenizer.model == str(folder)
+
+    to_hf = ("export", checkpoint, "--to", "hf", "--output")
+    assert bridge(*to_hf, back) == 0
+    assert "in 1 file, float32, with tokenizer.json, " in capsys.readouterr().out
+    assert (back / "tokenizer_config.json").read_text() == "{}"
+    written = json.loads((back / "config.json").read_text())
+    assert (written["eos_token_id"], written["max_position_embeddings"]) == ([7, 8], 99999)
+    one, other = tensors_of(folder), tensors_of(back)
     assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype
-        assert torch.equal(tensor, other[name]), name
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+    assert bridge(*to_hf, tmp_path / "small", "--dtype", "bf16", "--max-shard-size", "12KB") == 0
+    assert tensors_of(tmp_path / "small")["lm_head.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+    folder.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert bridge(*to_hf, tmp_path / "bare") == 0
+    assert f"without a tokenizer ({folder} is not there any more)" in capsys.readouterr().out
+    (tmp_path / "moved").rename(folder)
+    assert bridge("import-hf", folder, "--output", tmp_path / "bf16", "--dtype", "bf16") == 0
+    assert "parameters in bfloat16" in capsys.readouterr().out
+    for arguments, message in (
+        (("import-hf", folder, "--output", checkpoint), "is not overwritten"),
+        ((*to_hf, back), "is not overwritten"),
+        (("export", folder, "--to", "hf", "--output", tmp_path / "x"), "bridge import-hf"),
+        ((*to_hf, tmp_path / "x", "--max-shard-size", "5"), "is no size"),
+    ):
+        assert bridge(*arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_checkpoint_of_another_model_is_not_exported(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model")
+    config = ConfigContainer(model=read_model_config(folder), dataset=GPTDatasetConfig())
+    weights = read_weights(folder, read_model_config(folder), torch.bfloat16)
+    norm = "decoder.final_layernorm.weight"
+    for changes, message in (
+        ({norm: None}, f"has no {norm}, which the model of its config.yaml has"),
+        ({norm: torch.ones(31)}, rf"{norm} has the shape \[31\]; by its config.yaml it is \[32\]"),
+    ):
+        kept = {name: weight for name, weight in (weights | changes).items() if weight is not None}
+        checkpoint = tmp_path / f"checkpoint {len(kept)}"
+
+        def body(checkpoint: Path, kept: dict[str, torch.Tensor], message: str) -> None:
+            with new_folder(checkpoint, "--output") as place, one_process():
+                write_weights(place, kept, config)
+            with pytest.raises(ValueError, match=message):
+                export_hf(request(checkpoint, config, tmp_path))
+
+        run_ranks(1, body, checkpoint, kept, message, process_group=False)
+    another = ConfigContainer(model=OwnModel(), dataset=GPTDatasetConfig())
+    with pytest.raises(ValueError, match="--to hf: .* holds a OwnModel; only GPT models"):
+        export_hf(request(tmp_path, another, tmp_path))
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_padding_of_the_vocabulary_is_not_exported(
+    tmp_path: Path,
+) -> None:
+    config = run_of(tiny_gpt(vocab_size=None), tokenizer=TokenizerConfig(type="bytes"))
+    config = resolve(config, device="cpu", world_size=1)
+    model: Any = config.model
+    assert (model.vocab_size, model.padded_vocab_size) == (257, 264)
+    shapes = {name: weight.shape for name, weight in model.exported_weights().items()}
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        shapes[name] = (264, 32)
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    (tmp_path / "hf").mkdir()
+
+    def body() -> str:
+        with new_folder(tmp_path / "checkpoint", "--output") as place, one_process():
+            write_weights(place, weights, config)
+        saved = saved_config(tmp_path / "checkpoint")
+        return export_hf(request(tmp_path / "checkpoint", saved, tmp_path / "hf"))
+
+    (line,) = run_ranks(1, body, process_group=False)
+    assert "without a tokenizer" in line
+    assert read_model_config(tmp_path / "hf").vocab_size == 257
+    head = tensors_of(tmp_path / "hf")["lm_head.weight"]
+    assert torch.equal(head, weights["output_layer.weight"][:257])
+
+
+def request(checkpoint: Path, config: ConfigContainer, output: Path) -> ExportRequest:
+    return ExportRequest(
+        checkpoint=checkpoint, config=config, output=output, dtype=None, max_shard_size=10**9
+    )
+
+
+def test_changes_since_the_import_are_exported_in_config_json(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"rope_theta": 1e4, "rope_scaling": None, "torch_dtype": "float16"}
+    model = read_config(tmp_path, **words)
+    source = config_of(**words)
+    changed = replace(model, rotary_base=500000, seq_length=128, layernorm_epsilon=1e-5)
+    assert config_json(changed, torch.bfloat16, {}) == source | {
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "bfloat16",
+    }
+    newer = read_config(tmp_path, rope_parameters={"rope_theta": 1e4, "rope_type": "default"})
+    written = config_json(replace(newer, rotary_base=500000), torch.float32, {})
+    assert "rope_parameters" not in written
+    assert written["rope_theta"] == 500000.0
+
+
+def test_a_config_of_another_model_next_to_the_tokenizer_is_ignored(tmp_path: Path) -> None:
+    model = replace(read_config(tmp_path), hf_files=None)
+    known = config_of(eos_token_id=5)
+    assert config_json(model, torch.float32, known)["eos_token_id"] == 5
+    another = known | {"hidden_size": 64}
+    assert config_json(model, torch.float32, another)["eos_token_id"] is None
+    assert copy_tokenizer(tmp_path, tmp_path) == []
+    assert model.vocab_size == VOCABULARY
+
+
+@pytest.mark.parametrize("how", ["tensors", "bytes"])
+def test_an_output_on_a_full_disk_is_reported_in_one_line_and_removed(
+    tmp_path: Path, how: str
+) -> None:
+    with small_disk(tmp_path / "small", 64) as disk:
+        output = disk / "out"
+        cause = r"--output: .*/out' cannot be written \(.*No space left.*\); make room, or give"
+
+        def write() -> None:
+            with new_folder(output, "--output") as folder:
+                if how == "tensors":
+                    write_tensors(folder, [("w", torch.zeros(1 << 16))], max_shard_size=1 << 20)
+                else:
+                    (folder / "file").write_bytes(bytes(1 << 18))
+
+        with pytest.raises(UsageError, match=cause):
+            write()
+        assert not list(disk.iterdir())
+
+
+def test_an_error_of_reading_is_not_reported_as_one_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out", "--output"):
+        (tmp_path / "source").read_bytes()
+    assert not list(tmp_path.iterdir())

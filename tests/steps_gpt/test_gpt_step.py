@@ -117,13 +117,13 @@ class TestPacking:
 
         assert run_ranks(1, body)[0] < 1e-5
 
-    def test_repeated_last_boundaries_are_dropped(self) -> None:
+    def test_repeated_last_boundaries_are_removed(self) -> None:
         batch = read(packed(cu_seqlens=torch.tensor([[0, 3, 8, 16, 16, 16]], dtype=torch.int32)))
         assert batch.packed_seq_params is not None
         assert batch.packed_seq_params.cu_seqlens_q.tolist() == ENDS
         assert batch.packed_seq_params.max_seqlen_q == 8
 
-    def test_longest_document_may_be_given_as_more_than_it_is(self) -> None:
+    def test_given_max_seqlen_may_be_larger_than_the_longest_document(self) -> None:
         params = read(packed(max_seqlen=torch.tensor([16]))).packed_seq_params
         assert params is not None
         assert params.max_seqlen_q == 16
@@ -155,7 +155,7 @@ class TestPacking:
             ),
         ],
     )
-    def test_boundaries_that_do_not_fit_are_refused(
+    def test_boundaries_that_do_not_fit_are_rejected(
         self, change: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(ValueError, match=message):
@@ -164,9 +164,7 @@ class TestPacking:
     @pytest.mark.parametrize(
         "names", [("cu_seqlens", "cu_seqlens_padded"), ("cu_seqlens_unpadded", "cu_seqlens")]
     )
-    def test_both_names_of_the_boundaries_with_and_without_padding_have_their_meaning(
-        self, names: tuple[str, str]
-    ) -> None:
+    def test_both_names_of_padded_boundaries_are_read(self, names: tuple[str, str]) -> None:
         """Documents of 2, 5 and 6 tokens, padded to 3, 5 and 8."""
         own = torch.tensor([[0, 2, 7, 13]], dtype=torch.int32)
         laid_out = torch.tensor([ENDS], dtype=torch.int32)
@@ -188,7 +186,7 @@ class TestPacking:
         assert params.max_seqlen_q == 8
         assert run_ranks(1, body) == [0]
 
-    def test_middle_stage_refuses_what_the_others_refuse(self) -> None:
+    def test_middle_stage_rejects_the_same_boundaries(self) -> None:
         with pytest.raises(ValueError, match="end at 8"):
             read(packed(cu_seqlens=torch.tensor([[0, 8]])), inputs=False, targets=False)
 
@@ -227,7 +225,7 @@ class TestContextParallel:
             ([1, 2, 7, 8, 9, 10, 11, 12], [0, 4, 16]),
         ]
 
-    def test_documents_that_cannot_be_cut_are_refused(self) -> None:
+    def test_documents_that_cannot_be_cut_are_rejected(self) -> None:
         def body() -> str:
             parallel_state.initialize_model_parallel(context_parallel_size=2)
             group = parallel_state.get_context_parallel_group()
@@ -250,11 +248,11 @@ class TestLossMask:
         run(model)
         assert "loss_mask" not in model.calls[0]
 
-    def test_prediction_head_learns_nothing_from_masked_positions(self) -> None:
+    def test_mtp_layer_learns_nothing_from_masked_positions(self) -> None:
         def body() -> tuple[float, float]:
             model = tiny_gpt(mtp_num_layers=1, calculate_per_token_loss=True)
             (chunk,) = build_chunks(model)
-            # What the MTP layer predicts from position 4 is the label of position 5.
+            # The MTP layer predicts the label of position 5 from position 4.
             mask = torch.ones(1, SEQUENCE)
             mask[0, 5] = 0
             sample = microbatch() | {"loss_mask": mask}
@@ -295,7 +293,7 @@ class TestPaddingMask:
         run(model, padded())
         assert torch.equal(model.calls[0]["padding_mask"], padded()["padding_mask"])
 
-    def test_plan_is_refused_since_its_routers_would_not_see_the_mask(self) -> None:
+    def test_plan_is_rejected_because_routers_would_not_see_the_mask(self) -> None:
         with pytest.raises(ValueError, match="padding_mask: .* under model.overlap_moe"):
             run(Recorder(overlap=True, experts=4), padded(), return_schedule_plan=True)
 
@@ -321,7 +319,7 @@ class TestPaddingMask:
         # Positions 0-3 with 12-15, and 4-7 with 8-11, of which the last 6 of 16 are padding.
         assert run_ranks(2, body) == [[False] * 4 + [True] * 4, [False] * 6 + [True] * 2]
 
-    def test_behind_the_first_stage_a_sequence_parallel_rank_gets_its_own_positions(self) -> None:
+    def test_sequence_parallel_rank_after_the_first_stage_gets_its_shard(self) -> None:
         def body() -> list[bool]:
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
             model = Recorder(overlap=False, experts=4)
@@ -333,7 +331,7 @@ class TestPaddingMask:
 
         assert run_ranks(2, body) == [[False] * 8, [False] * 2 + [True] * 6]
 
-    def test_model_without_experts_or_without_a_use_for_it_gets_none(self) -> None:
+    def test_model_that_has_no_use_for_the_padding_mask_gets_none(self) -> None:
         dense, deaf = Recorder(overlap=False), MasklessRecorder(overlap=False, experts=4)
         for model in (dense, deaf):
             run(model, padded())
@@ -348,13 +346,13 @@ class TestPaddingMask:
             (torch.arange(SEQUENCE).unsqueeze(0) < 10, "True at padding, where loss_mask"),
         ],
     )
-    def test_mask_that_cannot_be_meant_is_refused(self, mask: torch.Tensor, message: str) -> None:
+    def test_wrong_padding_mask_is_rejected(self, mask: torch.Tensor, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             read(padded() | {"padding_mask": mask}, routers=True)
 
 
 class TestLaterTokens:
-    def test_packed_documents_are_refused(self) -> None:
+    def test_packed_documents_are_rejected(self) -> None:
         model = Recorder(overlap=False)
         model.config.mtp_num_layers = 1
         with pytest.raises(ValueError, match="set model.mtp_num_layers=null"):
@@ -375,7 +373,7 @@ class TestSchedulePlan:
                 expert_model_parallel_size=2,
             )
             (chunk,) = build_chunks(model)
-            # megatron-core asks for 16 bits when the config is made; what is tested here is exact.
+            # megatron-core requires 16 bits when the config is made; the test needs exact numbers.
             chunk.config.overlap_moe_expert_parallel_comm = overlap
             samples = [microbatch(i) for i in range(3)]
             step = partial(forward_step, state_of(model))
@@ -389,18 +387,18 @@ class TestSchedulePlan:
 
 
 class TestRefusals:
-    def test_plan_without_the_overlap_is_refused(self) -> None:
+    def test_plan_without_the_overlap_is_rejected(self) -> None:
         with pytest.raises(ValueError, match="model.overlap_moe_expert_parallel_comm"):
             run(Recorder(overlap=False), return_schedule_plan=True)
 
     @pytest.mark.parametrize("name", ["tokens", "labels", "loss_mask", "position_ids"])
-    def test_missing_tensor_is_refused_by_name(self, name: str) -> None:
+    def test_missing_tensor_is_rejected_by_name(self, name: str) -> None:
         sample = microbatch()
         del sample[name]
         with pytest.raises(ValueError, match=f"no {name}"):
             read(sample)
 
-    def test_missing_iterator_is_refused_on_a_middle_stage_too(self) -> None:
+    def test_missing_iterator_is_rejected_on_a_middle_stage_too(self) -> None:
         nothing = cast(Iterator[Any], None)
         with pytest.raises(ValueError, match="every pipeline stage reads"):
             get_batch(nothing, inputs=False, targets=False)
@@ -410,7 +408,7 @@ class TestRefusals:
 
 
 class Recorder(torch.nn.Module):
-    """Stands for a model chunk: keeps the arguments, since a plan needs experts and bf16."""
+    """A fake model chunk that keeps its arguments, since a real plan needs experts and bf16."""
 
     pre_process = post_process = True
     mtp_process = False

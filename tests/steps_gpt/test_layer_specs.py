@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary embedding (arXiv:2104.09864) of [batch, heads, sequence, channels], base 10000."""
+    """Rotate [batch, heads, sequence, channels] (RoPE, arXiv:2104.09864), base 10000."""
     half = x.shape[-1] // 2
     angles = torch.outer(torch.arange(x.shape[2]), 10000.0 ** (-torch.arange(half) / half))
     first, second = x[..., :half], x[..., half:]
@@ -84,7 +84,7 @@ def reference_logits(weights: dict[str, Tensor], tokens: Tensor, model: GPTModel
     return rms_norm(x, weights["decoder.final_layernorm.weight"]) @ weights["output_layer.weight"].T
 
 
-def test_local_model_computes_what_llama_is_defined_to_be() -> None:
+def test_local_model_computes_llama_as_it_is_defined() -> None:
     def body() -> float:
         model = tiny_gpt()
         (chunk,) = build_chunks(model)
@@ -144,7 +144,7 @@ def test_every_norm_and_attention_of_a_local_model_is_ours(
     assert run_ranks(1, body)[0] == ({norm.__name__}, {LocalAttention.__name__})
 
 
-def test_experts_stand_in_the_layers_that_moe_layer_freq_names() -> None:
+def test_experts_are_in_the_layers_of_moe_layer_freq() -> None:
     def body() -> list[list[bool]]:
         model = tiny_gpt(**MOE, moe_layer_freq=[0, 1, 1, 0], **INTERLEAVED)
         return [

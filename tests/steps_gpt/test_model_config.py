@@ -38,7 +38,7 @@ class TestDeferral:
                 batch_p2p_comm=False,
             )
             first, second = build_chunks(model)
-            # What runs hang on the shared config cannot be copied; the user's config can.
+            # Hooks of a run on the shared config cannot be copied; the user's config can.
             first.config.no_sync_func = lambda: None
             twin = pickle.loads(pickle.dumps(model))
             return first.config is second.config, twin == model, copy.deepcopy(model) == model
@@ -142,7 +142,7 @@ class TestOpenFields:
         values = model.open_fields(run_of(model), device="cuda")
         assert values["gradient_accumulation_fusion"] is False
 
-    def test_build_refuses_layers_that_are_not_decided(self) -> None:
+    def test_build_rejects_an_open_layer_spec(self) -> None:
         def body() -> None:
             with pytest.raises(ValueError, match="model.layer_spec"):
                 build_chunks(tiny_gpt(layer_spec="auto"))
@@ -172,13 +172,13 @@ class TestVocabulary:
         )
         assert model.padded_vocab_size == padded
 
-    def test_unknown_vocabulary_is_refused(self) -> None:
+    def test_unknown_vocabulary_is_rejected(self) -> None:
         with pytest.raises(ValueError, match="model.vocab_size"):
             _ = tiny_gpt(vocab_size=None).padded_vocab_size
 
 
 class TestProblems:
-    def test_sound_model_has_none(self) -> None:
+    def test_valid_model_has_no_problem(self) -> None:
         assert problems(tiny_gpt()) == []
 
     @pytest.mark.parametrize(
@@ -206,27 +206,25 @@ class TestProblems:
             ),
         ],
     )
-    def test_each_is_one_line_that_begins_with_its_field(
+    def test_each_problem_is_one_line_that_begins_with_its_field(
         self, changes: dict[str, Any], name: str
     ) -> None:
         (line,) = problems(tiny_gpt(**changes))
         assert line.startswith((f"{name}: ", f"{name}="))
 
-    def test_tokenizer_with_more_tokens_than_the_model_is_one(self) -> None:
+    def test_tokenizer_with_more_tokens_than_the_model_is_a_problem(self) -> None:
         (line,) = problems(tiny_gpt(vocab_size=100), tokenizer=TokenizerConfig(type="bytes"))
         assert "100" in line
         assert "257" in line
 
-    def test_broken_tokenizer_is_one(self) -> None:
+    def test_broken_tokenizer_is_a_problem(self) -> None:
         (line,) = problems(tiny_gpt(), tokenizer=TokenizerConfig(type="null"))
         assert line.startswith("tokenizer.vocab_size")
 
 
 class TestFlops:
     @pytest.mark.parametrize("changes", [{}, {"gated_linear_unit": False, "ffn_hidden_size": None}])
-    def test_count_is_what_torch_counts_of_the_matrix_products(
-        self, changes: dict[str, Any]
-    ) -> None:
+    def test_flops_equal_those_that_torch_counts(self, changes: dict[str, Any]) -> None:
         def body() -> float:
             from torch.utils.flop_counter import FlopCounterMode
 
@@ -243,7 +241,7 @@ class TestFlops:
         attention = 6.0 * model.num_layers * model.seq_length * model.hidden_size
         assert model.training_flops_per_token() - attention == run_ranks(1, body)[0]
 
-    def test_experts_count_as_many_as_a_token_visits(self) -> None:
+    def test_only_the_experts_of_a_token_count(self) -> None:
         dense, moe = tiny_gpt(), tiny_gpt(num_moe_experts=8, moe_router_topk=2, moe_layer_freq=2)
         expert = 3 * dense.hidden_size * (dense.ffn_hidden_size or 0)
         router = 8 * dense.hidden_size

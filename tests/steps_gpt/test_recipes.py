@@ -32,7 +32,7 @@ def weights(config: ConfigContainer) -> int:
 
 
 @pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.name)
-def test_each_call_gives_a_fresh_configuration(recipe: Recipe) -> None:
+def test_each_call_returns_a_fresh_configuration(recipe: Recipe) -> None:
     first, second = recipe(), recipe()
     assert first == second
     assert first.model is not second.model

@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 
 class Listener(Callback):
-    """Keeps what stands in the summary, and the bytes that were evaluated."""
+    """Keeps the lines of the summary, and the evaluated samples."""
 
     def on_train_end(self, context: CallbackContext) -> None:
         assert context.data is not None
@@ -26,7 +26,7 @@ class Listener(Callback):
 def two_steps(
     directory: Path, eval_iters: int = 2, **layout: int
 ) -> tuple[list[str], float, float]:
-    """Train gpt-tiny for two steps; its summary, validation loss and bigram entropy."""
+    """Train gpt-tiny for two steps; return its summary, validation loss and bigram entropy."""
     config: Any = gpt_tiny()
     for name, value in layout.items():
         setattr(config.model, name, value)
@@ -44,7 +44,7 @@ def two_steps(
 
 
 def bigram(rows: list[Any]) -> float:
-    """Entropy of a byte, given the one before: of all pairs, less that of the first bytes."""
+    """Return the entropy of a byte given the one before: H(pairs) - H(first bytes)."""
     pairs = [
         pair
         for row in rows
@@ -77,7 +77,7 @@ def test_layout_that_cannot_sample_is_named_in_place_of_the_text(tmp_path: Path)
     assert first[1].startswith("validation ")
 
 
-def test_run_without_evaluation_says_nothing(tmp_path: Path) -> None:
+def test_run_without_evaluation_adds_no_line(tmp_path: Path) -> None:
     write_story(tmp_path / "story.txt", paragraphs=600)
     ((summary, _, _),) = run_ranks(1, two_steps, tmp_path, 0, process_group=False)
     assert summary == []

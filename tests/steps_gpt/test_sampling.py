@@ -61,7 +61,7 @@ def test_tensor_parallel_ranks_draw_the_same_text_as_one() -> None:
     assert run_ranks(2, lambda: body(**split)) == run_ranks(1, body) * 2
 
 
-def test_padded_vocabulary_and_what_follows_a_document_are_never_text() -> None:
+def test_padded_vocabulary_and_the_end_of_document_are_never_text() -> None:
     class Chatty(ByteTokenizer):
         @property
         def vocab_size(self) -> int:
@@ -84,7 +84,7 @@ def test_padded_vocabulary_and_what_follows_a_document_are_never_text() -> None:
 
 
 @pytest.mark.parametrize("layout", ["pipeline_model_parallel_size", "context_parallel_size"])
-def test_layouts_that_cannot_sample_are_refused(layout: str) -> None:
+def test_layouts_that_cannot_sample_are_rejected(layout: str) -> None:
     def body() -> None:
         (chunk,) = build_chunks(byte_gpt(**{layout: 2}))
         with pytest.raises(ValueError, match=layout.split("_")[0]):
@@ -93,7 +93,7 @@ def test_layouts_that_cannot_sample_are_refused(layout: str) -> None:
     run_ranks(2, body)
 
 
-def test_empty_prompt_is_refused() -> None:
+def test_empty_prompt_is_rejected() -> None:
     def body() -> None:
         (chunk,) = build_chunks(byte_gpt())
         with pytest.raises(ValueError, match="prompt"):

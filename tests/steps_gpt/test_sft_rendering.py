@@ -1,4 +1,4 @@
-"""Conversations to tokens: which count, and how chat templates are used."""
+"""Conversations to tokens: the tokens that count, and chat templates."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ MARKED = (
     "{{ m['content'] }} <eos> {% endgeneration %}{% else %}{{ m['content'] }} . {% endif %}"
     "{% endfor %}"
 )
-# What the assistant said before its last answer is left out, as reasoning often is.
+# It omits the answers before the last one, as templates often omit reasoning.
 FORGETFUL = (
     "{% for m in messages %}{{ m['role'] }} "
     "{% if m['role'] == 'user' or loop.last %}{{ m['content'] }} {% endif %}<eos> {% endfor %}"
@@ -41,7 +41,7 @@ def rendered(record: dict[str, Any], tokenizer: Any, **options: Any) -> list[tup
 
 
 def text_and_counted(pairs: list[tuple[int, bool]]) -> tuple[str, str]:
-    """Return all bytes as text, ``$`` for the end, and those that count."""
+    """Return all bytes as text, with ``$`` for the end, and the bytes that count."""
     letters = [("$" if index == 256 else chr(index), counts) for index, counts in pairs]
     return "".join(c for c, _ in letters), "".join(c for c, counts in letters if counts)
 
@@ -70,20 +70,20 @@ def words_and_counted(pairs: list[tuple[int, bool]]) -> tuple[str, str]:
         ),
     ],
 )
-def test_the_plain_template_and_what_counts(
+def test_the_plain_template_and_the_tokens_that_count(
     record: Any, loss_on: str, text: str, counted: str
 ) -> None:
     assert text_and_counted(rendered(record, TokenizerConfig(), loss_on=loss_on)) == (text, counted)
 
 
-def test_a_chat_without_an_answer_is_refused_unless_all_counts() -> None:
+def test_a_chat_without_an_answer_is_rejected_unless_all_counts() -> None:
     with pytest.raises(ValueError, match="here: no turn is the assistant's.*loss_on=all"):
         rendered(chat("user: hi"), TokenizerConfig())
     assert text_and_counted(rendered(chat("user: hi"), TokenizerConfig(), loss_on="all"))[1]
 
 
 @pytest.mark.xdist_group("transformers")
-def test_the_tokenizers_own_first_token_stands_once(tmp_path: Path) -> None:
+def test_the_tokenizer_s_leading_token_is_added_once(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     tokenizer = word_tokenizer(tmp_path, None, begins=True)
     pair = {"prompt": "hi .", "completion": "yes"}
@@ -126,7 +126,7 @@ def test_the_tokenizers_own_first_token_stands_once(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_tokenizers_own_template(
+def test_the_tokenizer_s_chat_template(
     tmp_path: Path, template: str, loss_on: str, text: str, counted: str
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -148,7 +148,7 @@ def test_the_tokenizers_own_template(
         (None, "dataset.chat_template=tokenizer: the tokenizer has no chat template"),
     ],
 )
-def test_a_template_that_does_not_serve_is_refused(
+def test_a_template_that_cannot_be_used_is_rejected(
     tmp_path: Path, template: str | None, complaint: str
 ) -> None:
     pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""What is in a row, and where rows are."""
+"""Rows of fine-tuning data: their files, and the conversation in each."""
 
 import dataclasses
 import importlib.util
@@ -72,7 +72,7 @@ def test_the_three_forms_of_a_row() -> None:
         ),
     ],
 )
-def test_a_malformed_row_is_refused_with_its_place(record: Any, complaint: str) -> None:
+def test_a_malformed_row_is_rejected_with_its_place(record: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         read_conversation(record, "here", KEYS)
 
@@ -124,7 +124,7 @@ def turn(role: str, text: str | None, **keys: Any) -> dict[str, Any]:
         ([{"messages": TALK, "prompt": "a?", "completion": None}], {("prompt", "rows"): 1}),
     ],
 )
-def test_keys_that_are_not_read_are_rejected_all_at_once_unless_they_are_given_up(
+def test_extra_keys_are_rejected_all_at_once_unless_ignored(
     rows: list[dict[str, Any]], lost: dict[tuple[str, str], int], tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [chat("user: u", "assistant: a"), *rows])
@@ -138,7 +138,7 @@ def test_keys_that_are_not_read_are_rejected_all_at_once_unless_they_are_given_u
     given_up = dataclasses.replace(KEYS, ignored=tuple(names))
     source = find_rows(str(path), "dataset.path", given_up)["train"]
     if any(message["content"] is None for row in rows for message in row.get("messages", ())):
-        # What is left of the turn is nothing.
+        # Nothing is left of the turn.
         with pytest.raises(
             ValueError, match="line 2: messages.0.: content: expected text, got None"
         ):
@@ -148,14 +148,14 @@ def test_keys_that_are_not_read_are_rejected_all_at_once_unless_they_are_given_u
         assert len(list(source.conversations())) == 1 + len(rows)
 
 
-def test_the_setting_that_gives_up_keys_can_be_pasted_whatever_their_names_are(
+def test_the_setting_that_ignores_keys_can_be_pasted_for_any_names(
     tmp_path: Path,
 ) -> None:
     names = ["a, b", "c d", "1", "null", "True", "[z]", "", "it's", 'q"q', "k: v", "#h", "é", "ok"]
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": TALK, **dict.fromkeys(names, 1)}])
     with pytest.raises(ValueError, match="keys that are not read") as error:
         find_rows(str(path), "dataset.path", KEYS)["train"].check()
-    [setting] = shlex.split(str(error.value).partition("give them up with ")[2])
+    [setting] = shlex.split(str(error.value).partition("ignore them with ")[2])
     config = ConfigContainer(model=TinyModel(), dataset=SFTDatasetConfig(path=str(path)))
     dataset: Any = apply_overrides(config, [setting]).dataset
     assert dataset.ignore_keys == names
@@ -168,7 +168,7 @@ def test_a_list_of_rows_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None
     assert row.turns[0].text == "p"
 
 
-def test_the_first_malformed_row_and_all_keys_that_are_not_read_come_in_one_report(
+def test_the_first_malformed_row_and_all_extra_keys_are_reported_at_once(
     tmp_path: Path,
 ) -> None:
     rows = [
@@ -195,7 +195,7 @@ def test_the_first_malformed_row_and_all_keys_that_are_not_read_come_in_one_repo
         pytest.param("[" * 100_000, "line 3: not JSON .maximum recursion depth.*", id="deep"),
     ],
 )
-def test_a_line_that_is_no_row_is_refused_with_file_and_line(
+def test_a_line_that_is_no_row_is_rejected_with_file_and_line(
     tmp_path: Path, line: str, complaint: str
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -205,7 +205,7 @@ def test_a_line_that_is_no_row_is_refused_with_file_and_line(
         list(source.conversations())
 
 
-def test_a_directory_has_a_file_a_split(tmp_path: Path) -> None:
+def test_a_directory_has_one_file_for_each_split(tmp_path: Path) -> None:
     for name in ("training", "validation"):
         write_rows(tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": "c"}])
     found = find_rows(str(tmp_path), "dataset.path", KEYS)
@@ -223,7 +223,7 @@ def test_a_directory_has_a_file_a_split(tmp_path: Path) -> None:
         (lambda place: write_rows(place / "rows.jsonl", []), "the file is empty"),
     ],
 )
-def test_a_path_without_rows_is_refused_with_what_is_there(
+def test_a_path_without_rows_is_rejected_with_the_files_that_are_there(
     tmp_path: Path, make: Any, complaint: str
 ) -> None:
     with pytest.raises(ValueError, match=f"dataset.path=.*{complaint}"):
@@ -252,7 +252,7 @@ def test_a_hugging_face_dataset_on_disk_is_read(tmp_path: Path) -> None:
     assert row.place.endswith("several, split dev, row 0")
 
 
-def test_without_the_package_a_hugging_face_dataset_is_refused_with_the_install_line(
+def test_a_hugging_face_dataset_without_the_package_is_rejected_with_the_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))

@@ -1,4 +1,4 @@
-"""What `bridge show-batch` prints of a microbatch."""
+"""The lines that `bridge show-batch` prints of a microbatch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ def sample(text: bytes, mask: list[int], padding: int = 0) -> dict[str, torch.Te
     }
 
 
-def test_tokens_stand_beside_their_labels_in_columns() -> None:
+def test_tokens_and_labels_are_shown_in_columns() -> None:
     shown = list(describe_sample(sample("a\nö".encode(), [0, 1, 1], padding=2), 3, ByteTokenizer()))
     assert shown == [
         "sample 3: 3 positions and 2 of padding; 2 count in the loss (66.7 %)",
@@ -35,12 +35,12 @@ def test_tokens_stand_beside_their_labels_in_columns() -> None:
     ]
 
 
-def test_without_a_tokenizer_the_ids_stand_alone() -> None:
+def test_without_a_tokenizer_only_ids_are_shown() -> None:
     lines = list(describe_sample(sample(b"abc", [0, 1]), 1, None))
     assert lines[2].split() == ["0", "97", "98", "0"]
 
 
-def test_packed_documents_are_set_apart_and_padding_is_none() -> None:
+def test_packed_documents_are_separated_and_padding_is_not_shown() -> None:
     packed = sample(b"abcde", [1, 1, 0, 1], padding=2)
     packed["cu_seqlens"] = torch.tensor([0, 2, 4, 6])
     lines = list(describe_sample(packed, 1, ByteTokenizer()))
@@ -57,6 +57,6 @@ class Pairs:
         return DataSplits(train=data)
 
 
-def test_samples_of_other_models_are_refused() -> None:
+def test_samples_of_other_models_are_rejected() -> None:
     with pytest.raises(ValueError, match="have no tokens and no labels.*those of GPT recipes"):
         next(microbatches(container(Pairs())))

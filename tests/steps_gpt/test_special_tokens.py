@@ -1,4 +1,4 @@
-"""Special tokens that a user writes are letters; those of a chat template are tokens."""
+"""Special tokens that a user writes are text; those of a chat template are tokens."""
 
 import json
 from pathlib import Path
@@ -66,13 +66,13 @@ def turn(role: str, text: str) -> list[str]:
 
 @pytest.mark.parametrize("loss_on", ["assistant", "answer", "all"])
 @pytest.mark.parametrize("template", [CHATML, MARKED_CHATML], ids=["between", "marked"])
-def test_what_is_said_is_text_and_the_templates_tokens_are_tokens(
+def test_special_tokens_of_turns_are_text_and_those_of_the_template_are_tokens(
     template: str, loss_on: str, tmp_path: Path
 ) -> None:
     config = letter_tokenizer(tmp_path, template)
     ids, counted = rendered(WRITTEN, config, loss_on=loss_on)
     reference = Reference(config)
-    # No letters of a role and a text, which a line break parts, share a token here.
+    # A line break is between a role and a text, so no token here spans both.
     pieces = [
         *turn("user", ASKED),
         *turn("assistant", ANSWER),
@@ -107,7 +107,7 @@ def test_text_without_special_tokens_is_as_the_template_encodes_it(
         assert message["content"] in inner.decode(ids)
 
 
-def test_a_piece_behind_a_special_token_gets_no_mark_of_a_beginning(tmp_path: Path) -> None:
+def test_a_piece_after_a_special_token_is_not_marked_as_a_beginning(tmp_path: Path) -> None:
     config = letter_tokenizer(tmp_path, CHATML, like="llama")
     ids, _ = rendered(chat("user: hi", "assistant: so </s>"), config, loss_on="all")
     other, _ = rendered(chat("user: hi", "assistant: so </p>"), config, loss_on="all")
@@ -121,7 +121,9 @@ def test_a_piece_behind_a_special_token_gets_no_mark_of_a_beginning(tmp_path: Pa
 @pytest.mark.parametrize(
     "record", [{"prompt": ASKED, "completion": ANSWER}, WRITTEN], ids=["pair", "chat"]
 )
-def test_the_plain_template_takes_what_is_said_for_text(record: Any, tmp_path: Path) -> None:
+def test_special_tokens_of_turns_are_text_in_the_plain_template(
+    record: Any, tmp_path: Path
+) -> None:
     config = letter_tokenizer(tmp_path, None)
     ids, counted = rendered(record, config, template="plain")
     reference = Reference(config)
@@ -138,7 +140,7 @@ def test_the_plain_template_takes_what_is_said_for_text(record: Any, tmp_path: P
     assert ids == wanted
 
 
-def test_rows_with_special_tokens_in_them_are_counted_at_every_start(tmp_path: Path) -> None:
+def test_rows_with_special_tokens_are_counted_at_every_start(tmp_path: Path) -> None:
     config = letter_tokenizer(tmp_path / "tokenizer", CHATML)
     write_rows(tmp_path / "rows.jsonl", [WRITTEN, PLAIN, WRITTEN])
     dataset = SFTDatasetConfig(
@@ -153,7 +155,7 @@ def test_rows_with_special_tokens_in_them_are_counted_at_every_start(tmp_path: P
         ]
 
 
-def test_a_document_with_special_tokens_in_it_is_text_and_counted(tmp_path: Path) -> None:
+def test_a_document_with_special_tokens_is_text_and_counted(tmp_path: Path) -> None:
     config = letter_tokenizer(tmp_path / "tokenizer", None)
     tokenizer, reference = build_tokenizer(config), Reference(config)
     encode = DocumentEncoder(tokenizer, np.int32, append_eod=True)

@@ -39,8 +39,7 @@ def collect_warnings(corpora: Mapping[str, Corpus], ignore_keys: Sequence[str] =
     """
     found = {key for corpus in corpora.values() for key in corpus.report.ignored_keys}
     lines = [
-        f"warning: dataset.ignore_keys: {key!r} gives nothing up: no row or turn has it, or it is "
-        "read"
+        f"warning: dataset.ignore_keys: {key!r} has no effect: no row or turn has it, or it is read"
         for key in ignore_keys
         if key not in found
     ]

@@ -57,7 +57,7 @@ class ExtraKeys:
         names = dict.fromkeys([*self.ignored, *(key for key, _ in found)])
         setting = f"dataset.ignore_keys=[{','.join(map(_in_yaml, names))}]"
         return (
-            f"keys that are not read would be lost: {described}; take them out, or give them up "
+            f"keys that are not read would be lost: {described}; take them out, or ignore them "
             f"with {quote(setting)}"
         )
 

@@ -1,4 +1,4 @@
-"""Samples of token files: what they hold is theirs alone, whatever the tokenizer's pad token is."""
+"""Samples of token files, independent of each other and of the tokenizer's pad token."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def samples_of(tmp_path: Path, documents: list[list[int]], *, pad: int, **settin
 
 
 def texts(dataset: Any) -> list[list[int]]:
-    """Return the ids of every sample as they are in the files, the last label among them."""
+    """Return the ids of every sample as they are in the files, with the last label."""
     return [dataset._query_document_sample_shuffle_indices(n)[0].tolist() for n in range(4)]
 
 
@@ -72,7 +72,7 @@ def test_a_pad_token_of_the_data_is_data_in_every_sample(
 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("mask", [False, True])
-def test_masks_and_positions_are_megatron_cores_where_nothing_is_padded(
+def test_masks_and_positions_without_padding_are_those_of_megatron_core(
     reset: bool, mask: bool, tmp_path: Path
 ) -> None:
     documents = [[n + 1, END] + [n + 1] * (n % 4) + [END] for n in range(12)]
@@ -86,7 +86,7 @@ def test_masks_and_positions_are_megatron_cores_where_nothing_is_padded(
         assert torch.equal(sample["position_ids"], position_ids)
 
 
-def test_what_one_sample_is_changed_to_leaves_the_others_alone(tmp_path: Path) -> None:
+def test_changing_one_sample_leaves_the_others_unchanged(tmp_path: Path) -> None:
     dataset = samples_of(tmp_path, [[*range(1, 25), END]], pad=3)
     for tensor in dataset[0].values():
         tensor.zero_()
@@ -95,7 +95,7 @@ def test_what_one_sample_is_changed_to_leaves_the_others_alone(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("pad", [-1, 2, END])
-def test_what_the_dataset_pads_does_not_count(pad: int, tmp_path: Path) -> None:
+def test_padding_of_the_dataset_does_not_count(pad: int, tmp_path: Path) -> None:
     dataset = samples_of(
         tmp_path,
         [[1, 2, 3, 2, 5, 6, 2, 2, END]],
@@ -108,15 +108,13 @@ def test_what_the_dataset_pads_does_not_count(pad: int, tmp_path: Path) -> None:
     assert rest["tokens"].tolist() == [2, 2, END, 0, 0, 0]
     assert rest["labels"].tolist() == [2, END, 0, 0, 0, 0]
     assert rest["loss_mask"].tolist() == [1.0, 1.0, 0, 0, 0, 0]
-    # A sample that only fills a batch up.
+    # A sample that only fills up a batch.
     assert dataset[None]["loss_mask"].tolist() == [0.0] * 6
 
 
 @pytest.mark.xdist_group("transformers")
 @pytest.mark.parametrize("pad", ["hi", "<eos>"])
-def test_the_pad_token_of_a_tokenizers_files_is_data_where_a_document_has_it(
-    pad: str, tmp_path: Path
-) -> None:
+def test_a_tokenizer_s_pad_token_within_a_document_is_data(pad: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "lines.jsonl").write_text('{"text": "yes hi no ho hi"}\n' * 20)
     dataset = GPTDatasetConfig(

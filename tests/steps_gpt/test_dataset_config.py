@@ -26,7 +26,7 @@ def story(tmp_path: Path) -> Path:
 
 
 def counted(*, documents: int = 40, length: int = 50, first: int = 0) -> list[list[int]]:
-    """Documents whose tokens count on from `first`."""
+    """Return documents whose tokens count up from `first`."""
     return [list(range(first + n * length, first + (n + 1) * length)) for n in range(documents)]
 
 
@@ -39,7 +39,7 @@ def tokens_of(dataset: SizedDataset | Mapping[str, SizedDataset] | None) -> list
 NUMBERS = TokenizerConfig(type="null", vocab_size=100_000)
 
 
-def test_it_is_a_dataset_section_that_checks_itself() -> None:
+def test_the_section_is_a_dataset_config_with_checks() -> None:
     assert isinstance(GPTDatasetConfig(), DatasetConfig)
     assert isinstance(GPTDatasetConfig(), ChecksItself)
 
@@ -53,7 +53,7 @@ def test_a_text_file_becomes_next_token_samples(story: Path, cache: str) -> None
     assert sample["tokens"][1:].tolist() == sample["labels"][:-1].tolist()
     assert sample["loss_mask"].tolist() == [1.0] * 32
     assert sample["position_ids"].tolist() == list(range(32))
-    # 256 stands between documents.
+    # 256 is between documents.
     text = bytes(token for token in sample["tokens"].tolist() if token < 256)
     assert text.decode()[:8] in story.read_text()
     assert splits.shuffle is False
@@ -148,9 +148,7 @@ def test_weights_are_shares_of_the_training_samples(tmp_path: Path, cache: str) 
     assert len(tokens_of(splits.validation)) == (4 * 50 - 1) // 32 + (40 * 50 - 1) // 32
 
 
-def test_a_blend_without_weights_takes_corpora_by_size_for_as_long_as_asked(
-    tmp_path: Path, cache: str
-) -> None:
+def test_a_blend_without_weights_draws_corpora_by_their_size(tmp_path: Path, cache: str) -> None:
     small = write_pair(tmp_path / "small", counted(documents=20, length=50))
     large = write_pair(tmp_path / "large", counted(documents=60, length=50, first=50_000))
     dataset = GPTDatasetConfig(path=[small, large], split="1", cache_dir=cache)
@@ -164,7 +162,7 @@ def test_a_blend_without_weights_takes_corpora_by_size_for_as_long_as_asked(
     assert sum(from_small) / len(from_small) == pytest.approx(0.25, abs=0.02)
 
 
-def test_validation_and_test_may_have_paths_of_their_own(tmp_path: Path, cache: str) -> None:
+def test_validation_and_test_may_have_their_own_paths(tmp_path: Path, cache: str) -> None:
     paths = {
         name: write_pair(tmp_path / name, counted(documents=4, length=50, first=first))
         for name, first in (("train", 0), ("valid", 1000), ("test", 2000))
@@ -191,7 +189,7 @@ def test_evaluation_that_is_off_needs_no_validation_data(tmp_path: Path, cache: 
 @pytest.mark.parametrize(
     ("characters", "share"), [(6_000, 0.3), (20_000, 0.1), (100_000, 0.02), (500_000, 0.02)]
 )
-def test_without_a_split_a_small_text_gives_more_of_itself_to_validation(
+def test_the_default_split_of_a_small_text_has_a_larger_validation_share(
     characters: int, share: float, tmp_path: Path, cache: str
 ) -> None:
     (tmp_path / "a.txt").write_text("hello world\n" * (characters // 12))
@@ -203,7 +201,7 @@ def test_without_a_split_a_small_text_gives_more_of_itself_to_validation(
 
 
 @pytest.mark.timeout(60)
-def test_an_empty_split_is_an_error_that_tells_a_split_that_works(
+def test_an_empty_split_is_an_error_that_names_a_split_that_works(
     tmp_path: Path, cache: str
 ) -> None:
     prefix = write_pair(tmp_path / "pair", counted(documents=20, length=50))
@@ -229,7 +227,7 @@ def test_a_sequence_longer_than_the_data_is_an_error_and_leaves_nothing(
     assert [name for name in tree(Path(cache)) if "/" in name] == []
 
 
-def test_data_that_changed_under_the_same_name_is_indexed_anew(tmp_path: Path, cache: str) -> None:
+def test_changed_data_of_the_same_name_is_indexed_anew(tmp_path: Path, cache: str) -> None:
     dataset = GPTDatasetConfig(path=str(tmp_path / "pair"), split="1", cache_dir=cache)
     write_pair(tmp_path / "pair", counted(documents=20, length=50))
     before = build_splits(dataset, tokenizer=NUMBERS)
@@ -239,7 +237,7 @@ def test_data_that_changed_under_the_same_name_is_indexed_anew(tmp_path: Path, c
     assert sorted(min(sample) // 700 for sample in tokens_of(after.train)) == [0] * 21
 
 
-def test_the_cache_holds_only_what_is_complete(story: Path, cache: str) -> None:
+def test_the_cache_holds_only_complete_folders(story: Path, cache: str) -> None:
     dataset = GPTDatasetConfig(path=str(story), cache_dir=cache)
     build_splits(dataset, train=4)
     built = tree(Path(cache))
@@ -266,13 +264,13 @@ def test_damaged_token_files_are_errors(
         build_splits(GPTDatasetConfig(path=prefix, cache_dir=cache), tokenizer=NUMBERS)
 
 
-def test_tokens_of_another_tokenizer_are_an_error(tmp_path: Path, cache: str) -> None:
+def test_tokens_outside_the_vocabulary_are_an_error(tmp_path: Path, cache: str) -> None:
     prefix = write_pair(tmp_path / "pair", counted())
     with pytest.raises(ValueError, match=r"token 1999, and the tokenizer has 257.*tokenizer\.type"):
         build_splits(GPTDatasetConfig(path=prefix, cache_dir=cache))
 
 
-def test_text_and_the_null_tokenizer_do_not_go_together(story: Path, cache: str) -> None:
+def test_text_with_the_null_tokenizer_is_an_error(story: Path, cache: str) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.type=bytes"):
         build_splits(GPTDatasetConfig(path=str(story), cache_dir=cache), tokenizer=NUMBERS)
 
@@ -297,7 +295,7 @@ def test_positions_and_the_loss_mask_follow_the_ends_of_documents(
     assert sample["position_ids"].tolist()[start : start + 4] == [0, 1, 2, 3]
 
 
-def test_the_path_goes_before_the_standard_library(story: Path, cache: str) -> None:
+def test_the_path_takes_precedence_over_the_standard_library(story: Path, cache: str) -> None:
     dataset = GPTDatasetConfig(path=str(story), standard_library=True, cache_dir=cache)
     assert build_splits(dataset).notes["train tokens"] < 100_000
 
@@ -348,7 +346,7 @@ def problems_of(dataset: GPTDatasetConfig, **settings: Any) -> str:
         ({"path": "{story}", "num_dataset_builder_threads": 0}, "num_dataset_builder_threads=0"),
     ],
 )
-def test_contradictions_are_told_before_anything_is_built(
+def test_contradictions_are_reported_before_anything_is_built(
     settings: dict[str, Any], message: str, story: Path, tmp_path: Path
 ) -> None:
     def filled(value: Any) -> Any:
@@ -364,7 +362,7 @@ def test_contradictions_are_told_before_anything_is_built(
     assert tree(tmp_path) == ["story.txt"]
 
 
-def test_all_contradictions_are_told_at_once(story: Path) -> None:
+def test_all_contradictions_are_reported_at_once(story: Path) -> None:
     dataset = GPTDatasetConfig(path=str(story), split="x", weights=[0.0, 1.0], seq_length=3)
     assert len(problems_of(dataset).splitlines()) == 4
 

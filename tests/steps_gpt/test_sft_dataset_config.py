@@ -1,4 +1,4 @@
-"""Samples, microbatches and packed sequences of instructions."""
+"""Samples, microbatches and packed sequences of prompts and answers."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def splits(tmp_path: Path, rows: Any, *, seq_length: int = 16, **fields: Any) ->
 
 
 def as_text(sample: Any) -> tuple[str, str]:
-    """Return what a sample's tokens and its counted labels say; ``$`` ends a document."""
+    """Return a sample's tokens and its counted labels as text; ``$`` ends a document."""
     counted = sample["labels"][sample["loss_mask"] != 0]
     return tuple(  # type: ignore[return-value]
         "".join("$" if i == 256 else chr(i) for i in ids.tolist())
@@ -61,7 +61,7 @@ def test_a_microbatch_is_padded_to_its_longest_sample(tmp_path: Path) -> None:
         ("drop", [("ab", "b$")], {"dropped as too long": 2}),
     ],
 )
-def test_what_is_left_of_a_long_row_is_told(
+def test_cut_and_dropped_rows_are_reported(
     tmp_path: Path, truncation: str, texts: Any, notes: dict[str, int]
 ) -> None:
     rows = [
@@ -78,7 +78,7 @@ def test_what_is_left_of_a_long_row_is_told(
     assert dropped == ([1] if truncation == "right" else [])
 
 
-def test_the_share_that_counts_is_told_and_all_or_nothing_is_a_warning(tmp_path: Path) -> None:
+def test_the_counted_share_is_reported_and_all_or_nothing_is_a_warning(tmp_path: Path) -> None:
     rows = [{"prompt": "abcd", "completion": "e"}]
     found = splits(tmp_path, rows)
     assert found.notes["% of train tokens count in the loss"] == 40.0
@@ -92,7 +92,7 @@ def test_the_share_that_counts_is_told_and_all_or_nothing_is_a_warning(tmp_path:
         splits(tmp_path, rows, seq_length=8)
 
 
-def test_keys_that_are_given_up_are_counted_at_every_start(tmp_path: Path) -> None:
+def test_ignored_keys_are_counted_at_every_start(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b", "source": "forum"}, *uneven_rows(3)]
     with pytest.raises(ValueError, match="keys that are not read would be lost: 'source' of rows"):
         splits(tmp_path, rows)
@@ -100,8 +100,8 @@ def test_keys_that_are_given_up_are_counted_at_every_start(tmp_path: Path) -> No
         found = splits(tmp_path, rows, ignore_keys=["source", "scroe"], loss_on="assistant")
         assert found.notes["train rows of which 'source' is ignored"] == 1
         [warning] = found.warnings
-        assert warning.startswith("warning: dataset.ignore_keys: 'scroe' gives nothing up: no row")
-    # What was made with the key given up does not pass without.
+        assert warning.startswith("warning: dataset.ignore_keys: 'scroe' has no effect: no row")
+    # The corpus that ignored the key is not used without ignore_keys.
     with pytest.raises(ValueError, match="keys that are not read would be lost: 'source' of rows"):
         splits(tmp_path, rows)
 
@@ -113,7 +113,9 @@ def test_malformed_rows_stop_the_build_and_leave_nothing_in_the_cache(tmp_path: 
     assert list((tmp_path / "cache" / "sft").iterdir()) == []
 
 
-def test_the_fingerprint_follows_contents_seed_and_packing_not_the_path(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_contents_seed_and_packing_not_on_the_path(
+    tmp_path: Path,
+) -> None:
     def fingerprint(name: str, rows: Any, seed: int = 1, **fields: Any) -> str | None:
         path = write_rows(tmp_path / name / "rows.jsonl", rows)
         dataset = SFTDatasetConfig(path=str(path), cache_dir=str(tmp_path / "cache"), **fields)
@@ -210,7 +212,7 @@ def test_a_microbatch_is_as_long_as_the_layout_needs(
     assert found.collate([found.train[0]])["tokens"].shape == (1, length)  # type: ignore[index]
 
 
-def test_wrong_settings_come_in_one_report(tmp_path: Path) -> None:
+def test_wrong_settings_are_reported_at_once(tmp_path: Path) -> None:
     dataset = SFTDatasetConfig(
         path=str(tmp_path / "absent"),
         chat_template="tokenizer",
@@ -269,7 +271,7 @@ class A:
     ]
 
 
-def test_the_modules_held_out_are_those_of_which_gpt_tiny_trains_on_nothing(
+def test_gpt_tiny_is_trained_on_nothing_of_the_held_out_modules(
     tmp_path: Path,
 ) -> None:
     paths = [tmp_path / f"{n:03}.py" for n in range(120)]

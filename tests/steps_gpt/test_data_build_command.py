@@ -15,7 +15,7 @@ def bridge(*arguments: str | Path) -> int:
     return code
 
 
-def test_build_writes_a_pair_and_says_what_is_in_it(
+def test_build_writes_a_pair_and_reports_its_contents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_story(tmp_path / "a.txt")
@@ -33,7 +33,7 @@ def test_build_writes_a_pair_and_says_what_is_in_it(
     assert documents[-1] == [*b"two", 256]
 
 
-def test_the_end_of_document_token_can_be_left_out(tmp_path: Path) -> None:
+def test_the_end_of_document_token_can_be_omitted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     bridge("data", "build", tmp_path / "a.txt", "--output", tmp_path / "out", "--no-append-eod")
     assert read_pair(tmp_path / "out") == [list(b"text")]

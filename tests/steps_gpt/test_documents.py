@@ -31,7 +31,7 @@ def test_one_file_a_directory_and_a_glob_are_found_sorted(tmp_path: Path) -> Non
     assert find_source(str(tmp_path / "**")).not_read == ()
 
 
-def test_a_directory_is_read_behind_links_too_and_once(tmp_path: Path) -> None:
+def test_a_directory_is_read_once_also_behind_links(tmp_path: Path) -> None:
     (tmp_path / "texts" / "deep").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.txt").write_text("text")
@@ -42,7 +42,7 @@ def test_a_directory_is_read_behind_links_too_and_once(tmp_path: Path) -> None:
     assert names(find_source(str(tmp_path / "texts"))) == ["a.txt"]
 
 
-def test_folders_that_a_glob_matches_are_named_since_it_takes_files_alone(tmp_path: Path) -> None:
+def test_folders_that_a_glob_matches_are_not_read_and_named(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     with pytest.raises(ValueError, match="no file is there .1 folder is not read: .*/deep, match"):
         find_source(str(tmp_path / "*"))
@@ -51,7 +51,7 @@ def test_folders_that_a_glob_matches_are_named_since_it_takes_files_alone(tmp_pa
     assert line.startswith(f"1 folder is not read: {tmp_path}/deep, matched by '{tmp_path}/*'")
 
 
-def test_a_pair_of_token_files_is_found_by_prefix_by_either_half_and_in_a_directory(
+def test_token_files_are_found_by_prefix_by_either_file_and_in_a_directory(
     tmp_path: Path,
 ) -> None:
     prefix = tmp_path / "corpus.v1"
@@ -69,22 +69,20 @@ def test_a_pair_of_token_files_is_found_by_prefix_by_either_half_and_in_a_direct
         )
 
 
-def test_half_a_pair_names_the_other_half(tmp_path: Path) -> None:
+def test_a_lone_token_file_is_an_error_that_names_the_other(tmp_path: Path) -> None:
     (tmp_path / "corpus.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"corpus\.idx missing"):
         find_source(str(tmp_path / "corpus.bin"))
 
 
 @pytest.mark.parametrize("entry", ["missing.txt", "*.nothing", ""])
-def test_a_path_where_nothing_is_names_the_field_the_value_and_the_remedy(
-    entry: str, tmp_path: Path
-) -> None:
+def test_a_missing_path_is_an_error_with_field_value_and_remedy(entry: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^dataset\.path.*give") as error:
         find_source(str(tmp_path / entry) if entry else entry)
     assert entry in str(error.value)
 
 
-def test_empty_files_are_an_error_only_when_all_are(tmp_path: Path) -> None:
+def test_empty_files_are_an_error_only_if_all_are_empty(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     for entry in (tmp_path / "empty.txt", tmp_path):
         with pytest.raises(ValueError, match="empty"):
@@ -117,7 +115,7 @@ def test_a_large_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) 
     assert all(300 <= len(piece) < 600 for piece in pieces[:-1])
 
 
-def test_text_without_blank_lines_is_cut_at_line_ends_and_else_between_characters() -> None:
+def test_text_without_blank_lines_is_cut_at_line_ends_or_between_characters() -> None:
     lines = b"".join(b"line %d\n" % n for n in range(1000))
     pieces = list(cut(lines, 300))
     assert b"".join(pieces) == lines

@@ -1,4 +1,4 @@
-"""Several validation and test sets of text, each from paths of its own."""
+"""Several validation and test sets of text, each from its own paths."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ def cache(tmp_path: Path) -> str:
 
 
 def pair_of(tmp_path: Path, name: str, first: int, documents: int = 4) -> str:
-    """A pair of token files whose tokens count on from `first`, in documents of 50."""
+    """Write token files whose tokens count up from `first`, in documents of 50."""
     documents_of = [
         list(range(first + 50 * number, first + 50 * (number + 1))) for number in range(documents)
     ]
@@ -33,11 +33,11 @@ def pair_of(tmp_path: Path, name: str, first: int, documents: int = 4) -> str:
 
 
 def thousands(dataset: Any) -> set[int]:
-    """Which thousands the tokens of a set are of."""
+    """Return the thousands digits of the tokens of a set."""
     return {int(token) // 1000 for i in range(len(dataset)) for token in dataset[i]["tokens"]}
 
 
-def test_each_name_is_a_set_of_its_own_paths(tmp_path: Path, cache: str) -> None:
+def test_each_name_is_a_set_with_its_own_paths(tmp_path: Path, cache: str) -> None:
     dataset = GPTDatasetConfig(
         path=pair_of(tmp_path, "train", 0),
         validation_path={
@@ -62,7 +62,9 @@ def test_each_name_is_a_set_of_its_own_paths(tmp_path: Path, cache: str) -> None
     assert list(dataset.problems(container(dataset, tokenizer=NUMBERS))) == []
 
 
-def test_one_set_beside_several_keeps_its_form(tmp_path: Path, cache: str) -> None:
+def test_one_test_set_next_to_several_validation_sets_stays_unnamed(
+    tmp_path: Path, cache: str
+) -> None:
     dataset = GPTDatasetConfig(
         path=pair_of(tmp_path, "train", 0),
         validation_path={"wiki": pair_of(tmp_path, "wiki", 1000)},
@@ -77,7 +79,7 @@ def test_one_set_beside_several_keeps_its_form(tmp_path: Path, cache: str) -> No
     assert (none.validation, none.test) == (None, None)
 
 
-def test_a_set_that_is_too_small_is_named(tmp_path: Path, cache: str) -> None:
+def test_a_set_that_is_too_small_is_an_error_with_its_name(tmp_path: Path, cache: str) -> None:
     dataset = GPTDatasetConfig(
         path=pair_of(tmp_path, "train", 0),
         validation_path={
@@ -105,7 +107,7 @@ def test_a_set_that_is_too_small_is_named(tmp_path: Path, cache: str) -> None:
         ),
     ],
 )
-def test_every_mistake_in_the_sets_is_told_before_anything_is_built(
+def test_every_mistake_in_the_sets_is_reported_before_anything_is_built(
     field: str, value: dict[str, Any], messages: list[str], tmp_path: Path
 ) -> None:
     story = str(write_story(tmp_path / "story.txt"))

@@ -17,7 +17,7 @@ from bridge.training.config import TokenizerConfig
 from bridge.training.usage_error import UsageError
 
 
-def test_the_byte_tokenizer_returns_exactly_what_went_in() -> None:
+def test_the_byte_tokenizer_decodes_exactly_what_it_encoded() -> None:
     tokenizer = build_tokenizer(TokenizerConfig())
     text = "\n tab\t e\u0301 \u20ac \0 \n\n"
     ids = tokenizer.tokenize(text)
@@ -26,7 +26,7 @@ def test_the_byte_tokenizer_returns_exactly_what_went_in() -> None:
     assert tokenizer.detokenize([0xE2, 0x82]) == "\ufffd"
 
 
-def test_the_byte_tokenizer_takes_no_byte_for_itself() -> None:
+def test_the_byte_tokenizer_reserves_no_byte() -> None:
     tokenizer = build_tokenizer(TokenizerConfig())
     assert tokenizer.vocab_size == tokenizer_vocab_size(TokenizerConfig()) == 257
     assert tokenizer.eod == 256
@@ -34,7 +34,7 @@ def test_the_byte_tokenizer_takes_no_byte_for_itself() -> None:
     assert tokenizer.pad not in range(257)  # type: ignore[attr-defined]
 
 
-def test_the_null_tokenizer_has_the_size_that_is_given() -> None:
+def test_the_null_tokenizer_has_the_given_size() -> None:
     config = TokenizerConfig(type="null", vocab_size=1000)
     assert build_tokenizer(config).vocab_size == tokenizer_vocab_size(config) == 1000
     with pytest.raises(
@@ -66,7 +66,7 @@ def test_a_missing_model_is_an_error_that_names_the_path(kind: str, tmp_path: Pa
         ("sentencepiece", b"PK\x03\x04\0", "is a zip archive .*reads a sentencepiece model"),
     ],
 )
-def test_a_file_of_another_kind_is_rejected_by_what_it_is(
+def test_a_file_of_another_kind_is_rejected_by_its_kind(
     kind: Any, content: bytes, complaint: str, tmp_path: Path
 ) -> None:
     model = tmp_path / "tokenizer.model"
@@ -83,7 +83,7 @@ def test_a_file_of_another_kind_is_rejected_by_what_it_is(
         ("tiktoken", "tiktoken"),
     ],
 )
-def test_a_missing_library_is_an_error_with_the_line_that_installs_it(
+def test_a_missing_library_is_an_error_with_the_install_command(
     kind: str, module: str, tmp_path: Path
 ) -> None:
     if importlib.util.find_spec(module) is not None:
@@ -127,7 +127,7 @@ def test_a_tiktoken_file_tokenizes_and_has_its_own_size(tmp_path: Path) -> None:
     assert tokenizer_vocab_size(config) == 1000 + 258
     assert tokenizer.tokenize("the") == [1000 + 257]
     assert tokenizer.detokenize(tokenizer.tokenize("other words")) == "other words"
-    # The end of a document that is written in one is text.
+    # An end-of-document token that is written in a document is text.
     assert tokenizer.tokenize("</s>") == [tokenizer.eod]
     encode = DocumentEncoder(tokenizer, np.int32, append_eod=True)
     assert encode(b"</s>").tolist() == [*(1000 + value for value in b"</s>"), tokenizer.eod]
@@ -164,7 +164,7 @@ def test_a_hugging_face_directory_tokenizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("transformers")
-def test_a_tokenizer_that_cannot_end_a_document_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_end_token_is_rejected(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     _write_hugging_face(tmp_path, eos=None)
     with pytest.raises(ValueError, match="no end-of-sequence token"):
@@ -191,7 +191,7 @@ def _write_hugging_face(directory: Path, *, eos: str | None) -> None:
 
 @pytest.mark.xdist_group("transformers")
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
-def test_a_tokenizer_of_code_is_rejected_without_advice_that_has_no_setting(
+def test_a_tokenizer_with_code_is_rejected_with_advice_that_has_a_setting(
     tmp_path: Path, file: str
 ) -> None:
     pytest.importorskip("transformers")
@@ -211,7 +211,7 @@ def test_a_tokenizer_of_code_is_rejected_without_advice_that_has_no_setting(
     assert "\n" not in str(error.value)
 
 
-def test_the_identity_follows_the_tokenizers_files(tmp_path: Path) -> None:
+def test_the_identity_changes_with_the_tokenizer_s_files(tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.model"
     model.write_bytes(b"\n\0one")
     config = TokenizerConfig(type="sentencepiece", model=str(model))
@@ -221,7 +221,7 @@ def test_the_identity_follows_the_tokenizers_files(tmp_path: Path) -> None:
     assert tokenizer_identity(config) != before
 
 
-def test_documents_end_with_the_end_of_document_token_unless_told_otherwise() -> None:
+def test_documents_end_with_the_end_of_document_token_unless_turned_off() -> None:
     tokenizer = build_tokenizer(TokenizerConfig())
     for append, expected in ((True, [97, 255, 256]), (False, [97, 255])):
         tokens = DocumentEncoder(tokenizer, np.uint16, append_eod=append)(b"a\xff")

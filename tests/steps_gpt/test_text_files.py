@@ -1,4 +1,4 @@
-"""Files that are not plain text: read where they hold text, else rejected by what they are."""
+"""Files that are not plain text: compressed text is read, other kinds are rejected by name."""
 
 import bz2
 import gzip
@@ -99,7 +99,7 @@ KINDS: list[tuple[str, Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("name", "write", "complaint"), KINDS, ids=[kind[0] for kind in KINDS])
-def test_a_named_file_that_is_not_text_is_rejected_by_what_it_is(
+def test_a_named_file_that_is_not_text_is_rejected_by_its_kind(
     name: str, write: Callable[[Path], object], complaint: str, tmp_path: Path
 ) -> None:
     path = tmp_path / name
@@ -139,7 +139,7 @@ def test_text_of_another_encoding_is_read_after_the_command_that_is_advised(
 
 
 @pytest.mark.parametrize("chunk", range(1, 9))
-def test_a_character_that_two_chunks_share_is_read_whole(
+def test_a_character_across_two_chunks_is_text(
     chunk: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(file_kinds, "_CHUNK_BYTES", chunk)
@@ -178,7 +178,7 @@ def test_a_json_file_is_read_line_by_line_or_rejected(tmp_path: Path) -> None:
     path.write_text(json.dumps([ROW, ROW], indent=1))
     with pytest.raises(ValueError, match="is JSON and not JSON Lines.*jq -c"):
         find_source(str(path))
-    # In a directory of sources such a file is a text as any other.
+    # In a directory of sources, such a file is text like any other.
     assert b"".join(read_documents(find_source(str(tmp_path)).files)) == path.read_bytes()
     rows = find_rows(str(path), "dataset.path", KEYS)["train"]
     assert [row.place for row in rows.conversations()] == [f"{path}, item {n}" for n in (1, 2)]
@@ -187,7 +187,7 @@ def test_a_json_file_is_read_line_by_line_or_rejected(tmp_path: Path) -> None:
         list(find_rows(str(path), "dataset.path", KEYS)["train"].conversations())
 
 
-def test_half_a_pair_is_named_by_prefix_and_beside_whole_pairs(tmp_path: Path) -> None:
+def test_a_lone_token_file_is_reported_also_next_to_complete_pairs(tmp_path: Path) -> None:
     write_pair(tmp_path / "whole", [[1, 2]])
     write_pair(tmp_path / "half", [[1, 2]])
     (tmp_path / "half.idx").unlink()
@@ -196,7 +196,7 @@ def test_half_a_pair_is_named_by_prefix_and_beside_whole_pairs(tmp_path: Path) -
             find_source(str(entry))
 
 
-def test_what_a_directory_has_beside_text_is_named_at_every_start(tmp_path: Path) -> None:
+def test_files_of_a_directory_that_are_not_read_are_named_at_every_start(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     write_story(folder / "story.txt", 500)
@@ -215,7 +215,7 @@ def test_what_a_directory_has_beside_text_is_named_at_every_start(tmp_path: Path
 
 
 def run_conversion(message: str) -> None:
-    """Carry out the command that a message advises."""
+    """Run the command that a message advises."""
     found = re.search(r'python -c "(.*)"', message)
     assert found is not None, message
     exec(found[1], {})
@@ -243,7 +243,7 @@ def test_tables_are_rejected_with_a_command_that_makes_json_lines_of_them(
     if kind == "arrow":
         (folder / "state.json").unlink()
         named = folder / "data-00000-of-00001.arrow"
-    # Beside a text that would otherwise be all that is trained on.
+    # Next to a text, which alone would otherwise be trained on.
     (folder / "README.md").write_text("about it")
     entries = [folder] if "split" in kind else [folder, named]
     for entry in entries:
