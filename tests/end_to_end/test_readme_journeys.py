@@ -42,7 +42,7 @@ def steps(run_dir: Path) -> list[int]:
     return [row["step"] for row in rows(run_dir) if "lm loss" in row]
 
 
-def test_try_it(tmp_path: Path) -> None:
+def test_the_first_run_is_resumed_and_another_trains_on_own_text(tmp_path: Path) -> None:
     (texts := tmp_path / "texts").mkdir()
     for number in range(2):
         write_story(texts / f"{number}.txt", paragraphs=100)
@@ -57,7 +57,9 @@ def test_try_it(tmp_path: Path) -> None:
     assert steps(tmp_path / "runs/texts") == [1, 2]
 
 
-def test_a_users_model_and_loss(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_script_trains_to_the_same_losses_on_one_rank_and_on_two(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     script = code(README, "own_model.py")
     assert len([line for line in script.splitlines() if line.strip()]) <= 40
     (tmp_path / "own_model.py").write_text(script)
@@ -82,7 +84,7 @@ def test_a_users_model_and_loss(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert two == pytest.approx(one, rel=1e-5)
 
 
-def test_a_cluster(tmp_path: Path) -> None:
+def test_the_layout_trains_on_a_cpu_and_every_launcher_has_a_valid_line(tmp_path: Path) -> None:
     on_cpu, dry_run = lines("3. A cluster", "bridge")
     printed = run_line(on_cpu, tmp_path, *QUICK, "train.train_iters=1")
     assert "4 ranks (tensor 2, pipeline 2)" in printed
@@ -113,7 +115,9 @@ def assert_ready(arguments: list[str], ranks: int, folder: Path) -> None:
     assert f"is ready for {ranks} ranks" in ended.out
 
 
-def test_fine_tune_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hugging_face_model_is_tuned_merged_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     title = "4. Fine-tune a model"
     given = tmp_path / "Llama-3.1-8B"
     letter_tokenizer(given, CHATML)
@@ -151,7 +155,7 @@ def test_fine_tune_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             assert "ready" in run_line(from_import, tmp_path, "--run-dir", "new", "--dry-run")
 
 
-def test_images_and_text(tmp_path: Path) -> None:
+def test_digits_train_to_the_same_losses_with_the_encoder_on_its_own_rank(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     together, apart, show = lines("5. Images and text", "bridge")
     logged = ("logger.log_interval=1", "logger.tensorboard=false")
