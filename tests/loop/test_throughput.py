@@ -26,12 +26,12 @@ def test_the_peak_of_known_devices_is_their_data_sheets(name: str, peak: float |
 
 def test_mfu_is_the_achieved_share_of_the_peak_of_all_devices() -> None:
     throughput = Throughput(flops_per_token=6e9, peak_flops=1e15, world_size=2)
-    rates = throughput.rates(tokens=400_000, samples=100, seconds=4.0)
+    rates = throughput.rates(samples=100, seconds=4.0, counts={"tokens": 400_000})
     assert rates == pytest.approx({"tokens_per_s": 1e5, "samples_per_s": 25.0, "mfu": 0.3})
 
 
 def test_what_the_data_counts_has_a_rate_too() -> None:
-    rates = Throughput().rates(tokens=8, samples=2, seconds=2.0, items={"images": 3})
+    rates = Throughput().rates(samples=2, seconds=2.0, counts={"tokens": 8, "images": 3})
     assert rates == {"tokens_per_s": 4.0, "samples_per_s": 1.0, "images_per_s": 1.5}
 
 
@@ -41,7 +41,7 @@ def test_what_the_data_counts_has_a_rate_too() -> None:
 def test_there_is_no_mfu_where_the_peak_or_the_arithmetic_is_unknown(
     throughput: Throughput,
 ) -> None:
-    assert throughput.rates(tokens=8, samples=2, seconds=2.0).keys() == {
+    assert throughput.rates(samples=2, seconds=2.0, counts={"tokens": 8}).keys() == {
         "tokens_per_s",
         "samples_per_s",
     }

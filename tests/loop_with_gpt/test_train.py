@@ -108,7 +108,10 @@ def test_the_tokens_of_a_model_without_sequences_are_those_that_its_loss_counts(
             data = run.data.training(0)
             results = [one_step(run, data_iterator=data, reducer=run.reducer) for _ in range(2)]
             silent = one_step(run, data_iterator=data)
-            return [[result.tokens for result in results], silent.tokens, flops.number]
+            run.checkpointer.save()
+            counters = run.state.train_state
+            own = counters.consumed_tokens, counters.floating_point_operations_so_far
+            return [[result.tokens for result in results], silent.tokens, flops.number, own]
 
     def counted(step: int) -> int:
         """Tokens of a step: sample i has 1 + i % 3."""
@@ -116,7 +119,9 @@ def test_the_tokens_of_a_model_without_sequences_are_those_that_its_loss_counts(
         return sum(1 + index % 3 for index in drawn)
 
     steps = [counted(step) for step in range(5)]
-    assert run_ranks(2, body, timeout=120) == [[steps[:2], 8, 10.0 * sum(steps)]] * 2
+    own = sum(steps[:2]) + 8
+    wanted = [steps[:2], 8, 10.0 * sum(steps), (own, 10.0 * own)]
+    assert run_ranks(2, body, timeout=120) == [wanted] * 2
     found = [(row["step"], row["consumed_tokens"]) for row in rows(tmp_path / "run")]
     assert found == [(2, sum(steps[:2])), (4, sum(steps[:4])), (5, sum(steps))]
     ratios = {

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 
 from bridge.training.batch_sizes import BatchSizes
 from bridge.training.callbacks import CallbackContext, Callbacks
-from bridge.training.contracts import TOKENS
 from bridge.training.evaluations import Evaluations
 from bridge.training.parts import TrainingParts
 from bridge.training.ranks.collectives import on_first_rank
@@ -13,7 +12,6 @@ from bridge.training.ranks.stop_request import StopRequest
 from bridge.training.reporting.progress import Progress
 from bridge.training.reporting.training_log import TrainingLog
 from bridge.training.step import rerun
-from bridge.training.step.schedule import has_sequences
 from bridge.training.step.train_step import StepResult
 
 __all__ = ["Run", "TrainingParts"]
@@ -101,7 +99,7 @@ class Run:
         reduced = result.reduced
         if reduced is None:
             return
-        self.training_log.add_items(self._items(lambda: reduced.tokens))
+        self.state.token_counter.gather(is_reduced=True)
         metrics = reduced.to_dict()
         if reduced.alarm:
             self._check_losses()
@@ -109,7 +107,8 @@ class Run:
             self.forward_step.watch.clear()
         self.state.results.logged = self.training_log.write(
             metrics,
-            on_row=lambda row: self.callbacks.fire("on_log", self.context, row),
+            self.state.token_counter.take_interval(),
+            on_record=lambda record: self.callbacks.fire("on_log", self.context, record),
         )
 
     def validate(self) -> None:
@@ -124,7 +123,6 @@ class Run:
         """Save a checkpoint of this step, unless it has one; never after an unread loss."""
         self.check_directory()
         self._check_losses()
-        self.training_log.add_items(self._items(self.reducer.take_tokens))
         with self.during(f"checkpoint at step {self.state.train_state.step}"):
             with self.training_log.pause():
                 # The records of a step that is saved are durable.
@@ -133,22 +131,6 @@ class Run:
             if path is not None:
                 self.progress.note(f"saved {path}")
                 self.callbacks.fire("on_checkpoint_save", self.context, path)
-
-    def _items(self, counted_tokens: Callable[[], int | None]) -> dict[str, int]:
-        """Return what was counted since the last call, over all ranks.
-
-        The tokens of a run are what its data counts as such, else model.seq_length of a sample,
-        else what the loss function returns as num_tokens, else the samples.
-
-        Args:
-            counted_tokens: Returns the tokens of the loss function; None if it counts none.
-        """
-        items = self.data.take_items()
-        if TOKENS not in items and not has_sequences(self.config.model):
-            tokens = counted_tokens()
-            if tokens is not None:
-                items[TOKENS] = tokens
-        return items
 
     def check_directory(self) -> None:
         """Check that the run's directory is still there; on every rank.

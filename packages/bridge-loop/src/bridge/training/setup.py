@@ -22,7 +22,8 @@ from bridge.training.checkpoint.manifest import Verification, missing_rows
 from bridge.training.checkpoint.resume_rules import reject_another_model, reject_another_run
 from bridge.training.checkpoint.run_state import counters_of
 from bridge.training.config import ConfigContainer, resolve
-from bridge.training.contracts import AdaptedLayer
+from bridge.training.contracts import TOKENS, AdaptedLayer
+from bridge.training.counters import CountSources, TokenCounter
 from bridge.training.data.run_data import RunData, data_request
 from bridge.training.data.splits import as_splits
 from bridge.training.durable_files import make_directory
@@ -45,6 +46,7 @@ from bridge.training.ranks.seeding import restore_random_streams_at_exit, seed_a
 from bridge.training.ranks.stop_request import stop_signals
 from bridge.training.reporting.introduction import describe_run, describe_start
 from bridge.training.reporting.progress import Progress
+from bridge.training.reporting.throughput import model_flops_per_token
 from bridge.training.reporting.training_log import TrainingLog
 from bridge.training.run import Run, TrainingParts
 from bridge.training.run_files.configuration import write_config
@@ -145,7 +147,7 @@ def set_up(
                         if config.mixed_precision.precision == "fp16"
                         else None
                     ),
-                    trained_beside=None if parts.size is None else parts.size.trained_per_token,
+                    flops_per_token=parts.state.token_counter.flops_per_token,
                 ),
                 stop=stack.enter_context(stop_signals(ends_at)),
             )
@@ -216,6 +218,19 @@ def _built(
             scheduler = build_scheduler(config, optimizer, data.schedule_samples)
             attach_hooks(config, model, optimizer, timers)
             stack.callback(detach_hooks, model)
+        reducer = build_reducer(config, ranks)
+        state.token_counter = TokenCounter(
+            state.train_state,
+            model=config.model,
+            flops_per_token=model_flops_per_token(
+                config.model, trained_beside=None if size is None else size.trained_per_token
+            ),
+            sources=CountSources(
+                has_data_tokens=TOKENS in data.splits.items,
+                take_data_counts=data.take_items,
+                take_loss_tokens=reducer.take_tokens,
+            ),
+        )
         saved_run = SavedRun(
             config=config,
             model=model,
@@ -244,7 +259,7 @@ def _built(
             optimizer=optimizer,
             scheduler=scheduler,
             forward_step=forward_step,
-            reducer=build_reducer(config, ranks),
+            reducer=reducer,
             directory=directory,
             checkpointer=checkpointer,
             restored_from=checkpoint,

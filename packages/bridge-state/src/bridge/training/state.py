@@ -1,13 +1,13 @@
 """The state of a run while it trains: configuration, counters and loggers."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bridge.training.counters import TokenCounter, TrainState
 from bridge.training.launchers import rank_environment
 from bridge.training.metric_loggers import (
     MetricLoggers,
@@ -25,50 +25,7 @@ if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
 
 
-@dataclass(kw_only=True)
-class TrainState:
-    """How far a run has come; saved with every checkpoint. Counts are over all ranks."""
-
-    step: int = 0
-    """Optimizer steps done, skipped ones included."""
-    consumed_train_samples: int = 0
-    """Training samples drawn; the position in the data."""
-    skipped_train_samples: int = 0
-    """Those of them whose step was skipped."""
-    consumed_validation_samples: int = 0
-    """Validation samples evaluated, over all evaluations."""
-    consumed_tokens: int = 0
-    """Tokens trained on: what the data counts as tokens (`DataSplits.items`), else model.seq_length
-    of a sample, else what the loss function returns as num_tokens (in its steps up to the newest
-    that was logged or saved), else the samples."""
-    floating_point_operations_so_far: float = 0.0
-    """Model FLOPs of all training steps."""
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return each counter as a 0-dim CPU tensor: int64, the FLOPs float64."""
-        return {
-            field.name: torch.tensor(getattr(self, field.name), dtype=_dtype(field.name))
-            for field in fields(self)
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Take over the counters of `state_dict`.
-
-        Raises:
-            UsageError: A counter is missing, unknown, or of a type that has lost precision.
-        """
-        names = {field.name for field in fields(self)}
-        if state_dict.keys() != names:
-            raise UsageError(
-                "the saved train state does not fit: "
-                f"missing {sorted(names - state_dict.keys())}, "
-                f"unknown {sorted(state_dict.keys() - names)}"
-            )
-        for name, value in state_dict.items():
-            if value.dtype != _dtype(name):
-                raise UsageError(f"train state {name} is {value.dtype}, not {_dtype(name)}")
-        for name, value in state_dict.items():
-            setattr(self, name, value.item())
+__all__ = ["Evaluation", "GlobalState", "Results", "TrainState"]
 
 
 @dataclass(kw_only=True)
@@ -103,6 +60,11 @@ class GlobalState:
         self.results = Results()
         self._loggers: MetricLoggers | None = None
         self._closed = False
+
+    @cached_property
+    def token_counter(self) -> TokenCounter:
+        """Counts the tokens of the steps; set-up puts one here that knows the data."""
+        return TokenCounter(self.train_state, model=self.cfg.model)
 
     @cached_property
     def timers(self) -> "Timers":
@@ -197,7 +159,3 @@ def _is_logging_rank() -> bool:
     if torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
     return rank_environment().rank == 0
-
-
-def _dtype(name: str) -> torch.dtype:
-    return torch.float64 if name == "floating_point_operations_so_far" else torch.int64

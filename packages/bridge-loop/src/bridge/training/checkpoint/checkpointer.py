@@ -125,6 +125,7 @@ class Checkpointer:
         step, group = self._step, self._ranks.control_group
         if step == self._last_saved:
             return None
+        self._run.state.token_counter.gather()
         final = self._directory.checkpoint(step)
         partial = final.with_name(final.name + _PARTIAL)
         try:

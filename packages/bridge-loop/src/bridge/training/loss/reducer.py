@@ -551,6 +551,11 @@ class ReducedMetrics:
         """Tokens in their losses; None if the loss functions count none. It waits, as `to_dict`."""
         return self._resolve().tokens
 
+    @property
+    def token_count(self) -> torch.Tensor:
+        """The number of ranks that count tokens and their tokens, on the device."""
+        return self._vector[_Layout.COUNTED : _Layout.TOKENS + 1]
+
     def _resolve(self) -> "_Read":
         if self._read is None:
             vector = self._vector.cpu()

@@ -1,8 +1,10 @@
-"""How fast a run is: tokens a second, and the share of the device's peak that the model uses."""
+"""Throughput of a run: tokens a second, and the share of the device's peak that they use."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+from bridge.training.contracts import TOKENS
 
 # Dense bf16 peaks in FLOP/s from NVIDIA's data sheets (half of a figure "with sparsity"), for the
 # names that torch.cuda.get_device_name gives. The first entry whose words all occur counts.
@@ -66,7 +68,7 @@ def model_flops_per_token(model: object, *, trained_beside: float | None = None)
 def peak_bf16_flops(device_name: str) -> float | None:
     """Look up the dense bf16 peak in FLOP/s (NVIDIA data sheets); None for an unknown device.
 
-    A slice of a device (MIG) is unknown too: its peak is not that of the whole.
+    A slice of a device (MIG) is unknown too: its peak is not that of the device.
     """
     words = set(device_name.replace("-", " ").split())
     if "MIG" in words:
@@ -76,7 +78,7 @@ def peak_bf16_flops(device_name: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """Turns what an interval took into rates."""
+    """Computes the rates of an interval."""
 
     flops_per_token: float | None = None
     """As `model_flops_per_token` says."""
@@ -87,22 +89,19 @@ class Throughput:
     def rates(
         self,
         *,
-        tokens: int,
         samples: int,
         seconds: float,
-        items: Mapping[str, int] | None = None,
+        counts: Mapping[str, int],
     ) -> dict[str, float]:
         """Return tokens_per_s and samples_per_s of the whole run, and mfu where it is known.
 
         Args:
-            tokens: Positions trained on in the interval, over all ranks.
-            samples: Samples likewise.
+            samples: Samples trained on in the interval, over all ranks.
             seconds: Length of the interval.
-            items: What the data counted in it, over all ranks: NAME becomes NAME_per_s, and
-                "tokens" go before the positions.
+            counts: "tokens" likewise, and what else the data counts: NAME becomes NAME_per_s.
         """
-        rates = {"tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds}
-        rates |= {f"{name}_per_s": count / seconds for name, count in (items or {}).items()}
+        rates = {"tokens_per_s": counts[TOKENS] / seconds, "samples_per_s": samples / seconds}
+        rates |= {f"{name}_per_s": count / seconds for name, count in counts.items()}
         if self.flops_per_token is not None and self.peak_flops is not None:
             achieved = rates["tokens_per_s"] * self.flops_per_token
             rates["mfu"] = achieved / (self.peak_flops * self.world_size)

@@ -1,4 +1,4 @@
-"""What a logged step reports: one row, to the loggers once and to the terminal once."""
+"""The record of a logged step: to the metric loggers once and to the terminal once."""
 
 import contextlib
 import time
@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from bridge.training.config import ConfigContainer
-from bridge.training.contracts import TOKENS
 from bridge.training.megatron_patches import slowest_times
 from bridge.training.reporting.progress import Progress
-from bridge.training.reporting.throughput import Throughput, model_flops_per_token, peak_bf16_flops
+from bridge.training.reporting.throughput import Throughput, peak_bf16_flops
 from bridge.training.state import GlobalState
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from bridge.training.step.train_step import StepResult
 
-type Row = dict[str, float | None]
+type Record = dict[str, float | None]
 
 # Every timer that megatron-core's schedules, gradient reduction and optimizers may start. Reading
 # them is a collective in which all ranks must name the same ones, so those of this rank won't do.
@@ -50,18 +49,18 @@ _TIMERS = [
 
 
 class TrainingLog:
-    """Collects steps until one is logged, and writes its row.
+    """Collects steps until one is logged, and writes its record.
 
-    A row has, in this order: ``consumed_samples`` and ``consumed_tokens`` of the whole run; each
+    A record has, in this order: ``consumed_samples`` and ``consumed_tokens`` of the whole run; each
     metric by its name, as logger.average says; ``learning_rate`` and ``grad_norm`` of the newest
     step (the norm None if it was skipped or nothing clips); ``loss_scale`` (fp16 only);
-    ``skipped_steps`` since the row before; ``step_time_s``, the mean over the steps since then;
+    ``skipped_steps`` since the record before; ``step_time_s``, the mean over the steps since then;
     ``tokens_per_s``, ``samples_per_s`` and ``NAME_per_s`` of what else the data counts (images);
     ``mfu`` where the model's FLOPs and the device's peak are known; ``memory_gb`` on a GPU, rank
     0's highest allocation so far in 1e9 bytes; and, with logger.timing_log_level, megatron-core's
     timers as ``NAME-time``: seconds a step, on the slowest rank.
 
-    Steps are timed on the host without waiting for the device; a row's metrics have waited.
+    Steps are timed on the host without waiting for the device; a record's metrics have waited.
     """
 
     def __init__(
@@ -74,20 +73,19 @@ class TrainingLog:
         device: Literal["cuda", "cpu"],
         world_size: int,
         loss_scale: Callable[[], float] | None = None,
-        trained_beside: float | None = None,
+        flops_per_token: float | None = None,
     ) -> None:
-        """Open the loggers, and start the clock of the first step.
+        """Start the clock of the first step.
 
         Args:
             config: The resolved configuration.
-            state: The run's state, at the step that the run starts from.
-            progress: Shows the rows.
+            state: The run's state, whose loggers are open.
+            progress: Shows the records.
             total_steps: The run's last step.
             device: Where the run computes.
             world_size: Number of ranks.
             loss_scale: Reads the optimizer's loss scale, where it has one (fp16).
-            trained_beside: As `bridge.training.reporting.throughput.model_flops_per_token` takes
-                it.
+            flops_per_token: As `bridge.training.reporting.throughput.model_flops_per_token` says.
         """
         self._config = config
         self._state = state
@@ -96,90 +94,69 @@ class TrainingLog:
         self._on_gpu = device == "cuda"
         self._loss_scale = loss_scale
         self._throughput = Throughput(
-            flops_per_token=model_flops_per_token(config.model, trained_beside=trained_beside),
+            flops_per_token=flops_per_token,
             peak_flops=peak_bf16_flops(torch.cuda.get_device_name()) if self._on_gpu else None,
             world_size=world_size,
         )
-        # A missing tracker is an error now, not at the first logged step.
         self._loggers = state.metric_loggers
         self._newest: StepResult | None = None
-        self._positions = 0
         self._start_interval()
 
     def add_step(self, result: "StepResult") -> None:
-        """Take note of a step that was done, without waiting for the device."""
+        """Add a step that was done to the interval, without waiting for the device."""
         self._newest = result
         self._steps += 1
-        tokens = result.samples if result.padded_tokens is None else result.padded_tokens
-        self._tokens += tokens
-        self._positions += tokens
         self._samples += result.samples
         self._skipped += result.skipped
-        counters = self._state.train_state
-        flops = self._throughput.flops_per_token or 0.0
-        counters.floating_point_operations_so_far += tokens * flops
-        self._progress.tick(counters.step, self._total_steps)
-
-    def add_items(self, items: Mapping[str, int]) -> None:
-        """Take note of what the data, or the loss function, counted since the last call.
-
-        Tokens that were counted take the place of the steps' padded tokens, or of the samples of a
-        model without sequences, in the run's counters too.
-
-        Args:
-            items: Numbers by name over all ranks, as `Run.take_items` gives them.
-        """
-        for name, number in items.items():
-            self._items[name] = self._items.get(name, 0) + number
-        if (tokens := items.get(TOKENS)) is not None:
-            counters = self._state.train_state
-            flops = self._throughput.flops_per_token or 0.0
-            counters.consumed_tokens += tokens - self._positions
-            counters.floating_point_operations_so_far += (tokens - self._positions) * flops
-        self._positions = 0
+        self._progress.tick(self._state.train_state.step, self._total_steps)
 
     def write(
         self,
         metrics: Mapping[str, float | None],
+        counts: Mapping[str, int],
         *,
-        on_row: Callable[[dict[str, float | None]], None] | None = None,
-    ) -> Row:
-        """Write the row of the newest step; on every rank, as timers are read over all.
+        on_record: Callable[[dict[str, float | None]], None] | None = None,
+    ) -> Record:
+        """Write the record of the newest step; on every rank, as timers are read over all.
 
         Args:
             metrics: The step's metrics, already read from the device.
-            on_row: Sees the row before it is written, and may add to it.
+            counts: Tokens of the interval over all ranks, and what else the data counts in it
+                (`TokenCounter.take_interval`).
+            on_record: Gets the record before it is written, and may add to it.
 
         Returns:
-            The row as it was written, with its "step".
+            The record as it was written, with its "step".
 
         Raises:
             UsageError: A metric has the name of one of the loop's own values.
         """
         if self._newest is None:
-            raise RuntimeError("there is no step to write a row for: call add_step first")
+            raise RuntimeError("there is no step to write a record for: call add_step first")
         seconds = time.perf_counter() - self._started - self._paused
         counters = self._state.train_state
-        before: Row = {
+        before: Record = {
             "consumed_samples": counters.consumed_train_samples,
             "consumed_tokens": counters.consumed_tokens,
         }
-        after = self._own_values(self._newest, seconds)
+        after = self._own_values(self._newest, counts, seconds)
         if taken := sorted(metrics.keys() & {"step", *before, *after}):
             raise UsageError(
                 f"metric {taken[0]!r} has the name of a value that the training log writes "
                 "itself: give it another name in the loss function"
             )
-        row: Row = {**before, **metrics, **after}
-        if on_row is not None:
-            on_row(row)
-        self._loggers.log(row, counters.step)
-        self._progress.step(counters.step, self._total_steps, row)
+        record: Record = {**before, **metrics, **after}
+        if on_record is not None:
+            on_record(record)
+        self._loggers.log(record, counters.step)
+        self._progress.step(counters.step, self._total_steps, record)
         self._start_interval()
-        return {"step": counters.step, **row}
+        return {"step": counters.step, **record}
 
-    def write_evaluation(self, name: str, metrics: Mapping[str, float | None], samples: int) -> Row:
-        """Write the metrics of an evaluation as ``NAME/METRIC``; return the row with its "step".
+    def write_evaluation(
+        self, name: str, metrics: Mapping[str, float | None], samples: int
+    ) -> None:
+        """Write the metrics of an evaluation as ``NAME/METRIC``.
 
         Args:
             name: "validation" or "test".
@@ -187,15 +164,14 @@ class TrainingLog:
             samples: How many samples they are of.
         """
         step = self._state.train_state.step
-        row: Row = {f"{name}/{key}": value for key, value in metrics.items()}
-        self._loggers.log(row, step)
+        record: Record = {f"{name}/{key}": value for key, value in metrics.items()}
+        self._loggers.log(record, step)
         self._progress.evaluation(name, step, {**metrics, "samples": samples})
-        return {"step": step, **row}
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the time of the block out of the steps' time."""
-        if self._on_gpu:  # Steps that the device is still at belong to the time before.
+        """Exclude the time of the block from the steps' time."""
+        if self._on_gpu:  # Steps that the device still computes belong to the time before.
             torch.cuda.synchronize()
         start = time.perf_counter()
         try:
@@ -203,18 +179,18 @@ class TrainingLog:
         finally:
             self._paused += time.perf_counter() - start
 
-    def _own_values(self, result: "StepResult", seconds: float) -> Row:
+    def _own_values(
+        self, result: "StepResult", counts: Mapping[str, int], seconds: float
+    ) -> Record:
         grad_norm = None if result.grad_norm is None else float(result.grad_norm)
-        values: Row = {"learning_rate": result.learning_rate, "grad_norm": grad_norm}
+        values: Record = {"learning_rate": result.learning_rate, "grad_norm": grad_norm}
         if result.zeros_in_grad is not None:
             values["num_zeros_in_grad"] = result.zeros_in_grad
         if self._loss_scale is not None:
             values["loss_scale"] = self._loss_scale()
         values["skipped_steps"] = self._skipped
         values["step_time_s"] = seconds / self._steps
-        values |= self._throughput.rates(
-            tokens=self._tokens, samples=self._samples, seconds=seconds, items=self._items
-        )
+        values |= self._throughput.rates(samples=self._samples, seconds=seconds, counts=counts)
         if self._on_gpu:
             values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if self._config.logger.timing_log_level > 0:
@@ -225,5 +201,4 @@ class TrainingLog:
     def _start_interval(self) -> None:
         self._started = time.perf_counter()
         self._paused = 0.0
-        self._steps = self._tokens = self._samples = self._skipped = 0
-        self._items: dict[str, int] = {}
+        self._steps = self._samples = self._skipped = 0

@@ -99,10 +99,10 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     were. It counts as a step all the same: its samples and random numbers are consumed, and those
     of its losses that are no anomaly are in the mean that later spikes are measured by.
 
-    ``state.train_state.consumed_tokens`` grows by the padded tokens. For a model without sequences
-    it grows by the samples, as what a loss function counts is on the device; a program with its own
-    loop may add ``result.tokens - result.samples`` where it reads them, as `train` does where it
-    logs and saves.
+    ``state.train_state.consumed_tokens`` and the FLOPs grow with the step where its tokens are
+    model.seq_length of a sample. Tokens that the data or the loss function counts are spread over
+    the ranks: ``state.token_counter.gather()`` adds them, as `train` does where it logs. Saving a
+    checkpoint adds them too.
 
     Args:
         forward_step: The user's forward step, adapted (`bridge.training.setup.adapt_forward_step`).
@@ -166,8 +166,6 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     counters.step += 1
     counters.consumed_train_samples += samples
     counters.skipped_train_samples += 0 if succeeded else samples
-    padded_tokens = samples * sequence_length(state.cfg.model)
-    counters.consumed_tokens += padded_tokens
     reduced = None
     if reducer is not None:
         of_all_ranks = None
@@ -176,6 +174,12 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         reducer.add_step(records, of_all_ranks=of_all_ranks, is_skipped=not succeeded)
         if is_logged:
             reduced = reducer.reduce(alarm=watch.alarm())
+    state.token_counter.add_step(
+        samples,
+        has_metrics=reducer is not None,
+        reduced=None if reduced is None else reduced.token_count,
+    )
+    padded_tokens = samples * sequence_length(state.cfg.model)
     return StepResult(
         learning_rate=rate,
         grad_norm=stepped.grad_norm,
