@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".toml")
@@ -160,6 +160,7 @@ class _ExpressionReplacement(ast.NodeTransformer):
     def __init__(self, old: ast.expr, new: ast.expr) -> None:
         self.old, self.new, self.count = ast.dump(old), new, 0
 
+    @override
     def visit(self, node: ast.AST) -> Any:
         if ast.dump(node) == self.old:
             self.count += 1

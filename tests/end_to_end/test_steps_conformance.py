@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, override
 
 import pytest
 import torch
@@ -80,9 +80,11 @@ class Listener(Callback):
     stop_at: int | None = None
     interrupt_at: int | None = None
 
+    @override
     def on_train_start(self, context: CallbackContext) -> None:
         self.events.append("start")
 
+    @override
     def on_step_start(self, context: CallbackContext) -> None:
         step = context.state.train_state.step
         if step == self.kill_at:
@@ -92,6 +94,7 @@ class Listener(Callback):
         if step == self.interrupt_at:  # As a terminal does it, every process of the group.
             os.kill(os.getpid(), signal.SIGINT)
 
+    @override
     def on_before_optimizer_step(self, context: CallbackContext) -> None:
         squares = [
             float((weight.main_grad**2).sum())
@@ -100,17 +103,21 @@ class Listener(Callback):
         ]
         self.norms.append(sum(squares))
 
+    @override
     def on_evaluate_end(self, context: CallbackContext, results: dict[str, float | None]) -> None:
         self.events.append(f"evaluated {context.state.train_state.step}")
         self.collected.append(len(context.collect_non_loss_data()))
         results["mine"] = 1.5
 
+    @override
     def on_log(self, context: CallbackContext, metrics: dict[str, float | None]) -> None:
         metrics["extra"] = float(context.state.train_state.step)
 
+    @override
     def on_checkpoint_save(self, context: CallbackContext, path: Path) -> None:
         self.events.append(f"saved {path.name}")
 
+    @override
     def on_train_end(self, context: CallbackContext) -> None:
         self.events.append("end")
 

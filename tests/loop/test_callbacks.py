@@ -2,7 +2,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, override
 
 import pytest
 import torch
@@ -39,12 +39,15 @@ class Recorder(Callback):
         if event == self.fail_in:
             raise KeyError(f"{self.name} failed")
 
+    @override
     def on_train_start(self, context: CallbackContext) -> None:
         self._hear("on_train_start")
 
+    @override
     def on_train_end(self, context: CallbackContext) -> None:
         self._hear("on_train_end")
 
+    @override
     def on_step_end(self, context: CallbackContext, result: Any) -> None:
         self._hear(f"on_step_end {result}")
 
@@ -199,6 +202,7 @@ def test_a_callback_reads_the_configuration_and_adds_to_the_summary(
     context: CallbackContext,
 ) -> None:
     class Closing(Callback):
+        @override
         def on_train_end(self, context: CallbackContext) -> None:
             context.summary.append(f"recipe {context.config.recipe}")
 
@@ -226,6 +230,7 @@ class Everything:
 
         return hear
 
+    @override
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *EVENTS]
 

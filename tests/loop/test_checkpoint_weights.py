@@ -3,7 +3,7 @@
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import pytest
 import torch
@@ -108,9 +108,11 @@ class ModuleWithExtraState(OwnModule):
 
     extra: Any = "own"
 
+    @override
     def get_extra_state(self) -> torch.Tensor:
         return torch.tensor(list(pickle.dumps(self.extra)), dtype=torch.uint8)
 
+    @override
     def set_extra_state(self, state: torch.Tensor) -> None:
         self.extra = pickle.loads(state.numpy().tobytes())
 
@@ -120,6 +122,7 @@ class ModelWithExtraState(OwnModel):
     extra: str = "own"
     """An absolute path makes it poison that makes that folder."""
 
+    @override
     def build(self, *arguments: Any, **keywords: Any) -> torch.nn.Module:
         module = ModuleWithExtraState(self.width, self.dropout)
         path = Path(self.extra)

@@ -3,7 +3,7 @@ import os
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any
+from typing import Any, override
 
 import megatron.core.tensor_parallel.random as tracked
 import pytest
@@ -305,6 +305,7 @@ def test_a_step_of_ddp_and_the_distributed_optimizer_is_adamw_on_the_mean_gradie
             super().__init__(config)
             self.weight = torch.nn.Parameter(start.clone())
 
+        @override
         def forward(self, x: Tensor) -> Tensor:
             return (x @ self.weight.T).square().mean()
 

@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import numpy as np
 import pytest
@@ -114,6 +114,7 @@ def fails_in(place: str) -> Callable[..., Any]:
 
 
 class BrokenModel(OwnModel):
+    @override
     def build(self, *_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("model")
 
@@ -254,6 +255,7 @@ def test_the_memory_of_a_model_is_free_for_the_next_one() -> None:
         seen: list[Any] = []
 
         class Model(OwnModel):
+            @override
             def build(self, *arguments: Any, **named: Any) -> torch.nn.Module:
                 seen.extend(reference() for reference in last)
                 return super().build(*arguments, **named)

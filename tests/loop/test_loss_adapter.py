@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, override
 
 import pytest
 import torch
@@ -109,6 +109,7 @@ def run_schedule(
         def set_input_tensor(self, tensors: list[torch.Tensor]) -> None:
             self.received = tensors[0]
 
+        @override
         def forward(self, losses: torch.Tensor) -> torch.Tensor:
             if not first:
                 assert self.received is not None

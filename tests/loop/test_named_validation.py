@@ -1,7 +1,7 @@
 """Several validation sets: one evaluation, one row, a name for each; one set keeps its names."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import pytest
 import torch
@@ -145,6 +145,7 @@ def test_the_curves_of_every_set_are_in_tensorboard(tmp_path: Path) -> None:
 
 def test_names_and_sets_are_kept_when_the_splits_are_a_sequence(tmp_path: Path) -> None:
     class Sequence(NamedData):
+        @override
         def build(self, request: Any) -> Any:
             built: DataSplits = super().build(request)
             return [built.train, built.validation]

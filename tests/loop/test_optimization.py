@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import pytest
 from megatron.core.optimizer import OptimizerConfig
@@ -137,6 +137,7 @@ def test_a_run_with_several_rates_continues_at_another_rate_or_is_rejected_in_ou
             return sorted({group["max_lr"] for group in run.optimizer.param_groups})
 
     class ThreeRates(TwoRates):
+        @override
         def learning_rate_multiplier(self, parameter: str) -> float:
             return 0.3 if parameter == "inner.bias" else super().learning_rate_multiplier(parameter)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import pytest
 import torch
@@ -67,6 +67,7 @@ class OneWeight(MegatronModule):
     def set_input_tensor(self, tensors: list[torch.Tensor]) -> None:
         self.received = tensors[0]
 
+    @override
     def forward(self, losses: torch.Tensor) -> torch.Tensor:
         if not self.pre_process:
             assert self.received is not None
@@ -491,6 +492,7 @@ def test_a_microbatch_is_drawn_when_the_one_before_is_done(tmp_path: Path) -> No
         return output, loss_function
 
     class Drawn(CellData):
+        @override
         def build(self, request: DataRequest) -> DataSplits:
             splits = super().build(request)
             return DataSplits(train=Telling(splits.train), shuffle=False)
@@ -520,6 +522,7 @@ def test_a_microbatch_is_drawn_when_the_one_before_is_done(tmp_path: Path) -> No
 class Disagreeing(OneWeightConfig):
     """A model that chooses its own way to divide the loss, behind the configuration's back."""
 
+    @override
     def build(
         self, pg_collection: Any, pre_process: bool, post_process: bool, vp_stage: int | None
     ) -> torch.nn.Module:

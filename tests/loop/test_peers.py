@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import pytest
 import torch
@@ -87,6 +87,7 @@ class PoorSamples(Samples):
         super().__init__(size, first)
         self.ends, self.reads = ends, 0
 
+    @override
     def __getitem__(self, index: int, /) -> dict[str, torch.Tensor]:
         self.reads += 1
         if rank() == 1 and self.reads > 6:
@@ -100,6 +101,7 @@ class PoorSamples(Samples):
 class PoorData(OwnData):
     ends: bool = False
 
+    @override
     def build(self, request: DataRequest) -> DataSplits:
         splits = super().build(request)
         if self.validation:
@@ -113,6 +115,7 @@ class PoorData(OwnData):
 class DataOfOneRank(OwnData):
     of: int = 0
 
+    @override
     def build(self, request: DataRequest) -> DataSplits:
         if rank() != self.of:
             fail()
@@ -122,6 +125,7 @@ class DataOfOneRank(OwnData):
 class UnsavableModule(OwnModule):
     broken = False
 
+    @override
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         if self.broken:
             fail()
@@ -130,6 +134,7 @@ class UnsavableModule(OwnModule):
 
 @dataclass(kw_only=True)
 class UnsavableModel(OwnModel):
+    @override
     def build(self, *arguments: Any, **named: Any) -> torch.nn.Module:
         return UnsavableModule(self.width, self.dropout)
 
@@ -377,6 +382,7 @@ def test_a_caller_can_get_the_report_instead_of_the_terminal(
 
 def test_the_live_line_ends_before_a_failure_is_reported(tmp_path: Path) -> None:
     class Terminal(io.StringIO):
+        @override
         def isatty(self) -> bool:
             return True
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import pytest
 import torch
@@ -128,6 +128,7 @@ def test_microbatches_of_padding_alone_take_no_part() -> None:
     class Filled(Objective):
         """Every other microbatch is made of padding."""
 
+        @override
         def microbatch(self, number: int) -> dict[str, torch.Tensor]:
             batch = super().microbatch(number // 2)
             if number % 2:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import numpy as np
 import pytest
@@ -226,10 +226,12 @@ def test_a_checkpoint_of_another_model_is_rejected_by_its_path(
     tmp_path: Path, saved: Path, how: str, layers: str
 ) -> None:
     class Wider(OwnModel):
+        @override
         def build(self, **arguments: Any) -> torch.nn.Module:  # type: ignore[override]
             return OwnModel(width=7).build(**arguments)
 
     class Deeper(OwnModel):
+        @override
         def build(self, **arguments: Any) -> torch.nn.Module:  # type: ignore[override]
             module = super().build(**arguments)
             module.more = torch.nn.Linear(2, 2)

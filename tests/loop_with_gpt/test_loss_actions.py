@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import pytest
 import torch
@@ -175,12 +175,14 @@ class NormedModule(torch.nn.Module):
         self.norm = torch.nn.BatchNorm1d(4)
         self.outer = torch.nn.Linear(4, 1)
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.outer(self.norm(x.transpose(1, 2)).transpose(1, 2))
         return output.squeeze(-1)
 
 
 class Normed(OwnModel):
+    @override
     def build(
         self, pg_collection: Any, pre_process: bool, post_process: bool, vp_stage: int | None
     ) -> torch.nn.Module:

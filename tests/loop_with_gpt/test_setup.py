@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import pytest
 import torch
@@ -22,11 +22,13 @@ from training_runs import OwnData, OwnModel, TokenData, gpt_run, own_run, rows, 
 
 
 class NoData(OwnData):
+    @override
     def build(self, request: DataRequest) -> DataSplits:
         return DataSplits(train=None)
 
 
 class BrokenModel(OwnModel):
+    @override
     def build(self, **arguments: Any) -> Any:  # type: ignore[override]
         return "no module"
 
@@ -145,6 +147,7 @@ def test_every_stage_builds_the_same_data_where_building_draws_random_numbers(
     drawn: list[float] = []
 
     class Drawing(OwnData):
+        @override
         def build(self, request: DataRequest) -> DataSplits:
             drawn.append(float(torch.rand(())))
             raise ZeroDivisionError

@@ -3,7 +3,7 @@
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import pytest
 import torch
@@ -177,6 +177,7 @@ def test_gradients_that_are_not_finalized_exactly_once_are_an_error(
     tmp_path: Path, calls: int
 ) -> None:
     class Finalizer(GradientFinalizer):
+        @override
         def __call__(self, *args: Any, **kwargs: Any) -> None:
             self.calls += calls
 

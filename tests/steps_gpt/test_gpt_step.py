@@ -1,7 +1,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, override
 
 import pytest
 import torch
@@ -424,6 +424,7 @@ class Recorder(torch.nn.Module):
         self.pg_collection = SimpleNamespace(cp=None, tp=None)
         self.calls: list[dict[str, Any]] = []
 
+    @override
     def forward(self, loss_mask: torch.Tensor | None = None, **arguments: Any) -> None:
         self.calls.append(arguments | {"loss_mask": loss_mask})
 
@@ -432,6 +433,7 @@ class Recorder(torch.nn.Module):
 
 
 class MasklessRecorder(Recorder):
+    @override
     def forward(  # type: ignore[override]
         self,
         input_ids: torch.Tensor,

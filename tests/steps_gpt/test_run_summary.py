@@ -1,7 +1,7 @@
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 from bridge.gpt.recipes import gpt_tiny
 from bridge.gpt.run_summary import RunSummary
@@ -15,6 +15,7 @@ from ranks import run_ranks
 class Listener(Callback):
     """Keeps the lines of the summary, and the evaluated samples."""
 
+    @override
     def on_train_end(self, context: CallbackContext) -> None:
         assert context.data is not None
         self.summary = list(context.summary)

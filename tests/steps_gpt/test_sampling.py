@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, override
 
 import pytest
 import torch
@@ -64,10 +64,12 @@ def test_tensor_parallel_ranks_draw_the_same_text_as_one() -> None:
 def test_padded_vocabulary_and_the_end_of_document_are_never_text() -> None:
     class Chatty(ByteTokenizer):
         @property
+        @override
         def vocab_size(self) -> int:
             return 3
 
         @property
+        @override
         def eod(self) -> int:
             return 2
 

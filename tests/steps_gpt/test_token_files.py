@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import override
 
 import pytest
 
@@ -52,6 +53,7 @@ def test_files_that_exist_are_never_overwritten(half: str, tmp_path: Path) -> No
 
 class _FailsInTheMiddle(ByteTokenizer):
     @property
+    @override
     def eod(self) -> int:
         raise OSError("disk full")
 
@@ -68,6 +70,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 class _IsKilled(ByteTokenizer):
     @property
+    @override
     def eod(self) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
         return 0

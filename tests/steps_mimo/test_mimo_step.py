@@ -1,7 +1,7 @@
 """The forward step: the inputs and outputs of each role, and the mistakes that it rejects."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, override
 
 import pytest
 import torch
@@ -99,6 +99,7 @@ class Recorder(torch.nn.Module):
         self.output = output
         self.given: set[str] = set()
 
+    @override
     def forward(self, **arguments: Any) -> tuple[Any, None]:
         self.given = {name for name, value in arguments.items() if value is not None}
         return self.output, None

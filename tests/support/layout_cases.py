@@ -6,7 +6,7 @@ milliseconds, and a step makes dozens.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, override
 
 from torch.nn import functional
 
@@ -71,6 +71,7 @@ class Objective:
     normalization: Literal["token", "microbatch"] = "token"
     pattern: Literal[1, 2] = 2
 
+    @override
     def __str__(self) -> str:
         return f"{self.normalization}, pattern {self.pattern}"
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, override
 
 import pytest
 import torch
@@ -103,6 +103,7 @@ class FaultySamples:
 class FaultyPerceptron(Perceptron):
     fails: bool = False
 
+    @override
     def build(self, *arguments: Any, **named: Any) -> torch.nn.Module:
         if self.fails:
             raise ValueError("the model fails")

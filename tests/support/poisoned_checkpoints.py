@@ -5,7 +5,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -20,6 +20,7 @@ class Poison:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
+    @override
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return os.mkdir, (str(self.marker),)
 

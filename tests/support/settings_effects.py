@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, override
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,6 +66,7 @@ class _Operations(TorchDispatchMode):
         self.counts: collections.Counter[str] = collections.Counter()
         self.transfers: list[str] = []
 
+    @override
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, override
 
 import torch
 
@@ -32,6 +32,7 @@ class TinyTransformer(TransformerConfig):
     num_attention_heads: int = 4
     seq_length: int = 16
 
+    @override
     def __post_init__(self) -> None:
         pass
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, override
 
 import torch
 from megatron.core.optimizer import OptimizerConfig
@@ -46,6 +46,7 @@ class OwnModule(torch.nn.Module):
         self.dropout = torch.nn.Dropout(dropout)
         self.outer = torch.nn.Linear(width, 1)
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.outer(self.dropout(torch.tanh(self.inner(x))))
         return output.squeeze(-1)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, override
 
 import torch
 
@@ -116,6 +116,7 @@ class Alternate(Callback):
         self.bare: list[float] = []
         self._resumed: float | None = None
 
+    @override
     def on_step_start(self, context: CallbackContext) -> None:
         """Between two blocks of ours, run and time one of the bare loop's."""
         if context.state.train_state.step % self.steps:

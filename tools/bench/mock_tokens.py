@@ -1,5 +1,7 @@
 """The random tokens of our ``dataset.mock=true``, for the side that does not have our datasets."""
 
+from typing import override
+
 import numpy as np
 import torch
 
@@ -25,6 +27,7 @@ class RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return self.samples
 
+    @override
     def __getitem__(self, index: int, /) -> dict[str, torch.Tensor]:
         # 0 is the training split.
         generator = np.random.default_rng([self.seed, 0, index])
