@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bridge.mimo.data.digits import HELD_OUT, IMAGE, QUESTION, DigitsDatasetConfig, load_digits
-from bridge.mimo.data.microbatches import Collate, number_of_items
+from bridge.mimo.data.microbatches import Collate, count_items
 from bridge.mimo.data.mock import MockDatasetConfig
-from bridge.mimo.data.samples import next_token_sample
+from bridge.mimo.data.samples import make_next_token_sample
 from bridge.mimo.recipes import mimo_digits
 from bridge.training.config import ConfigContainer, ConfigError, resolve
 from bridge.training.contracts import DataRequest, DataSplits
@@ -31,7 +31,7 @@ def built(config: ConfigContainer, modules: frozenset[str] | None = None) -> Dat
 
 class TestSamples:
     def test_a_label_is_the_next_token_where_it_counts(self) -> None:
-        made = next_token_sample([5, 6, 7], counted=[2], seq_length=4, padding=9)
+        made = make_next_token_sample([5, 6, 7], counted=[2], seq_length=4, padding=9)
         assert made["input_ids"].tolist() == [5, 6, 9, 9]
         assert made["labels"].tolist() == [0, 7, 0, 0]
         assert made["loss_mask"].tolist() == [0.0, 1.0, 0.0, 0.0]
@@ -45,7 +45,7 @@ class TestSamples:
         self, tokens: list[int], counted: list[int], says: str
     ) -> None:
         with pytest.raises(ValueError, match=says):
-            next_token_sample(tokens, counted=counted, seq_length=4, padding=0)
+            make_next_token_sample(tokens, counted=counted, seq_length=4, padding=0)
 
     def test_a_microbatch_has_the_items_of_all_samples_in_their_order(self) -> None:
         samples = [sample(2, 3), sample(0, 4), sample(1, 3, seed=5)]
@@ -54,7 +54,7 @@ class TestSamples:
         parts = [one["items"]["vision"]["pixels"] for one in samples]
         assert torch.equal(pixels, torch.cat(parts))
         assert made["item_counts"]["vision"].tolist() == [2, 0, 1]
-        assert number_of_items(made) == 3
+        assert count_items(made) == 3
         assert microbatch(sample(0, 4))["modality_inputs"] == {}
 
     def test_tokens_and_items_must_match(self) -> None:
@@ -118,7 +118,7 @@ class TestMock:
             assert torch.equal(both[index]["input_ids"], text[index]["input_ids"])
             number = len(both[index]["items"]["vision"]["pixels"])
             assert text[index]["items"]["vision"]["nothing"].shape == (number, 0)
-        assert number_of_items(microbatch(text[0], text[1])) == number_of_items(
+        assert count_items(microbatch(text[0], text[1])) == count_items(
             microbatch(both[0], both[1])
         )
 

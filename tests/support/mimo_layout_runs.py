@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from megatron.core.optimizer import OptimizerConfig
 
-from bridge.mimo.data.microbatches import number_of_items
+from bridge.mimo.data.microbatches import count_items
 from bridge.mimo.sections import ModuleParallelism
 from bridge.training.config import ConfigContainer, TrainConfig
 from bridge.training.contracts import DataRequest, DataSplits
@@ -130,7 +130,7 @@ class Chosen:
             validation=samples[: self.validation],
             shuffle=False,
             collate=lambda batch: microbatch(*batch, pack=self.pack),
-            items={"images": number_of_items},
+            items={"images": count_items},
         )
 
 

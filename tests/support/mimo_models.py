@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bridge.mimo.data.microbatches import Collate
 from bridge.mimo.data.mock import MockDatasetConfig
-from bridge.mimo.data.samples import next_token_sample
+from bridge.mimo.data.samples import make_next_token_sample
 from bridge.mimo.model import MultimodalModel
 from bridge.mimo.model_config import MultimodalModelConfig
 from bridge.mimo.sections import (
@@ -111,7 +111,7 @@ def sample(images: int, text: int, seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(VOCABULARY, (text,), generator=generator).tolist()
     tokens = [IMAGE] * (images * PER_IMAGE) + words
-    return next_token_sample(
+    return make_next_token_sample(
         tokens,
         counted=range(max(1, images * PER_IMAGE), len(tokens)),
         seq_length=SEQUENCE,

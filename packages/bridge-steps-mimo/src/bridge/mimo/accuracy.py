@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from bridge.training.callbacks import Callback, CallbackContext
 from bridge.training.megatron_import import quiet_import
-from bridge.training.mimo_step import inputs_of
+from bridge.training.mimo_step import read_inputs
 from bridge.training.usage_error import UsageError
 
 with quiet_import():
@@ -79,7 +79,7 @@ def count_step(
         their loss function, which returns ``[right labels, labels]`` (int64). Elsewhere the output
         of the modules there.
     """
-    batch = inputs_of(data_iterator, model)
+    batch = read_inputs(data_iterator, model)
     output, _ = model(**(batch | {"labels": None}))
     return output, partial(
         _count,

@@ -37,7 +37,7 @@ def assemble_model(
     own = next(iter(groups_by_module.values()))
     language_groups = groups_by_module.get(LANGUAGE, own)
     # A rank without a module specifies it all the same; megatron-core then does not build it.
-    language_spec = language.spec(language_groups)
+    language_spec = language.build_spec(language_groups)
     modality_specs = {
         name: _modality_spec(
             name,
@@ -71,14 +71,14 @@ def _modality_spec(
     groups: ProcessGroupCollection,
     language_spec: ModuleSpec,
 ) -> ModuleSpec:
-    projection_spec = projection.spec(
+    projection_spec = projection.build_spec(
         language_spec.params["config"], input_size=encoder.hidden_size, pg_collection=groups
     )
     return ModuleSpec(
         module=ImageModality,
         params={"pg_collection": groups},
         submodules={
-            "encoders": {ENCODER: encoder.spec(f"model.encoders.{name}", groups)},
+            "encoders": {ENCODER: encoder.build_spec(f"model.encoders.{name}", groups)},
             "input_projections": [projection_spec],
         },
     )

@@ -83,8 +83,8 @@ class LanguageModelConfig(ModuleSection, LanguageModelSection):
     """Tokens of a sample, those that stand for images included; also the number of learned
     positions."""
 
-    def spec(self, pg_collection: "ProcessGroupCollection") -> ModuleSpec:
-        """Specify the stage of the model on a rank.
+    def build_spec(self, pg_collection: "ProcessGroupCollection") -> ModuleSpec:
+        """Return the specification of the stage that is on a rank.
 
         Args:
             pg_collection: The process groups of the language model.
@@ -131,8 +131,8 @@ class VisionEncoderConfig(ModuleSection):
         """Embeddings of an image, and special tokens for it."""
         return (self.image_size // self.patch_size) ** 2
 
-    def spec(self, path: str, pg_collection: "ProcessGroupCollection") -> ModuleSpec:
-        """Specify the encoder.
+    def build_spec(self, path: str, pg_collection: "ProcessGroupCollection") -> ModuleSpec:
+        """Return the specification of the encoder.
 
         Args:
             path: Path of the section.
@@ -177,14 +177,14 @@ class ProjectionConfig:
     kind: Literal["linear", "mlp"] = "linear"
     """linear: one matrix. mlp: two with a GELU between them, of the language model's width."""
 
-    def spec(
+    def build_spec(
         self,
         language: TransformerConfig,
         *,
         input_size: int,
         pg_collection: "ProcessGroupCollection",
     ) -> ModuleSpec:
-        """Specify the projection.
+        """Return the specification of the projection.
 
         Args:
             language: The finalized language model.

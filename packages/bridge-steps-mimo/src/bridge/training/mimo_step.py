@@ -72,7 +72,7 @@ def forward_step(
         )
     role: RankRole = unwrap_model(model).role
     state.timers("batch-generator", log_level=2).start()
-    values = inputs_of(data_iterator, model)
+    values = read_inputs(data_iterator, model)
     state.timers("batch-generator").stop()
     output, loss_mask = model(**values)
     if not role.is_last_stage(MIMO_LANGUAGE_MODULE_KEY):
@@ -88,7 +88,7 @@ def forward_step(
     return output, partial(loss_func, values["loss_mask"] if loss_mask is None else loss_mask)
 
 
-def inputs_of(
+def read_inputs(
     data_iterator: Iterator[Mapping[str, Any]] | None, model: torch.nn.Module
 ) -> dict[str, Any]:
     """Read a microbatch, and return the model's arguments on this rank.
@@ -109,7 +109,7 @@ def inputs_of(
     sample = None if data_iterator is None else next(data_iterator, None)
     if sample is None and not required:
         return values
-    values |= _checked(sample, required, wanted)
+    values |= _select_required(sample, required, wanted)
     ending = [name for name in role.modality_module_names if role.is_last_stage(name)]
     if role.mode is ModuleLayout.NON_COLOCATED and sample is not None and ending:
         values["embeddings_per_sample"] = {
@@ -119,7 +119,7 @@ def inputs_of(
         if not any(role.is_first_stage(name) for name in role.modules):
             # The host has counted them; the device needs none.
             values["input_ids"] = None
-    moved: dict[str, Any] = _moved(values, torch.cuda.current_device())
+    moved: dict[str, Any] = _move_to_device(values, torch.cuda.current_device())
     return moved
 
 
@@ -166,11 +166,11 @@ def get_batch(
     sample = None if data_iterator is None else next(data_iterator, None)
     if sample is None:
         return None
-    moved: dict[str, Any] = _moved(_present(sample, keys), torch.cuda.current_device())
+    moved: dict[str, Any] = _move_to_device(_select(sample, keys), torch.cuda.current_device())
     return moved
 
 
-def _present(sample: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+def _select(sample: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     return {key: sample[key] for key in keys if sample.get(key) is not None}
 
 
@@ -211,7 +211,7 @@ def _embeddings_per_sample(sample: Mapping[str, Any], name: str, token: int) -> 
     return [int(count) for count in counts.tolist()]
 
 
-def _checked(
+def _select_required(
     sample: Mapping[str, Any] | None,
     required: Mapping[str, Collection[str]],
     wanted: Collection[str],
@@ -226,7 +226,7 @@ def _checked(
             f"rank {_rank()}, {' and '.join(required)}: there is no microbatch (no data iterator, "
             "or it is exhausted); give this rank an iterator over its microbatches"
         )
-    batch = _present(sample, wanted)
+    batch = _select(sample, wanted)
     for stage, keys in required.items():
         missing = [key for key in keys if key not in batch]
         if missing:
@@ -246,12 +246,12 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def _moved(value: Any, device: Any) -> Any:
+def _move_to_device(value: Any, device: Any) -> Any:
     """Return a nested structure with its tensors moved to a device."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: _move_to_device(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(_move_to_device(item, device) for item in value)
     return value

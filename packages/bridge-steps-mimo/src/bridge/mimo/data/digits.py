@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bridge.mimo.data.microbatches import Collate, number_of_items
-from bridge.mimo.data.rank_images import loads_images, unloaded_images
-from bridge.mimo.data.samples import next_token_sample
+from bridge.mimo.data.microbatches import Collate, count_items
+from bridge.mimo.data.rank_images import make_unloaded_images, should_load_images
+from bridge.mimo.data.samples import make_next_token_sample
 from bridge.mimo.model_config import MultimodalModelConfig
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits
@@ -94,20 +94,20 @@ class DigitsDatasetConfig:
         trained[HELD_OUT] = False
         options: dict[str, Any] = {
             "modality": self.modality,
-            "with_images": loads_images(request, self.modality),
+            "with_images": should_load_images(request, self.modality),
         }
         return DataSplits(
-            train=AnsweredDigits(
+            train=DigitSamples(
                 images[trained], digits[trained], model, views=self.views, **options
             ),
-            validation=AnsweredDigits(images[~trained], digits[~trained], model, **options),
+            validation=DigitSamples(images[~trained], digits[~trained], model, **options),
             collate=Collate.for_model(model),
-            items={"images": number_of_items},
+            items={"images": count_items},
             notes={"images": int(trained.sum()), "held-out images": int((~trained).sum())},
         )
 
 
-class AnsweredDigits:
+class DigitSamples:
     """Samples of images: all of them as they are, then all in another view, and so on.
 
     Args:
@@ -140,11 +140,11 @@ class AnsweredDigits:
         view, number = divmod(index, len(self._digits))
         image = self._images[number] if self._with_images else None
         if image is not None and view > 0:
-            image = _another_view(image, torch.Generator().manual_seed(index))
-        return answer_sample(self._model, self._digits[number], image, modality=self._modality)
+            image = _distort(image, torch.Generator().manual_seed(index))
+        return make_answer_sample(self._model, self._digits[number], image, modality=self._modality)
 
 
-def _another_view(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _distort(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Turn an image by up to 12 degrees, scale it by up to a tenth, move it by up to a pixel."""
     turn, scale, down, right = (2 * torch.rand(4, generator=generator) - 1).tolist()
     angle, scale = turn * math.radians(12), 1 + 0.1 * scale
@@ -170,7 +170,7 @@ def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
     return images.unsqueeze(1), torch.tensor(bundle.target)
 
 
-def answer_sample(
+def make_answer_sample(
     model: MultimodalModelConfig,
     digit: int,
     image: torch.Tensor | None,
@@ -179,8 +179,8 @@ def answer_sample(
 ) -> dict[str, Any]:
     """Return the sample of one image, [1, 8, 8]; None on a rank that does not load images."""
     tokens = [IMAGE] * model.encoders[modality].tokens_per_image
-    pixels = unloaded_images(1) if image is None else {"pixels": image.unsqueeze(0)}
-    return next_token_sample(
+    pixels = make_unloaded_images(1) if image is None else {"pixels": image.unsqueeze(0)}
+    return make_next_token_sample(
         [*tokens, QUESTION, digit],
         counted=[len(tokens) + 1],
         seq_length=model.seq_length,

@@ -7,13 +7,13 @@ from typing import Any, Self
 import torch
 
 from bridge.mimo.data.packing import pack
-from bridge.mimo.data.samples import TOKEN_KEYS, padding_token, sample_length
+from bridge.mimo.data.samples import TOKEN_KEYS, find_padding_token, measure_sample
 from bridge.mimo.model_config import MultimodalModelConfig
 from bridge.mimo.modules import ENCODER
 from bridge.training.usage_error import UsageError
 
 
-def number_of_items(microbatch: Mapping[str, Any]) -> int:
+def count_items(microbatch: Mapping[str, Any]) -> int:
     """Count the items of a microbatch that `Collate` made, of all modalities."""
     return sum(int(counts.sum()) for counts in microbatch["item_counts"].values())
 
@@ -62,7 +62,7 @@ class Collate:
             self._check(sample, index)
         microbatch: dict[str, Any]
         if self.pack:
-            padding = padding_token(self.special_token_ids.values())
+            padding = find_padding_token(self.special_token_ids.values())
             microbatch = pack(samples, multiple_of=self.multiple_of, padding=padding)
         else:
             microbatch = {
@@ -85,7 +85,7 @@ class Collate:
         return next((len(value) for value in sample["items"].get(name, {}).values()), 0)
 
     def _check(self, sample: Mapping[str, Any], index: int) -> None:
-        length = sample_length(sample, index)
+        length = measure_sample(sample, index)
         if unknown := sorted(sample["items"].keys() - self.tokens_per_item.keys()):
             raise UsageError(
                 f"sample {index} of a microbatch has items of {unknown[0]!r}, and the model has "

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from bridge.mimo.data.microbatches import Collate, number_of_items
-from bridge.mimo.data.rank_images import loads_images, unloaded_images
-from bridge.mimo.data.samples import next_token_sample, padding_token
+from bridge.mimo.data.microbatches import Collate, count_items
+from bridge.mimo.data.rank_images import make_unloaded_images, should_load_images
+from bridge.mimo.data.samples import find_padding_token, make_next_token_sample
 from bridge.mimo.model_config import MultimodalModelConfig
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits
@@ -65,7 +65,7 @@ class MockDatasetConfig:
             validation=_MockSamples(self, request, first=self.size, size=self.validation_size),
             shuffle=False,
             collate=Collate.for_model(model, pack=self.pack),
-            items={"images": number_of_items},
+            items={"images": count_items},
         )
 
 
@@ -76,7 +76,7 @@ class _MockSamples:
         model = request.config.model
         assert isinstance(model, MultimodalModelConfig)
         self._config, self._model = config, model
-        self._loaded = {name for name in model.encoders if loads_images(request, name)}
+        self._loaded = {name for name in model.encoders if should_load_images(request, name)}
         self._first, self._size = first, size
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ class _MockSamples:
             number = int(torch.randint(low, high, (), generator=generator))
             tokens += [model.special_token_ids[name]] * (number * encoder.tokens_per_image)
             if name not in self._loaded:
-                items[name] = unloaded_images(number)
+                items[name] = make_unloaded_images(number)
                 continue
             shape = (number, encoder.num_channels, encoder.image_size, encoder.image_size)
             # A generator of its own: the text is the same where no image is drawn.
@@ -104,9 +104,9 @@ class _MockSamples:
         text = torch.randint(
             model.language.vocab_size, (length - images,), generator=generator
         ).tolist()
-        padding = padding_token(special)
+        padding = find_padding_token(special)
         tokens += [padding if token in special else token for token in text]
-        return next_token_sample(
+        return make_next_token_sample(
             tokens,
             counted=range(max(1, images), length),
             seq_length=model.seq_length,

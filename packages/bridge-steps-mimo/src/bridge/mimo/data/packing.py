@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bridge.mimo.data.samples import TOKEN_KEYS, sample_length
+from bridge.mimo.data.samples import TOKEN_KEYS, measure_sample
 from bridge.training.usage_error import UsageError
 
 
@@ -17,7 +17,7 @@ def pack(
     """Put samples into one row, without their padding; none of them attends to another.
 
     Args:
-        samples: What `next_token_sample` makes.
+        samples: What `make_next_token_sample` makes.
         multiple_of: The row is padded to a multiple of this, with a sample that is not counted.
         padding: The token of that sample.
 
@@ -32,7 +32,7 @@ def pack(
         raise UsageError(
             f"pack: {len(samples)} samples and multiple_of={multiple_of}; give at least 1 of each"
         )
-    lengths = [sample_length(sample, index) for index, sample in enumerate(samples)]
+    lengths = [measure_sample(sample, index) for index, sample in enumerate(samples)]
     missing = -sum(lengths) % multiple_of
     row: dict[str, Any] = {
         key: functional.pad(

@@ -10,11 +10,11 @@ import torch
 from bridge.training.contracts import DataRequest
 
 
-def loads_images(request: DataRequest, modality: str) -> bool:
+def should_load_images(request: DataRequest, modality: str) -> bool:
     """Whether this rank loads the items of a modality."""
     return request.modules is None or modality in request.modules
 
 
-def unloaded_images(number: int) -> dict[str, torch.Tensor]:
+def make_unloaded_images(number: int) -> dict[str, torch.Tensor]:
     """Return the items of a sample on a rank that does not load them: their number alone."""
     return {"nothing": torch.empty(number, 0)}

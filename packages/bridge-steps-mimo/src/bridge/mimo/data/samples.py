@@ -20,7 +20,7 @@ TOKEN_KEYS = ("input_ids", "labels", "loss_mask", "position_ids")
 """The tensors of a sample that have a value for each token."""
 
 
-def next_token_sample(
+def make_next_token_sample(
     tokens: Sequence[int],
     *,
     counted: Collection[int],
@@ -68,17 +68,17 @@ def next_token_sample(
     }
 
 
-def padding_token(special_token_ids: Collection[int]) -> int:
+def find_padding_token(special_token_ids: Collection[int]) -> int:
     """Return the smallest token that stands for no embedding."""
     tokens = range(len(special_token_ids) + 1)
     return next(token for token in tokens if token not in special_token_ids)
 
 
-def sample_length(sample: Mapping[str, Any], index: int) -> int:
+def measure_sample(sample: Mapping[str, Any], index: int) -> int:
     """Return the number of tokens of a sample before its padding.
 
     Args:
-        sample: What `next_token_sample` makes.
+        sample: What `make_next_token_sample` makes.
         index: Its number within the microbatch, for the message.
 
     Raises:
