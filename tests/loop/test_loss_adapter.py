@@ -34,7 +34,7 @@ WEIGHT = 3.0
 class Outcome:
     gradients: list[float]
     values: dict[str, float | None]
-    alarm: bool
+    flag: bool
 
 
 def token_batch(loss_sum: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +127,7 @@ def run_schedule(
     adapter = LossAdapter(
         forward_step,
         normalization=normalization,
-        token_slots=SLOTS,
+        padded_tokens=SLOTS,
         context_parallel_size=context,
         context_parallel_group=groups.cp,
     )
@@ -150,9 +150,9 @@ def run_schedule(
         context_parallel_size=context,
         context_parallel_group=groups.cp,
     )
-    reduced = reducer.reduce(records, alarm=adapter.watch.alarm())
+    reduced = reducer.reduce(records, anomaly_flag=adapter.watch.anomaly_flag())
     gradients = [float(weight.main_grad) for weight in model.parameters()]  # type: ignore[attr-defined]
-    return Outcome(gradients, reduced.to_dict(), reduced.alarm)
+    return Outcome(gradients, reduced.to_dict(), reduced.has_anomaly)
 
 
 LOSS_FUNCS = {1: own_mean, 2: sum_and_count}
@@ -165,7 +165,7 @@ def test_gradient_and_logged_loss_are_the_token_mean(case: str) -> None:
         assert outcome.gradients == [pytest.approx(float(want or 0), rel=1e-6)]
         logged = None if want is None else pytest.approx(WEIGHT * float(want), rel=1e-6)
         assert outcome.values == {"lm loss": logged}
-        assert not outcome.alarm
+        assert not outcome.flag
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -289,7 +289,7 @@ def adapter_of(
     adapter = LossAdapter(
         lambda data_iterator, model: (given, loss_func),
         normalization=normalization,
-        token_slots=8,
+        padded_tokens=8,
         **arguments,
     )
 
@@ -337,7 +337,7 @@ def test_a_value_that_cannot_be_a_loss_is_rejected_with_the_accepted_forms(
 def test_a_forward_step_without_a_loss_function_is_rejected_on_the_last_stage() -> None:
     with pytest.raises(ValueError, match="None for loss_func on the last pipeline stage"):
         adapter_of(None)[1]()
-    adapter = LossAdapter(lambda data, model: torch.ones(1), normalization="token", token_slots=1)
+    adapter = LossAdapter(lambda data, model: torch.ones(1), normalization="token", padded_tokens=1)
     with pytest.raises(ValueError, match=r"return \(output, loss_func\)"):
         adapter(None, torch.nn.Identity())
 
@@ -386,7 +386,7 @@ def test_megatron_may_rescale_and_free_what_it_gets_without_touching_the_users_t
 def test_low_precision_losses_are_scaled_in_float32(dtype: torch.dtype) -> None:
     output = torch.tensor([256.0, 0.0], dtype=dtype, requires_grad=True)
     adapter, run = adapter_of(lambda o: (o.sum(), {}), output=output)
-    adapter.token_slots = 2**20
+    adapter.padded_tokens = 2**20
     loss, slots, record = run()
     assert loss.dtype == record.loss.dtype == torch.float32
     assert loss.item() == 2.0**28
@@ -448,13 +448,13 @@ def test_the_schedule_plan_is_asked_for_only_where_megatron_wants_one() -> None:
     def forward_step(data: Any, model: Any, return_schedule_plan: bool = False) -> Any:
         return return_schedule_plan, lambda output: (output, {})
 
-    adapter = LossAdapter(forward_step, normalization="token", token_slots=1)
+    adapter = LossAdapter(forward_step, normalization="token", padded_tokens=1)
     assert adapter(None, torch.nn.Identity())[0] is False
     assert adapter(None, torch.nn.Identity(), return_schedule_plan=True)[0] is True
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"token_slots": 0}, {"token_slots": 8, "context_parallel_size": 2}]
+    "arguments", [{"padded_tokens": 0}, {"padded_tokens": 8, "context_parallel_size": 2}]
 )
 def test_impossible_settings_are_rejected(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(reversed(arguments))):
@@ -476,7 +476,7 @@ def test_a_nan_prediction_raises_the_anomaly_flag_and_no_valid_token_does_not() 
         output = torch.tensor(losses, requires_grad=True)
         adapter, run = adapter_of(partial(masked_token_loss, torch.tensor(mask)), output=output)
         run()
-        return bool(adapter.watch.alarm())
+        return bool(adapter.watch.anomaly_flag())
 
     assert trial([1.0, NAN], [1, 1])
     assert not trial([1.0, NAN], [1, 0])
@@ -506,9 +506,10 @@ def test_nothing_waits_for_the_gpu_before_the_metrics_are_read(
         adapter.watch.start("step 1")
         torch.cuda.set_sync_debug_mode("error")
         try:
-            reduced = reducer.reduce([run()[-1] for _ in range(3)], alarm=adapter.watch.alarm())
+            records = [run()[-1] for _ in range(3)]
+            reduced = reducer.reduce(records, anomaly_flag=adapter.watch.anomaly_flag())
             adapter.watch.clear()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert reduced.to_dict() == want
-        assert not reduced.alarm
+        assert not reduced.has_anomaly

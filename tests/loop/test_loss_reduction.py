@@ -216,10 +216,10 @@ def test_accumulates_sums_over_batches_and_starts_afresh_after_a_reduction() -> 
 
 
 def test_the_result_can_be_asked_for_again_and_changed_by_nobody() -> None:
-    reduced = alone().reduce([record(a=1.0)], alarm=torch.tensor(1.0))
+    reduced = alone().reduce([record(a=1.0)], anomaly_flag=torch.tensor(1.0))
     reduced.to_dict()["a"] = 5.0
     assert reduced.to_dict() == {"a": 1.0}
-    assert reduced.alarm
+    assert reduced.has_anomaly
 
 
 def test_what_happens_to_a_reported_tensor_later_does_not_matter() -> None:
@@ -233,12 +233,12 @@ def test_what_happens_to_a_reported_tensor_later_does_not_matter() -> None:
 def on_every_rank(
     records_of: Callable[[int], list[MicrobatchRecord]],
     contributes_of: Callable[[int], bool] = lambda rank: True,
-    alarm_of: Callable[[int], torch.Tensor | None] = lambda rank: None,
+    flag_of: Callable[[int], torch.Tensor | None] = lambda rank: None,
 ) -> tuple[dict[str, float | None], bool]:
     rank = dist.get_rank()
     reducer = alone(contributes=contributes_of(rank))
-    reduced = reducer.reduce(records_of(rank), alarm=alarm_of(rank))
-    return reduced.to_dict(), reduced.alarm
+    reduced = reducer.reduce(records_of(rank), anomaly_flag=flag_of(rank))
+    return reduced.to_dict(), reduced.has_anomaly
 
 
 def test_every_rank_gets_the_same_values_over_all_ranks() -> None:
@@ -249,9 +249,9 @@ def test_every_rank_gets_the_same_values_over_all_ranks() -> None:
         ]
 
     results = run_ranks(3, on_every_rank, records_of)
-    values, alarm = results[0]
+    values, flag = results[0]
     assert all(result == results[0] for result in results)
-    assert not alarm
+    assert not flag
     assert values == pytest.approx(
         {"t": (0.1 + 1.1 + 2.1 + 1 / 3) / 6, "m": 1 / 3, "s": 0.3, "x": -0.5, "only_on_two": 1 / 7}
     )
@@ -269,10 +269,10 @@ def test_ranks_without_the_loss_learn_it_and_add_nothing() -> None:
 
 @pytest.mark.parametrize("ringing", [0, 1])
 def test_an_anomaly_flag_of_one_rank_reaches_all(ringing: int) -> None:
-    def alarm_of(rank: int) -> torch.Tensor | None:
+    def flag_of(rank: int) -> torch.Tensor | None:
         return torch.tensor(float(rank == ringing)) if rank != 2 else None
 
-    results = run_ranks(3, on_every_rank, lambda rank: [record(a=1.0)], lambda rank: True, alarm_of)
+    results = run_ranks(3, on_every_rank, lambda rank: [record(a=1.0)], lambda rank: True, flag_of)
     assert results == [({"a": 1.0}, True)] * 3
 
 

@@ -59,9 +59,9 @@ def test_the_first_loss_that_is_not_finite_is_named(bad: float, factor: float | 
     for step in range(1, 400):
         one_step(watch, step, [1.0, *[bad if step >= 350 else 1.0] * 2], factor)
 
-    alarm = watch.alarm()
-    assert alarm is not None
-    assert alarm.item() == 1.0
+    flag = watch.anomaly_flag()
+    assert flag is not None
+    assert flag.item() == 1.0
     message = f"rank 0: {bad} at step 350, microbatch 1 \\(and 99 later\\)$"
     with pytest.raises(FloatingPointError, match=message):
         watch.check(settings())
@@ -70,9 +70,9 @@ def test_the_first_loss_that_is_not_finite_is_named(bad: float, factor: float | 
 
 def test_clearing_forgets_only_what_the_anomaly_flag_covered() -> None:
     watch = watch_of([1.0, 1.0])
-    alarm = watch.alarm()
-    assert alarm is not None
-    assert alarm.item() == 0.0
+    flag = watch.anomaly_flag()
+    assert flag is not None
+    assert flag.item() == 0.0
     watch.start("step 2")
     watch.add(torch.tensor(1.0))
     watch.add(torch.tensor(NAN))
@@ -83,7 +83,7 @@ def test_clearing_forgets_only_what_the_anomaly_flag_covered() -> None:
 
 def test_clearing_within_a_step_keeps_the_microbatchs_number() -> None:
     watch = watch_of([1.0, 1.0])
-    watch.alarm()
+    watch.anomaly_flag()
     watch.clear()
     watch.add(torch.tensor(NAN))
     with pytest.raises(FloatingPointError, match="nan at step 1, microbatch 2$"):
@@ -314,7 +314,7 @@ def test_all_ranks_skip_the_step_of_one_rank(
         watch.end_step()
         train = settings(nan_action=nan_action, spike_factor=3.0, spike_action=spike_action)
         try:
-            return watch.leaves_out_step(train)
+            return watch.should_skip_step(train)
         except FloatingPointError as error:
             return str(error)
 
@@ -329,7 +329,7 @@ def test_only_the_present_step_is_skipped_and_earlier_losses_stay_unread() -> No
         found: list[Any] = []
         for step, losses in ((21, [2.0]), (22, [NAN]), (23, [2.0]), (24, [50.0]), (25, [2.0])):
             one_step(watch, step, losses)
-            found.append(watch.leaves_out_step(train))
+            found.append(watch.should_skip_step(train))
         return [*found, watch.check(train)]
 
     (found,) = run_ranks(1, body)
@@ -342,7 +342,7 @@ def test_losses_that_all_ranks_have_looked_at_are_not_kept() -> None:
         watch = warmed_up()
         for step in range(21, 100):
             one_step(watch, step, [2.0])
-            watch.leaves_out_step(settings(nan_action="skip"))
+            watch.should_skip_step(settings(nan_action="skip"))
         return sum(block.numel() for block in watch._blocks)
 
     assert run_ranks(1, body) == [0]
@@ -364,10 +364,10 @@ def test_nothing_waits_for_the_gpu_before_someone_looks(factor: float | None) ->
             for loss in losses:
                 watch.add(loss, count)
             watch.end_step()
-            assert not watch.leaves_out_step(settings(spike_factor=factor))
-        alarm = watch.alarm()
+            assert not watch.should_skip_step(settings(spike_factor=factor))
+        flag = watch.anomaly_flag()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert alarm is not None
-    assert alarm.item() == (factor is not None)
+    assert flag is not None
+    assert flag.item() == (factor is not None)
     assert len(watch.check(settings(spike_factor=factor))) == (factor is not None)

@@ -38,7 +38,7 @@ _kept: list[BaseException] = []
 @pytest.fixture(autouse=True)
 def _short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failure_watch, "SECONDS_TO_NOTICE", NOTICE)
-    monkeypatch.setattr(failure_watch, "SECONDS_TO_HEAR", 10.0)  # On a busy machine.
+    monkeypatch.setattr(failure_watch, "SECONDS_TO_READ", 10.0)  # On a busy machine.
 
 
 def rank() -> int:

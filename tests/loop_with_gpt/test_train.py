@@ -188,7 +188,7 @@ def test_gradients_that_are_not_finalized_exactly_once_are_an_error(
                 one_step(run)
             return str(error.value)
 
-    assert f"finalised the gradients {calls} times" in run_ranks(1, body, timeout=120)[0]
+    assert f"finalized the gradients {calls} times" in run_ranks(1, body, timeout=120)[0]
 
 
 def test_a_model_without_the_hooks_is_rejected(tmp_path: Path) -> None:

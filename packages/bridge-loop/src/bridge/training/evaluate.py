@@ -1,10 +1,13 @@
 """Evaluation: the training schedule, forward only, and the same reduction as in training.
 
 Every sample of a set counts once (`bridge.training.data.evaluation_plan`). The value of a metric is
-the sum over the whole set of its sums, divided by the sum of its counts: it does not depend on
-batch sizes or on the layout. A mean of pattern 1 weighs each microbatch by its samples, and so does
-the mean of microbatches' means of train.loss_normalization=microbatch. That one depends on the
-sizes of the microbatches, as in training, and so on the layout for the samples that fill none.
+
+    sum of its sums over the set / sum of its counts over the set
+
+and depends neither on batch sizes nor on the layout. A mean of pattern 1 weighs each microbatch by
+its samples, and so does the mean of microbatches' means with train.loss_normalization=microbatch.
+The latter depends on the sizes of the microbatches, as in training, and so on the layout for the
+samples that fill no microbatch.
 """
 
 import contextlib
@@ -18,7 +21,8 @@ import torch.distributed as dist
 from bridge.training.contracts import ModelRanks
 from bridge.training.data.evaluation_plan import EvaluationCall, plan_of_run
 from bridge.training.loss.adapter import LossAdapter
-from bridge.training.loss.reducer import MetricReducer, ReducedMetrics
+from bridge.training.loss.reduced import ReducedMetrics
+from bridge.training.loss.reducer import MetricReducer
 from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.ranks.collectives import largest_of_all
 from bridge.training.ranks.model_ranks import to_model_ranks
@@ -32,26 +36,25 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, frozen=True)
 class EvaluationResult:
-    """What an evaluation found, equal on every rank but for what it collected."""
+    """The result of an evaluation; all but `non_loss_data` is equal on every rank."""
 
     metrics: Mapping[str, float | None]
     """By name; None where no token counted."""
     samples: int
-    """Samples that were evaluated, over all ranks, each once: those of the microbatches that were
-    reduced."""
+    """Samples of the reduced microbatches, over all ranks, each counted once."""
     planned_samples: int
-    """Samples that were asked for."""
+    """The argument num_samples."""
     tokens: int | None
-    """Tokens in their losses, over all ranks; None if the loss function counts none (pattern 1),
-    and where it was not asked for a loss."""
+    """Tokens in their losses, over all ranks; None if the loss function counts none (pattern 1), or
+    collects data instead of a loss."""
     complete: bool
     """Whether all planned samples were evaluated; False if `stop` ended the evaluation before."""
     non_loss_data: list[Any]
-    """What the loss function collected on this rank, one item a microbatch in the order of the
-    data, on the last pipeline stage; empty on the others."""
+    """The data that the loss function collected on this rank, one item a microbatch in the order of
+    the data, on the last pipeline stage; empty on the others."""
 
 
-def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` takes it
+def evaluate(  # noqa: PLR0913  # as `train_step` takes them
     forward_step: LossAdapter,
     data_iterator: list[Iterator[Any]],
     model: list[torch.nn.Module],
@@ -70,27 +73,27 @@ def evaluate(  # noqa: PLR0913  # what an evaluation needs, as `train_step` take
     Args:
         forward_step: The user's forward step, adapted (`bridge.training.setup`).
         data_iterator: One iterator of this rank's microbatches for each model chunk, as
-            `bridge.training.data.run_data.RunData.evaluation` gives them: of
+            `bridge.training.data.run_data.RunData.evaluation` returns them: of
             `train.micro_batch_size` samples, where `num_samples` is a multiple of micro batch size
-            x data-parallel size; else smaller ones come last, as
-            `bridge.training.data.evaluation_plan.plan_of_run` says.
+            x data-parallel size. Else smaller ones come last
+            (`bridge.training.data.evaluation_plan.plan_of_run`).
         model: This rank's model chunks.
         state: The run's state.
         num_samples: Samples over all ranks.
         pg_collection: The process groups.
-        reducer: Knows how the metrics are reduced; what is accumulated in it stays as it is.
+        reducer: Reduces the metrics; its accumulated metrics stay as they are.
         collect_non_loss_data: Call the loss function for its data instead of its loss (pattern 3);
             the metrics are then empty, and the state's counters stay as they are.
-        stop: Asked on every rank after each global batch but the last; the evaluation ends there
+        stop: Called on every rank after each global batch but the last; the evaluation ends there
             if it is true on any of them.
         control_group: The ranks that agree on `stop`, over gloo; the default group if None.
-        name: What messages call the data.
+        name: The name of the data in messages.
 
     Raises:
         UsageError: `collect_non_loss_data` would return a sample several times, as microbatches of
-            this layout hold several.
-        RuntimeError: Not every planned sample was observed, or the forward step drew neither none
-            nor all of a rank's microbatches; on every rank.
+            this layout hold several samples.
+        RuntimeError: Not every planned sample was observed, or the forward step drew some but not
+            all of a rank's microbatches; on every rank.
     """
     ranks = to_model_ranks(pg_collection)
     batches = plan_of_run(state.cfg, ranks, num_samples, is_interleaved=len(model) > 1)
@@ -157,13 +160,13 @@ def _reject_repeated_samples(
 
 
 def _evaluate(schedule: Schedule, call: EvaluationCall, reducer: MetricReducer) -> None:
-    """Run one call of the schedule, and add what its microbatches reported to the reducer."""
+    """Run one call of the schedule, and add the records of its microbatches to the reducer."""
     records = _run(schedule, call)
     reducer.accumulate(records, weight=call.weight, copies=call.copies)
 
 
 def _collect(schedule: Schedule, call: EvaluationCall, reducer: MetricReducer) -> list[Any]:
-    """Run one call of the schedule; count its microbatches and return what they collected."""
+    """Run one call of the schedule; count its microbatches and return the data of each."""
     collected = _run(schedule, call, collect_non_loss_data=True)
     reducer.count(len(collected), weight=call.weight)
     return collected
@@ -193,8 +196,8 @@ def _reduce(
         RuntimeError: A rank drew another number; on every rank.
     """
     problem = next(filter(None, (iterator.problem(planned) for iterator in iterators)), None)
-    reduced = reducer.reduce(alarm=torch.tensor(float(problem is not None)))
-    if reduced.alarm:
+    reduced = reducer.reduce(anomaly_flag=torch.tensor(float(problem is not None)))
+    if reduced.has_anomaly:
         raise RuntimeError(
             f"evaluate: the forward step {problem or 'on another rank drew another number'} of the "
             f"{planned} planned microbatches; draw one with each call, or none on this rank at all"
@@ -207,7 +210,7 @@ def _microbatches(batches: Sequence[Sequence[EvaluationCall]]) -> int:
 
 
 class _Counted(Iterator[Any]):
-    """Counts what a forward step draws of this rank's planned microbatches."""
+    """An iterator that counts how many of the planned microbatches a forward step draws."""
 
     def __init__(self, iterator: Iterator[Any], planned: int) -> None:
         self._iterator = iterator
@@ -232,13 +235,13 @@ class _Counted(Iterator[Any]):
         return item
 
     def problem(self, done: int) -> str | None:
-        """Say that only a part of the microbatches was drawn; none is a rank that reads nothing."""
+        """Return a problem if some but not all were drawn; a rank that reads nothing draws none."""
         return None if self._drawn in (0, done) else f"drew {self._drawn}"
 
 
 @contextlib.contextmanager
 def _evaluation_mode(model: list[torch.nn.Module]) -> Iterator[None]:
-    """Let the model compute without gradients, dropout and megatron-core's timers."""
+    """Put the model in eval mode, without gradients and megatron-core's timers."""
     from megatron.core.utils import get_model_config
 
     modes = [(module, module.training) for chunk in model for module in chunk.modules()]
@@ -246,13 +249,13 @@ def _evaluation_mode(model: list[torch.nn.Module]) -> Iterator[None]:
     timers = config.timers
     try:
         with parameters_in_sync(model), torch.no_grad():
-            # They measure steps.
+            # The timers measure steps.
             config.timers = None
             for chunk in model:
                 chunk.eval()
             yield
     finally:
         config.timers = timers
-        # Not chunk.train(), which would wake what the user has put to sleep, such as frozen parts.
+        # Not chunk.train(): the user may have put modules in eval mode, such as frozen ones.
         for module, mode in modes:
             module.training = mode

@@ -190,7 +190,7 @@ class Evaluations:
         return LossAdapter(
             prepare_forward_step_func(forward_step_func, self._parts.state),
             normalization=self._parts.config.train.loss_normalization,
-            token_slots=1,
+            padded_tokens=1,
         )
 
 

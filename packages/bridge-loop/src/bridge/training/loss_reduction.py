@@ -11,7 +11,8 @@ from bridge.training.loss.metrics import (
     token_mean,
     total,
 )
-from bridge.training.loss.reducer import MetricReducer, ReducedMetrics
+from bridge.training.loss.reduced import ReducedMetrics
+from bridge.training.loss.reducer import MetricReducer
 
 __all__ = [
     "Metric",

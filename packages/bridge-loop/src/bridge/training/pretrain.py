@@ -10,7 +10,7 @@ from typing import Any, Literal
 from bridge.training.callbacks import Callbacks
 from bridge.training.config import ConfigContainer, resolve
 from bridge.training.launchers import rank_environment
-from bridge.training.ranks.failure_watch import PeerWatch
+from bridge.training.ranks.failure_watch import FailureWatch
 from bridge.training.ranks.groups import choose_device, ranks_of
 from bridge.training.ranks.launcher_store import is_logging_rank, world_size
 from bridge.training.reporting.progress import Progress
@@ -92,9 +92,9 @@ def carry_out(
         on_failure: As for `pretrain`.
         resume_line: As for `pretrain`.
     """
-    with PeerWatch(on_failure) as peers, contextlib.ExitStack() as stack:
+    with FailureWatch(on_failure) as peers, contextlib.ExitStack() as stack:
         # The live line ends before a failure is told.
-        with peers.told_at_once(), Progress(enabled=is_logging_rank()) as progress:
+        with peers.reporting(), Progress(enabled=is_logging_rank()) as progress:
             if (note := rank_environment().note) is not None:
                 progress.note(note)
             device = choose_device(config.dist.device)
@@ -106,16 +106,16 @@ def carry_out(
                 ranks = stack.enter_context(ranks_of(config, device))
             run = stack.enter_context(set_up(config, ranks, forward_step_func, callbacks, progress))
         peers.phase = lambda: run.phase
-        peers.met_at = lambda: run.stop.agreed_at
+        peers.last_agreement = lambda: run.stop.agreed_at
         return _run(run, peers, resume_line or _start_again)
 
 
-def _run(run: Run, peers: PeerWatch, resume_line: Callable[[Path], str]) -> TrainResult:
+def _run(run: Run, peers: FailureWatch, resume_line: Callable[[Path], str]) -> TrainResult:
     with (
-        peers.told_at_once(),
+        peers.reporting(),
         run.callbacks.training(run.context),
         # Before on_train_end, which may wait for other ranks.
-        peers.told_at_once(),
+        peers.reporting(),
         run.progress,
         run.data.workers.explained(),
     ):
@@ -127,7 +127,7 @@ def _run(run: Run, peers: PeerWatch, resume_line: Callable[[Path], str]) -> Trai
             reason = run.stop.cause or reason
         run.evaluations.hide_outdated_validation()
         run.check_directory()
-        peers.needs_no_peers()
+        peers.accept_loss_of_store()
     run.progress.summary(_summary(run, reason, resume_line))
     counters = run.state.train_state
     return TrainResult(

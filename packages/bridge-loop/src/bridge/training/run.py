@@ -101,7 +101,7 @@ class Run:
             return
         self.state.token_counter.gather(is_reduced=True)
         metrics = reduced.to_dict()
-        if reduced.alarm:
+        if reduced.has_anomaly:
             self._check_losses()
         else:
             self.forward_step.watch.clear()

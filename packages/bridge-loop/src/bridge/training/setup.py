@@ -281,7 +281,7 @@ def adapt_forward_step(
     return LossAdapter(
         prepare_forward_step_func(forward_step_func, state),
         normalization=config.train.loss_normalization,
-        token_slots=max(1, tokens // layout.context),
+        padded_tokens=max(1, tokens // layout.context),
         context_parallel_size=layout.context,
         context_parallel_group=ranks.model.groups.cp,
         on_loss=rerun.check_loss if config.rerun.rerun_mode != "disabled" else None,

@@ -1,8 +1,8 @@
 """The training loop, and one step of it.
 
-`train_step` stands alone: a program with its own loop calls it step by step and keeps control of
-its process groups, its data and its end (`bridge.training.setup.training_parts` builds what it
-needs). `train` is our loop around it.
+`train_step` needs no loop of ours: a program with its own loop calls it step by step, and keeps
+control of its process groups, its data and its end (`bridge.training.setup.training_parts` builds
+the arguments). `train` is our loop around it.
 """
 
 import gc
@@ -22,16 +22,16 @@ type StopReason = Literal["finished"] | StopCause
 
 
 def train(run: "Run") -> StopReason:
-    """Train until the last step, a signal or the end of the time limit; a checkpoint is saved.
+    """Train until the last step, a signal or the end of the time limit, and save a checkpoint.
 
     Returns:
-        Why it ended: "finished", the name of the signal, or "time limit".
+        The reason of the end: "finished", the name of the signal, or "time limit".
     """
     settings, counters = run.config, run.state.train_state
     if settings.validation.eval_at_start and counters.step == 0:
         run.validate()
     data_iterator = rerun.rewindable(settings, run.data.training(counters.consumed_train_samples))
-    with _collected_by_hand(settings.train.manual_gc_interval) as collect_garbage:
+    with _manual_garbage_collection(settings.train.manual_gc_interval) as collect_garbage:
         while counters.step < run.data.train_iters and run.stop.cause is None:
             run.phase = f"step {counters.step + 1}"
             is_logged = _is_due(
@@ -61,7 +61,7 @@ def train(run: "Run") -> StopReason:
                 run.validate()
             if _is_due(counters.step, settings.checkpoint.save_interval):
                 run.save()
-    # Before its first step a run has nothing to save.
+    # Before the first step there is nothing to save.
     if settings.checkpoint.save_at_end and counters.step:
         run.save()
     return run.stop.cause or "finished"
@@ -71,11 +71,11 @@ def _is_due(step: int, interval: int | None, last: int | None = None) -> bool:
     return step == last or (interval is not None and step % interval == 0)
 
 
-class _collected_by_hand:
-    """Collect Python's garbage every `interval` steps instead of whenever Python likes.
+class _manual_garbage_collection:
+    """Collect Python's garbage every `interval` steps instead of when Python does.
 
-    A collection takes tens of milliseconds; when ranks collect at different steps, all of them
-    wait for each. An interval of 0 leaves it to Python.
+    A collection takes tens of milliseconds. When ranks collect at different steps, all of them wait
+    for each. With an interval of 0 Python collects by itself.
     """
 
     def __init__(self, interval: int) -> None:

@@ -1,14 +1,14 @@
-"""Fits what users' loss functions return to megatron-core's schedules, without changing its value.
+"""The adapter between users' loss functions and megatron-core's schedules.
 
 With l the loss that a microbatch m on data-parallel rank d and context-parallel rank c returns and
 n its count, over M microbatches, D and C ranks, the objective is
 
-    pattern 1, (l, metrics), either normalisation:  sum_dmc l / (D * M * C)
+    pattern 1, (l, metrics), either normalization:  sum_dmc l / (D * M * C)
     pattern 2, (l, n, metrics), token:              sum_dmc l / sum_dmc n
     pattern 2, (l, n, metrics), microbatch:         sum_dm (sum_c l / sum_c n) / (D * M)
 
-What the schedules and DDP do to a returned pair or triple, and what we return so that the product
-is the objective, stands beside each conversion below.
+Next to each conversion below is what the schedules and DDP do to a returned pair or triple, and so
+what the adapter returns.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ PATTERNS = "(loss, metrics) or (loss_sum, num_tokens, metrics)"
 
 
 class LossAdapter:
-    """A forward step for megatron-core's schedules, made of the user's, for one run.
+    """The user's forward step as megatron-core's schedules call it, for one run.
 
     The schedules collect a `MicrobatchRecord` for each microbatch on the last pipeline stage;
     `bridge.training.loss_reduction.MetricReducer` makes a step's numbers of them.
@@ -45,7 +45,7 @@ class LossAdapter:
         forward_step: Callable[..., Any],
         *,
         normalization: Literal["token", "microbatch"],
-        token_slots: int,
+        padded_tokens: int,
         context_parallel_size: int = 1,
         context_parallel_group: dist.ProcessGroup | None = None,
         on_loss: Callable[[torch.Tensor], None] | None = None,
@@ -53,24 +53,24 @@ class LossAdapter:
         """Wrap a forward step.
 
         Args:
-            forward_step: ``(data_iterator, model) -> (output, loss_func)``; it is also asked with
-                ``return_schedule_plan=True`` where megatron-core wants a plan.
+            forward_step: ``(data_iterator, model) -> (output, loss_func)``; it is called with
+                ``return_schedule_plan=True`` where megatron-core needs a plan.
             normalization: ``train.loss_normalization``. "token" belongs with
                 ``calculate_per_token_loss=True`` in the model's config, "microbatch" with False.
-            token_slots: Token positions of a microbatch on one rank, padding included: micro batch
-                size * sequence length / context-parallel size.
+            padded_tokens: Tokens of a microbatch on one rank, padding included: micro batch size *
+                sequence length / context-parallel size.
             context_parallel_size: Ranks that share a microbatch's sequences.
             context_parallel_group: Those ranks; needed where there is more than one.
-            on_loss: Called with each microbatch's loss (detached). It may wait for the device.
+            on_loss: Called with each microbatch's loss (detached). It may be a host-device sync.
         """
-        if token_slots < 1:
-            raise UsageError(f"token_slots={token_slots} must be at least 1.")
+        if padded_tokens < 1:
+            raise UsageError(f"padded_tokens={padded_tokens} must be at least 1.")
         if context_parallel_size > 1 and context_parallel_group is None:
             raise UsageError(
                 f"context_parallel_size={context_parallel_size} needs a context_parallel_group."
             )
         self.normalization = normalization
-        self.token_slots = token_slots
+        self.padded_tokens = padded_tokens
         self.watch = LossWatch()
         self._forward_step = forward_step
         self._context_parallel_size = context_parallel_size
@@ -81,9 +81,9 @@ class LossAdapter:
 
     @contextlib.contextmanager
     def only_first(self, microbatches: int) -> Iterator[None]:
-        """Watch no losses but those of the first microbatches whose loss is known in this block.
+        """Watch only the losses of the first microbatches with a loss in this block.
 
-        The loss functions of the others are called all the same, as they may hold collectives.
+        The loss functions of the others are called all the same, as they may contain collectives.
         """
         self._left = microbatches
         try:
@@ -99,7 +99,7 @@ class LossAdapter:
         *,
         return_schedule_plan: bool = False,
     ) -> tuple[Any, Callable[..., Any]]:
-        """Run the user's forward step; return its output and the loss function for megatron."""
+        """Return the output of the user's forward step, and the adapted loss function."""
         if checkpoint_activations_microbatch is not None:
             result = self._forward_step(data_iterator, model, checkpoint_activations_microbatch)
         elif return_schedule_plan:
@@ -125,9 +125,9 @@ class LossAdapter:
         return output, wrapped
 
     def _convert(self, returned: Any, output: Any) -> tuple[Any, ...]:
-        loss, count, metrics = self._recognise(returned, output)
-        # Megatron-core rescales and frees the loss in place: what it gets must be a new tensor,
-        # nobody's view, which the product and the division below make.
+        loss, count, metrics = self._parse(returned, output)
+        # megatron-core rescales and frees the loss in place, so it must get a new tensor that is no
+        # view. The product and the division below make one.
         loss = loss.reshape(()).float()
         optimized = loss.detach().clone()
         record = MicrobatchRecord(
@@ -155,27 +155,27 @@ class LossAdapter:
         # Per-token path: gradients are summed over d, m and c, then divided by sum_dmc n.
         if count is not None:
             return loss * 1.0, count
-        # n = token_slots everywhere: sum_dmc (l * n) / (D * M * C * n) = sum_dmc l / (D * M * C).
-        # Token slots rather than 1, as the auxiliary losses are scaled to token sums there.
-        slots = torch.full((), self.token_slots, dtype=torch.int32, device=loss.device)
-        return loss * float(self.token_slots), slots
+        # n = padded_tokens everywhere: sum_dmc (l * n) / (D * M * C * n) = sum_dmc l / (D * M * C).
+        # Not n = 1, as the auxiliary losses are scaled to token sums there.
+        tokens = torch.full((), self.padded_tokens, dtype=torch.int32, device=loss.device)
+        return loss * float(self.padded_tokens), tokens
 
     def _for_microbatch_mode(self, loss: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
         # Legacy path of a pair: the schedule multiplies by C / M, DDP divides by D * C.
         if count is None:
             return loss / self._context_parallel_size
-        # The microbatch's sequences are spread over the context-parallel ranks, so its count is
-        # the sum over them; a shard without a valid token takes its share all the same. The
-        # schedule's C cancels DDP's: nothing else to divide by.
+        # The microbatch's sequences are spread over the context-parallel ranks, so its count is the
+        # sum over them, also on a shard without a valid token. The schedule's C cancels DDP's:
+        # nothing else to divide by.
         total = count.clone()
         if self._context_parallel_size > 1:
             dist.all_reduce(total, group=self._context_parallel_group)
         return loss / total.clamp(min=1)
 
-    def _recognise(
+    def _parse(
         self, returned: Any, output: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None, Mapping[str, Any]]:
-        """Check what a loss function returned; give loss, count (None in pattern 1), metrics."""
+        """Return loss, count (None in pattern 1) and metrics of a loss function's result."""
         if not isinstance(returned, tuple | list) or len(returned) not in (2, 3):
             raise UsageError(
                 f"The loss function returned {_describe(returned)}; return {PATTERNS}."
@@ -222,7 +222,7 @@ class LossAdapter:
 
 
 def _integer_count(count: Any, device: torch.device) -> torch.Tensor:
-    """Make an int32 scalar of a token count, as the schedules accumulate it."""
+    """Return a token count as the int32 scalar that the schedules accumulate."""
     if isinstance(count, int) and not isinstance(count, bool):
         return torch.full((), count, dtype=torch.int32, device=device)
     if not isinstance(count, torch.Tensor) or count.numel() != 1:
@@ -236,13 +236,13 @@ def _integer_count(count: Any, device: torch.device) -> torch.Tensor:
             "as float32 stops counting at 2**24: return num_tokens.to(torch.int)."
         )
     if count.device.type == "cpu" and device.type != "cpu":
-        # A fill waits for nothing; a copy from pageable memory would.
+        # Filled, as a copy from pageable memory would be a host-device sync.
         return torch.full((), int(count), dtype=torch.int32, device=device)
     return count.detach().reshape(()).to(device=device, dtype=torch.int32, copy=True)
 
 
 def _collect(loss_func: Callable[..., Any] | None, output: Any) -> Any:
-    """Call a loss function for its data, naming ``non_loss_data`` only where it is a parameter."""
+    """Call a loss function for its data, with ``non_loss_data`` only where it is a parameter."""
     if loss_func is None:
         return output
     parameters = inspect.signature(loss_func).parameters.values()

@@ -1,13 +1,13 @@
-"""Looks for losses that are NaN, infinite or a spike, and says what the configuration does then.
+"""Anomalies of the loss: NaN, Inf and spikes, and the actions on them.
 
 `train.nan_action` and `train.spike_action` choose between
 
     raise          an error on every rank, at the next logged step, evaluation or checkpoint
-    log            a warning there; the step was taken, with whatever the loss made of the weights
+    log            a warning there; the step was taken, so the loss is in the weights
     raise_at_once  the error before the optimizer's step
-    skip           the whole step is left out, on every rank; the warning comes as with log
+    skip           the optimizer's step is skipped on every rank; the warning comes as with log
 
-In an evaluation there is no step to leave out: raise_at_once is raise there, and skip is log.
+An evaluation has no optimizer's step: raise_at_once is raise there, and skip is log.
 """
 
 import math
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from bridge.training.config.sections import AnomalyAction, TrainConfig
 
 WINDOW = 20
-"""Steps whose losses the mean is of, and that pass before anything is a spike."""
+"""Steps in the mean of the losses, and steps before the first possible spike."""
 
 
 class LossWatch:
-    """Remembers every microbatch's loss, on the device, until someone looks for anomalies.
+    """Every microbatch's loss, kept on the device until it is checked for anomalies.
 
     A training microbatch is a spike if its loss per token is finite and above
     ``train.spike_factor`` times the mean of this rank's earlier steps, where that mean is positive
@@ -36,20 +36,20 @@ class LossWatch:
     that adds something makes ``mean += (x - mean) / min(k, WINDOW)``: the average of the first
     `WINDOW` steps, and an exponential one with the weight 1 / `WINDOW` for the newest after them.
 
-    Nothing here waits for the device but `check`, `leaves_out_step` and `state_dict`.
+    Only `check`, `should_skip_step` and `state_dict` are host-device syncs.
     """
 
     _FOLD_AT = 256
 
     def __init__(self) -> None:
-        # Positions count the losses since the start of the run; a mark names those from it on.
+        # Positions count the losses since the start of the run; a mark names those after it.
         self._marks: list[tuple[int, str]] = [(0, "the first step")]
         self._first = 0
         self._seen = 0
         self._inspected = 0
         self._recent: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        # float64 [3, n]: loss, the mean that it was judged by, and 1 if it is a spike. The loss is
-        # that of a token where spikes are looked for; NaN and Inf are the same either way.
+        # float64 [3, n]: loss, the mean that it was compared with, and 1 if it is a spike. The loss
+        # is per token where spikes are looked for; NaN and Inf are the same either way.
         self._blocks: list[torch.Tensor] = []
         self._spike_factor: float | None = None
         self._saved_mean = (0.0, 0.0)
@@ -58,11 +58,11 @@ class LossWatch:
         self._of_step: torch.Tensor | None = None
 
     def start(self, where: str, *, spike_factor: float | None = None) -> None:
-        """Name what the next microbatches belong to: "step 7", "validation at step 7".
+        """Start a step or an evaluation, to which the next microbatches belong.
 
         Args:
-            where: The name.
-            spike_factor: Look for spikes among them, and let them into the mean at `end_step`.
+            where: Its name in messages: "step 7", "validation at step 7".
+            spike_factor: Look for spikes, and take the losses into the mean at `end_step`.
         """
         self._fold()
         self._spike_factor = spike_factor
@@ -72,7 +72,7 @@ class LossWatch:
         self._marks.append((self._seen, where))
 
     def add(self, loss: torch.Tensor, count: torch.Tensor | None = None) -> None:
-        """Take note of one microbatch: detached scalars that nobody changes later.
+        """Add one microbatch: detached scalars that are not changed later.
 
         Args:
             loss: Its loss; a sum if there is a count, else a mean.
@@ -84,7 +84,7 @@ class LossWatch:
             self._fold()
 
     def end_step(self) -> None:
-        """Let the losses since `start` into the mean."""
+        """Take the losses since `start` into the mean."""
         self._fold()
         if self._of_step is None or self._mean is None:
             return
@@ -95,18 +95,18 @@ class LossWatch:
         self._mean = torch.stack((mean + torch.where(number > 0, change, 0.0), steps))
         self._of_step = None
 
-    def alarm(self) -> torch.Tensor | None:
-        """1 if there was an anomaly since the last look, else 0, on the device.
+    def anomaly_flag(self) -> torch.Tensor | None:
+        """Return 1 if there was an anomaly since the last check, else 0, on the device.
 
-        None on a rank that saw no loss. Pass it to `MetricReducer.reduce`: it travels with the
-        metrics, and `ReducedMetrics.alarm` is then the same on every rank.
+        None on a rank that saw no loss. `MetricReducer.reduce` reduces it with the metrics, and
+        `ReducedMetrics.has_anomaly` is then the same on every rank.
         """
         rows = self._rows()
         self._inspected = self._seen
         return None if rows is None else _anomalies(rows).any().to(torch.float64)
 
     def clear(self) -> None:
-        """Forget the losses that the last `alarm` covered, after it was silent on every rank."""
+        """Forget the losses of the last `anomaly_flag`, after it was 0 on every rank."""
         rows = self._rows()
         later = self._seen - self._inspected
         self._blocks = [rows[:, -later:]] if rows is not None and later else []
@@ -115,16 +115,16 @@ class LossWatch:
         del self._marks[:current]
 
     def check(self, train: "TrainConfig", group: dist.ProcessGroup | None = None) -> list[str]:
-        """Look for anomalies on all ranks of the group since the last look; then forget them.
+        """Check the losses since the last check on all ranks of the group, and forget them.
 
-        A collective that waits for the device: every rank of the group calls it.
+        A collective and a host-device sync.
 
         Returns:
             The warnings of log and skip, equal on every rank.
 
         Raises:
-            FloatingPointError: An anomaly's action is raise or raise_at_once; on every rank. It
-                names each rank's first step and microbatch.
+            FloatingPointError: An anomaly's action is raise or raise_at_once; on every rank. The
+                message has each rank's first step and microbatch.
         """
         actions = actions_of(train)
         rows = self._rows() if any(actions) else None
@@ -154,11 +154,10 @@ class LossWatch:
             raise error
         return warnings
 
-    def leaves_out_step(self, train: "TrainConfig") -> bool:
-        """Decide on all ranks whether the losses since `start` forbid the optimizer's step.
+    def should_skip_step(self, train: "TrainConfig") -> bool:
+        """Whether all ranks must skip the optimizer's step for the losses since `start`.
 
-        Without raise_at_once and skip it is False at once. With one of them it is a collective
-        over all ranks that waits for the device.
+        With raise_at_once or skip it is a collective over all ranks and a host-device sync.
 
         Raises:
             FloatingPointError: An anomaly's action is raise_at_once; on every rank.
@@ -166,7 +165,7 @@ class LossWatch:
         actions = actions_of(train)
         if not {"raise_at_once", "skip"} & {*actions}:
             return False
-        # NaN or Inf, spike, and whether anything is unread, in this step or before it.
+        # NaN or Inf, spike, and any anomaly that is not reported yet, of this step or before it.
         flags = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
         rows = self._rows()
         if rows is not None:
@@ -175,8 +174,8 @@ class LossWatch:
             flags[2] = anomalies.any()
         if dist.is_initialized():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        *found, unread = flags.tolist()
-        if not unread:
+        *found, unreported = flags.tolist()
+        if not unreported:
             self._inspected = self._seen
             self.clear()
         due = {action for action, flag in zip(actions, found, strict=True) if flag}
@@ -185,7 +184,7 @@ class LossWatch:
         return "skip" in due
 
     def state_dict(self) -> dict[str, float]:
-        """Return what judges the next step's losses: the mean and the number of steps in it."""
+        """Return the mean that later losses are compared with, and the number of steps in it."""
         mean, steps = self._saved_mean if self._mean is None else self._mean.tolist()
         return {"mean": mean, "steps": steps}
 
@@ -195,7 +194,7 @@ class LossWatch:
         self._mean = None
 
     def _fold(self) -> None:
-        """Make a block of the recent losses, of which all belong to one step or evaluation."""
+        """Make a block of the recent losses, which all belong to one step or evaluation."""
         if not self._recent:
             return
         losses = torch.stack([loss for loss, _ in self._recent]).double()
@@ -204,14 +203,15 @@ class LossWatch:
         if self._spike_factor is None:
             block = functional.pad(losses[None], (0, 0, 0, 2))
         else:
-            block = self._judged(losses, torch.stack(counts) if counts else None)
+            block = self._compare(losses, torch.stack(counts) if counts else None)
         self._blocks.append(block)
         if len(self._blocks) == self._FOLD_AT:
             self._rows()
 
-    def _judged(self, losses: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    def _compare(self, losses: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+        """Return the block of losses that are compared with the mean, and add them to the step."""
         if self._mean is None:
-            # Filled, not copied from the host, which would wait for the device.
+            # Filled, as a copy from the host would be a host-device sync.
             self._mean = torch.stack([losses.new_full((), value) for value in self._saved_mean])
         if self._of_step is None:
             self._of_step = torch.zeros_like(self._mean)
@@ -219,8 +219,8 @@ class LossWatch:
         tokens = torch.ones_like(losses) if counts is None else counts
         losses = losses / tokens.clamp(min=1)
         finite = torch.isfinite(losses)
-        armed = (steps >= WINDOW) & (mean > 0)
-        spikes = armed & finite & (losses > self._spike_factor * mean)
+        has_mean = (steps >= WINDOW) & (mean > 0)
+        spikes = has_mean & finite & (losses > self._spike_factor * mean)
         usual = finite & ~spikes & (tokens > 0)
         sums = torch.stack((torch.where(usual, losses, 0.0), usual)).sum(dim=1)
         self._of_step = self._of_step + sums
@@ -252,7 +252,7 @@ class LossWatch:
 
 
 def actions_of(train: "TrainConfig") -> "tuple[AnomalyAction | None, AnomalyAction | None]":
-    """Return the actions on NaN or Inf and on a spike; None for what is not looked for."""
+    """Return the actions on NaN or Inf and on a spike; None where they are not looked for."""
     return (
         train.nan_action if train.check_for_nan else None,
         train.spike_action if train.spike_factor is not None else None,
@@ -260,5 +260,5 @@ def actions_of(train: "TrainConfig") -> "tuple[AnomalyAction | None, AnomalyActi
 
 
 def _anomalies(rows: torch.Tensor) -> torch.Tensor:
-    """Return bool [2, n]: which losses are NaN or infinite, and which are spikes."""
+    """Return bool [2, n]: whether each loss is NaN or infinite, and whether it is a spike."""
     return torch.stack((~torch.isfinite(rows[0]), rows[2] > 0))

@@ -1,7 +1,7 @@
 """This rank's metrics of the steps of an interval, kept on the device until they are reduced.
 
-What a step costs is one kernel that stacks its numbers (`bridge.training.loss_reduction`); an
-interval holds 16 bytes for each metric, microbatch and step.
+A step costs one kernel, which stacks its numbers (`bridge.training.loss_reduction`). An interval
+costs 16 bytes for each metric, microbatch and step.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import torch
 from bridge.training.loss.metrics import Kind
 
 FOLD_AT = 256
-"""Small tensors that are kept before they are made one."""
+"""Number of small tensors that are kept before they are concatenated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Block:
     """float64 [2, K, M]: values and counts; where absent 0, or -inf for a maximum."""
     present: torch.Tensor
     """float64 [K, M] in host memory: the microbatch's weight in a mean where it reported the key,
-    else 0. The values of means bear it too."""
+    else 0. The values of means are multiplied by it."""
     column: int = 0
     """Number of the block's first microbatch within its step."""
 
@@ -43,7 +43,7 @@ class Group:
     _present: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, block: Block, step: int, column: int) -> None:
-        """Append a block; no kernel but one every few hundred blocks."""
+        """Append a block; one kernel every few hundred blocks."""
         self.steps.append(step)
         self.columns.append(column)
         self._values.append(block.values[None])
@@ -77,7 +77,7 @@ class Steps:
         return list(self._groups.values())
 
     def add(self, blocks: Sequence[Block], weights: Sequence[int]) -> None:
-        """Append a step, of so many microbatches with these weights."""
+        """Append a step, with the weight of each of its microbatches."""
         for block in blocks:
             kind = block.keys, block.present.shape[1]
             group = self._groups.setdefault(kind, Group(block.keys))

@@ -1,4 +1,4 @@
-"""How a metric says in which way it is reduced, and what a microbatch reports.
+"""Metrics with the way to reduce them, and the record of a microbatch.
 
 Public as part of `bridge.training.loss_reduction`, which does the reducing.
 """
@@ -30,7 +30,7 @@ def token_mean(loss_sum: Number, count: Number) -> Metric:
 
 
 def mean(value: Number) -> Metric:
-    """Declare a value that is averaged over microbatches and ranks, each with the same weight."""
+    """Declare a value that is averaged over microbatches and ranks with equal weights."""
     return Metric("mean", _number(value))
 
 
@@ -40,21 +40,21 @@ def total(value: Number) -> Metric:
 
 
 def maximum(value: Number) -> Metric:
-    """Declare a value of which the largest over microbatches and ranks is reported."""
+    """Declare a value whose maximum over microbatches and ranks is reported."""
     return Metric("maximum", _number(value))
 
 
 def local(value: Number) -> Metric:
-    """Declare a value that each rank reports for itself, averaged over its microbatches.
+    """Declare a value of each rank's own, averaged over its microbatches.
 
-    A rank that reports none, such as one of an earlier pipeline stage, gets that of the first rank
-    that does: so rank 0, which writes the log, has one under every layout.
+    A rank without one, such as one of an earlier pipeline stage, gets that of the first rank that
+    has one. So rank 0, which writes the log, has one under every layout.
     """
     return Metric("local", _number(value))
 
 
 def ratio(value: Number, count: Number) -> Metric:
-    """Declare a sum of values over a sum of counts, whatever the normalisation of the loss."""
+    """Declare a sum of values over a sum of counts, whatever the normalization of the loss."""
     return Metric("ratio", _number(value), _number(count))
 
 
@@ -78,17 +78,17 @@ def as_metric(key: str, value: Any) -> Metric:
 
 
 def snapshot(metric: Metric, device: torch.device) -> Metric:
-    """Copy a metric to float64 on the device, so that nothing that happens later changes it."""
+    """Copy a metric to float64 on the device, so that no later change reaches it."""
     return Metric(metric.kind, _copy(metric.value, device), _copy(metric.count, device))
 
 
 @dataclass(frozen=True, slots=True)
 class MicrobatchRecord:
-    """What one microbatch reported, unreduced."""
+    """The metrics and loss of one microbatch, unreduced."""
 
     metrics: dict[str, Metric]
     loss: torch.Tensor
-    """The loss that was optimised: a sum if there is a count, else a mean."""
+    """The loss that was optimized: a sum if there is a count, else a mean."""
     count: torch.Tensor | None
     """Tokens in the loss (int32 scalar); None for the pattern (loss, metrics)."""
 

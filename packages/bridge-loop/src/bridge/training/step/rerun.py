@@ -1,9 +1,9 @@
-"""megatron-core's rerun state machine: repeat a suspicious step to tell faulty hardware from bugs.
+"""megatron-core's rerun state machine: repeat a suspicious step to find faulty hardware.
 
-Off by default, since validating every loss waits for the device. When a validation fails, the step
-is run again on the same data; the machine then asks for a checkpoint and another start on other
-hardware, with an exit code that tells the launcher which (16: continue the run to find out, 17: the
-result is wrong). That is so for a loss that is not finite too, whatever train.nan_action says.
+It is off by default, since validating every loss is a host-device sync. When a validation fails,
+the step is run again on the same data. The machine then asks for a checkpoint and another start on
+other hardware, with an exit code for the launcher (16: continue the run to find out, 17: the result
+is wrong). It does so for a loss that is not finite too, whatever train.nan_action is.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from bridge.training.config import ConfigContainer
 
 
 class RerunRequest(RuntimeError):
-    """The rerun state machine wants the run to end and start again; exit with `exit_code`.
+    """A request of the rerun state machine to end the run with `exit_code` and start it again.
 
-    The step in question was not taken. `checkpoint` says whether to save what was before it.
+    The optimizer's step was not taken. `checkpoint` is whether to save the state before it.
     """
 
     def __init__(self, exit_code: int, *, checkpoint: bool) -> None:
@@ -30,13 +30,13 @@ class RerunRequest(RuntimeError):
 
 
 def start_rerun_machine(config: ConfigContainer) -> None:
-    """Start megatron-core's machine in the configured mode, in place of the program's own."""
+    """Start megatron-core's machine in the configured mode; it replaces the program's own."""
     from megatron.core import rerun_state_machine
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     rerun_state_machine.destroy_rerun_state_machine()
     rerun_state_machine.initialize_rerun_state_machine(
-        # A repetition draws the same dropout: the machine itself knows only of torch's streams.
+        # A repetition must draw the same dropout, and the machine saves only torch's streams.
         state_save_func=lambda: get_cuda_rng_tracker().get_states(),
         state_restore_func=lambda states: get_cuda_rng_tracker().set_states(states),
         mode=rerun_state_machine.RerunMode(config.rerun.rerun_mode),
@@ -44,7 +44,7 @@ def start_rerun_machine(config: ConfigContainer) -> None:
 
 
 def rewindable(config: ConfigContainer, iterators: list[Any]) -> list[Any]:
-    """Let a step's data be drawn again, where a step may be repeated."""
+    """Return iterators whose data a repeated step can draw again, where steps may be repeated."""
     from megatron.core.rerun_state_machine import RerunDataIterator
 
     if config.rerun.rerun_mode == "disabled":
@@ -53,7 +53,7 @@ def rewindable(config: ConfigContainer, iterators: list[Any]) -> list[Any]:
 
 
 def attempts(config: ConfigContainer, iterators: list[Any]) -> Iterator[None]:
-    """Yield once for each time that the step's forward and backward pass is to be run."""
+    """Yield once for each forward and backward pass of the step."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
 
     if config.rerun.rerun_mode == "disabled":
@@ -65,9 +65,9 @@ def attempts(config: ConfigContainer, iterators: list[Any]) -> Iterator[None]:
 
 
 def check_loss(loss: torch.Tensor) -> None:
-    """Have the machine look at a microbatch's loss; waits for the device.
+    """Validate a microbatch's loss; a host-device sync.
 
-    Losses of an evaluation are not looked at: the machine can repeat training steps only.
+    Losses of an evaluation are not validated, as the machine can repeat only training steps.
     """
     from megatron.core.rerun_state_machine import get_rerun_state_machine
 
@@ -83,7 +83,7 @@ def check_loss(loss: torch.Tensor) -> None:
 
 
 def raise_if_suspicious(config: ConfigContainer) -> None:
-    """Raise where the machine wants the run to end; to be called before the optimizer's step.
+    """Raise if the machine asks for the end of the run; call it before the optimizer's step.
 
     Raises:
         RerunRequest: On every rank. The random-number streams are those before the step.

@@ -11,7 +11,8 @@ from bridge.training.contracts import ModelRanks
 from bridge.training.loss import auxiliary
 from bridge.training.loss.adapter import LossAdapter
 from bridge.training.loss.anomalies import actions_of
-from bridge.training.loss.reducer import MetricReducer, ReducedMetrics
+from bridge.training.loss.reduced import ReducedMetrics
+from bridge.training.loss.reducer import MetricReducer
 from bridge.training.model.ddp import ddp_parts, gather_gradients
 from bridge.training.model.hooks import GradientFinalizer
 from bridge.training.optimizer.scheduler import learning_rate
@@ -28,34 +29,34 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, frozen=True)
 class StepResult:
-    """What one training step did. Nothing in it has waited for the device yet."""
+    """The result of one training step, made without a host-device sync."""
 
     learning_rate: float
-    """The rate that this step used."""
+    """The learning rate of this step."""
     grad_norm: torch.Tensor | float | None
-    """L2 norm of the gradients before clipping, over all ranks; None if the step was skipped or
-    nothing clips."""
+    """L2 norm of the gradients of all ranks before clipping; None if the step was skipped or
+    nothing is clipped."""
     zeros_in_grad: int | None = None
     """Zeros in the gradients of all parameters, with optimizer.log_num_zeros_in_grad; None if the
     step was skipped."""
     skipped: bool
-    """Whether the step was left out: for its losses, as train.nan_action or train.spike_action
-    says, or because a gradient overflowed (fp16)."""
+    """Whether the optimizer's step was skipped: for its losses (train.nan_action,
+    train.spike_action), or because a gradient overflowed (fp16)."""
     samples: int
     """Samples of the step, over all ranks."""
     padded_tokens: int | None
     """Samples times model.seq_length, padding included; None for a model without sequences."""
     reduced: ReducedMetrics | None
     """The metrics on the device, of this step and of those before it that the reducer has kept;
-    None when they were not asked for."""
+    None if the step is not logged."""
 
     @property
     def tokens(self) -> int:
         """Tokens of the step, over all ranks; 1 per sample where nobody counts them.
 
-        They are `padded_tokens` where the model has sequences. Else they are what the loss function
-        returned as num_tokens in all steps since the last reduction: reading them then waits for
-        the device, as `metrics`, and they are not known without a reducer.
+        They are `padded_tokens` where the model has sequences. Else they are the sum of the loss
+        function's num_tokens in all steps since the last reduction. Reading them is then a
+        host-device sync, as for `metrics`, and needs a reducer.
         """
         if self.padded_tokens is not None:
             return self.padded_tokens
@@ -66,15 +67,15 @@ class StepResult:
     def metrics(self) -> Mapping[str, float | None]:
         """The metrics by name, equal on every rank; None where no token counted.
 
-        They are those of this step, where `train_step` was not called with is_logged=False before.
+        They include the steps before that were called with is_logged=False.
 
-        Waits for the device, and is a collective when some rank reported a new key: ask for it on
-        every rank or on none.
+        Reading them is a host-device sync, and a collective when some rank reported a new key: read
+        them on every rank or on none.
         """
         return {} if self.reduced is None else self.reduced.to_dict()
 
 
-def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own loops take it
+def train_step(  # noqa: PLR0913  # as megatron-core's own loops take them
     forward_step: LossAdapter,
     data_iterator: list[Iterator[Any]],
     model: list[Any],
@@ -90,14 +91,14 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
 ) -> StepResult:
     """Train on one global batch; a collective over all ranks.
 
-    Of losses that are NaN, infinite or a spike it does what is due before the optimizer's step
-    (raise_at_once and skip of train.nan_action and train.spike_action, which wait for the device).
-    A program with its own loop calls ``forward_step.watch.check`` where it reads metrics, for the
-    errors and warnings that may wait until then.
+    For losses that are NaN, infinite or a spike it carries out raise_at_once and skip of
+    train.nan_action and train.spike_action, each with a host-device sync. A program with its own
+    loop calls ``forward_step.watch.check`` where it reads metrics, for the errors and warnings of
+    the other actions.
 
-    A step that is left out leaves parameters, buffers, optimizer, loss scale and schedule as they
-    were. It counts as a step all the same: its samples and random numbers are consumed, and those
-    of its losses that are no anomaly are in the mean that later spikes are measured by.
+    A skipped step leaves parameters, buffers, optimizer, loss scale and LR scheduler as they were.
+    It counts as a step all the same: its samples and random numbers are consumed, and its losses
+    that are no anomaly are in the mean that later spikes are compared with.
 
     ``state.train_state.consumed_tokens`` and the FLOPs grow with the step where its tokens are
     model.seq_length of a sample. Tokens that the data or the loss function counts are spread over
@@ -109,17 +110,16 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         data_iterator: One iterator of this rank's microbatches for each model chunk.
         model: This rank's model chunks, DDP-wrapped.
         optimizer: megatron-core's optimizer.
-        scheduler: Its schedule; advanced by the step's samples unless the step was skipped.
+        scheduler: The LR scheduler; advanced by the step's samples unless the step was skipped.
         state: The run's state; its counters are advanced.
         pg_collection: The process groups.
         num_microbatches: Microbatches of this rank; from the batch sizes if None.
-        reducer: Reduces the metrics; None leaves them, which saves the collective.
-        is_logged: Whether the metrics are asked for. If not, the reducer keeps this step's, with
-            neither a collective nor a host-device sync, and the result of the next step that is
-            logged is over both, as `bridge.training.loss_reduction` says.
-        before_optimizer_step: Called when the reduced gradients are in ``main_grad``, whole on
-            every rank (which takes a collective of its own), unless the step is left out for its
-            losses.
+        reducer: Reduces the metrics; None reduces none, which saves the collective.
+        is_logged: Whether to reduce the metrics now. If not, the reducer keeps this step's, with
+            neither a collective nor a host-device sync, and the next logged step's are over both
+            (`bridge.training.loss_reduction`).
+        before_optimizer_step: Called when the reduced gradients are in ``main_grad``, unsharded on
+            every rank (by a collective of its own), unless the step is skipped for its losses.
 
     Raises:
         FloatingPointError: A loss is an anomaly whose action is raise_at_once; on every rank.
@@ -143,17 +143,15 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
         watch.start(f"step {counters.step + 1}", spike_factor=train.spike_factor)
         if reducer is not None:
             auxiliary.clear()
-        for part in ddp_parts(model):
-            part.zero_grad_buffer()
-        optimizer.zero_grad()
+        _zero_gradients(model, optimizer)
         records = _forward_backward(schedule, num_microbatches)
     rerun.raise_if_suspicious(state.cfg)
     watch.end_step()
 
     rate = learning_rate(optimizer, scheduler)
-    if watch.leaves_out_step(train):
+    if watch.should_skip_step(train):
         stepped = OptimizerStep(succeeded=False)
-        buffers.put_back()
+        buffers.restore()
     else:
         if before_optimizer_step is not None:
             gather_gradients(model)
@@ -173,7 +171,7 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
             of_all_ranks = auxiliary.metrics(model, num_microbatches, ranks.groups)
         reducer.add_step(records, of_all_ranks=of_all_ranks, is_skipped=not succeeded)
         if is_logged:
-            reduced = reducer.reduce(alarm=watch.alarm())
+            reduced = reducer.reduce(anomaly_flag=watch.anomaly_flag())
     state.token_counter.add_step(
         samples,
         has_metrics=reducer is not None,
@@ -191,8 +189,14 @@ def train_step(  # noqa: PLR0913  # what a step needs, as megatron-core's own lo
     )
 
 
+def _zero_gradients(model: list[Any], optimizer: Any) -> None:
+    for part in ddp_parts(model):
+        part.zero_grad_buffer()
+    optimizer.zero_grad()
+
+
 def _forward_backward(schedule: Schedule, num_microbatches: int) -> list[Any]:
-    """Fill the gradient buffers; return the microbatches' records, on the last stage."""
+    """Fill the gradient buffers; return the microbatches' records on the last stage."""
     from megatron.core.utils import get_model_config
 
     finalizer = get_model_config(schedule.model[0]).finalize_model_grads_func
@@ -206,18 +210,18 @@ def _forward_backward(schedule: Schedule, num_microbatches: int) -> list[Any]:
     records = schedule.run(num_microbatches)
     if finalizer.calls != calls + 1:
         raise RuntimeError(
-            f"the schedule finalised the gradients {finalizer.calls - calls} times in one step; "
+            f"the schedule finalized the gradients {finalizer.calls - calls} times in one step; "
             "they must be reduced and divided exactly once"
         )
     return records
 
 
 class _Buffers:
-    """What a forward pass changes in a model: running statistics, the experts' bias.
+    """Copies of a model's buffers, which a forward pass changes: running statistics, expert bias.
 
     Args:
         model: The model chunks, before the step.
-        keep: Whether to keep copies at all.
+        keep: Whether to make copies.
     """
 
     def __init__(self, model: list[Any], *, keep: bool) -> None:
@@ -229,7 +233,7 @@ class _Buffers:
         ]
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Make them what they were."""
+    def restore(self) -> None:
+        """Copy them back into the model."""
         for chunk, name, copy in self._copies:
             chunk.get_buffer(name).copy_(copy)
