@@ -143,11 +143,11 @@ def test_a_hugging_face_model_is_tuned_merged_and_exported(
     }
     assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert "position" in run_line(show, tmp_path)
-    # Any checkpoint will do for the run of the first journey.
+    # This checkpoint and these chats, in place of the first journey's run and all docstrings.
     from_import = tune.replace("--from runs/mine", "--from checkpoints/llama")
     assert from_import != tune
-    few = ("train.train_iters=1", "validation.eval_iters=1", "--run-dir", "runs/tuned")
-    run_line(from_import, tmp_path, *few)
+    few = ("dataset.path=chats.jsonl", "dataset.validation_path=chats.jsonl")
+    run_line(from_import, tmp_path, *few, "train.train_iters=1", "--run-dir", "runs/tuned")
     assert "validation/lm loss" in rows(tmp_path / "runs/tuned")[0]
     for line in [line for path in PACKAGES for line in commands(path.read_text())]:
         if line.startswith("bridge finetune") and "RECIPE" not in line:
