@@ -2,13 +2,13 @@
 
     python tools/auxiliary_losses.py [--only PHRASE ...] [--timeout 120]
 
-Each row is a step of the loop on CPU ranks: a small GPT with experts or several predicted tokens,
-uneven loss masks and, where it says so, padding at the end of samples. Columns: how far the loss,
-the largest deviation among the auxiliary metrics, the gradient norm and all gradients together are
-from the objective written out in one process, relative to their size. The batch-level balance loss
-belongs to a micro batch size, the other losses do not; each row has a reference of its own sizes.
-`--only` keeps the rows that have all the phrases, such as "micro 2". Ends with 1 if a row is off by
-more than 1e-5.
+Each row is a step of the loop on CPU ranks: a small GPT with experts or MTP layers, uneven loss
+masks and, in the rows that say so, padding at the end of samples. The columns are relative
+deviations from the objective written out in one process: of the loss, the largest among the
+auxiliary metrics, of the gradient norm, of all gradients together. The batch-level load-balancing
+loss depends on the micro batch size, so each row has a reference with its own sizes. `--only` keeps
+the rows that have all the phrases, such as "micro 2". Exit code 1 if a row is off by more than
+1e-5.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Build every wheel and check that each stands alone.
+"""Build every wheel and check that each works alone.
 
     uv run tools/check_wheels.py                     # all members, with their tests
     uv run tools/check_wheels.py bridge-state        # one member
@@ -10,9 +10,9 @@ wheel, a py.typed for every import package.
 
 Alone: each wheel is installed, with the siblings that it declares and nothing else of ours, into
 an environment of its own; third-party packages are linked in from the environment that runs this
-script. There, outside the checkout, all of its modules are imported and its tests run. What works
-only because the workspace has every member at hand fails here. (Whether third-party imports are
-declared is what tools/declared.py checks.)
+script. There, outside the checkout, all of its modules are imported and its tests run. Code that
+only works because the workspace has every package installed fails here. (tools/declared.py checks
+that third-party imports are declared.)
 """
 
 import argparse

@@ -6,20 +6,20 @@
 
 Everything runs on the CPU, over gloo, with the seed and the global batches of the run on one
 process. Masks differ between samples; some count no token. Compared are the loss and the gradient
-norm of every step, the evaluation (its loss, and what the loss function returns when it is asked
-for other data, microbatch by microbatch), and every parameter at the end. Weights at the start, and
-what two ranks hold of the same parameter, must be equal bit for bit.
+norm of every step, the evaluation (its loss, and the loss function's other data, microbatch by
+microbatch), and every parameter at the end. Weights at the start, and the replicas of a parameter,
+must be equal bit for bit.
 
-With token normalisation of sums the size of the microbatches differs between layouts, as it must
-not matter; other objectives, and models whose loss is not linear in the tokens, are compared at one
+With token normalization of sums the size of the microbatches differs between layouts, since it must
+not matter. Other objectives, and models whose loss is not linear in the tokens, are compared at one
 size.
 
 Tolerances: layouts add the same numbers in another order, which in float32 costs about 1e-7 a step
-(each number of the tables is of that size) and may grow tenfold where a run is less stable. What is
-wrong is far off: one token counted twice, or left out, of the 50 of a step is 2e-2. Adam divides
-each gradient by its size, so where the gradient should be 0 (the bias of the keys, which softmax
-cancels) the rounding itself is trained on, at a part of the learning rate; hence the parameters'
-tolerance. bf16 has 8 bits.
+(each number of the tables is of that size) and may grow tenfold where a run is less stable. An
+error is far larger: of the 50 tokens of a step, one that is skipped or counted twice makes 2e-2.
+Adam divides each gradient by its size. Where the gradient should be 0 (the bias of the keys, which
+softmax cancels) it trains on the rounding errors, at a part of the learning rate; hence the
+parameters' tolerance. bf16 has 8 bits.
 
 Exit code 1 if anything is beyond its tolerance.
 """

@@ -4,13 +4,13 @@
     python tools/mimo_layouts.py --ranks 4   # those that take at most so many ranks
 
 Everything runs on the CPU, over gloo, in float32, from the same initial weights and on the same
-samples, of which some have no image: so have some microbatches, and the parts of others that single
-ranks see. Both normalizations of the loss. Compared are the loss and the gradient norm of three
-steps and every gradient of the first, after the reduction and before clipping, encoder (with its
-projection) and language model apart.
+samples, for both normalizations of the loss. Some samples have no image, nor do some microbatches
+or a rank's part of others. Compared are the loss and the gradient norm of three steps, and every
+gradient of the first after the reduction and before clipping, separately for the encoder (with its
+projection) and the language model.
 
-The gradients' deviations are parts of the largest gradient. Layouts add the same numbers in another
-order, which costs about 1e-7; an encoder whose gradients have another factor is off by 5e-1.
+The gradients' deviations are relative to the largest gradient. Layouts add the same numbers in
+another order, which costs about 1e-7; a wrong factor in the encoder's gradients makes 5e-1.
 
 Exit code 1 if anything is beyond 1e-5.
 """

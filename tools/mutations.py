@@ -210,12 +210,12 @@ def copied_packages(tree: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What pytest reported: each test's id in the report, with what was said of its failure."""
+    """A report of pytest: the ids of the tests, with the messages of their failures."""
 
     passed: set[str]
     failed: dict[str, str]
     problem: str | None
-    """Why no verdict can be taken from it; None for a run that reported its tests."""
+    """The reason why it has no verdict; None if the tests were run."""
 
 
 def run_tests(tests: Sequence[str], copy: Path, root: Path, limit_s: float) -> Outcome:
@@ -267,7 +267,7 @@ def read_report(report: Path) -> Outcome:
 
 
 def verdict(mutation: Mutation, outcome: Outcome) -> str | None:
-    """Return None if the trap was caught as it should be, else what happened instead."""
+    """Return None if the trap was caught, else what happened instead."""
     if outcome.problem:
         return outcome.problem
     if not outcome.failed:
@@ -283,7 +283,7 @@ def verdict(mutation: Mutation, outcome: Outcome) -> str | None:
 def check_unchanged(
     mutations: Iterable[Mutation], tree: Path, root: Path, limit_s: float
 ) -> str | None:
-    """Return what is wrong with the tests before anything is changed, None if they all pass."""
+    """Return the failures of the tests before anything is changed, None if they all pass."""
     tests = sorted({mutation.test for mutation in mutations})
     with copied_packages(tree) as copy:
         outcome = run_tests(tests, copy, root, limit_s * len(tests))
@@ -337,7 +337,7 @@ def main() -> int:
         if unknown:
             parser.error(f"no entry for {', '.join(sorted(unknown))}")
         mutations = [mutation for mutation in mutations if mutation.trap in arguments.only]
-    # One state of the packages for all, whatever is edited meanwhile.
+    # All traps are put into one state of the packages, even if files are edited meanwhile.
     with copied_packages(ROOT) as tree:
         if wrong := check_unchanged(mutations, tree, ROOT, arguments.limit):
             print(f"the tests do not pass on the unchanged packages:\n{_end_of(wrong)}")

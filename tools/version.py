@@ -1,4 +1,4 @@
-"""The one version: the root, every member and every pin between members carry the same.
+"""The version, which the root, every package and every pin between packages share.
 
     uv run tools/version.py                # check, the same as `check`
     uv run tools/version.py show

@@ -1,4 +1,4 @@
-"""Where the text of a run may come from, and what is said when it cannot."""
+"""The text of a run: a file, a glob or token files; messages for data that cannot be used."""
 
 from pathlib import Path
 

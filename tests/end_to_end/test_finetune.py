@@ -58,7 +58,7 @@ def test_a_run_with_overrides_is_fine_tuned_packed_killed_and_resumed(base: Path
     cut.wait_for(base / "C" / "metrics.jsonl", 16)
     cut.send(signal.SIGKILL)
     assert cut.wait().code == -signal.SIGKILL
-    # What a run started from need not be there any more.
+    # The checkpoint that a run started from is no longer needed.
     os.rename(base / "B", base / "gone")
     again = run("finetune", "gpt-tiny-sft", "--run-dir", "C", "--resume", folder=base)
     assert again.code == 0, again.err

@@ -1,4 +1,4 @@
-"""The command as a process of its own: its files, its words, its silence."""
+"""The command as a process of its own: its files and its output."""
 
 import json
 import subprocess

@@ -12,13 +12,12 @@ MOE = (
     "model.moe_aux_loss_coeff=0.01",
     "model.moe_grouped_gemm=false",
 )
-# test_layouts_matrix.py has a sample of all layouts; tools/layouts.py takes 20 steps, in every one
-# that there is.
+# test_layouts_matrix.py has a sample of all layouts; tools/layouts.py takes 20 steps in each.
 STEPS = 6
 
 
 type Curves = dict[str, list[float]]
-"""The gradient norm and every loss, at every step."""
+"""Every loss and the gradient norm, at every step."""
 
 
 def train(folder: Path, *overrides: str, ranks: int = 1) -> Curves:

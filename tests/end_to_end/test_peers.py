@@ -1,4 +1,4 @@
-"""A run that fails on one rank ends on all: whichever layout it has, and whatever started it."""
+"""A run that fails on one rank ends on all, in any layout and under any launcher."""
 
 import os
 import runpy
@@ -26,7 +26,7 @@ PIPELINE = {"pipeline_model_parallel_size": 2}
 
 
 class Broken:
-    """Data of which nothing can be read."""
+    """Data that cannot be read."""
 
     def __init__(self, error: type[Exception]) -> None:
         self.error = error
@@ -69,7 +69,7 @@ def test_data_that_fail_on_one_rank_end_the_other(
         try:
             pretrain(gpt_run(tmp_path / "run", tiny_gpt(num_layers=2, **layout)), step)
         except Exception as caught:
-            kept.append(caught)  # And with it the connections that the other rank waits on.
+            kept.append(caught)  # The exception keeps the connections that the other rank waits on.
 
     with pytest.raises(RankFailure, match=f"^rank {1 - failing} died without a word$"):
         run_ranks(2, body, timeout=60)

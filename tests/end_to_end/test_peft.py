@@ -1,4 +1,4 @@
-"""Adapters through the command: trained beside a run's model, resumed, merged and exported."""
+"""Adapters through the command: trained on top of a run's model, resumed, merged, exported."""
 
 import contextlib
 import io
@@ -61,7 +61,7 @@ def commands(folder: Path) -> None:
     found = series(folder / "L", "validation/lm loss")
     assert found[-1] < 0.9 * found[0]
 
-    # A run that is stopped goes on, also when its base has been moved.
+    # A stopped run continues, also when its base model has been moved.
     shutil.copytree(folder / "L", folder / "C")
     shutil.rmtree(folder / "C" / "checkpoints" / "step-0000016")
     (folder / "C" / "checkpoints" / "latest").write_text("step-0000008\n")

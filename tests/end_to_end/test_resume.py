@@ -1,4 +1,4 @@
-"""A run that is cut off and continued is the run that was never cut off."""
+"""A run that is interrupted and continued equals the uninterrupted one."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from commands import Command, Ended, run, start
 from gpt_tiny_runs import SMALL, contents, logged_steps, trajectory
 
-# Steps long enough for a test to strike between them.
+# Steps that last long enough for a test to kill the run between them.
 LONGER = ("model.hidden_size=64", "model.seq_length=128")
 STEPS = 12
 
@@ -27,7 +27,7 @@ def resume(folder: Path, *overrides: str, ranks: int = 1) -> Ended:
 
 
 def kill_at(command: Command, step: int) -> None:
-    """Kill the command and all that it has started once it has logged so many steps."""
+    """Kill the command and all that it has started when it has logged `steps` steps."""
     command.wait_for(command.folder / "R" / "metrics.jsonl", step)
     for pid in [command.pid, *command.descendants()]:
         os.kill(pid, signal.SIGKILL)

@@ -72,7 +72,7 @@ def audit() -> Audit:
 
 @pytest.fixture(scope="module")
 def findings() -> dict[str, Finding]:
-    """Return what has been found so far, at first what an earlier audit found."""
+    """Return the findings so far, at first those of an earlier audit."""
     known = {} if ASKED is None else ASKED["known"]
     return {path: Finding(*found) for path, found in known.items()}
 
@@ -107,14 +107,14 @@ def test_the_dry_run_rejects_what_the_table_says_by_field_and_reason(
     for name in audited_fields(section, holder):
         path, trial = f"{section}.{name}", trial_of(section, name, holder)
         if trial is not None and table[path] != "effect":
-            # What a GPU alone has may be what others need, so it is tried by itself.
+            # A feature of a GPU alone may be needed by others, so it is tried by itself.
             run = replace(trial, value="" if table[path] != "GPU only" else path)
             together.setdefault(run, []).append(f"{path}={trial.value}")
     assert len(together) < len(table)
     for run, overrides in together.items():
         problems = (rejection(run, *overrides) or "").splitlines()
         for line in problems:
-            # Of megatron-core's own texts too.
+            # This holds for megatron-core's own messages too.
             assert re.match(r"[a-z]+(\.\w+)+|\d+ ranks", line), line
             assert not re.search(r" --\w|Error\b", line), line
         for override in overrides:

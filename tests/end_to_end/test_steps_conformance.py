@@ -1,7 +1,7 @@
-"""Every feature of the loop, with the GPT step, with modules colocated, and on ranks of their own.
+"""Every feature of the loop, with the GPT step and with the multimodal step, colocated or separate.
 
-Each kind trains four times, on two ranks: through to the end, with everything that listens; until
-it is killed; from there to the end; and, in one go, the runs that end before.
+Each kind trains four times on two ranks: to the end, with all callbacks and loggers; until it is
+killed; from there to the end; and runs that end early.
 """
 
 import os
@@ -34,7 +34,7 @@ RANKS, STEPS = 2, 6
 
 @dataclass(frozen=True)
 class Kind:
-    """What is trained, and the step that does it."""
+    """A model with its data, and its forward step."""
 
     name: str
     make: Callable[[Path], ConfigContainer]
@@ -71,7 +71,7 @@ KINDS = [
 
 @dataclass
 class Listener(Callback):
-    """Notes what happens; collects data that is no loss."""
+    """A callback that records events and collects other data than losses."""
 
     events: list[str] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Listener(Callback):
 
 @dataclass(kw_only=True)
 class Found:
-    """What a rank has of all the runs of a kind."""
+    """The results of all runs of a kind on one rank."""
 
     result: TrainResult
     weights: dict[str, torch.Tensor]
@@ -139,7 +139,7 @@ class Found:
 
 @dataclass(kw_only=True)
 class Runs:
-    """A kind's runs: what each rank has, and where the files are."""
+    """The runs of a kind: the results of each rank, and the files."""
 
     ranks: list[Found]
     place: Path
@@ -224,7 +224,7 @@ def broken(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def losses_of(runs: Runs) -> dict[int, float]:
-    """Return the losses of the run that went through, by step."""
+    """Return the losses of the uninterrupted run, by step."""
     return {row["step"]: row["lm loss"] for row in rows(runs.place / "whole") if "lm loss" in row}
 
 

@@ -212,7 +212,7 @@ def test_a_callback_reads_the_configuration_and_adds_to_the_summary(
 
 
 class Everything:
-    """Hears every event of a run, and fails in one if it is told to."""
+    """A callback that records every event of a run, and fails in one if asked to."""
 
     def __init__(self, name: str, heard: list[Any], fails_in: str = "") -> None:
         self.name, self.heard, self.fails_in = name, heard, fails_in
@@ -316,7 +316,7 @@ def test_every_callback_that_was_started_is_ended_wherever_the_run_fails(
 def test_the_gradients_before_the_update_are_those_of_the_whole_step_on_every_rank(
     tmp_path: Path, world_size: int, distributed_optimizer: bool
 ) -> None:
-    """Of both ranks' microbatches, divided by their tokens once, not clipped, and not a shard."""
+    """Of both ranks' microbatches, divided by their tokens once, neither clipped nor sharded."""
 
     def body() -> Any:
         config = own_run(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint outside of a run, and a run that starts from weights alone."""
+"""Reading and writing weights of a checkpoint outside of a run, and runs that start from them."""
 
 import pickle
 from dataclasses import dataclass
@@ -120,7 +120,7 @@ class ModuleWithExtraState(OwnModule):
 @dataclass(kw_only=True)
 class ModelWithExtraState(OwnModel):
     extra: str = "own"
-    """An absolute path makes it poison that makes that folder."""
+    """An absolute path replaces it by poison that creates that folder."""
 
     @override
     def build(self, *arguments: Any, **keywords: Any) -> torch.nn.Module:
@@ -162,7 +162,7 @@ def test_modules_keep_their_extra_states_where_a_checkpoint_has_none(tmp_path: P
             pass
         assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
         found += [error.value.entry, *error.value.types]
-        # Outside of a checkpoint everything is unpickled as ever.
+        # Outside of a checkpoint anything may be unpickled.
         pickle.loads(pickle.dumps(Poison(marker)))
         return found
 

@@ -22,7 +22,7 @@ ADVICE = "; take that of a checkpoint: cp R/checkpoints/step-0000006/config.yaml
 
 @pytest.fixture(scope="module", autouse=True)
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run of the recipe sine that has ended, with its checkpoints of steps 2, 4 and 6."""
+    """Return a finished run of the recipe sine, with checkpoints of steps 2, 4 and 6."""
     with pytest.MonkeyPatch.context() as patch:
         folder = own_recipe.work_folder(tmp_path_factory.mktemp("saved"), patch)
         ended = run("pretrain", "sine", "checkpoint.keep_last=0", "--run-dir", "R", folder=folder)
@@ -32,7 +32,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def work(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a copy of that run, R, to be damaged."""
+    """Return a folder with a copy of that run, R, to be damaged."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(saved, tmp_path / "R")
     return tmp_path

@@ -1,4 +1,4 @@
-"""``bridge finetune``: the model is that of the checkpoint, and nobody changes it by mistake."""
+"""``bridge finetune``: the model is that of the checkpoint and cannot be changed by mistake."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def checkpoint(folder: Path, text: str | None) -> None:
-    """Write what looks like a run with a checkpoint of this configuration."""
+    """Write the files of a run with a checkpoint of this configuration."""
     place = folder / "B" / "checkpoints" / "step-0000002"
     place.mkdir(parents=True)
     (place / ".metadata").write_text("")

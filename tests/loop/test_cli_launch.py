@@ -19,7 +19,7 @@ SLOW = ("dataset.seconds_per_sample=0.05", "train.train_iters=400", "checkpoint.
 
 TWELVE_STEPS = ("train.train_iters=12", "checkpoint.save_interval=null")
 RUN = "the run"
-"""The run's directory, which a shell takes for two words."""
+"""The run's directory, with a blank that a shell must have quoted."""
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_a_mistake_that_only_another_rank_finds_is_reported(tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """The rows of a run that nobody stops, by the number of its ranks."""
+    """Return the rows of an uninterrupted run, by the number of its ranks."""
     found = {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         own_recipe.install(tmp_path_factory.mktemp("site"), monkeypatch)
@@ -122,7 +122,7 @@ def test_a_signal_lets_the_step_end_and_save_and_the_run_continues_bit_for_bit(
         os.kill(process, number)
     time.sleep(0.2)
     if number == signal.SIGINT and command.is_running():
-        command.send(number)  # `uv run` passes on what the group has received already.
+        command.send(number)  # `uv run` passes on a signal that the group has received already.
     ended = command.wait()
     assert (ended.code, ended.err) == (128 + number, "")
     step = len(_steps(tmp_path))
@@ -185,7 +185,7 @@ def test_no_interrupt_is_lost_while_the_ranks_start(tmp_path: Path) -> None:
 def test_ranks_do_not_outlive_a_launcher_that_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is killed cannot clean up.
+    # A killed process cannot clean up.
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     command = _started(tmp_path, *SLOW, ranks="2", lines=2)
     ranks = command.descendants()
@@ -251,7 +251,7 @@ def test_ranks_can_be_processes_of_their_own_as_on_gpus(
 
 
 def _started(folder: Path, *arguments: str, ranks: str, lines: int = 0, **settings: Any) -> Command:
-    """Start a run and wait until it has logged so many steps, or has begun the first."""
+    """Start a run and wait until it has logged `steps` steps, or has begun the first."""
     command = start(
         "pretrain", "sine", *arguments, "--run-dir", RUN, "--nproc", ranks,
         folder=folder, **settings,
@@ -269,7 +269,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    """Return what was logged of each step, but for the time that it took."""
+    """Return the logged values of each step, without times."""
     lines = (folder / RUN / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return [

@@ -147,7 +147,7 @@ def test_a_run_starts_with_the_configuration_of_another_and_not_in_its_directory
     assert "run_dir: null" in shown
     assert bridge(*again, "--run-dir", "R") == 2
     assert "'R' holds a run already" in capsys.readouterr().err
-    # Nobody has resolved this file: its author means what stands there.
+    # This file was written by a user: every value in it is meant.
     (work / "own.yaml").write_text("checkpoint: {run_dir: R}")
     assert bridge("pretrain", "sine", "--config", "own.yaml", "--dry-run") == 2
     assert "'R' holds a run already" in capsys.readouterr().err

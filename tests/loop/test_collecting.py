@@ -1,4 +1,4 @@
-"""A callback collects whatever a loss function returns, and the run notices nothing."""
+"""A callback collects other data of the loss function without changing the run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ def outputs_step(state: GlobalState, data_iterator: Iterator[Any], model: Any) -
 
 
 def inputs(first: int, microbatches: list[int]) -> list[Any]:
-    """The inputs of some microbatches of two samples each."""
+    """Return the inputs of microbatches of two samples each."""
     data = Samples(100, first)
     return [
         [data[2 * number + sample]["x"].tolist() for sample in (0, 1)] for number in microbatches
@@ -41,7 +41,7 @@ def inputs(first: int, microbatches: list[int]) -> list[Any]:
 
 
 class Collector:
-    """Calls the collective at every event that there is."""
+    """A callback that collects at every event."""
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
@@ -162,7 +162,7 @@ def test_a_step_that_fails_leaves_the_model_as_it_was(tmp_path: Path) -> None:
             with pytest.raises(ZeroDivisionError):
                 run.context.collect_non_loss_data(failing)
             assert run.model[0].training
-            # What the loop would do next goes on.
+            # The loop would continue here.
             assert len(run.context.collect_non_loss_data()) == 2
 
     run_ranks(2, body, timeout=120)

@@ -221,7 +221,7 @@ def test_recomputation_draws_the_same_numbers() -> None:
 
 
 class PlainAdam:
-    """Adam (arXiv:1412.6980) written out, with weight decay decoupled (arXiv:1711.05101) or not."""
+    """Compute Adam (arXiv:1412.6980), with weight decay decoupled (arXiv:1711.05101) or not."""
 
     def __init__(
         self, parameters: list[Tensor], decoupled: bool = True, decay: float = 0.1

@@ -1,4 +1,4 @@
-"""Every layout draws the same samples at the same step, and a position resumes exactly."""
+"""The order of samples: the same under every layout, and continued exactly from any position."""
 
 import itertools
 from pathlib import Path
@@ -20,7 +20,7 @@ from validation_sets import FIRST, NamedData, SizesOfRanks, error_of
 def drawn(
     data_parallel_size: int, start: int, microbatches: int, order: SampleOrder
 ) -> list[list[list[int]]]:
-    """Return the microbatches that each data-parallel rank draws from a position on."""
+    """Return the microbatches that each data-parallel rank draws, starting at a position."""
     return [
         list(
             itertools.islice(
@@ -139,7 +139,7 @@ def test_the_start_says_how_many_samples_are_evaluated_of_how_many(
 def test_the_smallest_size_of_a_set_counts_on_every_rank(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Two epochs of the smaller size: ranks that knew their own would draw other samples."""
+    """Two epochs of the smaller size: with its own size a rank would draw other samples."""
 
     def body() -> Any:
         config = own_run(tmp_path / "run", dataset=SizesOfRanks(train=(40, 24), validation=(9, 17)))

@@ -1,4 +1,4 @@
-"""Training from inside a program that has its own loop, and what it leaves there: nothing."""
+"""Training inside a program with its own loop leaves nothing behind in its process."""
 
 import gc
 import itertools
@@ -59,7 +59,7 @@ def config_of(width: int, **sections: Any) -> ConfigContainer:
 
 
 class Program:
-    """The program around the run: it owns the default process group, and has used torch before."""
+    """A program around the run that owns the default process group and has used torch before."""
 
     def __init__(self) -> None:
         os.chdir(tempfile.mkdtemp())
@@ -67,7 +67,7 @@ class Program:
         random.seed(1)
         np.random.seed(2)
         torch.manual_seed(3)
-        # What a first run imports, and what a thread pool starts, is there for good.
+        # The modules that a first run imports, and the threads of a pool, stay.
         train(config_of(3), 1)
         self.before = take_footprint()
 
@@ -186,7 +186,7 @@ def test_what_the_program_has_of_megatron_core_stays_its_own() -> None:
 
 
 def test_two_models_may_be_trained_in_turn() -> None:
-    """As an actor and its critic are. Their dropout would draw from one stream."""
+    """An actor and its critic are. Their dropout would draw from one stream."""
 
     def config(width: int) -> ConfigContainer:
         return config_of(width, model=OwnModel(width=width))
@@ -225,7 +225,7 @@ def test_signals_are_the_programs_own_while_it_trains() -> None:
 
 
 def test_the_trained_model_is_complete_and_can_be_used_after_the_run() -> None:
-    """The gathering of parameters overlaps with the next step's forward pass, if there is one."""
+    """Parameters are gathered during the next step's forward pass, if there is one."""
 
     def body() -> Any:
         config = own_run("nowhere")
@@ -244,7 +244,7 @@ def test_the_trained_model_is_complete_and_can_be_used_after_the_run() -> None:
 
 def test_the_memory_of_a_model_is_free_for_the_next_one() -> None:
     def body() -> None:
-        gc.disable()  # It would come too late on a device, whose memory it knows nothing of.
+        gc.disable()  # The collector does not know the memory of a device and would run too late.
 
         def one_model() -> Any:
             with training_parts(config_of(6), token_step) as parts:

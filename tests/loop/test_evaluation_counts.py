@@ -1,4 +1,4 @@
-"""An evaluation is the sum over its samples by their tokens, and knows which samples it saw."""
+"""An evaluation weighs every sample once, by its tokens, and checks which samples it saw."""
 
 import itertools
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def test_every_sample_of_the_set_counts_once_for_any_batch_size_and_number_of_ra
 
 
 def metrics_step(data_iterator: Iterator[Any], model: Any) -> Any:
-    """Pattern 1 with a metric of every kind, of the samples of a microbatch."""
+    """Run pattern 1 with a metric of every kind."""
     x = next(data_iterator)["x"]
     of_sample = model(x).mean(dim=1)
 

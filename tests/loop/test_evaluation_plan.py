@@ -49,7 +49,7 @@ def test_every_sample_counts_once_and_a_microbatch_counts_whole_or_not(num_sampl
                     assert set(of_each.values()) == {call.copies}
                     assert len(of_each) == call.weight
                     seen.update(of_each.keys())
-                # What does not count is a sample that the evaluation has.
+                # A repeated sample is one of the evaluation.
                 assert {p for positions in drawn for p in positions} <= set(range(num_samples))
         assert seen == Counter(range(num_samples))
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: the run of `pretrain`, from the weights of another one, or not at all."""
+"""`finetune` from Python: the run of `pretrain`, started from the weights of another run."""
 
 import shutil
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from training_runs import (
 
 
 class Start:
-    """Keeps the parameters as they were before the first step."""
+    """A callback that keeps the parameters before the first step."""
 
     def on_train_start(self, context: Any) -> None:
         self.parameters = parameters_of(context.model)

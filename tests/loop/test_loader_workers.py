@@ -1,4 +1,4 @@
-"""Data loading processes end with their run, and a run says which of them was killed."""
+"""Data loading processes end with their run, and one that is killed is named."""
 
 import os
 import pty

@@ -61,7 +61,7 @@ def random_qkv(length: int, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tens
 def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float = CHANNELS**-0.5
 ) -> Tensor:
-    """Softmax attention written out; `hidden` is True where a key is not seen."""
+    """Compute softmax attention; `hidden` is True for keys that a query does not see."""
     key, value = (x.repeat_interleave(HEADS // GROUPS, dim=2) for x in (key, value))
     scores = torch.einsum("qbnd,kbnd->bnqk", query, key) * scale
     weights = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
@@ -137,7 +137,7 @@ def test_dropout_zeroes_weights_and_scales_the_others() -> None:
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(7, force_reset_rng=True)
         attention = make_attention(AttnMaskType.no_mask, attention_dropout=rate)
-        # Equal scores, and values that say which position they are of: the output is the weights.
+        # With equal scores and one-hot values of the positions the output is the weights.
         query = torch.zeros(length, batch, HEADS, length)
         value = torch.eye(length)[:, None, None].expand(-1, batch, GROUPS, -1)
         first = attention(query, query[:, :, :GROUPS], value)

@@ -38,7 +38,7 @@ class Outcome:
 
 
 def token_batch(loss_sum: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token losses [SLOTS, 1, 1] that sum to `loss_sum` where valid, with junk elsewhere."""
+    """Return token losses [SLOTS, 1, 1] that sum to `loss_sum` where valid, with junk elsewhere."""
     losses = torch.full((SLOTS, 1, 1), 1e6)
     mask = torch.zeros(SLOTS, 1, 1)
     losses[:tokens] = loss_sum / max(tokens, 1)
@@ -64,7 +64,7 @@ def run_schedule(
     pipeline: int = 1,
     forward_only: bool = False,
 ) -> Outcome:
-    """One step of a model with one weight a stage, output = product of weights * token losses."""
+    """Take a step of a model with one weight a stage: output = product of weights * losses."""
     from megatron.core import parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -284,7 +284,7 @@ def adapter_of(
     output: torch.Tensor | None = None,
     **arguments: Any,
 ) -> tuple[LossAdapter, Callable[..., Any]]:
-    """An adapter, and a function that runs one microbatch through it."""
+    """Return an adapter, and a function that runs one microbatch through it."""
     given = torch.ones(2, requires_grad=True) if output is None else output
     adapter = LossAdapter(
         lambda data_iterator, model: (given, loss_func),

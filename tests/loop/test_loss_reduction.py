@@ -42,7 +42,7 @@ def alone(**arguments: Any) -> MetricReducer:
 
 
 class Collectives:
-    """Counts this process's collectives while it is entered."""
+    """A context that counts this process's collectives."""
 
     NAMES = ("all_reduce", "all_gather_object", "all_gather", "broadcast", "barrier")
 

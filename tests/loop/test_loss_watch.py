@@ -1,4 +1,4 @@
-"""What counts as an anomaly, who hears of it and when; the mean against one written out."""
+"""Anomalies of the loss: which losses are one, and which rank learns of it when."""
 
 import random
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def one_step(
 
 
 def warmed_up(mean: float = 2.0, factor: float = 3.0) -> LossWatch:
-    """A watch that would take anything above `factor` times `mean` for a spike."""
+    """Return a watch for which any loss above `factor` times `mean` is a spike."""
     watch = LossWatch()
     for step in range(1, WINDOW + 1):
         one_step(watch, step, [mean], factor)
@@ -122,7 +122,7 @@ def test_an_infinite_loss_is_no_spike_and_a_sum_is_judged_for_nan_as_it_is() -> 
 
 @dataclass
 class Written:
-    """The mean and the spikes of losses and counts, one by one in Python's floats."""
+    """Return the mean and the spikes of losses and counts, computed one by one in Python."""
 
     factor: float
     history: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Several validation sets: one evaluation, one row, a name for each; one set keeps its names."""
+"""Several validation sets, each with a name: one evaluation, one row."""
 
 from pathlib import Path
 from typing import Any, override
@@ -27,7 +27,7 @@ def named_run(directory: Path, **sections: Any) -> ConfigContainer:
 
 
 def error_with(parameters: dict[str, torch.Tensor], name: str, samples: int) -> float:
-    """The valid tokens' squared error of a trained `OwnModule`, sum over sum, in float64."""
+    """Return the mean squared error of a trained `OwnModule` over valid tokens, in float64."""
     module = OwnModule(6, 0.0)
     module.load_state_dict(parameters)
     data = Samples(samples, FIRST[name])
@@ -158,7 +158,7 @@ def test_names_and_sets_are_kept_when_the_splits_are_a_sequence(tmp_path: Path) 
 
 
 class Doubled:
-    """Adds a metric of its own to what an evaluation found."""
+    """A callback that adds a metric to those of an evaluation."""
 
     def on_evaluate_start(self, context: Any) -> None:
         assert context.split in ("validation", "test")

@@ -1,4 +1,4 @@
-"""The rate is a function of the samples consumed, whatever the run's length."""
+"""The learning rate is a function of the consumed samples."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Whole runs of a model with one weight, whose gradient and losses are fractions.
 
 The model's output is its weight times the token losses of the data. At weight w the loss is
-w * objective and the gradient the objective itself, which `oracle_cells` computes exactly. Unless
+w * objective and the gradient the objective itself, which `loss_cells` computes exactly. Unless
 a test says otherwise the learning rate is 0, so that each step can train on other cells.
 """
 

@@ -1,4 +1,4 @@
-"""A bug in a user's own code keeps its traceback; a rejection is one line, wherever it comes."""
+"""A bug in a user's code keeps its traceback; a rejection is one line, whoever raises it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ def test_a_section_that_a_file_names_is_made_with_the_same_rule() -> None:
 
 @dataclass
 class FussyTransformer(TransformerConfig):
-    """A model section that checks itself when it is asked, in code of its own."""
+    """A model section with a check of its own."""
 
     kernel_count: int = 3
 

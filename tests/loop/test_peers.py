@@ -1,8 +1,7 @@
-"""A run that fails on one rank ends on all of them, whatever they are doing and whoever started it.
+"""A run that fails on one rank ends on all of them, under every launcher.
 
-The ranks of `run_ranks` wait for each other before they exit, so a rank that has failed stays; and
-it keeps its exception, and with it the connections that the others wait on. Nothing but the watch
-ends those.
+The ranks of `run_ranks` wait for each other before they exit, so a failed rank stays. It keeps its
+exception, and with it the connections that the others wait on: only the watch ends the others.
 """
 
 import io
@@ -46,7 +45,7 @@ def rank() -> int:
 
 
 class Trouble:
-    """Fails in one event, or goes on for ever in it, on one rank."""
+    """A callback that fails in one event on one rank, or never returns from it."""
 
     def __init__(self, event: str, act: Callable[[], None], *, on_rank: int = 1) -> None:
         self.event, self.act, self.on_rank = event, act, on_rank
@@ -81,7 +80,7 @@ def fails_with(error: type[BaseException]) -> Callable[[], None]:
 
 
 class PoorSamples(Samples):
-    """Samples of which some cannot be read on rank 1."""
+    """Samples some of which cannot be read on rank 1."""
 
     def __init__(self, size: int, first: int, ends: bool) -> None:
         super().__init__(size, first)
@@ -140,7 +139,7 @@ class UnsavableModel(OwnModel):
 
 
 def survived(config: ConfigContainer, *callbacks: object, **settings: Any) -> str:
-    """Run, as a program does that catches what the run raises and goes on with something else."""
+    """Run like a program that catches the exception of the run and continues."""
     try:
         pretrain(config, token_step, callbacks, **settings)
         outcome = "finished"
@@ -154,7 +153,7 @@ def survived(config: ConfigContainer, *callbacks: object, **settings: Any) -> st
 def ends_the_others(
     body: Callable[[], Any], capfd: pytest.CaptureFixture[str], **settings: Any
 ) -> list[str]:
-    """Run on two ranks of which rank 0 is ended from within; return the lines that they printed."""
+    """Run on two ranks of which the run ends rank 0; return the lines that they printed."""
     with pytest.raises(RankFailure, match="^rank 0 died without a word$"):
         run_ranks(2, body, timeout=40, **settings)
     printed: list[str] = capfd.readouterr().err.splitlines()
@@ -295,7 +294,7 @@ def test_an_error_of_all_ranks_is_an_exception_on_each_and_the_next_run_trains(
             survived(callback, Trouble("step", fail), Trouble("step", fail, on_rank=0)),
         ]
         seconds = time.monotonic() - began
-        # Were anything left of those runs' watch, it would end this process.
+        # A watch that outlived those runs would end this process.
         time.sleep(3 * NOTICE)
         config = own_run(tmp_path / "good")
         return outcomes, survived(config), seconds
@@ -426,7 +425,7 @@ def test_ctrl_c_on_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> Non
 
 @pytest.fixture
 def started_alone(tmp_path: Path) -> Iterator[Callable[..., list[int | None]]]:
-    """Start ranks as a scheduler does that looks at none of them; return their exit codes."""
+    """Start ranks like a scheduler that watches none of them; return their exit codes."""
     fork = multiprocessing.get_context("fork")
     processes: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""A whole run, from inside another program: what it gives, and that it leaves nothing behind."""
+"""`pretrain` from inside another program: its result, and no trace left behind."""
 
 import gc
 import json
@@ -25,7 +25,7 @@ from training_runs import OwnData, own_run, rows, series, token_step
 
 
 def footprint() -> dict[str, Any]:
-    """What a run could leave behind in the process."""
+    """Return the state of the process that a run could change."""
     return {
         "process group": dist.is_initialized(),
         "groups": len(dist.distributed_c10d._world.pg_map),
@@ -122,7 +122,7 @@ def test_groups_of_another_layout_are_rejected(tmp_path: Path) -> None:
 
 
 class Listener:
-    """Takes note of the events, and fails in one if it is told to."""
+    """A callback that records the events, and fails in one if asked to."""
 
     def __init__(self, fails_in: str | None = None) -> None:
         self.events: list[str] = []

@@ -1,4 +1,4 @@
-"""A run's files: `latest` always names a whole checkpoint, and nothing is overwritten."""
+"""The files of a run: `latest` always names a complete checkpoint; nothing is overwritten."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A run that is continued with another batch size or length ends where it should, and says so."""
+"""The end and the learning rate of a run that is continued with another batch size or length."""
 
 import re
 from collections.abc import Mapping

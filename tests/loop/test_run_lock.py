@@ -1,4 +1,4 @@
-"""One run at a time in a directory: who holds it is named, and its death releases it."""
+"""A directory has one run at a time: its process is named, and its end releases the directory."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextlib.contextmanager
 def held_elsewhere(hold: AbstractContextManager[None]) -> Iterator[int]:
-    """Enter `hold` in another process, which the block may end; yields its process."""
+    """Enter `hold` in another process, which the block may end; yield its process."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -62,7 +62,7 @@ def test_a_directory_that_another_process_holds_is_rejected_until_that_is_killed
         holder = f"process {pid} on host {socket.gethostname()} "
         with pytest.raises(UsageError, match=f"checkpoint.run_dir='{place}': {holder}"):
             claimed(place).__enter__()
-    # The killed process has left its file.
+    # The file of the killed process is still there.
     assert (place / "run.lock").exists()
     with claimed(place):
         pass

@@ -1,4 +1,4 @@
-"""The line that continues a run begins as the user began the one that started it."""
+"""The command that continues a run starts with the words of the command that started it."""
 
 import os
 import subprocess

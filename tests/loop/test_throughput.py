@@ -57,7 +57,7 @@ def test_frozen_weights_get_no_gradients_and_adapters_are_counted_in_full() -> N
             return 180.0
 
     assert model_flops_per_token(Freezable(), trained_beside=5.0) == 600 - 180 + 6 * 5
-    # Who does not know what a frozen model costs says nothing.
+    # Without the FLOPs of a frozen model there is no MFU.
     assert model_flops_per_token(Counting(), trained_beside=5.0) is None
 
 

@@ -1,4 +1,4 @@
-"""A run and an evaluation end in time, on all ranks together, and leave everything in order."""
+"""Time limits and signals end a run or an evaluation on all ranks together, without damage."""
 
 import json
 import os
@@ -21,17 +21,17 @@ from training_runs import OwnData, OwnModel, a_run, own_run, rows, series, token
 from validation_sets import FIRST, NamedData, error_of, evaluated, tokens_of
 
 AT_ONCE = 1e-9
-"""Minutes that are over whenever anybody looks."""
+"""A limit in minutes that is over at once."""
 
 
 class Listener:
-    """Writes down what it hears, and how the model stands at the end."""
+    """A callback that records events, and the mode of the modules at the end."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
 
     def on_train_start(self, context: Any) -> None:
-        # A part that the user has put to sleep.
+        # A module that the user has put into eval mode.
         context.model[0].module.module.dropout.eval()
         self.modes = [module.training for module in context.model[0].modules()]
         assert {True, False} == {*self.modes}
@@ -121,7 +121,7 @@ def test_an_evaluation_under_way_when_the_runs_time_is_over_is_discarded(
 
 
 def interrupted_in_evaluation(at_step: int) -> Callable[..., Any]:
-    """A step at which rank 1 is told to stop in the second global batch of an evaluation."""
+    """A step in which rank 1 gets a signal, in the second global batch of an evaluation."""
     seen: list[int] = []
 
     def step(state: Any, data_iterator: Iterator[Any], model: Any) -> Any:
@@ -196,7 +196,7 @@ def test_an_evaluation_has_the_metrics_of_what_it_saw_in_time(
 def test_sets_that_an_evaluation_has_no_time_for_have_no_metrics(
     tmp_path: Path, wiki: int, evaluated_sets: list[str]
 ) -> None:
-    """Nobody looks at the clock when a set was evaluated to its end."""
+    """After a complete evaluation no rank checks the time."""
 
     def body() -> Any:
         data = NamedData(validation={"wiki": wiki, "code": 16})

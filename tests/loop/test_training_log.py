@@ -20,7 +20,7 @@ from ranks import run_ranks
 
 
 class Log:
-    """A training log on rank 0, and what it wrote."""
+    """A training log on rank 0, and its output."""
 
     def __init__(self, run_dir: Path, **settings: Any) -> None:
         level = settings.pop("timing_log_level", 0)

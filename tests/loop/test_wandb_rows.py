@@ -44,7 +44,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    # Each fork has W&B's service for itself, as a process that is started has.
+    # Each fork has a W&B service of its own, as a new process has.
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
 
 
@@ -84,7 +84,7 @@ def test_rows_of_any_size_are_found_in_a_torn_or_damaged_file(
 ) -> None:
     def body() -> None:
         logger = WandbLogger(tmp_path, project="unit")
-        for number in range(40):  # Most of them stand across the border of two blocks of 32 KiB.
+        for number in range(40):  # Most of them cross the border of two blocks of 32 KiB.
             text: Any = "a" * 3001 * (number % 12)
             logger.log({"x": 0.5, "text": text}, 10 * number)
         logger.close()

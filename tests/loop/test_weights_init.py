@@ -45,7 +45,7 @@ BIASED: dict[str, Any] = {
 
 
 def tiny_config(**changes: Any) -> TransformerConfig:
-    """Return a finalised config: 4 gated layers of width 32, 4 heads in 2 query groups."""
+    """Return a finalized config: 4 gated layers of width 32, 4 heads in 2 query groups."""
     values: dict[str, Any] = {
         "num_layers": 4,
         "hidden_size": 32,
@@ -64,7 +64,7 @@ def tiny_config(**changes: Any) -> TransformerConfig:
 
 
 def layout_of(**layout: int) -> dict[str, Any]:
-    """Initialise megatron-core's groups and return the config's share of the layout.
+    """Initialize megatron-core's groups and return the config's fields of the layout.
 
     Args:
         layout: Any of tp, pp, vpp, cp, ep, etp.
@@ -131,7 +131,7 @@ def build(
 
 
 def global_parameters(chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
-    """This rank's parameters, layers and experts numbered as in the whole model."""
+    """Yield this rank's parameters, with layers and experts numbered as in the unsharded model."""
     experts_before = 0
     for chunk in chunks:
         layers = list(chunk.decoder.layers)
@@ -153,7 +153,7 @@ def global_parameters(chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def piece(name: str, full: Tensor, rank: int, ranks: int, gated: bool) -> Tensor:
-    """The part of a full tensor that a tensor-parallel rank holds."""
+    """Return the shard of a tensor that a tensor-parallel rank holds."""
     owner = name.split(".")[-2]
     if owner in ("linear_proj", "linear_fc2"):
         return full.chunk(ranks, dim=-1)[rank] if name.endswith("weight") else full
@@ -222,7 +222,7 @@ def test_every_layout_holds_pieces_of_the_same_model(
 
 
 def mean_loss(layout: dict[str, int], changes: dict[str, Any]) -> float:
-    """The loss of the same tokens, through megatron-core's schedule; NaN before the last stage."""
+    """Return the loss of the same tokens, NaN before the last stage."""
     config, chunks = build(layout, changes)
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE + 1), generator=generator)
@@ -297,7 +297,7 @@ def test_deviations_are_megatron_cores_and_norms_and_biases_are_constant() -> No
 def test_padding_of_the_vocabulary_does_not_change_its_real_rows() -> None:
     def embeddings(rows: int) -> list[Tensor]:
         arguments = {"vocab_size": rows, "share_embeddings_and_output_weights": False}
-        # An initialiser whose deviation follows the tensor's shape, padding included.
+        # An initializer whose deviation depends on the shape, padding included.
         changes = {"embedding_init_method": torch.nn.init.xavier_normal_}
         _, chunks = build({}, changes, **arguments)
         weights = dict(global_parameters(chunks))
@@ -379,7 +379,7 @@ def test_the_generators_are_left_as_they_were() -> None:
 
 
 class OwnModel(MegatronModule):
-    """A model of a user's: a replicated layer, and one that is split over tensor-parallel ranks."""
+    """A user's model: a replicated layer, and one that is sharded over tensor-parallel ranks."""
 
     def __init__(self, split: bool) -> None:
         super().__init__(tiny_config(tensor_model_parallel_size=2))
@@ -415,7 +415,7 @@ def test_a_users_modules_keep_their_weights_and_unknown_sharded_ones_are_rejecte
 
 
 class Modules(MegatronModule):
-    """A model of modules with configs of their own, in one of them a user's weights."""
+    """A model whose modules have their own configs; one has a user's weights."""
 
     def __init__(self) -> None:
         super().__init__(tiny_config())

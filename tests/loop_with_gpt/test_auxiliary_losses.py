@@ -1,4 +1,4 @@
-"""z-loss, balance losses and multi-token prediction are one objective under every layout."""
+"""Auxiliary losses: z-loss, load balancing and MTP layers, the same under every layout."""
 
 import contextlib
 import math
@@ -40,7 +40,7 @@ ASKED = options_of("auxiliary_losses")
 
 @pytest.fixture(scope="module")
 def wanted() -> Callable[[Objective], Found]:
-    """Return what the definitions say of an objective, computed when it is first asked for."""
+    """Return the step of an objective by its definition, computed on first use."""
 
     @cache
     def of(objective: Objective) -> Found:
@@ -126,7 +126,7 @@ def test_without_a_counted_token_the_gradients_are_zero() -> None:
 
 def test_microbatches_of_padding_alone_take_no_part() -> None:
     class Filled(Objective):
-        """Every other microbatch is made of padding."""
+        """An objective whose every second microbatch is padding."""
 
         @override
         def microbatch(self, number: int) -> dict[str, torch.Tensor]:
@@ -170,7 +170,7 @@ def test_the_bias_that_balances_experts_counts_real_tokens() -> None:
 def test_a_logged_step_has_the_mean_of_its_interval_or_its_own_values(tmp_path: Path) -> None:
     def run(folder: str, interval: int, average: Any) -> None:
         model = ALL.model()
-        # What an evaluation finds is nobody else's.
+        # The losses of an evaluation are in no training row.
         validation = 4 if folder == "mean" else 0
         config = gpt_run(tmp_path / folder, model, dataset=TokenData(validation=validation))
         config.train.train_iters, config.validation.eval_interval = 4, 2

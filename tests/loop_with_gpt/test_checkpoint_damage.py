@@ -1,4 +1,4 @@
-"""Whatever happens to a checkpoint's files is found before anything of it is used."""
+"""Damage of a checkpoint's files is found before anything of it is used."""
 
 import gc
 import io
@@ -43,7 +43,7 @@ def run_config(directory: Path, **checkpoint: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks with a checkpoint after steps 2 and 4."""
+    """Return a run of two ranks with checkpoints after steps 2 and 4."""
     run = tmp_path_factory.mktemp("saved") / "run"
     run_ranks(RANKS, lambda: pretrain(run_config(run), token_step) and None, timeout=120)
     return run
@@ -51,7 +51,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(saved: Path, tmp_path: Path) -> RunDirectory:
-    """A copy of it, to be damaged."""
+    """Return a copy of the run, to be damaged."""
     return RunDirectory(Path(shutil.copytree(saved, tmp_path / "run")))
 
 
@@ -67,7 +67,7 @@ def changed(change: Callable[[bytearray], None], name: str) -> Callable[[RunDire
 
 
 def optimizer_state_zeroed(run: RunDirectory) -> str:
-    """Make a moment of the optimizer zero, so that all of the checkpoint can still be read."""
+    """Zero a moment of the optimizer; the checkpoint can still be read completely."""
     place = run.checkpoint(4)
     stored = FileSystemReader(place).read_metadata().storage_data
     [entry] = [
@@ -120,7 +120,7 @@ def whole_of_another_step(run: RunDirectory) -> str:
     return "manifest.json"
 
 
-# Those that are found without reading the files of tensors, and those that are not.
+# Damage that is found without reading tensors, and damage that is not.
 AT_ONCE: dict[str, Callable[[RunDirectory], str]] = {
     "a file is missing": removed("__1_0.distcp"),
     "a file was added": added,
@@ -214,7 +214,7 @@ def test_a_run_continues_from_the_step_that_is_asked_for_and_later_from_there(
 
     run_ranks(RANKS, body, timeout=120)
     assert run.latest() == run.checkpoint(6)
-    # The damaged one of the other course does not count among the last two.
+    # The damaged checkpoint of the abandoned steps does not count among the last two.
     assert run.saved() == [run.checkpoint(step) for step in (3, 4, 6)]
     losses = [row["error"] for row in RunDirectory(saved).rows()]
     assert [row["error"] for row in run.rows()][:2] == losses[:2]

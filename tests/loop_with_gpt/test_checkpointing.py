@@ -1,4 +1,4 @@
-"""A run that was saved and continued is the run that went through, bit for bit."""
+"""Checkpoints: a run that was saved and continued equals the uninterrupted one, bit for bit."""
 
 import hashlib
 import os
@@ -42,7 +42,7 @@ TIMES = {"step_time_s", "tokens_per_s", "samples_per_s"}
 
 
 class Everything:
-    """Keeps all that must come back: parameters, counters and random-number streams."""
+    """A callback that keeps all that a resume restores: parameters, counters, random streams."""
 
     def __init__(self) -> None:
         self.parameters: dict[str, bytes] = {}
@@ -155,7 +155,7 @@ def test_a_run_that_dies_before_latest_is_replaced_continues_from_the_one_before
 
         def refuses(directory: RunDirectory, checkpoint: Path) -> None:
             if checkpoint.name.endswith("4"):
-                # All of it is there, and nothing names it yet.
+                # The checkpoint is complete, and `latest` does not name it yet.
                 assert (checkpoint / ".metadata").exists()
                 assert (checkpoint / "config.yaml").exists()
                 raise Killed
@@ -201,7 +201,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path, keep_last: int, kept: l
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `OwnModel` with a checkpoint after steps 2 and 4."""
+    """Return a run of `OwnModel` with checkpoints after steps 2 and 4."""
     run = tmp_path_factory.mktemp("saved") / "run"
     run_ranks(1, lambda: pretrain(saving_run(run), token_step) and None, timeout=120)
     return run
@@ -311,7 +311,7 @@ def test_weights_alone_are_taken_and_the_optimizers_copies_follow(
 
 
 def experts_run(directory: Path, until: int, **layout: Any) -> ConfigContainer:
-    """Return a run of 6 steps up to one of them, which goes on where it was saved."""
+    """Return a run of 6 steps that continues its checkpoint and ends after a given step."""
     sizes = {"num_layers": 2, "num_moe_experts": 4, "moe_router_topk": 2}
     config = gpt_run(directory, tiny_gpt(**sizes, moe_grouped_gemm=False, **layout))
     # Several buckets in each gradient buffer, with padding.

@@ -1,4 +1,4 @@
-"""Where a process stands among the ranks, and the device it is on."""
+"""The rank, the process groups and the device of a process."""
 
 import os
 from typing import Any
@@ -77,7 +77,7 @@ def test_groups_without_a_replica_of_the_embedding_are_rejected_on_every_rank(
                 pass
         except UsageError as error:
             found = str(error)
-        # A rank that has left is missed by those that still connect to it.
+        # A rank must not exit while others still connect to it.
         torch.distributed.barrier()
         return found
 

@@ -1,4 +1,4 @@
-"""A GPT trained inside another program leaves nothing of megatron-core's there."""
+"""A GPT trained inside another program leaves nothing of megatron-core behind."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""An evaluation is the sum over the set by the sum over the set, and leaves no trace."""
+"""An evaluation is the loss sum of the set over its token count, and leaves no trace."""
 
 import math
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def test_the_value_is_the_sum_over_the_set_by_the_tokens_of_the_set(
 
 
 def test_training_continues_as_if_there_had_been_no_evaluation(tmp_path: Path) -> None:
-    """With overlapped gathering, whose hooks are off while parameters are whole."""
+    """Parameters are gathered by hooks, which are off during an evaluation."""
 
     def body() -> None:
         config = own_run(tmp_path / "run", dataset=OwnData(validation=8))
@@ -137,7 +137,7 @@ def ranks_of(layout: str) -> int:
 
 
 def token_losses_step(state: Any, data_iterator: Any, model: Any) -> Any:
-    """Collects the losses of the tokens that count."""
+    """Return the losses of the valid tokens as other data."""
     output, loss_function = gpt_forward_step(state, data_iterator, model)
     mask = loss_function.args[0]
     return output, lambda losses: None if mask is None else losses[mask > 0].tolist()
@@ -159,7 +159,7 @@ def loss_of_one_rank(tmp_path_factory: pytest.TempPathFactory) -> float:
 def test_under_every_layout_it_is_the_sum_of_all_token_losses_by_their_number(
     tmp_path: Path, layout: str, loss_of_one_rank: float
 ) -> None:
-    """A global batch of uneven masks, and 5 samples more, which no layout can divide evenly."""
+    """The set is a global batch and 5 samples more, which no layout divides evenly."""
 
     def body() -> Any:
         config = gpt_run(tmp_path / "run", tiny_gpt(**LAYOUTS[layout]))
@@ -207,10 +207,10 @@ def test_metrics_reduced_without_the_context_parallel_ranks_are_rejected(tmp_pat
 
 
 def predictions_step(data_iterator: Any, model: Any) -> Any:
-    """Collects tokens and predictions, from logits: no labels go to the model."""
+    """Return tokens and predictions as other data; the model gets no labels."""
     batch = next(data_iterator)
     output = model(batch["tokens"], batch["position_ids"], None)
-    # A stage that is not the last may collect nothing, so it need not be able to.
+    # Only the last stage collects, so the loss function of others may fail.
     return output, lambda logits: (batch["tokens"][0].tolist(), logits[0].detach())
 
 

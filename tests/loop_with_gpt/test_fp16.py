@@ -1,4 +1,4 @@
-"""fp16 with a dynamic loss scale: an overflow on one of two ranks is an overflow on both."""
+"""fp16 with a dynamic loss scale: an overflow on one of two ranks counts on both."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +55,7 @@ def overflow(run: Run) -> Callable[[], None]:
     """Make one gradient of rank 1 infinite, before any other rank adds its own to it.
 
     Returns:
-        Ends it.
+        A function that undoes it.
     """
     if dist.get_rank() != 1:
         return lambda: None

@@ -28,7 +28,7 @@ needs_engine = pytest.mark.skipif(
     not torch.cuda.is_available() or not has_transformer_engine(),
     reason="needs Transformer Engine",
 )
-# Kernels of 16 bits want sizes that the tiniest GPT has not.
+# Kernels of 16 bits need larger sizes than the tiniest GPT has.
 SIZES: dict[str, Any] = {"hidden_size": 128, "ffn_hidden_size": 256, "seq_length": 64}
 
 
@@ -78,7 +78,7 @@ def test_adapters_train_alike_next_to_either_kind_of_layers(tmp_path: Path, kind
         found.append([series(tmp_path / layer_spec, name) for name in ("lm loss", "grad_norm")])
     (losses, norms), (losses_of_engine, norms_of_engine) = found
     assert losses_of_engine == pytest.approx(losses, rel=5e-3)
-    # bf16 has 8 bits. Without the fused norm before the adapter it would be another gradient.
+    # bf16 has 8 bits. Without the fused norm before the adapter the gradient would differ.
     assert norms_of_engine == pytest.approx(norms, rel=5e-2)
 
 
@@ -125,7 +125,7 @@ def test_a_step_that_is_not_logged_waits_for_nothing(tmp_path: Path, layer_spec:
         def step(**arguments: Any) -> StepResult:
             return one_step(run, data_iterator=data_iterator, reducer=run.reducer, **arguments)
 
-        for _ in range(2):  # What happens only once may wait.
+        for _ in range(2):  # Code that runs once may wait for the device.
             step()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -148,7 +148,7 @@ def weights(directory: Path, layer_spec: str) -> list[torch.Tensor]:
 
 
 def weights_without_a_gpu(directory: Path) -> list[torch.Tensor]:
-    """Return the weights that another process finds, which sees no GPU."""
+    """Return the weights that a process without a visible GPU finds."""
     file = directory / "weights.pt"
     program = (
         "import sys, pathlib, torch; import test_gpu; "

@@ -188,7 +188,7 @@ def test_transformer_engine_keeps_packed_documents_apart_as_the_local_attention_
 ) -> None:
     assert worst(alone["packed"]["lm loss"], alone["local"]["lm loss"]) < LOSS
     assert worst(alone["packed"]["grad_norm"], alone["local"]["grad_norm"]) < NORM
-    # Documents that saw each other would make another loss.
+    # If documents attended to each other, the loss would differ.
     assert worst(alone["packed"]["lm loss"], alone["dense"]["lm loss"]) > 1e-4
 
 

@@ -118,7 +118,7 @@ TRIALS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 def observed(overrides: tuple[str, ...], directory: str) -> dict[str, Any]:
-    """Run, and return what there is to compare."""
+    """Run and return everything to compare."""
     model = tiny_gpt(
         num_layers=2,
         hidden_size=128,
@@ -156,7 +156,7 @@ def observed(overrides: tuple[str, ...], directory: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def observed_without(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """Return what a run with the other settings alone has, run when it is first asked for."""
+    """Return the run with the other settings alone, run on first use."""
 
     @cache
     def of(base: tuple[str, ...]) -> dict[str, Any]:

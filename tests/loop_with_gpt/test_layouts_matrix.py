@@ -51,7 +51,7 @@ def trained(outcome: Outcome) -> list[RankTrace]:
 
 @pytest.fixture(scope="module")
 def on_one_process() -> Callable[[Case], RankTrace]:
-    """Return what the same run leaves on one process, trained when it is first asked for."""
+    """Return the trace of the same run on one process, trained on first use."""
     traces: dict[str, RankTrace] = {}
 
     def trace_of(case: Case) -> RankTrace:
@@ -162,7 +162,7 @@ PLAIN = {
     ids=["one rank", "two ranks"],
 )
 def test_an_update_is_as_long_as_the_clipping_allows(layouts: list[str]) -> None:
-    """Plain descent at rate 1: the update is the clipped gradient, tied embeddings taken once."""
+    """With SGD at rate 1 the update is the clipped gradient; tied embeddings count once."""
 
     def one_step_down(case: Case, directory: Path) -> RankTrace:
         config = config_of(case, directory)

@@ -1,4 +1,4 @@
-"""A bad loss on one of two ranks: all of them raise, warn or leave the step out, and go on."""
+"""Actions on a bad loss of one of two ranks: both raise, warn or skip the step."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ from training_runs import (
 
 NAN, INF = float("nan"), float("inf")
 SPIKE = 100.0
-"""Times the loss that the tests' models have."""
+"""The loss of the tests' models times this is a spike."""
 
 LAYOUTS: dict[str, dict[str, Any] | None] = {
     "data": None,
@@ -49,7 +49,7 @@ LAYOUTS: dict[str, dict[str, Any] | None] = {
 }
 
 type Bad = dict[int, float]
-"""What the first loss of a step on rank 1 is multiplied by, of the steps that have one."""
+"""The factor of the first loss of a step on rank 1, for the steps that have one."""
 
 
 def a_step(layout: dict[str, Any] | None, bad: Bad) -> Callable[..., Any]:
@@ -97,7 +97,7 @@ def warmed_up(config: ConfigContainer, layout: Any, bad: Bad) -> Iterator[Run]:
 
 
 def everything_of(run: Run) -> dict[str, torch.Tensor]:
-    """Return copies of the parameters, and of all that the optimizer keeps of them."""
+    """Return copies of the parameters and of the optimizer's state of each."""
     with parameters_in_sync(run.model):
         found = parameters_of(run.model)
     for index, part in enumerate(run.optimizer.chained_optimizers):
@@ -229,7 +229,7 @@ def strictly(text: str) -> Any:
 
 
 def told(body: Callable[[], Any]) -> tuple[Any, str]:
-    """Return what `body` returns and what it writes for the user."""
+    """Return the result of `body` and its output for the user."""
     with contextlib.redirect_stdout(io.StringIO()) as stream:
         return body(), stream.getvalue()
 
@@ -304,7 +304,7 @@ def test_an_error_comes_on_every_rank_at_its_time(tmp_path: Path, layout: str, a
         else:
             assert f"The loss is not finite (train.nan_action={action})." in message
             assert f"rank 1: {kind} at step 3, microbatch 0" in message
-        # By step 4 the weights are spoilt on every rank.
+        # By step 4 the weights are NaN on every rank.
         assert "rank 0: " not in message.replace("rank 0: nan at step 4", "")
 
 

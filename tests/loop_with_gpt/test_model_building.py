@@ -1,4 +1,4 @@
-"""From a configuration to DDP-wrapped chunks with the loop's hooks."""
+"""The model of a configuration: DDP-wrapped chunks with the loop's hooks."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""The optimizer's state of each parameter comes back, whatever its gradient buffers are like."""
+"""The optimizer's state of each parameter is restored, for gradient buffers of any form."""
 
 import contextlib
 import math
@@ -66,7 +66,7 @@ def expected(name: str, key: str, shape: torch.Size) -> torch.Tensor:
 
 
 def states_of(run: Any) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
-    """Yield name, key, this rank's part of the state and what it should be."""
+    """Yield name, key, this rank's shard of the state and the expected one."""
     for single in run.optimizer.chained_optimizers:
         for parameter in single.model_param_gbuf_map:
             name = next(n for n, p in run.model[0].named_parameters() if p is parameter)
@@ -128,7 +128,7 @@ def test_the_state_of_every_parameter_comes_back_from_buckets_of_any_size_on_any
 
 
 def save_as_before(directory: Path, seeds: Iterable[int], ranks: int) -> list[int]:
-    """Save as it was done in the first format."""
+    """Save in the first format."""
     checkpointer.FORMAT_VERSION = 1  # type: ignore[attr-defined]
     checkpointer.offsets_without_padding = contextlib.nullcontext  # type: ignore[assignment,attr-defined]
     return save(directory, seeds, ranks)

@@ -1,4 +1,4 @@
-"""Adapters are saved alone, resumed exactly, and never put beside another base."""
+"""Checkpoints of adapters hold no base model, resume exactly, and reject another base model."""
 
 import shutil
 from pathlib import Path
@@ -35,7 +35,7 @@ def saving_run(directory: Path, base: Path, kind: str = "dense", **options: Any)
 
 
 def interrupted(config: ConfigContainer) -> None:
-    """Train the first two steps of a run, as one that is stopped then."""
+    """Train the first two steps of a run that is stopped then."""
 
     class Stop:
         def on_step_end(self, context: Any, result: Any) -> None:
@@ -112,7 +112,7 @@ def test_a_base_model_that_was_moved_is_accepted_and_another_one_is_rejected(
         config.checkpoint.pretrained_checkpoint = str(bases["other"])
         with pytest.raises(ValueError, match="pretrained_checkpoint") as other:
             resumed(config)
-        # Its weights do not even fit; that they are others is said first.
+        # Its weights do not even fit; the message says first that they are different.
         config.checkpoint.pretrained_checkpoint = str(bases["experts"])
         with pytest.raises(ValueError, match="has other weights than"):
             resumed(config)

@@ -1,4 +1,4 @@
-"""Adapters become one with their base, and travel to Hugging Face's peft."""
+"""Adapters are merged into their base model, and exported to Hugging Face's peft."""
 
 import shutil
 from pathlib import Path
@@ -30,7 +30,7 @@ METHODS: dict[str, Any] = {
 
 
 def logits(config: ConfigContainer) -> torch.Tensor:
-    """Return what the model of a run says of some tokens before its first step here."""
+    """Return the logits of a run's model for some tokens, before its first step here."""
     batch = microbatch(3)
     with a_run(config, forward_step) as run, torch.no_grad():
         run.model[0].eval()

@@ -1,4 +1,4 @@
-"""Adapters train beside a frozen GPT, the same under every layout."""
+"""Adapters train on top of a frozen GPT, the same under every layout."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def alone(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what one process trains, by method, and of the experts."""
+    """Return the losses and norms of one process, for each method and for experts."""
     folder = tmp_path_factory.mktemp("alone")
 
     def train_all() -> dict[str, Any]:
@@ -188,7 +188,7 @@ def test_flops_are_what_torch_counts_of_a_frozen_model(
     [(counted, told)] = run_ranks(1, count)
     attention = 6.0 * 2 * SEQUENCE * 32
     # Behind the frozen embedding the first layer's input gets no gradient: 2 for each weight of
-    # its linear_qkv, [64, 32], and of the A beside it, [4, 32].
+    # its linear_qkv, [64, 32], and of the A of its adapter, [4, 32].
     assert told == counted + attention + 2 * (64 + 4) * 32
 
 

@@ -22,7 +22,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_in(directory: Path, mode: Any, step: Any = forward_step) -> None:
-    # Attention's dropout draws from the tensor-parallel stream, of which the machine knows nothing.
+    # Attention's dropout draws from the tensor-parallel stream, which the machine does not restore.
     model = tiny_gpt(num_layers=2, hidden_dropout=0.1, attention_dropout=0.3)
     config = gpt_run(directory, model, dataset=TokenData(validation=8))
     config.train.train_iters = 3
@@ -97,6 +97,6 @@ def test_a_loss_that_is_wrong_again_is_an_error_or_saved_for_other_hardware(
         return getattr(error.value, "exit_code", None)
 
     assert run_ranks(1, body, timeout=120) == [None if check_for_nan else 16]
-    # What is saved is what was before the step.
+    # The checkpoint has the state before the step.
     saved = tmp_path / "run" / "checkpoints" / "step-0000001"
     assert saved.is_dir() == (not check_for_nan)

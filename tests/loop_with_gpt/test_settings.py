@@ -1,4 +1,4 @@
-"""Settings of megatron-core for which its own training loop does something: ours does it too."""
+"""Settings of megatron-core that need code in the training loop."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A run is built whole, or not at all."""
+"""A run is set up completely, or nothing of it is left."""
 
 import json
 import math
@@ -34,7 +34,7 @@ class BrokenModel(OwnModel):
 
 
 def wrong_step(one: Any, two: Any, three: Any, four: Any, five: Any) -> None:
-    """None of the accepted forms."""
+    """A forward step of none of the accepted forms."""
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_nothing_is_left_of_a_run_that_could_not_start(
         return error.value.__notes__
 
     notes = run_ranks(2, body, timeout=120)
-    # A rank that fails second may have heard of the first, and has a note of that before its own.
+    # A rank that fails second may have learned of the first, and prints that before its own error.
     assert [of_rank[-1] for of_rank in notes] == ["rank 0, in set-up", "rank 1, in set-up"]
     assert all(note.startswith("after rank ") for of_rank in notes for note in of_rank[:-1])
     assert not (tmp_path / "runs").exists()
@@ -196,7 +196,7 @@ def test_default_names_of_new_runs_are_one_on_all_ranks(
 
 @dataclass(kw_only=True)
 class MegatronsGPT(TransformerConfig):
-    """A section of one's own that hands itself to megatron-core's model as its config."""
+    """A user's section that is the config of megatron-core's model."""
 
     seq_length: int = 16
     vocab_size: int = 64

@@ -1,4 +1,4 @@
-"""Fine-tuning a GPT: samples packed into sequences train as samples alone, under every layout."""
+"""Fine-tuning a GPT: packed samples train like single ones, under every layout."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A step is what plain torch computes, under every layout, and stands alone."""
+"""`train_step`: the step of plain torch, usable in a user's own loop."""
 
 import contextlib
 from dataclasses import dataclass
@@ -133,7 +133,7 @@ def test_the_tokens_of_a_model_without_sequences_are_those_that_its_loss_counts(
 
 
 class Overflows:
-    """An optimizer that refuses its step, as the one for fp16 does after an overflow."""
+    """An optimizer that skips its step, as the one for fp16 does after an overflow."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -223,7 +223,7 @@ def test_a_nan_is_reported_at_the_next_logged_step_by_its_step_and_microbatch(
 
     for rank, (message, notes) in enumerate(run_ranks(2, body, timeout=120)):
         assert "rank 1: nan at step 6, microbatch 1" in message
-        # A rank that is slower may have heard of the other's failure first.
+        # A slower rank may learn of the other's failure first.
         assert notes[-1] == f"rank {rank}, in step 8"
     assert [row["step"] for row in rows(tmp_path / "run")] == [4]
 

@@ -1,7 +1,7 @@
 """The auxiliary losses of a small GPT, written out from their definitions, and one step of ours.
 
-The oracle is one process that sees each sample alone: it takes the routers' and the heads' logits
-out of a model whose own auxiliary losses are off, and does the rest in plain torch.
+The reference is one process that sees each sample alone. It takes the logits of the routers and of
+the MTP layers from a model whose own auxiliary losses are off, and does the rest in plain torch.
 """
 
 import tempfile
@@ -32,7 +32,7 @@ type Sample = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised, whatever the layout.
+    """The loss that is minimized, the same under every layout.
 
     The coefficients are large, so that a wrong weight of an auxiliary loss is not a small error.
     """
@@ -40,16 +40,16 @@ class Objective:
     z: float = 0.0
     """Coefficient of the router's z-loss."""
     sequence: float = 0.0
-    """Of the balance loss of each sequence."""
+    """Coefficient of the load-balancing loss of each sequence."""
     batch: float = 0.0
-    """Of the balance loss of each microbatch."""
+    """Coefficient of the load-balancing loss of each microbatch."""
     ahead: int = 0
-    """Later tokens that are predicted too."""
+    """Number of MTP layers."""
     normalization: Literal["token", "microbatch"] = "token"
     pattern: Literal[1, 2] = 2
-    """1: the mean of all losses, masked or not; 2: the sum of the counted ones and their number."""
+    """1: the mean of all losses, masked or not; 2: the sum of the counted ones and their count."""
     padded: bool = False
-    """Whether samples end with padding that they mark."""
+    """Whether samples end with padding, marked by a padding mask."""
     counted: Literal["some", "none"] = "some"
     """Positions in the loss masks: fewer or more from sample to sample, or none at all."""
     micro_batch_size: int = 1
@@ -116,7 +116,7 @@ class Objective:
                 loss_normalization=self.normalization,
             ),
             optimizer=OptimizerConfig(lr=0.0, min_lr=0.0, clip_grad=1e9),
-            # The reduced gradients are whole on every replica.
+            # Every replica has the unsharded reduced gradients.
             ddp=DistributedDataParallelConfig(
                 use_distributed_optimizer=False,
                 overlap_grad_reduce=False,
@@ -127,7 +127,7 @@ class Objective:
 
 @dataclass(kw_only=True)
 class Found:
-    """A step's numbers."""
+    """The metrics and gradients of a step."""
 
     metrics: dict[str, float | None]
     grad_norm: float
@@ -155,7 +155,7 @@ class Found:
 
 
 def step_of_ours(objective: Objective, **layout: Any) -> Found:
-    """Take one step with the loop on this rank; every rank has all gradients, put together."""
+    """Take one step with the loop on this rank; every rank gets all gradients, unsharded."""
     with (
         tempfile.TemporaryDirectory() as directory,
         a_run(objective.run(Path(directory) / "run", **layout), objective.forward_step) as run,
@@ -182,12 +182,12 @@ def step_of_ours(objective: Objective, **layout: Any) -> Found:
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    """What the oracle knows of a sample."""
+    """Losses, masks and router logits of one sample."""
 
     losses: list[torch.Tensor]
-    """Of each head, [sequence]; the first predicts the next token."""
+    """Of the output layer, then of each MTP layer, [sequence]."""
     masks: list[torch.Tensor]
-    """The loss mask of each head's targets."""
+    """The loss mask of the targets of each of these."""
     routers: list[torch.Tensor]
     """Logits of each router at real positions, [real tokens, experts]."""
 
@@ -223,7 +223,7 @@ def _see(chunk: Any, sample: Sample) -> _Seen:
     def at_router(router: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         nonlocal depth
         depth += router.is_mtp_layer
-        # At depth d position i joins the token at i + d; behind the last one nothing changes.
+        # At MTP layer d position i joins the token at i + d; past the last one nothing changes.
         real = ~_ahead(padding[0], depth, padding[0, -1])
         routers.append((inputs[0][:, 0] @ router.weight.t())[real])
 
@@ -260,7 +260,7 @@ def _ahead(values: torch.Tensor, places: int, end: torch.Tensor) -> torch.Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class _Term:
-    """A loss, as its sums over each microbatch and what they count."""
+    """A loss: its sum over each microbatch, and the count of each sum."""
 
     sums: torch.Tensor
     counts: torch.Tensor
@@ -313,7 +313,7 @@ def _objective(
 
 
 def _logged(layers: list[_Term], tokens: int | None) -> float:
-    """Return what several layers have, as a mean over them and their tokens or microbatches."""
+    """Return the mean of several layers over their tokens or microbatches."""
     with torch.no_grad():
         if tokens is None:
             return float(torch.stack([layer.in_objective(None) for layer in layers]).mean())
@@ -322,7 +322,7 @@ def _logged(layers: list[_Term], tokens: int | None) -> float:
 
 
 def _head(batch: list[_Seen], depth: int) -> tuple[torch.Tensor, int]:
-    """Sum a head's losses over a microbatch, and count them."""
+    """Return the sum and the count of the losses of an MTP layer over a microbatch."""
     masks = torch.cat([sample.masks[depth] for sample in batch])
     losses = torch.cat([sample.losses[depth] for sample in batch])
     return (losses * masks).sum(), int(masks.sum())
@@ -341,14 +341,14 @@ def _balance_of_microbatch(logits: list[torch.Tensor]) -> tuple[torch.Tensor, in
 def _balance_of_sequences(
     tokens: int | None, logits: list[torch.Tensor]
 ) -> tuple[torch.Tensor, int]:
-    """Weigh sequences by their tokens; in microbatch normalisation all the same."""
+    """Weigh sequences by their tokens, or equally in microbatch normalization."""
     weights = [1 if tokens is None else len(of_sequence) for of_sequence in logits]
     values = [_balance(of_sequence) * w for of_sequence, w in zip(logits, weights, strict=True)]
     return torch.stack(values).sum(), sum(weights)
 
 
 def _balance(logits: torch.Tensor) -> torch.Tensor:
-    """E * sum_e f_e P_e: f the share of the choices that fell on e, P the mean probability."""
+    """E * sum_e f_e P_e, with f_e the fraction of choices of expert e, P_e its mean probability."""
     probabilities = logits.softmax(dim=-1)
     chosen = torch.zeros_like(logits).scatter(1, probabilities.topk(TOP, dim=-1).indices, 1.0)
     share = chosen.sum(dim=0) / (TOP * len(logits))

@@ -1,7 +1,7 @@
-"""The ``bridge`` command, run as a user would but without the seconds that its imports take.
+"""The ``bridge`` command, run as a user runs it, without the seconds that its imports take.
 
-Each command is a fork of the test's process, which has imported everything: a process of its own,
-with its own standard streams and its own process group, so signals do what they do to a user's.
+Each command is a fork of the test's process, which has imported everything. It has its own standard
+streams and its own process group, so that signals have the same effect as for a user.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ _LAUNCHER_VARIABLES = (
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command left: its exit code (minus the signal that killed it) and what it said."""
+    """A command that has ended: its exit code (minus the signal that killed it) and its output."""
 
     code: int
     out: str
@@ -51,7 +51,7 @@ class Ended:
 
 @dataclass
 class Command:
-    """A command that runs."""
+    """A running command."""
 
     pid: int
     folder: Path
@@ -59,12 +59,12 @@ class Command:
 
     @property
     def out(self) -> str:
-        """What it has said so far."""
+        """Its standard output so far."""
         return (self.folder / "stdout").read_text(errors="replace")
 
     @property
     def err(self) -> str:
-        """What it has complained of so far."""
+        """Its standard error so far."""
         return (self.folder / "stderr").read_text(errors="replace")
 
     def send(self, number: int, *, to_group: bool = False) -> None:
@@ -94,7 +94,7 @@ class Command:
         return Ended(self._code, self.out, self.err)
 
     def wait_for(self, path: Path, lines: int, timeout: float = 90) -> None:
-        """Wait until a file that it writes has so many lines."""
+        """Wait until a file that it writes has `lines` lines."""
         deadline = time.monotonic() + timeout
         while not path.exists() or path.read_bytes().count(b"\n") < lines:
             if not self.is_running() or time.monotonic() > deadline:
@@ -109,7 +109,7 @@ class Command:
         return [process.pid for process in psutil.Process(self.pid).children(recursive=True)]
 
     def kill(self) -> None:
-        """End it, and what it has started, whatever state it is in."""
+        """Kill it and all processes that it has started."""
         if not self.is_running():
             return
         for pid in [*self.descendants(), self.pid]:
@@ -125,7 +125,7 @@ def _import_everything_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in _WARM_MODULES:
-            # A member that is installed alone has no siblings above it.
+            # A package that is installed alone lacks those that depend on it.
             if find_spec(name.rpartition(".")[0]) and find_spec(name):
                 importlib.import_module(name)
 
@@ -138,7 +138,7 @@ def start(
 ) -> Command:
     """Start ``bridge`` with `folder` as working directory.
 
-    Its streams go to files there; standard output to the descriptor `output` where one is given.
+    Its streams go to files in `folder`, standard output to the descriptor `output` if given.
     """
     _import_everything_once()
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def _be_command(
     arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str], output: int | None
 ) -> NoReturn:
     code: Any = 70
-    # A process that had not been forked would have nothing to copy when it collects its garbage.
+    # A garbage collection would copy the pages of all imported modules.
     gc.freeze()
     try:
         os.setpgid(0, 0)

@@ -1,4 +1,4 @@
-"""What the tests of GPT data share: a request without a real model, and text to train on."""
+"""GPT data for tests: text, token files, and splits that are built without a real model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ with quiet_import():
 
 @dataclass(kw_only=True)
 class ModelOfALength:
-    """A model section of which data needs no more than its sequence length."""
+    """A model section with nothing but a sequence length, which is all that data needs."""
 
     seq_length: int | None = 32
 
@@ -52,7 +52,7 @@ def build_splits(
     test: int | None = None,
     **settings: Any,
 ) -> DataSplits:
-    """Build the splits of a run that draws so many samples of each."""
+    """Build the splits of a run that draws these numbers of samples."""
     request = DataRequest(
         config=container(dataset, **settings),
         train_samples=train,
@@ -65,7 +65,7 @@ def build_splits(
 
 
 def write_story(path: Path, paragraphs: int = 200) -> Path:
-    """Write numbered paragraphs, so that any piece of the text tells where it stood."""
+    """Write numbered paragraphs, so that any piece of the text shows its position."""
     text = "\n".join(
         f"Paragraph {n} tells of the number {n} and ends.\n" for n in range(paragraphs)
     )
@@ -89,5 +89,5 @@ def read_pair(prefix: str | Path) -> list[list[int]]:
 
 
 def tree(root: Path) -> list[str]:
-    """Every path under a directory, hidden ones included."""
+    """Return every path under a directory, hidden ones included."""
     return sorted(str(path.relative_to(root)) for path in root.rglob("*"))

@@ -1,4 +1,4 @@
-"""GPT configurations small enough for a test, and how a test builds and runs them."""
+"""Small GPTs for tests: configurations, chunks, microbatches, and megatron-core's schedule."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -90,7 +90,7 @@ def build_chunks(model: GPTModelConfig, seed: int = 1) -> list[Any]:
 
 
 def microbatch(seed: int = 0, batch: int = 1, length: int = SEQUENCE) -> dict[str, torch.Tensor]:
-    """Return random tokens whose mask leaves out about a third of the positions."""
+    """Return random tokens whose mask excludes about a third of the positions."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(VOCABULARY, (batch, length + 1), generator=generator)
     return {
@@ -107,7 +107,7 @@ def losses_of(
     samples: Sequence[dict[str, Any]],
     forward_only: bool = True,
 ) -> list[list[float]]:
-    """Run megatron-core's schedule; [sum, count] of each microbatch on the last stage."""
+    """Run megatron-core's schedule; return [sum, count] of each microbatch on the last stage."""
     iterators: list[Iterator[Any]] = [iter(samples) for _ in chunks]
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,

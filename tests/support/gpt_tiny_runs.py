@@ -1,4 +1,4 @@
-"""Runs of gpt-tiny that take a second or two, and what they left on disk."""
+"""Runs of gpt-tiny that take a second or two, and the files that they leave."""
 
 import json
 from pathlib import Path
@@ -31,14 +31,14 @@ def trajectory(run: Path) -> list[tuple[int, float, float]]:
 
 
 def losses(run: Path) -> list[float]:
-    """Return the losses of a run, after checking that no step is missing or told twice."""
+    """Return the losses of a run, after checking that no step is missing or logged twice."""
     found = logged_steps(run)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     return [row["lm loss"] for row in found]
 
 
 def assert_close(actual: list[float], expected: list[float]) -> None:
-    """Losses of the same run under another layout."""
+    """Compare the losses of the same run under two layouts."""
     assert actual == pytest.approx(expected, rel=1e-4, abs=0)
 
 

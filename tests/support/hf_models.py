@@ -37,7 +37,7 @@ LLAMA3_ROPE = {
 
 
 def config_of(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
-    """Return what config.json holds of a tiny model, in the words of older files."""
+    """Return the config.json of a tiny model, with the names of older files."""
     model_type = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}.get(architecture, "x")
     values = {"architectures": [architecture], "model_type": model_type, "head_dim": 8}
     return values | SIZES | {"rms_norm_eps": 1e-6, "hidden_act": "silu"} | changes
@@ -103,7 +103,7 @@ def write_with_transformers(folder: Path, config: dict[str, Any], dtype: torch.d
 
 
 def run_from(checkpoint: Path, run_dir: Path, **layout: Any) -> ConfigContainer:
-    """Return a run that starts from a checkpoint, with its model, and learns at no rate."""
+    """Return a run that starts from a checkpoint, with its model, at learning rate 0."""
     model: Any = saved_config(checkpoint).model
     for name, value in layout.items():
         setattr(model, name, value)

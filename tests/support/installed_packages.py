@@ -1,4 +1,4 @@
-"""Packages with entry points, there for the time of a test."""
+"""Packages with entry points, installed for the time of a test."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import pytest
 
 
 def install(place: Path, name: str, entry_points: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Python find a package in `place` as pip would have installed it.
+    """Make a package in `place` importable, as pip would install it.
 
     Args:
-        place: A folder, with the package's modules or without.
+        place: A folder, with or without the package's modules.
         name: The distribution's name.
-        entry_points: What stands in its entry_points.txt.
-        monkeypatch: Takes the folder from the path again.
+        entry_points: The content of its entry_points.txt.
+        monkeypatch: Removes the folder from the path afterwards.
     """
     metadata = place / f"{name.replace('-', '_')}-1.0.dist-info"
     metadata.mkdir()

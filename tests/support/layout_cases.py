@@ -1,4 +1,4 @@
-"""A matrix of models, layouts and objectives, and which of them go together.
+"""A matrix of models, layouts and objectives, and the combinations that make sense.
 
 Everything is as small as it may be: collectives between processes that share two cores take
 milliseconds, and a step makes dozens.
@@ -26,9 +26,9 @@ class Model:
     changes: Mapping[str, Any] = field(default_factory=dict)
     precision: Literal["fp32", "bf16"] = "fp32"
     everywhere: bool = False
-    """In every layout and for every objective; others leave out most of those with four ranks."""
+    """Whether it is tried in every layout and for every objective, those of four ranks too."""
     fixed_microbatches: bool = False
-    """Depends on what is in a microbatch: a loss that is not linear, or dropout."""
+    """Whether the microbatches must not change: for dropout, or a loss that is not linear."""
     kinds: frozenset[str] | None = None
     """The kinds of layouts that must not matter; None for all."""
 
@@ -43,14 +43,14 @@ class Layout:
 
     name: str
     kind: str
-    """What it is an example of, for the summary."""
+    """Its line in the summary."""
     ranks: int
     model: Mapping[str, Any] = field(default_factory=dict)
     ddp: Mapping[str, Any] = field(default_factory=dict)
     micro_batch_size: int = MICRO_BATCH
-    """Where it must not matter; elsewhere `MICRO_BATCH`."""
+    """For objectives that it does not change; `MICRO_BATCH` for others."""
     sampled: bool = False
-    """One of those with four ranks that nothing leaves out."""
+    """Whether every model is tried in it, although it has four ranks."""
 
     def suits(self, model: Model) -> bool:
         placed = self.model.get("pipeline_model_parallel_layout", "")
@@ -59,14 +59,14 @@ class Layout:
         if model.kinds is not None and self.kind not in model.kinds:
             return False
         if model.has_experts:
-            # megatron-core refuses experts under tensor parallelism without it.
+            # megatron-core rejects experts under tensor parallelism without sequence parallelism.
             return _SIZES["tp"] not in self.model or "sequence_parallel" in self.model
         return self.kind != "expert"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised."""
+    """The loss that is minimized."""
 
     normalization: Literal["token", "microbatch"] = "token"
     pattern: Literal[1, 2] = 2
@@ -300,7 +300,7 @@ OBJECTIVES = (
 
 
 def complete() -> Iterator[Case]:
-    """Every model in token normalisation of sums, those named everywhere for all objectives."""
+    """Yield every model in token normalization of sums, some of them for all objectives."""
     for model in MODELS:
         for objective in OBJECTIVES if model.everywhere else OBJECTIVES[:1]:
             in_all = model.everywhere and objective == OBJECTIVES[0]
@@ -312,7 +312,7 @@ def complete() -> Iterator[Case]:
 
 
 def sample() -> list[Case]:
-    """Every layout, and every model and objective, in as few cases as are easily found."""
+    """Return few cases that have every layout, and every model with every objective of its own."""
     seen: set[object] = set()
     chosen = []
     cases = list(complete())

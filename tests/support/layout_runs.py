@@ -1,4 +1,4 @@
-"""A training run on some ranks, everything that it left, and how far another run is from it."""
+"""Training runs on some ranks: their losses and parameters, and the deviation between two runs."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,7 +34,7 @@ VALIDATION = 16
 
 @dataclass(kw_only=True)
 class UnevenData:
-    """Tokens that mostly follow a rule; each sample counts other positions, some count none."""
+    """Tokens that mostly follow a rule; masks differ between samples, and some are empty."""
 
     train: int = 48
     validation: int = VALIDATION
@@ -89,7 +89,7 @@ def mean_step(
 
     def loss_function(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         total, count, _ = sums(output)
-        # Pattern 1 is averaged over the ranks of the group, each of which holds a part.
+        # Pattern 1 is averaged over the ranks of the group, each of which holds a shard.
         dist.all_reduce(count, group=group)
         mean = total * group.size() / count.clamp(min=1)
         return mean, {"lm loss": mean.detach()}
@@ -132,7 +132,7 @@ def config_of(case: Case, directory: Path) -> ConfigContainer:
 
 @dataclass(frozen=True)
 class Piece:
-    """A rank's part of a parameter, and where it belongs."""
+    """A rank's shard of a parameter, and its position in the unsharded one."""
 
     shape: tuple[int, ...]
     place: tuple[int | slice, ...]
@@ -141,21 +141,21 @@ class Piece:
 
 @dataclass(kw_only=True)
 class RankTrace:
-    """What a run left on one rank."""
+    """Losses, norms and parameters of a run on one rank."""
 
     losses: list[float] = field(default_factory=list)
     other_losses: dict[str, list[float]] = field(default_factory=dict)
-    """By name those that no loss function returns: of experts and of multi-token prediction."""
+    """Auxiliary losses by name: of experts and of MTP layers."""
     grad_norms: list[float] = field(default_factory=list)
     validation: float = float("nan")
     collected: list[float] = field(default_factory=list)
     """Pattern 3: the loss that each of this rank's microbatches of the evaluation returned."""
     replica: tuple[int, int] = (0, 0)
-    """The data-parallel rank, and how many there are."""
+    """The data-parallel rank and size."""
     first: dict[str, list[Piece]] = field(default_factory=dict)
     """The parameters before the first step."""
     last: dict[str, list[Piece]] = field(default_factory=dict)
-    """And after the last."""
+    """The parameters after the last step."""
 
     def on_train_start(self, context: Any) -> None:
         self.first = pieces_of(context.model, context.pg_collection)
@@ -218,7 +218,7 @@ def _collected(run: Run, pattern: int) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Deviation:
-    """How far a run is from the same one on one process: the worst of all steps.
+    """The deviation of a run from the same one on one process: the worst of all steps.
 
     Relative, but for the parameters: the largest difference of any parameter after the last step,
     as a part of the largest change of any parameter during training.
@@ -229,10 +229,10 @@ class Deviation:
     evaluation: float
     parameters: float
     faults: tuple[str, ...] = ()
-    """What must hold exactly and does not."""
+    """Exact conditions that do not hold."""
 
     def excesses(self, precision: str) -> list[str]:
-        """Name what is beyond its tolerance; a NaN is."""
+        """Return the names of the measures beyond their tolerance; NaN is beyond."""
         allowed = TOLERANCES[precision]
         return [name for name in MEASURES if not getattr(self, name) <= getattr(allowed, name)]
 
@@ -245,7 +245,7 @@ TOLERANCES = {
 
 
 type Outcome = list[RankTrace] | str
-"""What the ranks of a run left, or why it did not come to its end."""
+"""The traces of a run's ranks, or the reason why it failed."""
 
 
 def train_all(
@@ -315,9 +315,9 @@ def deviation(case: Case, traces: Sequence[RankTrace], reference: RankTrace) -> 
 def assembled(
     of_ranks: Sequence[dict[str, list[Piece]]],
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Put the ranks' pieces together; return the faults too.
+    """Put the ranks' shards together; return the faults too.
 
-    Every element must be there, and equal on all ranks that have it.
+    Every element must be present, and equal on all ranks that have it.
     """
     whole: dict[str, torch.Tensor] = {}
     faults = set()
@@ -334,7 +334,7 @@ def assembled(
 
 
 def _collected_of_all(traces: Sequence[RankTrace], group: int) -> list[float]:
-    """The collected losses of all microbatches in order, `group` of them added up at a time."""
+    """Return the collected losses of all microbatches in order, summed in groups of `group`."""
     losses: dict[int, float] = {}
     for trace in traces:
         rank, ranks = trace.replica
@@ -362,5 +362,5 @@ def _relative_to_largest(values: Sequence[float], wanted: Sequence[float]) -> fl
 
 
 def worst(deviations: Iterable[float]) -> float:
-    """Return the largest; NaN if there is one, which Python's own max may pass over."""
+    """Return the largest deviation; NaN if there is one, which Python's max may skip."""
     return float(torch.tensor(list(deviations), dtype=torch.float64).max())

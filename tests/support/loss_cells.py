@@ -1,7 +1,7 @@
-"""Losses and token counts of a step, cell by cell, and what the objective is on them.
+"""Losses and token counts of a step, cell by cell, and the objective on them.
 
-A cell is what one context-parallel rank sees of one microbatch; the objective is computed with
-exact fractions.
+A cell is one context-parallel rank's shard of one microbatch. The objective is computed with exact
+fractions.
 """
 
 import random
@@ -16,7 +16,7 @@ type Cells = Sequence[Sequence[Microbatch]]
 """The microbatches of each data-parallel rank."""
 
 SLOTS = 16
-"""Token positions of a cell, valid or not."""
+"""Padded tokens of a cell, valid or not."""
 
 CASES: dict[str, Cells] = {
     "A": [[[(2, 1)], [(90, 9)]]],
@@ -37,7 +37,7 @@ TOKEN_MEAN = {
 
 
 def world_size(cells: Cells) -> int:
-    """Return the ranks that hold the cells, without a pipeline."""
+    """Return the number of ranks that hold the cells, without a pipeline."""
     return len(cells) * len(cells[0][0])
 
 

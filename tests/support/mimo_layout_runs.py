@@ -1,4 +1,4 @@
-"""Layouts of a tiny multimodal model, and what its first steps come to under each."""
+"""Layouts of a tiny multimodal model, and its first steps under each."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ MIXED = [1, 2, 0, 0, 0, 0, 0, 0, 2, 0, 1, 1, 0, 0, 0, 2]
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How many ranks share a module."""
+    """The parallel sizes of a module."""
 
     data: int = 1
     tensor: int = 1
@@ -50,7 +50,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class MimoLayout:
-    """Modules on ranks of their own; without a vision layout all of them on all ranks."""
+    """Modules on ranks of their own; without vision sizes all modules are on all ranks."""
 
     language: Sizes
     vision: Sizes | None = None
@@ -115,9 +115,9 @@ class Chosen:
 
     images: list[int]
     validation: int = 0
-    """The first of them are validation data too."""
+    """So many of the first samples are validation data too."""
     numbered: bool = False
-    """Say in the positions which sample it is."""
+    """Whether the position ids of a sample are its number."""
     pack: bool = False
 
     def build(self, request: DataRequest) -> DataSplits:
@@ -157,7 +157,7 @@ def run_in_layout(
 
 @dataclass(kw_only=True)
 class Steps:
-    """What some steps came to."""
+    """Losses, gradient norms and gradients of some steps."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -166,7 +166,7 @@ class Steps:
 
 
 def train_steps(config: ConfigContainer, steps: int = 3) -> Steps:
-    """Train on this rank."""
+    """Train on this rank and return what the steps found."""
     gradients: list[Gradients] = []
 
     def keep() -> None:
@@ -189,7 +189,7 @@ def train_steps(config: ConfigContainer, steps: int = 3) -> Steps:
 
 @dataclass(frozen=True, kw_only=True)
 class Deviations:
-    """How far some steps are from those of one process."""
+    """The deviation of some steps from those of one process."""
 
     loss: float
     grad_norm: float
@@ -199,7 +199,7 @@ class Deviations:
 
 
 def deviations(found: Steps, alone: Steps) -> Deviations:
-    """Compare."""
+    """Compare steps with those of one process."""
     assert found.gradients.keys() == alone.gradients.keys()
 
     def of_gradients(prefix: str) -> float:

@@ -87,7 +87,7 @@ def mimo_run(
 
 
 def resolved(model: MultimodalModelConfig, world_size: int = 1) -> MultimodalModelConfig:
-    """Return the section as a run on CPUs has it."""
+    """Return the section, resolved for a run on CPUs."""
     config = resolve(mimo_run("unused", model), device="cpu", world_size=world_size)
     assert isinstance(config.model, MultimodalModelConfig)
     return config.model
@@ -107,7 +107,7 @@ def build(model: MultimodalModelConfig, seed: int = 1) -> MultimodalModel:
 
 
 def sample(images: int, text: int, seed: int = 0) -> dict[str, Any]:
-    """Return a sample of random images, then random text, all of which is to be predicted."""
+    """Return a sample of random images, then random text; all of the text is to be predicted."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(VOCABULARY, (text,), generator=generator).tolist()
     tokens = [IMAGE] * (images * PER_IMAGE) + words

@@ -1,4 +1,4 @@
-"""A package with recipes of its own, as a user might write one: it needs no GPT."""
+"""A user's package with recipes of small models; needs no GPT."""
 
 import dataclasses
 import os
@@ -48,7 +48,7 @@ class Points:
 class Sine:
     size: int = 64
     seconds_per_sample: float = 0.0
-    """Time for a test to act in the middle of a run."""
+    """Seconds in which a test can act during a step."""
 
     def build(self, request: DataRequest) -> DataSplits:
         if self.size == 13:
@@ -60,7 +60,7 @@ class Sine:
 
 @dataclass(kw_only=True)
 class Faulty:
-    """Fails in one of its functions, with an error of a kind."""
+    """Data that fails in one of its functions, with an error of a given kind."""
 
     place: str = ""
     error: Literal["ValueError", "KeyError", "UsageError"] = "ValueError"
@@ -81,7 +81,7 @@ class Faulty:
     def collate(self, samples: Sequence[Any]) -> Any:
         self.fail("collate")
         batch = torch.utils.data.default_collate(list(samples))
-        # A function that was made here cannot be sent to another process.
+        # A lambda cannot be sent to another process.
         return [*batch, lambda: None] if self.place == "sending" else batch
 
 
@@ -164,9 +164,9 @@ mistaken = Recipe(
 
 
 class Heckler:
-    """A callback that has heard enough after two steps, on rank 0.
+    """A callback that raises after two steps, on rank 0.
 
-    Were it so on every rank, chance would say which of them fails first.
+    If every rank raised, the first one to fail would be random.
     """
 
     def on_step_end(self, context: Any, result: Any) -> None:
@@ -207,7 +207,7 @@ def install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Go to a folder to work in, with this package installed and no launcher around."""
+    """Change to an empty folder, with this package installed and no launcher's variables."""
     of_slurm = [name for name in os.environ if name.startswith("SLURM_")]
     of_cuda = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS")
     for name in ("RANK", "WORLD_SIZE", *of_cuda, *of_slurm):

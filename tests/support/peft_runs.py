@@ -1,4 +1,4 @@
-"""Runs that train adapters beside a small GPT."""
+"""Runs that train adapters on top of a small frozen GPT."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def train_bases(folder: Path) -> dict[str, Path]:
 def adapted_run(
     directory: Path, base: Path | str | None, kind: str = "dense", method: Any = None, **layout: Any
 ) -> ConfigContainer:
-    """Return a run of adapters that are learned fast enough to tell runs apart."""
+    """Return a run of adapters, at a rate at which runs soon differ."""
     config = base_run(directory, kind, **layout)
     config.peft = method or LoRA(dim=4)
     config.optimizer.lr = 0.02

@@ -11,7 +11,7 @@ from training_runs import OwnModule, Samples
 
 @dataclass
 class Reference:
-    """What plain torch finds: a value for each step, and the parameters at the end."""
+    """The result of plain torch: a value for each step, and the parameters at the end."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -20,7 +20,7 @@ class Reference:
 
 
 def plain_torch(config: ConfigContainer, *, pattern: int, steps: int) -> Reference:
-    """Train `own_run` on one process with everything written out, in order of the samples.
+    """Train `own_run` on one process, with every equation written out.
 
     Pattern 1's objective is the mean over microbatches of their means, pattern 2's the sum of all
     valid tokens' losses over their number.

@@ -1,4 +1,4 @@
-"""Checkpoints as an attacker would make them: what is unpickled makes a folder."""
+"""Checkpoints as an attacker would make them: unpickling them creates a folder."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from bridge.training.run_files.directory import step_in_name
 
 
 class Poison:
-    """An object whose unpickling makes a folder, as it could do anything else."""
+    """An object whose unpickling creates a folder, in place of any other code."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -34,7 +34,7 @@ def poison(checkpoint: Path, where: str, marker: Path) -> None:
     Args:
         checkpoint: Its folder.
         where: "index" (.metadata), "common.pt" (of older forms), or a part of an entry's name.
-        marker: What unpickling makes.
+        marker: The folder that unpickling creates.
     """
     step = step_in_name(checkpoint)
     if where == "common.pt":
@@ -49,12 +49,12 @@ def poison(checkpoint: Path, where: str, marker: Path) -> None:
             torch.save(Poison(marker), data)
             replace_entry(metadata, checkpoint, where, data.getvalue())
         path.write_bytes(pickle.dumps(metadata))
-    # Checksums are no secret.
+    # An attacker can compute checksums too.
     write_manifest(checkpoint, step=step)
 
 
 def replace_entry(metadata: Any, checkpoint: Path, where: str, data: bytes) -> None:
-    """Let an entry lie in a file of its own, with other content."""
+    """Move an entry to a file of its own, with other content."""
     indices = [index for index in metadata.storage_data if where in index.fqn]
     assert indices, [index.fqn for index in metadata.storage_data]
     (checkpoint / "poison.distcp").write_bytes(data)

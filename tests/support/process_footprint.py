@@ -23,7 +23,7 @@ from bridge.training import cpu
 from bridge.training.ranks.stop_request import STOP_SIGNALS
 
 _COUNTERS = {
-    # Numbers that torch gives out, and never a second time.
+    # Counters of torch that only grow.
     "torch.distributed.distributed_c10d._group_count",
     "torch.utils.hooks.RemovableHandle.next_id",
 }
@@ -39,13 +39,13 @@ class Footprint:
     rest: dict[str, Any]
 
     def changes_until(self, later: "Footprint") -> dict[str, Any]:
-        """Return what is different in a later footprint: before and after, by name."""
+        """Return the differences to a later footprint: before and after, by name."""
         found = {
             name: (value, later.rest[name])
             for name, value in self.rest.items()
             if value != later.rest[name]
         }
-        # What is imported meanwhile stays imported, with the warnings that it has given.
+        # Modules imported meanwhile stay imported, with the warnings that they have given.
         modules = {name for name in self.globals if name.endswith(".__name__")}
         for name, value in later.globals.items():
             owner, _, attribute = name.rpartition(".")
@@ -76,7 +76,7 @@ def _globals() -> Iterator[tuple[str, Any]]:
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] not in ("torch", "megatron"):
             continue
-        # Not every entry is a module: torch has lazy ones, which would load what they stand for.
+        # Not every entry is a module: torch has lazy ones, which would load the real ones.
         if type(module) is not types.ModuleType:
             continue
         for attribute, value in list(vars(module).items()):
@@ -119,7 +119,7 @@ def _rest() -> dict[str, Any]:
         "hooks": (sys.excepthook, sys.unraisablehook, threading.excepthook, sys.path[:]),
         "streams": (sys.stdin, sys.stdout, sys.stderr),
         "hidden modules": sorted(name for name, module in sys.modules.items() if module is None),
-        # The kernel's count: gloo's threads and sockets are not Python's.
+        # Counted by the kernel, since Python does not know gloo's threads and sockets.
         "threads": len(os.listdir("/proc/self/task")),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),

@@ -39,7 +39,7 @@ _WARM_MODULES = (
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
-    # get_megatron_optimizer asks whether it has one of these.
+    # get_megatron_optimizer imports it.
     "megatron.core.models.mimo.optimizer",
     "numpy.random",
 )
@@ -51,7 +51,7 @@ class RankFailure(AssertionError):
 
 @cache
 def import_megatron_once() -> None:
-    """Import what ranks need before they are forked, for a conftest too: once, without noise."""
+    """Import the modules that ranks need before they are forked: once, without warnings."""
     from bridge.training.megatron_import import quiet_import
 
     with warnings.catch_warnings(), quiet_import():
@@ -74,8 +74,8 @@ def run_ranks[T](
         function: Any callable, closures included; its result must pickle.
         args: Passed to every rank as they are.
         timeout: Seconds until all ranks are killed.
-        process_group: Initialise the default gloo group. Without it the rank only has its
-            environment (RANK, WORLD_SIZE, ...), for code that initialises by itself.
+        process_group: Initialize the default gloo group. Without it the rank only has its
+            environment (RANK, WORLD_SIZE, ...), for code that initializes a group itself.
 
     Raises:
         RankFailure: With the traceback of the first rank that failed, or, after `timeout`, with
@@ -181,7 +181,7 @@ class _Family:
             os.kill(self.pids[rank], signal.SIGUSR2)
         time.sleep(0.3)
         stacks = [
-            f"rank {rank} stood at:\n{(self.directory / f'stack-{rank}').read_text()}"
+            f"rank {rank} was at:\n{(self.directory / f'stack-{rank}').read_text()}"
             for rank in sorted(running)
         ]
         return "timeout: ranks were killed before they finished\n" + "\n".join(stacks)
@@ -202,7 +202,7 @@ class _Family:
 
 def _result(rank: int, report: bytes) -> Any:
     if not report:
-        raise RankFailure(f"rank {rank} died without a word")
+        raise RankFailure(f"rank {rank} died without a report")
     ok, value = pickle.loads(report)
     if not ok:
         raise RankFailure(f"rank {rank} failed\n{value}")
@@ -233,7 +233,7 @@ def _die_with_parent() -> None:
 
 
 def _free_port() -> int:
-    # Below the ports that systems give out by themselves: one of those may be taken again at once.
+    # Below the ephemeral ports, which the system may assign at any moment.
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):

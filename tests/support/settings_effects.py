@@ -44,7 +44,7 @@ STEPS = 6
 TRACED = 3
 CLASSES = ("effect", "derived", "rejected", "GPU only")
 
-# What only a GPU's libraries can do, and resolution or megatron-core rejects without them.
+# Messages about features that need libraries for GPUs.
 _GPU_REASONS = re.compile(
     r"Transformer Engine|TransformerEngine|NCCL|\bTE\b|GPU|gradient_accumulation_fusion", re.I
 )
@@ -52,7 +52,7 @@ _GPU_REASONS = re.compile(
 
 @dataclass(frozen=True)
 class Finding:
-    """The class of a field, and what shows it."""
+    """The class of a field, and the evidence."""
 
     kind: str
     shown: str
@@ -88,7 +88,7 @@ def base(precision: str) -> ConfigContainer:
         optimizer=OptimizerConfig(lr=1e-2, min_lr=5e-4, weight_decay=0.1, adam_beta2=0.95),
         scheduler=SchedulerConfig(lr_warmup_fraction=0.2),
     )
-    # A container's own default, and nothing that a recipe has chosen.
+    # The default of a container, not the value of `gpt_run`.
     config.ddp = ConfigContainer(model=config.model, dataset=config.dataset).ddp
     config.mixed_precision.precision = precision  # type: ignore[assignment]
     return config
@@ -128,7 +128,7 @@ def rejection(trial: Trial, *overrides: str) -> str | None:
 
 
 def observed(trial: Trial, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Run and return what there is to compare, of rank 0 and, in `losses`, of the run."""
+    """Run and return everything to compare, of rank 0; the losses are those of all ranks."""
 
     def rank(directory: str) -> dict[str, Any]:
         output = open(f"{directory}/output-{os.environ['RANK']}", "w+")
@@ -199,7 +199,7 @@ def _hooks(chunks: list[Any]) -> Any:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return the names of what differs, the plainest first."""
+    """Return the names of the differences, the most direct first."""
     order = ("losses", "gradient norm", "metrics", "zeros", "model", "optimizer", "operations")
     others = ("order of transfers", "hooks", "files", "scale", "messages")
     return [name for name in (*order, *others) if before[name] != after[name]]
@@ -207,7 +207,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def _transfers(chunks: list[Any]) -> Iterator[list[str]]:
-    """Note what stages send and receive, in order, between the forward passes of the chunks."""
+    """Record the transfers between stages and the forward passes of chunks, in order."""
     noted: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(_noting(torch.distributed, "batch_isend_irecv", noted))
@@ -256,7 +256,7 @@ class Audit:
         path = f"{LANGUAGE}.{name}"
         of_layout = name.endswith("parallel_size")
         if (trial.ranks > 1 or trial.precision != "fp32") and not of_layout:
-            # One rank in float32 does not show it; it is read by the same code as GPT's.
+            # One rank in float32 cannot show it. The code that reads it is the same as for GPT.
             return of_gpt or Finding("effect", "the same field of model")
         rejected = rejection(trial, f"{path}={trial.value}")
         if rejected is not None and any("num_moe_experts" in text for text in trial.beside):
@@ -291,7 +291,7 @@ class Audit:
         return Finding("effect", found[0])
 
     def _choice(self, trial: Trial, override: str) -> None:
-        """Try one more value of a field that has a few."""
+        """Try another value of a field with a few choices."""
         if rejection(trial, override) is None:
             try:
                 observed(trial, (*trial.beside, *trial.also, override))
@@ -321,7 +321,7 @@ class Audit:
             return Finding("derived", f"from {reason}")
         why = re.sub(rf"^{re.escape(path)}(=\S+?)?:? ", "", own[0])
         first, _, rest = re.sub(r"\s+", " ", why).partition("; ")
-        # Some begin with the value.
+        # Some messages begin with the value.
         why = (first if " " in first else rest).partition("; ")[0].partition(": set it")[0]
         path = path.replace(LANGUAGE, "model")
         never = "not supported" in own[0] or _rejected_on_gpu(path)
@@ -351,7 +351,7 @@ def _rejected_on_gpu(path: str) -> bool:
     settings = [*trial.beside, *trial.also, f"{path}={trial.value}"]
     try:
         config = apply_overrides(config, settings)
-    except ConfigError:  # text cannot say the value
+    except ConfigError:  # the value cannot be given as text
         return True
     config.model.layer_spec = "transformer_engine"  # type: ignore[attr-defined]
     rules = {"optimizer": OPTIMIZER, "ddp": DDP, "model": (*MODEL, *LAYERS)}[section]

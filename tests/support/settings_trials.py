@@ -1,4 +1,4 @@
-"""For each field of megatron-core's sections, another value and where it can show its effect."""
+"""Trials of megatron-core's settings: another value, and a run in which it can have an effect."""
 
 import enum
 import types
@@ -303,4 +303,4 @@ TRIALS: dict[str, Trial] = (
         share_embeddings_and_output_weights="true",
     )
 )
-"""Where the default alone does not say what to try, or the effect needs other settings too."""
+"""For fields whose default does not suggest another value, or that need other settings too."""

@@ -1,4 +1,4 @@
-"""Rows of instructions for tests, and a Hugging Face tokenizer whose tokens are words."""
+"""SFT examples, and Hugging Face tokenizers whose tokens are words or letters."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ def uneven_rows(count: int) -> list[dict[str, str]]:
 
 
 def chat(*turns: str) -> dict[str, Any]:
-    """Return a row of a chat from ``role: text``."""
+    """Return an example of a chat from ``role: text``."""
     pairs = [turn.partition(": ") for turn in turns]
     return {"messages": [{"role": role, "content": text} for role, _, text in pairs]}
 

@@ -1,4 +1,4 @@
-"""Runs of a tiny GPT on rows of prompts and answers, packed into sequences or not."""
+"""Runs of a tiny GPT on prompts and completions, packed into sequences or not."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from gpt_models import tiny_gpt
 from training_runs import gpt_run
 
 LENGTH = 32
-# Places from 11 to 16: any two share a sequence, and no third has room.
+# Lengths from 11 to 16: any two fit into a sequence, and no three.
 ROWS = [{"prompt": "p" * (6 + n % 3), "completion": "xyz"[n % 3] * (5 + n % 4)} for n in range(8)]
 
 

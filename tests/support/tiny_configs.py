@@ -25,7 +25,7 @@ class TinyModel:
 
 @dataclass(kw_only=True)
 class TinyTransformer(TransformerConfig):
-    """Defers megatron-core's own checks, as model sections should."""
+    """A model section that defers megatron-core's own checks, as such sections should."""
 
     num_layers: int = 4
     hidden_size: int = 8
@@ -49,7 +49,7 @@ class TinyTransformer(TransformerConfig):
 
 @dataclass(kw_only=True)
 class OpenTransformer(TinyTransformer):
-    """Leaves to the device what the user did not decide."""
+    """A model section with fields that depend on the device if the user does not set them."""
 
     layers: Literal["auto", "fast", "local"] = "auto"
     fused: bool | None = None
@@ -65,7 +65,7 @@ class OpenTransformer(TinyTransformer):
 
 @dataclass(kw_only=True)
 class EagerTransformer(TransformerConfig):
-    """A user's own, that lets megatron-core complete it at once."""
+    """A user's model section that megatron-core completes at once."""
 
     num_layers: int = 2
     hidden_size: int = 8

@@ -1,4 +1,4 @@
-"""Runs of the loop that are small enough to be computed by hand: a model, data and steps."""
+"""Small runs of the loop: model, data, forward steps, configurations, and one step of a run."""
 
 import contextlib
 import json
@@ -89,7 +89,7 @@ class Samples:
 
 @dataclass(kw_only=True)
 class OwnData:
-    """Builds `Samples`; those of validation and test are others than those of training."""
+    """Data that builds `Samples`, different ones for training, validation and test."""
 
     train: int = 24
     validation: int = 0
@@ -194,7 +194,7 @@ def series(directory: Path | str, name: str) -> list[Any]:
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """An exception that no code catches, in place of the end of the process."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Killer:
 
 @dataclass
 class Weights:
-    """A callback that keeps the parameters as the run left them."""
+    """A callback that keeps the parameters at the end of the run."""
 
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -241,7 +241,7 @@ def trained(
 def a_run(
     config: ConfigContainer, step: Callable[..., Any], callbacks: Sequence[object] = ()
 ) -> Iterator[Run]:
-    """Set up a run and hand it over before its first step."""
+    """Set up a run and yield it before its first step."""
     device = choose_device(config.dist.device)
     config = resolve(config, device=device, world_size=world_size())
     with (

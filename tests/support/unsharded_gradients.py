@@ -1,4 +1,4 @@
-"""The gradients of a model that is spread over ranks, put together."""
+"""The unsharded gradients of a model that is spread over ranks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from megatron.core.utils import unwrap_model
 from bridge.training.model.initial_weights import shards_of_parameters
 
 type Gradients = dict[str, torch.Tensor]
-"""By the parameter's name in a checkpoint, whole."""
+"""By the parameter's name in a checkpoint."""
 
 
 def unsharded_gradients(
@@ -21,7 +21,7 @@ def unsharded_gradients(
     pieces = []
     for chunk in model:
         for parameter, shards in shards_of_parameters(unwrap_model(chunk), groups):
-            # What is known is where parts of a parameter belong.
+            # The position of shards is known for parameters only, so gradients take their place.
             kept = parameter.detach().clone()
             parameter.data.copy_(gradient_of(parameter))
             for shard in shards:

@@ -1,4 +1,4 @@
-"""Evaluations that are small enough to be computed by hand: sets with names, and their values."""
+"""Validation sets with names, and their losses computed by hand."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ FIRST = {"wiki": 1000, "code": 3000, "test": 5000}
 
 @dataclass(kw_only=True)
 class NamedData:
-    """Builds `Samples`: several validation sets by name, and test sets."""
+    """Data with several validation and test sets by name."""
 
     train: int = 24
     validation: dict[str, int] = field(default_factory=lambda: {"wiki": 24, "code": 16})
@@ -36,7 +36,7 @@ class NamedData:
 
 @dataclass(kw_only=True)
 class SizesOfRanks:
-    """Builds sets whose sizes depend on the rank: entry r is rank r's."""
+    """Data whose sizes depend on the rank: entry r is for rank r."""
 
     train: Sequence[int] = (24, 24)
     validation: Sequence[int] = (8, 8)
@@ -52,7 +52,7 @@ class SizesOfRanks:
 def evaluated(
     run: Run, samples: int | None = None, *, name: str = "validation", **arguments: Any
 ) -> EvaluationResult:
-    """Evaluate a set as the run would, or so many of its samples."""
+    """Evaluate a set as the run would, or the first `samples` of it."""
     iterators, drawn = run.data.evaluation(run.data.set_named(name), samples)
     values: dict[str, Any] = {
         "num_samples": drawn,
@@ -63,9 +63,9 @@ def evaluated(
 
 
 def error_of(seed: int, first: int, samples: int, *, valid_only: bool = True) -> float:
-    """The tokens' mean squared error of the untrained `OwnModel` over samples from a first.
+    """Return the mean squared error per token of the untrained `OwnModel`, in float64.
 
-    In float64, sum over sum.
+    The mean is over the valid tokens of `samples` samples, starting with sample `first`.
     """
     torch.manual_seed(seed)
     module = OwnModule(6, 0.0).double()
@@ -78,6 +78,6 @@ def error_of(seed: int, first: int, samples: int, *, valid_only: bool = True) ->
 
 
 def tokens_of(first: int, samples: int) -> int:
-    """Number of valid tokens of the samples."""
+    """Return the number of valid tokens of the samples."""
     data = Samples(samples, first)
     return int(sum(data[index]["mask"].sum() for index in range(samples)))

@@ -1,4 +1,4 @@
-"""The files that W&B writes offline, read with its own reader."""
+"""Readers of the files that W&B writes offline."""
 
 import json
 import subprocess

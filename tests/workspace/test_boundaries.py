@@ -1,4 +1,4 @@
-"""What keeps the packages apart: the shared namespace, licenses, light contract modules."""
+"""Boundaries: the shared namespace, licenses, light contract modules, tests and tools."""
 
 import ast
 import json
@@ -13,7 +13,7 @@ MEMBERS = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
 TOP_LEVEL = {"packages", "tests", "tools", "pyproject.toml", "uv.lock", "README.md", "LICENSE"}
 
 # A user's own forward step or loss imports these; they must not pull in a training stack.
-# Imported one after the other; the losses must bring nothing but torch, the others nothing heavy.
+# Imported one after the other: the losses import nothing but torch, the others nothing heavy.
 LOSSES = ["losses", "loss.adapter"]
 LIGHT_MODULES = [
     "loss_reduction",

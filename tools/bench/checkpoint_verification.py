@@ -31,7 +31,7 @@ Seconds = dict[str, list[float]]
 
 
 class NoVerification(contextlib.nullcontext[Any]):
-    """Stands in the place of `Verification`."""
+    """A verification that checks nothing, in place of `Verification`."""
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(self)

@@ -1,4 +1,4 @@
-"""Measure what our loop costs beside a bare one, on the CPU with one thread.
+"""Measure the overhead of our loop over a bare one, on the CPU with one thread.
 
     python tools/bench/loop_overhead.py [--blocks 40] [--steps 5] [section.field=value ...]
 

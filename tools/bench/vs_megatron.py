@@ -65,7 +65,7 @@ class Setting:
 
 
 def equal_settings(options: argparse.Namespace) -> list[Setting]:
-    """List what both sides are told: every line of it says the same to each in its own words.
+    """Return the settings: each one in the form of either side.
 
     megatron.training's vocabulary is one smaller and padded to the next multiple of 128, because
     its null tokenizer's last token ends documents; the model's is the same.
@@ -202,7 +202,7 @@ class Comparison:
 
 
 def our_command(options: argparse.Namespace, run_dir: Path) -> list[str]:
-    """Our side as a user starts it."""
+    """Return the command of our side, as a user starts it."""
     overrides = " ".join(setting.ours for setting in equal_settings(options)).split()
     recipe = MODELS[options.model].recipe
     command = [sys.executable, "-m", "bridge.cli", "pretrain", recipe, *overrides]
@@ -210,7 +210,7 @@ def our_command(options: argparse.Namespace, run_dir: Path) -> list[str]:
 
 
 def their_command(options: argparse.Namespace) -> list[str]:
-    """megatron.training's side."""
+    """Return the command of megatron.training's side."""
     flags = " ".join(setting.theirs for setting in equal_settings(options)).split()
     return [sys.executable, str(RIVAL), *flags, *shlex.split(options.theirs_extra)]
 

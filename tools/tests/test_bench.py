@@ -1,4 +1,4 @@
-"""The benchmark against megatron.training reads both sides alike (tools/bench)."""
+"""The benchmark against megatron.training (tools/bench) reads both sides in the same way."""
 
 import json
 import os

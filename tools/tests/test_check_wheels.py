@@ -1,4 +1,4 @@
-"""The wheel check sees what a wrong build would ship."""
+"""The check of the wheels finds the errors of a wrong build."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""uv.lock is committed without addresses, and the form without them loses nothing else."""
+"""uv.lock is committed without addresses, and loses nothing else by that."""
 
 import importlib.machinery
 import importlib.util

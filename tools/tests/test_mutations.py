@@ -166,7 +166,7 @@ def test_a_trap_that_fits_nothing_or_several_places_is_outdated(
 
 @pytest.fixture(scope="module")
 def outcome(tree: Path) -> Outcome:
-    """All tests of the tree with the mutation in it."""
+    """Return the outcome of all tests of the tree with the mutation in it."""
     with copied_packages(tree) as copy:
         (copy / FILE).write_text(mutated(a_mutation(), tree)[1])
         return run_tests(["test_small.py"], copy, tree, 100)
