@@ -13,7 +13,7 @@ from bridge.training.config import (
     describe,
     peft_method,
 )
-from bridge.training.installed import PEFT_METHODS
+from bridge.training.entry_points import PEFT_METHODS
 from installed_packages import install
 from tiny_configs import tiny_config
 
@@ -125,7 +125,7 @@ def test_fields_are_checked_as_those_of_every_section() -> None:
 def test_without_a_package_of_methods_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    nobodys = dataclasses.replace(PEFT_METHODS, group="bridge.none")
+    nobodys = dataclasses.replace(PEFT_METHODS, name="bridge.none")
     monkeypatch.setattr("bridge.training.config.schema.chosen_by_name.PEFT_METHODS", nobodys)
     [line] = refused("peft.method=lora")
     assert "such as bridge-peft (pip install --find-links DIST bridge-peft" in line

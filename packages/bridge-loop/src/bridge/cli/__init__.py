@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from bridge.cli import doctor, export, finetune, merge, pretrain, recipes
 from bridge.cli.output import flush_output
-from bridge.training.installed import COMMANDS
+from bridge.training.entry_points import COMMANDS
 from bridge.training.usage_error import is_usage_error
 
 

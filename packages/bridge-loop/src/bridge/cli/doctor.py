@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from bridge.training.installed import RECIPES
+from bridge.training.entry_points import RECIPES
 from bridge.training.megatron_patches import MEGATRON_CORE
 
 

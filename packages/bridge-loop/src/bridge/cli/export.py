@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bridge.training.installed import EXPORTERS
+from bridge.training.entry_points import EXPORTERS
 from bridge.training.local_paths import PathOption
 from bridge.training.usage_error import UsageError
 

@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bridge.cli.hidden_gpus import hide_gpus_on_cpu_runs
-from bridge.training.installed import RECIPES
+from bridge.training.entry_points import RECIPES
 from bridge.training.recipe_lookup import (
     add_configuration_arguments,
     checked_ranks,

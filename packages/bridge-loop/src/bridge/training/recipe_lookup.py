@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.training.entry_points import RECIPES
 from bridge.training.file_kinds import head_of, kind_of
-from bridge.training.installed import RECIPES
 from bridge.training.local_paths import PathOption
 from bridge.training.usage_error import UsageError
 

@@ -7,7 +7,7 @@ from typing import Any
 from bridge.training.config.schema.errors import ConversionError
 from bridge.training.config.schema.fields import default_of, fields_of
 from bridge.training.contracts import PEFTMethod
-from bridge.training.installed import PEFT_METHODS
+from bridge.training.entry_points import PEFT_METHODS
 from bridge.training.usage_error import UsageError
 
 METHOD = "method"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bridge.training.config.schema.errors import ConversionError
-from bridge.training.installed import OFFERS
+from bridge.training.entry_points import GROUPS
 
 _ROOTS = frozenset({"torch", "megatron", "transformer_engine", "bridge"})
 
@@ -102,7 +102,7 @@ def _is_allowed(root: str, name: str) -> bool:
         root in _ROOTS
         or _is_of_program(name)
         or _is_imported_section(name)
-        or root in _packages_with_offers()
+        or root in _packages_with_entry_points()
     )
 
 
@@ -116,8 +116,8 @@ def _rejection(name: str) -> ConversionError:
     )
 
 
-def _packages_with_offers() -> set[str]:
-    groups = {offers.group for offers in OFFERS}
+def _packages_with_entry_points() -> set[str]:
+    groups = {group.name for group in GROUPS}
     entries = (entry for entry in entry_points() if entry.group in groups)
     return {entry.module.split(".")[0] for entry in entries}
 

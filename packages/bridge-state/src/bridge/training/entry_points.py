@@ -1,4 +1,4 @@
-"""Plugins in installed packages, found by name: recipes, commands, exporters, PEFT methods.
+"""Entry points of installed packages: recipes, commands, exporters and PEFT methods by name.
 
 A package offers one by an entry point in a group such as ``bridge.recipes``. It is imported only
 when its name is looked up.
@@ -14,19 +14,19 @@ from bridge.training.usage_error import UsageError
 
 
 @dataclass(frozen=True)
-class Offers:
-    """One group of entry points."""
+class EntryPointGroup:
+    """The entry points of one kind of plugin."""
 
-    group: str
+    name: str
     """The name of the group, such as "bridge.recipes"."""
-    what: str
-    """A noun in the plural for messages, such as "recipes"."""
+    plural: str
+    """The kind of plugin in messages, such as "recipes"."""
     package: str
     """A package of this project that offers some."""
 
     def entries(self) -> dict[str, EntryPoint]:
         """Return the entry points of all installed packages by name, sorted."""
-        found = sorted(entry_points(group=self.group), key=lambda entry: entry.name)
+        found = sorted(entry_points(group=self.name), key=lambda entry: entry.name)
         return {entry.name: entry for entry in found}
 
     def find(self, name: str) -> Any:
@@ -45,9 +45,9 @@ class Offers:
                 raise
         if not found:
             raise UsageError(
-                f"{name!r} is not there, as no package with {self.what} is installed; install one, "
-                f"such as {self.package} (pip install --find-links DIST {self.package}, from the "
-                "folder of wheels)"
+                f"{name!r} is not there, as no package with {self.plural} is installed; install "
+                f"one, such as {self.package} (pip install --find-links DIST {self.package}, from "
+                "the folder of wheels)"
             )
         hint = did_you_mean(name, found)
         raise UsageError(f"there is no {name!r}{hint} (there are {', '.join(found)})")
@@ -80,8 +80,8 @@ def _described(entry: EntryPoint) -> str:
     return f"the entry point {entry.name} = {entry.value} ({entry.group}) of {package}"
 
 
-RECIPES = Offers("bridge.recipes", "recipes", "bridge-steps-gpt")
-COMMANDS = Offers("bridge.commands", "commands", "bridge-steps-gpt")
-EXPORTERS = Offers("bridge.exporters", "exporters", "bridge-steps-gpt")
-PEFT_METHODS = Offers("bridge.peft", "methods of fine-tuning", "bridge-peft")
-OFFERS = (RECIPES, COMMANDS, EXPORTERS, PEFT_METHODS)
+RECIPES = EntryPointGroup("bridge.recipes", "recipes", "bridge-steps-gpt")
+COMMANDS = EntryPointGroup("bridge.commands", "commands", "bridge-steps-gpt")
+EXPORTERS = EntryPointGroup("bridge.exporters", "exporters", "bridge-steps-gpt")
+PEFT_METHODS = EntryPointGroup("bridge.peft", "methods of fine-tuning", "bridge-peft")
+GROUPS = (RECIPES, COMMANDS, EXPORTERS, PEFT_METHODS)

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from bridge.training.installed import Offers
+from bridge.training.entry_points import EntryPointGroup
 from installed_packages import install
 
-COLOURS = Offers("bridge.colours", "colours", "bridge-paint")
+COLOURS = EntryPointGroup("bridge.colours", "colours", "bridge-paint")
 
 
 @pytest.fixture
