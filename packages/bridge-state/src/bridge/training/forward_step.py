@@ -84,7 +84,11 @@ class PreparedForwardStep:
     """A user's forward step as megatron-core's schedules call it, the state filled in."""
 
     def __init__(self, func: Callable[..., Any], state: "GlobalState") -> None:
-        """Find the form of `func`; raises UsageError as `prepare_forward_step_func` says."""
+        """Find the form of `func`.
+
+        Raises:
+            UsageError: The form is not clear.
+        """
         self.func = func
         self.state = state
         try:
@@ -121,10 +125,10 @@ class PreparedForwardStep:
             UsageError: The step has no parameter for an argument that megatron-core passes.
         """
         form = self._form
-        arguments: list[Any] = [data_iterator, model]
-        split = 2 - len(form.keywords)
-        named = dict(zip(form.keywords, arguments[split:], strict=True))
-        del arguments[split:]
+        inputs: list[Any] = [data_iterator, model]
+        by_position = len(inputs) - len(form.keywords)
+        arguments = inputs[:by_position]
+        named = dict(zip(form.keywords, inputs[by_position:], strict=True))
         if checkpoint_activations_microbatch is not None:
             if not form.takes_checkpoint:
                 raise UsageError(
@@ -171,7 +175,7 @@ class _Form:
     takes_state: bool
     keywords: tuple[str, ...]
     """The names of the data iterator and the model, or of the model alone, if they must be passed
-    by name: a partial that holds the state by name allows nothing else for what follows it."""
+    by name. A partial that holds the state by name leaves no other way for its other parameters."""
     plan: Literal["by name", "by position"] | None
     """How the step takes `return_schedule_plan`, if it does."""
     needs_plan: bool
@@ -214,7 +218,7 @@ def _takes_state(named: Sequence[Parameter]) -> bool:
             raise _UnclearForm(
                 f"has the state in parameter {parameter.name!r}, which is not the first one"
             )
-    # Of three parameters before return_schedule_plan the first is the state, whatever its name.
+    # The first of three parameters before return_schedule_plan is the state, whatever its name.
     required = _names(_required(named[:3]))
     is_fourth_form = len(required) == 3 and _names(named[3:4]) == [_PLAN]
     return bool(states) or (is_fourth_form and required[0] != "data_iterator")
@@ -246,7 +250,10 @@ def _keywords(
 def _way_of_plan(
     func: Any, after_state: Sequence[Parameter]
 ) -> Literal["by name", "by position"] | None:
-    """Return how `func`, which may be a decorator's wrapper, passes `return_schedule_plan` on."""
+    """Return how `func` takes `return_schedule_plan`.
+
+    The signature of `func` itself decides, which may be a decorator's wrapper around the step.
+    """
     own = inspect.signature(func, follow_wrapped=False).parameters.values()
     if any(
         p.kind is Parameter.VAR_KEYWORD
