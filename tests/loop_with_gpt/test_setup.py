@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.gpt_step import forward_step
+from bridge.training.metric_loggers import TensorBoardLogger
 from bridge.training.pretrain import pretrain
 from gpt_models import tiny_gpt
 from ranks import run_ranks
@@ -65,12 +66,11 @@ def test_nothing_is_left_where_a_tracker_cannot_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trackers start when the run's directory is there already."""
-    from bridge.training import state
 
-    def refuse(*_: Any, **__: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ValueError("no tracker")
 
-    monkeypatch.setattr(state, "TensorBoardLogger", refuse)
+    monkeypatch.setattr(TensorBoardLogger, "of_run", fail)
 
     def body() -> None:
         config = own_run(tmp_path / "run")
