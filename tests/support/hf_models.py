@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from bridge.gpt.conversion.hf_config import read_model_config
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
+from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.checkpoint.single_weights import saved_config
 from bridge.training.config import (
     CheckpointConfig,
@@ -41,6 +43,12 @@ def config_of(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[st
     model_type = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}.get(architecture, "x")
     values = {"architectures": [architecture], "model_type": model_type, "head_dim": 8}
     return values | SIZES | {"rms_norm_eps": 1e-6, "hidden_act": "silu"} | changes
+
+
+def read_config(folder: Path, **changes: Any) -> GPTModelConfig:
+    """Return the model section for a config.json with these changes."""
+    (folder / "config.json").write_text(json.dumps(config_of(**changes)))
+    return read_model_config(folder)
 
 
 def write_folder(folder: Path, **changes: Any) -> Path:

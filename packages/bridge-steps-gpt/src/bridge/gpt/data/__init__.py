@@ -6,6 +6,7 @@
     token_files         .bin/.idx files
     corpora             the token files of a set, made from its text where needed
     cache               the folder of tokens and indices
+    named_sets          the sets of a run, and the files of each
     split_plan          documents to training, validation and test
     next_token_samples  samples of token files
     random_tokens       samples without data

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.gpt.data.cache import cache_directory, digest, published_by_first_rank
 from bridge.gpt.data.corpora import open_corpora
+from bridge.gpt.data.named_sets import SetPaths, list_entries, sets_of_split, split_of_set
 from bridge.gpt.data.next_token_samples import TokenSamples, build_samples
 from bridge.gpt.data.random_tokens import random_splits
 from bridge.gpt.data.split_plan import (
@@ -18,10 +19,9 @@ from bridge.gpt.data.split_plan import (
     parse_split,
     plan_split,
 )
-from bridge.gpt.data.text.sources import Source, find_source, python_standard_library
 from bridge.gpt.data.token_files import ALL, Bounds, TokenFiles, check_files
 from bridge.gpt.data.tokenization.tokenizers import Tokenizer, build_tokenizer, tokenizer_identity
-from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, wrong_set_name
+from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.local_paths import local_path
 from bridge.training.megatron_import import quiet_import
 from bridge.training.ranks.collectives import on_first_rank
@@ -91,7 +91,7 @@ class GPTDatasetConfig:
             )
         if config.tokenizer is None and not self.mock:
             yield "tokenizer: real data needs one; set tokenizer.type (bytes needs no files)"
-        yield from self._path_problems()
+        yield from self._set_paths().problems()
         for check in (
             lambda: self.sequence_length(config),
             lambda: self.split is None or parse_split(self.split),
@@ -126,14 +126,14 @@ class GPTDatasetConfig:
                 name: build_samples(
                     self._megatron_config(plan, request, tokenizer, directory),
                     plan,
-                    split=_split_name(name),
+                    split=split_of_set(name),
                 )
                 for name, plan in plans.items()
             }
         return DataSplits(
             train=sets["train"],
-            validation=_split_of(sets, "validation"),
-            test=_split_of(sets, "test"),
+            validation=sets_of_split(sets, "validation"),
+            test=sets_of_split(sets, "test"),
             shuffle=request.train_samples is None,
             fingerprint=self._fingerprint(request, plans["train"]),
             notes=_notes(plans),
@@ -162,7 +162,7 @@ class GPTDatasetConfig:
     def _weights_problems(self) -> Iterable[str]:
         if self.weights is None:
             return
-        entries = len(_entries(self.path))
+        entries = len(list_entries(self.path))
         if len(self.weights) != entries:
             yield (
                 f"dataset.weights: {len(self.weights)} weights for {entries} paths; give one for "
@@ -174,51 +174,13 @@ class GPTDatasetConfig:
                 "are not wanted"
             )
 
-    def _path_problems(self) -> Iterable[str]:
-        for field in ("validation_path", "test_path"):
-            value = getattr(self, field)
-            if isinstance(value, Mapping):
-                if not value:
-                    yield f"dataset.{field}={{}}: names no set; give one or leave it out"
-                for name, path in value.items():
-                    if problem := wrong_set_name(name):
-                        yield f"dataset.{field}: {problem}"
-                    if not _entries(path):
-                        yield f"dataset.{field}.{name}: there is no path; give one"
-        for field, entries in self._entries_by_set().values():
-            for entry in entries:
-                try:
-                    find_source(entry, field=field)
-                except UsageError as error:
-                    yield str(error)
-
-    def _entries_by_set(self) -> dict[str, tuple[str, list[str]]]:
-        """Return the field and the entries of each path that the user gave, by its set.
-
-        The sets are "train", "validation" and "test", or "validation/NAME" and "test/NAME".
-        """
-        given: dict[str, tuple[str, list[str]]] = {}
-        fields = {"path": "train", "validation_path": "validation", "test_path": "test"}
-        for field, split in fields.items():
-            value = getattr(self, field)
-            if isinstance(value, Mapping):
-                for name, path in value.items():
-                    given[f"{split}/{name}"] = (f"dataset.{field}.{name}", _entries(path))
-            elif entries := _entries(value):
-                given[split] = (f"dataset.{field}", entries)
-        return given
-
-    def _find_sources(self) -> dict[str, list[Source]]:
-        """Return the sources of each set; those of training come first."""
-        found = {
-            name: [find_source(entry, field=field) for entry in entries]
-            for name, (field, entries) in self._entries_by_set().items()
-        }
-        if "train" not in found:
-            if not self.standard_library:
-                raise UsageError("dataset.path: nothing to train on")
-            found = {"train": [python_standard_library()], **found}
-        return found
+    def _set_paths(self) -> SetPaths:
+        return SetPaths(
+            path=self.path,
+            validation_path=self.validation_path,
+            test_path=self.test_path,
+            standard_library=self.standard_library,
+        )
 
     def _plan(self, request: DataRequest) -> tuple[dict[str, SplitPlan], str, list[str]]:
         """Tokenize what is not cached and plan the splits. Runs on rank 0.
@@ -231,7 +193,7 @@ class GPTDatasetConfig:
         corpora: dict[str, list[TokenFiles]] = {}
         warning_lines: list[str] = []
         with ExitStack() as stack:
-            for name, sources in self._find_sources().items():
+            for name, sources in self._set_paths().find_sources().items():
                 corpora[name], lines = open_corpora(
                     sources,
                     has_weights=name == "train" and self.weights is not None,
@@ -264,7 +226,7 @@ class GPTDatasetConfig:
         plans: dict[str, SplitPlan] = {}
         for name, cut in bounds.items():
             is_training = name == "train"
-            if cut is None or (not is_training and evaluated[_split_name(name)] == 0):
+            if cut is None or (not is_training and evaluated[split_of_set(name)] == 0):
                 continue
             plans[name] = plan_split(
                 name,
@@ -334,32 +296,9 @@ class GPTDatasetConfig:
         )
 
 
-def _entries(value: str | list[str] | None) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
-
-
 def _size_and_time(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
-
-
-def _split_name(name: str) -> str:
-    """Return the split that a set belongs to: "validation" for "validation/wiki"."""
-    return name.partition("/")[0]
-
-
-def _split_of(
-    sets: Mapping[str, SizedDataset], split: str
-) -> SizedDataset | dict[str, SizedDataset] | None:
-    """Return the sets of a split as `DataSplits` takes them: its only one, or those by name."""
-    named = {
-        name.partition("/")[2]: dataset
-        for name, dataset in sets.items()
-        if name.startswith(f"{split}/")
-    }
-    return named or sets.get(split)
 
 
 def _notes(plans: Mapping[str, SplitPlan]) -> dict[str, Any]:
