@@ -97,7 +97,7 @@ def configuration(dataset: str) -> str:
 
 
 def test_a_section_that_a_file_names_is_made_with_the_same_rule() -> None:
-    with pytest.raises(ConfigError, match="Faulty refuses these values: .*=section: fails"):
+    with pytest.raises(ConfigError, match="Faulty rejects these values: .*=section: fails"):
         ConfigContainer.from_yaml(
             configuration("own_recipe.Faulty, place: section, error: UsageError")
         )

@@ -1,6 +1,6 @@
 """The ``bridge`` command.
 
-Exit codes: 0 for success, 2 for what the user can mend (printed without a traceback), 1 for a
+Exit codes: 0 for success, 2 for a mistake of the user's (printed without a traceback), 1 for a
 failure while running, 128 + N when signal N asked the run to stop.
 """
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         return int(options.run(options))
     except BrokenPipeError:
-        return 0  # Whoever read along has read enough.
+        return 0  # The reader of the output has closed it.
     except Exception as error:
         if not is_usage_error(error):
             raise
@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command_parser() -> argparse.ArgumentParser:
     """Return the parser of the command, with the commands of all installed packages."""
     parser = argparse.ArgumentParser(
-        prog="bridge", description="Train Megatron-core models, on GPUs or rehearsed on a CPU."
+        prog="bridge",
+        description="Train Megatron-core models, on GPUs or, to try a layout, on a CPU.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (pretrain, finetune, recipes, merge, export, doctor):

@@ -1,4 +1,4 @@
-"""``bridge doctor``: versions, devices, what is missing and how to get it."""
+"""``bridge doctor``: versions, devices, missing packages and how to get them."""
 
 import argparse
 import importlib
@@ -57,7 +57,7 @@ _PARTS = (
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command."""
-    parser = commands.add_parser("doctor", help="versions, devices, what is missing")
+    parser = commands.add_parser("doctor", help="versions, devices, missing packages")
     parser.set_defaults(run=_run)
 
 
@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
 def _print_devices() -> None:
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
-        print(f"{'device':<20}cpu: runs rehearse here over gloo (torch sees no GPU)")
+        print(f"{'device':<20}cpu: layouts can be tried here over gloo (torch sees no GPU)")
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     """Carry out the command; return its exit code.
 
     Raises:
-        UsageError: There is no such target or checkpoint, the target has no place for the model,
+        UsageError: There is no such target or checkpoint, the target does not support the model,
             or the output exists.
     """
     exporter = find_exporter(options.to)
@@ -84,7 +84,7 @@ def find_exporter(target: str) -> "Exporter":
     """Return the function that an installed package offers for a target.
 
     Raises:
-        UsageError: There is none; the message says what there is, or what to install.
+        UsageError: There is none; the message lists the targets, or a package to install.
     """
     try:
         exporter: Exporter = EXPORTERS.find(target)

@@ -12,7 +12,7 @@ def hide_gpus_on_cpu_runs(documents: Sequence[str], overrides: Sequence[str]) ->
     wanted = "auto"
     for text in documents:
         with contextlib.suppress(yaml.YAMLError):
-            # What cannot be read here is reported with all other problems later on.
+            # A document that cannot be read is reported later, with all other problems.
             document = yaml.safe_load(text)
             section = document.get("dist") if isinstance(document, dict) else None
             if isinstance(section, dict):

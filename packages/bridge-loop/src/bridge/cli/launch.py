@@ -3,7 +3,7 @@
 On a CPU the ranks are forked from this process, which has imported everything: they start at once.
 On GPUs each is a process of its own, as CUDA does not survive a fork. Either way they are in
 process groups of their own, so that a Ctrl-C reaches each of them exactly once: this process
-passes on the signals that it gets. When it dies without a chance to do so, they end themselves.
+passes its signals on. If it is killed, the ranks end themselves.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def on_local_ranks(
     from bridge.training.run_files.directory import new_run_name
     from bridge.training.run_files.lock import claimed
 
-    # The ranks could not agree on a time of day.
+    # Ranks would choose different names, by the time of day.
     config.checkpoint.run_dir = config.checkpoint.run_dir or new_run_name(config.recipe)
     # The launcher would report each failed rank again, after the rank itself has.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -65,7 +65,7 @@ def on_local_ranks(
             max_restarts=0,
             monitor_interval=POLL_SECONDS,
             start_method="fork",
-            # A directory that it makes by itself it leaves behind.
+            # The launcher would leave a directory of its own behind.
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             signals_to_handle="SIGQUIT",
         )
@@ -105,7 +105,7 @@ def _launch(
 
 
 def _explain(launcher: Launcher, rank: int, code: int) -> int:
-    """Say what made the run fail, which was `rank` with `code` at first; return the exit code."""
+    """Print why the run failed, first on `rank` with `code`; return the exit code."""
     if launcher.is_to_end_at_once():
         return 128 + signal.SIGINT
     if code < 0:
@@ -118,7 +118,7 @@ def _explain(launcher: Launcher, rank: int, code: int) -> int:
     if not reports:
         return code
     mistakes = [report["message"] for report in reports if report["code"] == 2]
-    # Every rank finds the same mistake; what the others say of one that left is no news.
+    # Every rank finds the same mistake; that the others lost a rank is no news.
     message = mistakes[0] if mistakes else f"the first failure was {reports[0]['message']}"
     print(f"bridge: {message}", file=sys.stderr)
     return 2 if mistakes else int(reports[0]["code"])
@@ -143,16 +143,16 @@ def _signals_passed_on(launcher: Launcher) -> Iterator[None]:
             last_interrupt = now
         launcher.signals.append(number)
         if os.getpid() != launcher.pid:
-            return  # A rank that is being forked; it looks at what it missed.
+            return  # A rank that is being forked; it raises the signals that it missed.
         children = this.children()
         if not children:
-            # Not an exception, which those that wait for the ranks might take for theirs.
+            # Not an exception: code that waits for the ranks might catch it.
             shutil.rmtree(launcher.folder, ignore_errors=True)
             os._exit(128 + number)
         send(children, number)
         if launcher.is_to_end_at_once():
-            # A rank that waits inside a collective hears two signals as one, and later. The data
-            # loading workers of a killed rank would keep this process waiting.
+            # A rank within a collective gets two signals as one, and later. The data loading
+            # workers of a killed rank would keep this process waiting.
             threading.Timer(_GRACE_SECONDS, kill_all).start()
 
     def kill_all() -> None:

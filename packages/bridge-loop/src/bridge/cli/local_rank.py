@@ -1,4 +1,4 @@
-"""One of the local ranks that ``--nproc`` starts, and what it knows of its launcher."""
+"""A local rank that ``--nproc`` starts, and its view of the launcher."""
 
 import gc
 import json
@@ -25,28 +25,28 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Launcher:
-    """The process that started the ranks, as they know it."""
+    """The process that started the ranks."""
 
     pid: int
     folder: Path
-    """Where ranks leave word of what made them fail."""
+    """Where ranks write the reports of their failures."""
     start: "StartCommand"
-    """The words with which the command was started."""
+    """How the command was started."""
     signals: list[int] = field(default_factory=list)
     """Those that asked to stop: in the launcher all that it passed on, in a forked rank those that
-    came before it could obey."""
+    came before its handlers were set."""
 
     def is_to_end_at_once(self) -> bool:
         """Whether Ctrl-C was pressed a second time."""
         return self.signals.count(signal.SIGINT) > 1
 
     def report(self, code: int, message: str) -> None:
-        """Leave word that this rank fails."""
+        """Write a report that this rank fails."""
         report = {"time": time.time(), "code": code, "message": message}
         replace_durably(self.folder / f"rank-{os.environ['RANK']}.json", json.dumps(report))
 
     def reports(self) -> list[dict[str, Any]]:
-        """Return what the ranks left, first failure first."""
+        """Return the reports of the ranks, first failure first."""
         found = [json.loads(path.read_text()) for path in self.folder.glob("rank-*.json")]
         return sorted(found, key=lambda report: report["time"])
 
@@ -54,7 +54,7 @@ class Launcher:
 def train_as_forked_rank(
     launcher: Launcher, command: "Command", recipe: "Recipe", config: "ConfigContainer"
 ) -> None:
-    """Train as a rank that was forked from the launcher; end the process where that fails."""
+    """Train as a rank that was forked from the launcher; end the process if that fails."""
     import torch
 
     from bridge.training.ranks.stop_request import signals_to_catch
@@ -73,7 +73,7 @@ def train_as_forked_rank(
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         code = train_as_rank(launcher, command, recipe, config)
     except KeyboardInterrupt:
-        # The launcher would take a rank that leaves it this way for one that still works.
+        # To the launcher a rank that ends by this exception would still be running.
         code = int(128 + signal.SIGINT)
     flush_output()
     if code:
@@ -96,7 +96,7 @@ def train_as_rank(
             return train_here(command, recipe, config, launcher.start)
     except RankFailed as failure:
         launcher.report(failure.code, str(failure))
-        # A rank that was killed says nothing: let the launcher see it before those that lost it.
+        # A killed rank leaves no report: let the launcher see it before the ranks that lost it.
         time.sleep(5 * POLL_SECONDS)
         return failure.code
     except Exception as error:

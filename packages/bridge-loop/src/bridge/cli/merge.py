@@ -1,4 +1,4 @@
-"""``bridge merge``: a whole model of adapters and the weights that they were trained beside."""
+"""``bridge merge``: one model of adapters and their base model."""
 
 import argparse
 import os
@@ -12,10 +12,10 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser = commands.add_parser(
         "merge",
         help="fold trained adapters into the model's weights",
-        description="Write a checkpoint of the whole model from a run that trained adapters.",
+        description="Write a checkpoint of the merged model from a run that trained adapters.",
     )
     parser.add_argument(
-        "checkpoint", metavar="RUN_OR_CHECKPOINT", action=PathOption, help="that has the adapters"
+        "checkpoint", metavar="RUN_OR_CHECKPOINT", action=PathOption, help="with the adapters"
     )
     parser.add_argument(
         "--output",
@@ -28,7 +28,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "--base",
         metavar="RUN_OR_CHECKPOINT",
         action=PathOption,
-        help="the model they were trained beside, if it was moved",
+        help="the base model of the adapters, if it was moved",
     )
     parser.set_defaults(run=run)
 
@@ -37,10 +37,10 @@ def run(options: argparse.Namespace) -> int:
     """Carry out the command; return its exit code.
 
     Raises:
-        UsageError: There are no adapters, the base is not there or another one, or the output
+        UsageError: There are no adapters, the base model is missing or another one, or the output
             exists.
     """
-    # It is done on the CPU; before torch looks for GPUs.
+    # Merging is done on the CPU: hide the GPUs before torch looks for them.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from bridge.training.adapters.merging import merge
     from bridge.training.checkpoint.single_weights import saved_config

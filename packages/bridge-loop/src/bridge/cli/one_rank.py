@@ -1,4 +1,4 @@
-"""Train here, as one rank of a run."""
+"""Training in this process, as one rank of a run."""
 
 import signal
 import sys
@@ -24,14 +24,14 @@ def train_here(
     """Train as one rank of a run; return the exit code.
 
     Args:
-        command: Which entry point trains.
-        recipe: Brings the forward step and its callbacks.
+        command: The entry point that trains.
+        recipe: The recipe, with the forward step and its callbacks.
         config: The resolved configuration.
         start: How the command was started.
 
     Raises:
         UsageError: A mistake of the user's.
-        RankFailed: Anything else that ended the run, once it has been printed.
+        RankFailed: Any other failure; it has been printed.
     """
     from bridge.training.finetune import finetune
     from bridge.training.pretrain import pretrain
@@ -39,7 +39,7 @@ def train_here(
     train = {"pretrain": pretrain, "finetune": finetune}[command]
     failure = ""
 
-    def tell(error: BaseException, line: str) -> None:
+    def report(error: BaseException, line: str) -> None:
         nonlocal failure
         if not is_usage_error(error):
             failure = line
@@ -53,7 +53,7 @@ def train_here(
             config,
             recipe.forward_step,
             recipe.callbacks(),
-            on_failure=tell,
+            on_failure=report,
             resume_line=resume_line,
         )
     except KeyboardInterrupt:
@@ -63,17 +63,17 @@ def train_here(
             # `main` prints it in one line.
             raise
         if not failure:
-            tell(error, f"rank {rank_environment().rank}: {type(error).__name__}: {error}")
-        # In one piece: other ranks may have something to say at the same time.
+            report(error, f"rank {rank_environment().rank}: {type(error).__name__}: {error}")
+        # In one piece: other ranks may print at the same time.
         sys.stderr.write(traceback.format_exc())
         raise RankFailed(failure, int(getattr(error, "exit_code", 1))) from error
-    # Whoever sets a time limit plans the end that it makes.
+    # A user who sets a time limit expects the end that it makes.
     planned = result.reason in ("finished", "time limit")
     return 0 if planned else 128 + signal.Signals[result.reason]
 
 
 class RankFailed(Exception):
-    """Says what made this rank fail, and where; it has been printed with its traceback."""
+    """The failure of this rank, with its place; it has been printed with its traceback."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -47,14 +47,14 @@ def _show(options: argparse.Namespace) -> int:
     hide_gpus_on_cpu_runs([document.text for document in documents], options.overrides)
     ranks = checked_ranks(options.nproc)
     config = configure(find_recipe(options.recipe), documents, options.overrides, world_size=ranks)
-    # As a comment: what is printed can be fed back.
+    # As a comment, so that the output is a valid file.
     sys.stdout.writelines(f"# {line}\n" for line in layout_lines(config, ranks))
     sys.stdout.write(config.to_yaml(brief=not options.full))
     return 0
 
 
 def layout_lines(config: "ConfigContainer", ranks: int) -> list[str]:
-    """Return the picture of the layout that a model of several modules draws, if it does."""
+    """Return the picture of the layout, if the model draws one."""
     from bridge.training.contracts import DrawsLayout
 
     drawn = config.model.layout_picture(ranks) if isinstance(config.model, DrawsLayout) else None

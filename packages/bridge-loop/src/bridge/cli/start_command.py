@@ -1,4 +1,4 @@
-"""The command line that started this process, as its user typed it: what continues the run."""
+"""The command line that started this process, as its user typed it, to continue the run with."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ class StartCommand:
 
     @classmethod
     def of_this_process(cls, arguments: Sequence[str], nproc: int | None) -> Self:
-        """Return how this process was started, by uv or torchrun if they did it.
+        """Return the command line of this process, that of uv or torchrun if they started it.
 
         Args:
             arguments: Those of the command itself, which end the command lines of all of them.

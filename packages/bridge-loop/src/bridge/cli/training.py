@@ -113,7 +113,7 @@ def _number_of_ranks(options: argparse.Namespace) -> int:
             f"--nproc away under {environment.launcher}"
         )
     if environment.world_size > 1 and not options.dry_run:
-        rendezvous_url()  # What is missing is said before anything slow.
+        rendezvous_url()  # Missing variables are reported before anything slow.
     is_a_rank = environment.launcher is not None
     return environment.world_size if is_a_rank else checked_ranks(options.nproc)
 
@@ -121,7 +121,7 @@ def _number_of_ranks(options: argparse.Namespace) -> int:
 def _configured(
     options: argparse.Namespace, command: "Command", source: str | None, ranks: int
 ) -> "tuple[Recipe, ConfigContainer]":
-    """Return the recipe and its resolved configuration, with what the command line puts on it.
+    """Return the recipe and its resolved configuration, with all that the command line changes.
 
     Raises:
         UsageError: The configuration has problems, or there is no such recipe, file, run or
@@ -147,7 +147,7 @@ def _configured(
 
 
 def _all_overrides(options: argparse.Namespace) -> list[str]:
-    """Return the overrides, those that options stand for included."""
+    """Return the overrides, including those of options such as --run-dir."""
     overrides = list(options.overrides)
     if options.run_dir is not None:
         overrides.append(f"checkpoint.run_dir={options.run_dir}")
@@ -211,7 +211,7 @@ def _saved_configuration(options: argparse.Namespace) -> list[str]:
 
 
 def _check_directory(config: "ConfigContainer") -> None:
-    """Reject a run's directory that does not fit this start, as its ranks would."""
+    """Reject a run's directory that does not fit this start, as the ranks would."""
     from bridge.training.checkpoint.manifest import refuse_damage
     from bridge.training.checkpoint.resume_rules import reject_another_run
     from bridge.training.run_files.directory import RunDirectory, refuse_wrong_directory
@@ -230,7 +230,7 @@ def _check_directory(config: "ConfigContainer") -> None:
 
 
 def _check_length(config: "ConfigContainer") -> None:
-    """Reject a length that is less than what the run has done, as its start does."""
+    """Reject a run that is shorter than the steps it has done, as its ranks would."""
     from bridge.training.checkpoint.run_state import counters_of
     from bridge.training.data.run_length import last_step
     from bridge.training.run_files.directory import RunDirectory

@@ -1,4 +1,4 @@
-"""The configuration of a run: all sections in one object, to and from plain values."""
+"""The container of a run's configuration: all sections, to and from plain values."""
 
 import copy
 import dataclasses
@@ -47,9 +47,9 @@ def _default_ddp() -> DistributedDataParallelConfig:
 
 @dataclass(kw_only=True)
 class ConfigContainer:
-    """All that a run needs to know.
+    """The configuration of a run.
 
-    Attributes may be set freely; `resolve` finds what is wrong with them. `optimizer` and `ddp`
+    Attributes may be set freely; `resolve` finds the problems in them. `optimizer` and `ddp`
     are megatron-core's own dataclasses, and a model section may be a `TransformerConfig`.
     """
 
@@ -58,14 +58,14 @@ class ConfigContainer:
     command: Literal["pretrain", "finetune"] | None = None
     """The entry point that made the run, which alone continues it; None before there is one."""
     model: ModelConfig
-    """What is trained, and its parallel layout."""
+    """The model that is trained, and its parallel layout."""
     peft: PEFTMethod | None = None
-    """What is trained in place of the model's own weights, found by ``peft.method``; None trains
-    the model."""
+    """The adapters that are trained on top of the frozen model, found by ``peft.method``; None
+    trains the model."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """How long to train, on what batches."""
+    """The length of the run and its batches."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """When to evaluate."""
+    """The times and the size of evaluations."""
     optimizer: OptimizerConfig = field(default_factory=_default_optimizer)
     """megatron-core's optimizer and its peak learning rate."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -73,24 +73,24 @@ class ConfigContainer:
     ddp: DistributedDataParallelConfig = field(default_factory=_default_ddp)
     """megatron-core's data-parallel wrapper."""
     dataset: DatasetConfig
-    """What it is trained on."""
+    """The data."""
     tokenizer: TokenizerConfig | None = None
-    """How text becomes tokens, for datasets of text."""
+    """The tokenizer, for datasets of text."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    """What is logged, when and where."""
+    """The metrics that are logged, when and where."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Where the run lives on disk."""
+    """The run's directory, and what it saves and loads."""
     dist: DistConfig = field(default_factory=DistConfig)
     """Devices and process groups."""
     rng: RNGConfig = field(default_factory=RNGConfig)
     """Random numbers."""
     rerun: RerunConfig = field(default_factory=RerunConfig)
-    """Repeating steps to find faulty hardware."""
+    """Repetition of steps to find faulty hardware."""
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
-    """The numbers that the model computes in."""
+    """The precision of the model's computations."""
 
     def __post_init__(self) -> None:
-        """Start without a record of where values came from."""
+        """Start with no record of where values came from."""
         self.provenance = Provenance()
 
     def to_dict(self, *, brief: bool = False) -> dict[str, Any]:
@@ -156,12 +156,12 @@ class ConfigContainer:
         return cls.from_dict(plain)
 
     def copy(self) -> Self:
-        """Return an unshared copy."""
+        """Return a deep copy."""
         return copy.deepcopy(self)
 
 
 def peft_method(method: str, **fields: Any) -> PEFTMethod:
-    """Make a section ``peft`` of the dataclass that an installed package offers.
+    """Return a section ``peft`` of the dataclass that an installed package offers.
 
     Args:
         method: The method's name, such as "lora".

@@ -1,4 +1,4 @@
-"""Values that follow from others: precision, layout and loss in the sections that repeat them."""
+"""Derived values: precision, layout and loss in the sections that repeat them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ class Derived:
 
     value: Any
     reason: str | None = None
-    """What it follows from, as ``section.field=value``. None: it is only a default, from which the
-    user's value may differ."""
+    """The setting that it follows from, as ``section.field=value``. None: the value is a default,
+    from which the user's may differ."""
 
     @property
     def source(self) -> str:
@@ -35,7 +35,7 @@ class Derived:
 def derived_values(config: "ConfigContainer") -> dict[str, Derived]:
     """Return the values that follow from the other values, by path.
 
-    What depends on a precision or a device that is not known yet is left out.
+    Values that depend on a precision or a device that is not known yet are left out.
     """
     transformers = {
         path: part
@@ -124,7 +124,7 @@ def _from_precision(config: "ConfigContainer") -> Mapping[str, Derived]:
     megatrons = megatron_configs(config)
     derived: dict[str, Derived] = {}
     for path, part in megatrons.items():
-        # The residual stream is what travels between the stages.
+        # The stages send each other the residual stream.
         in_fp32 = isinstance(part, TransformerConfig) and part.fp32_residual_connection
         derived[f"{path}.pipeline_dtype"] = Derived(torch.float32 if in_fp32 else dtype, reason)
     for place in ("optimizer", *megatrons):

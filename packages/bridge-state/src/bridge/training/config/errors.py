@@ -21,5 +21,5 @@ class ConfigError(UsageError):
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
-        # Other ranks raise it again, made of the problems and not of the whole message.
+        # Other ranks make it again from the problems; pickle would pass the message.
         return type(self), (self.problems,), self.__dict__

@@ -24,26 +24,26 @@ class Layout:
     data: int
     world_size: int
     most_parts: int | None = None
-    """Parts that the samples of a global microbatch are cut into: copies of the module that has
-    most. None: as many as `data`."""
+    """Parts that the samples of a global microbatch are divided into: the replicas of the module
+    that has most. None: as many as `data`."""
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model between them."""
+        """Ranks that one replica of the model is divided over."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def expert_data(self) -> int:
-        """Copies of each expert's weights (0 if the experts' layout does not fit)."""
+        """Replicas of each expert (0 if the experts' layout does not fit)."""
         return self.world_size // (self.expert_tensor * self.expert * self.pipeline)
 
 
 def layout_of(model: Any, world_size: int) -> Layout:
     """Return the layout of `model` on `world_size` ranks.
 
-    A model that is neither a megatron-core ``ModelParallelConfig`` nor says itself how its ranks
-    are arranged is data-parallel only. `data` is rounded down where the layout does not fit, which
-    `resolve` reports.
+    A model is data-parallel only if it is not a megatron-core ``ModelParallelConfig`` and does not
+    arrange its ranks itself (`ArrangesRanks`). Where the layout does not fit, which `resolve`
+    reports, `data` is rounded down.
     """
     if isinstance(model, ArrangesRanks):
         return model.layout(world_size)
@@ -90,9 +90,9 @@ def placed_layers(model: TransformerConfig) -> PipelineParallelLayerLayout | Non
 def embedding_stages(model: Any) -> list[int]:
     """Return the pipeline ranks between which megatron-core adds the embedding's gradients.
 
-    They are the first one, the last one for its output layer, and that of the multi-token
-    prediction layers, which have a copy of the embedding. A rank of this group whose weight is no
-    copy, as the untied output layer after such layers, would get a wrong gradient.
+    They are the first one, the last one for its output layer, and that of the MTP layers, which
+    have a copy of the embedding. A rank of this group whose weight is no copy, such as an untied
+    output layer after MTP layers, would get a wrong gradient.
 
     Args:
         model: A model section.

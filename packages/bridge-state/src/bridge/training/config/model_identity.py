@@ -1,11 +1,14 @@
-"""Model identity: which fields of a model's section say what the model is.
+"""Model identity: the fields of a model's section that its checkpoints depend on.
 
-- identity: the weights that there are, and what is computed with them. A checkpoint fits no other.
-- extensible: part of it, but a fine-tuning may choose another, such as longer samples.
-- training: how the weights are trained, such as the dropout. A fine-tuning chooses anew.
-- execution: how the same is computed, stored and spread over ranks. Any start may choose.
+Each field has one of four kinds:
 
-`bridge.training.checkpoint.resume_rules` decides by it what a start may change.
+- identity: it decides which weights there are, and what is computed with them.
+- extensible: it is part of the identity, but a fine-tuning may choose another value, such as longer
+  samples.
+- training: it decides how the weights are trained, such as the dropout. A fine-tuning chooses anew.
+- execution: it decides how the model is computed and divided over ranks. Every start may choose.
+
+`bridge.training.checkpoint.resume_rules` has the rules that use them.
 """
 
 import dataclasses
@@ -20,20 +23,20 @@ _KIND = "field_kind"
 
 
 def model_field(kind: FieldKind, **arguments: Any) -> Any:
-    """Return a dataclass field of a model's section, of this kind.
+    """Return a dataclass field of a model's section that has a kind.
 
-    A field of a section that is declared without it is identity, unless it has the name of one of
-    megatron-core's.
+    A field that is declared without one has the kind of megatron-core's field of that name; it is
+    identity where there is none.
 
     Args:
-        kind: What the field decides.
+        kind: The kind.
         arguments: Those of `dataclasses.field`.
     """
     return dataclasses.field(metadata={_KIND: kind}, **arguments)
 
 
 def field_kinds(section: type) -> dict[str, FieldKind]:
-    """Return the kind of the fields of a model's section and of the dataclasses within, by name.
+    """Return the kinds of the fields of a model's section and of the dataclasses in it, by name.
 
     Fields that are not listed are identity.
     """
@@ -50,11 +53,11 @@ def field_kinds(section: type) -> dict[str, FieldKind]:
 def kind_at(path: str, kinds: Mapping[str, FieldKind]) -> FieldKind:
     """Return the kind of a value in a model's section, such as "encoders.vision.num_layers".
 
-    What is within a field, such as an item of a mapping, is of the field's kind.
+    A value within a field, such as an item of a mapping, has the field's kind.
 
     Args:
-        path: Where the value is, without "model".
-        kinds: Of the section (`field_kinds`).
+        path: The path within the section.
+        kinds: The kinds of the section's fields (`field_kinds`).
     """
     found = (kinds.get(name, "identity") for name in path.split("."))
     return next((kind for kind in found if kind != "identity"), "identity")

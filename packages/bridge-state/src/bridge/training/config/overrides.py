@@ -1,4 +1,4 @@
-"""What YAML files and the command line change in a configuration."""
+"""Changes of a configuration by YAML files and by overrides on the command line."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,7 @@ _OF_ONE_RUN = ("run_dir", "resume", "step")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YamlText:
-    """The text of a YAML document, and what to call it in a report."""
+    """The text of a YAML document, and its name in messages."""
 
     text: str
     source: str
@@ -51,15 +51,15 @@ class YamlText:
     """Fields of the file that `of_a_new_run` has left out."""
 
     def of_a_new_run(self) -> "YamlText":
-        """Return the document without what belongs to one run alone, if it is a run's config.yaml.
+        """Return the document without the fields of one run alone, if it is a run's config.yaml.
 
         A new run that starts from the configuration of another has a directory of its own. A file
-        that nobody has resolved is left as it is: what stands there was put there by its author.
+        that was not written by a run is left as it is: its author set those fields.
         """
         try:
             plain = load_yaml(self.text)
         except ConversionError:
-            return self  # Whoever merges it says what is wrong.
+            return self  # It is reported when the document is merged.
         if not isinstance(plain, Mapping) or DERIVED not in plain:
             return self
         checkpoint = plain.get("checkpoint")
@@ -71,7 +71,7 @@ class YamlText:
 
 
 type YamlDocument = str | Path | YamlText | Mapping[str, Any]
-"""YAML text, with a name or without; a file that holds it; or what it parses to."""
+"""YAML text, with a name or without; a file of YAML; or the parsed values."""
 
 
 def apply_overrides(
@@ -112,7 +112,7 @@ def configure(
         config: As for `apply_overrides`.
         overrides: As for `apply_overrides`.
         yaml_documents: As for `apply_overrides`.
-        device: Where the run takes place, or what decides it once the overrides are applied.
+        device: The device of the run, or a function that chooses it once the overrides are applied.
         world_size: Ranks of the run.
 
     Raises:
@@ -152,16 +152,16 @@ class _Merge:
             self.problems[before:] = [
                 problem.with_text(f"{problem} ({source})") for problem in self.problems[before:]
             ]
-        # The fields that there are depend on the method, wherever it is named.
+        # Which fields exist depends on the method, so it is chosen first.
         for override in sorted(overrides, key=lambda text: not _chooses_method(text)):
             self._override(override)
 
     # --- YAML documents
 
     def _names_given(self, overrides: Sequence[str]) -> set[str]:
-        """Return what the command line and the recipe name, so that a document may name it too."""
+        """Return the names on the command line and in the recipe: a document may have them too."""
         given = {text.partition("=")[2].strip() for text in overrides}
-        with contextlib.suppress(ConfigError):  # A recipe may hold what has no name.
+        with contextlib.suppress(ConfigError):  # A recipe may hold values without a name.
             given.update(_texts_in(self.config.to_dict()))
         return given
 
@@ -242,7 +242,7 @@ class _Merge:
     def _items(
         self, present: dict[Any, Any], annotation: Any, path: str, content: Mapping[Any, Any]
     ) -> None:
-        """Merge into a mapping of dataclasses; a name that it has not is added."""
+        """Merge into a mapping of dataclasses; a new name is added."""
         for key, value in content.items():
             here = join(path, key)
             if key in present and isinstance(value, Mapping):
@@ -296,13 +296,13 @@ class _Merge:
                 inner = self._absent_section(holder, key, path)
             annotation = Any if isinstance(holder, Mapping) else annotations_of(type(holder))[key]
             if isinstance(inner, dict) and not _has_parts(inner, annotation):
-                # A mapping of plain values: what is left of the path is the key, dots and all.
+                # A mapping of plain values: the rest of the path is the key, with its dots.
                 self._override_item(inner, ".".join(names[position:]), text, path, annotation)
                 return
             if not is_dataclass_instance(inner) and not isinstance(inner, dict):
                 kind = "has no fields" if key != section else "is not a dataclass"
-                whole = ".".join(names)
-                self._reject(whole, f"{whole}: {path} {kind}, so text cannot change it")
+                full_path = ".".join(names)
+                self._reject(full_path, f"{full_path}: {path} {kind}, so text cannot change it")
                 return
             holder, holder_path = inner, path
         path = join(holder_path, names[-1])
@@ -322,7 +322,7 @@ class _Merge:
             self.config.provenance.mark_given(path)
 
     def _absent_section(self, holder: Any, key: str, path: str) -> Any:
-        """Make the optional section that is about to be filled, of its annotated class."""
+        """Create the optional section that is about to be set, of its annotated class."""
         try:
             made = convert({}, annotations_of(type(holder))[key], path)
         except ConversionError:
@@ -422,7 +422,7 @@ def _read(document: YamlDocument) -> Any:
 
 
 def _convert_text(text: str, annotation: Any, path: str) -> Any:
-    """Convert an override's text: by YAML's rules, and as it stands where a string is wanted."""
+    """Convert an override's text by YAML's rules; take it literally where a string is wanted."""
     try:
         value = load_yaml(text)
     except ConversionError:
@@ -435,7 +435,7 @@ def _convert_text(text: str, annotation: Any, path: str) -> Any:
         if isinstance(value, str) or (isinstance(value, Mapping) and takes_mappings(annotation)):
             raise
         try:
-            # What YAML takes for a number or nothing may be a name here, such as `null`.
+            # A text that is a number or nothing in YAML may be a name here, such as `null`.
             return convert(text, annotation, path)
         except ConversionError:
             raise error from None

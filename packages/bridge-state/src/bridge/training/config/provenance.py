@@ -1,7 +1,6 @@
-"""Where the values of a configuration came from: the user, or the values that they follow from.
+"""Provenance of a configuration's values: set by the user, or derived from other values.
 
-A field that resolution filled in must not be taken for the user's wish later: it follows when the
-values that it came from are changed.
+A derived value is not the user's wish: it changes with the values that it was derived from.
 """
 
 import dataclasses
@@ -17,31 +16,31 @@ if TYPE_CHECKING:
     from bridge.training.config.container import ConfigContainer
 
 DERIVED = "derived"
-"""The key of a saved configuration that lists the fields which resolution filled in."""
+"""The key of a saved configuration that lists its derived fields."""
 
 
 class Provenance:
-    """The fields of a configuration that the command line set, and those that were derived."""
+    """The fields of a configuration that overrides set, and those that resolution derived."""
 
     def __init__(self) -> None:
-        """Start with neither: what differs from its default is the user's."""
+        """Start with neither: a value that differs from its default is the user's."""
         self._given: set[str] = set()
         self._derived: dict[str, Any] = {}
 
     def mark_given(self, path: str) -> None:
-        """Record that the command line set a field, which resolution must not set otherwise."""
+        """Record that an override set a field: resolution keeps the value, even a default."""
         self._given.add(path)
 
     def is_given(self, path: str) -> bool:
-        """Whether the command line set the field."""
+        """Whether an override set the field."""
         return path in self._given
 
     def is_derived(self, path: str) -> bool:
-        """Whether resolution filled the field in."""
+        """Whether resolution derived the field's value."""
         return path in self._derived
 
     def derived_paths(self, config: "ConfigContainer") -> list[str]:
-        """Return the fields that resolution filled in and nobody changed since."""
+        """Return the fields whose derived value nobody has changed since."""
         return [
             path
             for path, value in self._derived.items()
@@ -51,10 +50,9 @@ class Provenance:
     def record_derived(
         self, config: "ConfigContainer", plain: Mapping[Any, Any], *, is_complete: bool
     ) -> list[Problem]:
-        """Take what a saved configuration had filled in for derived, not for the user's own.
+        """Record the derived values of a saved configuration as derived, not as the user's own.
 
-        Those are the fields that it lists, and those that are as they must be by the values that
-        they follow from.
+        Those are the fields that it lists as derived, and those whose value follows from others.
 
         Args:
             config: With the values of `plain`.
@@ -63,7 +61,7 @@ class Provenance:
                 default.
 
         Returns:
-            A problem if the list is none.
+            A problem if its entry of derived fields is not a list of them.
         """
         listed = plain.get(DERIVED) or []
         problems = []
@@ -84,7 +82,7 @@ class Provenance:
         return problems
 
     def reset_derived(self, config: "ConfigContainer") -> None:
-        """Give what resolution filled in its default again, to be filled in anew."""
+        """Set derived values back to their defaults, to be derived anew."""
         for path in self.derived_paths(config):
             holder, name = _holder(config, path)
             default = default_of(fields_of(holder)[name])
@@ -93,7 +91,7 @@ class Provenance:
         self._derived = {}
 
     def fill_in_derived(self, config: "ConfigContainer") -> list[Problem]:
-        """Set every derived value; return a problem for each that the user had set otherwise."""
+        """Set every derived value; return a problem for each that contradicts the user's value."""
         problems = []
         for path, derived in derived_values(config).items():
             holder, name = _holder(config, path)

@@ -1,4 +1,4 @@
-"""Lists every key of a configuration with its type, value and meaning, for ``--help``."""
+"""Reference of a configuration's keys, with type, value and meaning, for ``--help``."""
 
 import ast
 import dataclasses
@@ -33,9 +33,9 @@ class Key:
     path: str
     """Such as "train.train_iters"."""
     accepts: str
-    """The kinds of values in words."""
+    """The types of its values, in words."""
     value: str
-    """What the configuration holds, as YAML."""
+    """Its value in the configuration, as YAML."""
     meaning: str
     """The first sentence of the field's docstring; empty if it has none."""
 
@@ -43,8 +43,8 @@ class Key:
 def describe(config: ConfigContainer) -> list[Key]:
     """Return every key of `config`, the model's and the dataset's too, section by section.
 
-    What only a running loop sets (megatron-core's hooks) is left out. A section that is None is
-    listed with its class's defaults.
+    Fields that only a running loop sets (megatron-core's hooks) are left out. A section that is
+    None is listed with its class's defaults.
     """
     keys: list[Key] = []
     for section in SECTIONS:
@@ -75,7 +75,7 @@ def _choice_of_method() -> Key:
         path=f"peft.{METHOD}",
         accepts=" or ".join([*method_names(), "null"]),
         value="null",
-        meaning="What is trained beside a frozen model; the method brings keys of its own.",
+        meaning="The adapters that are trained on a frozen model; the method has keys of its own.",
     )
 
 

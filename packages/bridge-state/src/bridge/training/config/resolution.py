@@ -1,4 +1,4 @@
-"""Fills in and checks a configuration: the one place that decides by the device."""
+"""Resolution of a configuration: derived values filled in for a device, and all checks."""
 
 from collections.abc import Collection, Iterator
 from typing import Literal
@@ -19,15 +19,15 @@ from bridge.training.config.schema.paths import is_within
 def resolve(
     config: ConfigContainer, *, device: Literal["cuda", "cpu"], world_size: int
 ) -> ConfigContainer:
-    """Return a copy of `config` in which everything is filled in and checked.
+    """Return a copy of `config` with all derived values, after all checks.
 
     Args:
-        config: What the user asked for; it is left as it is.
-        device: Where the run takes place.
+        config: The user's configuration; it is not changed.
+        device: The device of the run.
         world_size: Ranks of the run, for the checks of the parallel layout.
 
     Raises:
-        ConfigError: With every wrong type, unknown attribute and contradiction at once.
+        ConfigError: With every wrong type, unknown attribute and contradiction.
     """
     resolved, problems = resolve_collecting(config, device=device, world_size=world_size)
     if problems:
@@ -42,7 +42,7 @@ def resolve_collecting(
     world_size: int,
     rejected: Collection[str] = (),
 ) -> tuple[ConfigContainer, list[Problem]]:
-    """Do what `resolve` does, and return its problems instead of raising them.
+    """Resolve a configuration, and return its problems instead of raising them.
 
     Args:
         config: As for `resolve`.

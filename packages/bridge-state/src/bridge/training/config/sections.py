@@ -1,7 +1,7 @@
-"""The sections of a run's configuration that are ours.
+"""The sections of a run's configuration that do not come from megatron-core.
 
-Names are megatron-core's where it has one. Every field is read somewhere: a field that nothing
-reads does not exist. megatron-core's own dataclasses (optimizer, DDP, model) are used as they are.
+Names are megatron-core's where it has one. Every field is read somewhere. megatron-core's own
+dataclasses (optimizer, DDP, model) are used as they are.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ type AnomalyAction = Literal["raise", "raise_at_once", "skip", "log"]
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """How long to train, on what batches, for what objective."""
+    """The length of the run, its batches and its objective."""
 
     train_iters: int | None = None
     """Optimizer steps. Exactly one of train_iters, train_samples and epochs is given."""
@@ -27,43 +27,43 @@ class TrainConfig:
     global_batch_size: int = 1
     """Samples of one optimizer step, over all ranks and microbatches."""
     loss_normalization: Literal["token", "microbatch"] = "token"
-    """token: sum of losses over sum of tokens, of the whole step. microbatch: Megatron-LM's mean
+    """token: the step's sum of losses divided by its sum of tokens. microbatch: Megatron-LM's mean
     of the microbatches' means, for porting."""
     num_workers: int = 0
     """Data loading processes of each rank; 0 loads in the training process."""
     check_for_nan: bool = True
-    """Look for losses that are NaN or infinite; nan_action says what follows."""
+    """Look for losses that are NaN or infinite, and react by nan_action."""
     nan_action: AnomalyAction = "raise"
-    """raise: found at the next logged step or checkpoint, so that other steps need no host
-    synchronisation. raise_at_once and skip: found before the optimizer's step, which waits for
-    the device at every step; skip leaves the whole step out, on every rank. log: a warning."""
+    """raise: found at the next logged step or checkpoint, so that other steps need no host-device
+    sync. raise_at_once and skip: found before the optimizer's step, with a host-device sync at
+    every step; skip skips the step on every rank. log: a warning."""
     spike_factor: float | None = None
-    """A microbatch whose loss is above this many times the mean of its rank's recent ones is a
-    spike; None looks for none."""
+    """A microbatch is a spike if its loss is above this many times the mean of its rank's recent
+    ones; None looks for none."""
     spike_action: AnomalyAction = "log"
-    """What a spike leads to, as nan_action."""
+    """The reaction to a spike; values as of nan_action."""
     time_limit_minutes: float | None = None
-    """End the run, with a checkpoint, after the step in which it has gone on for so long, set-up
-    included. An evaluation that it cuts short is not logged."""
+    """End the run, with a checkpoint, after the step in which it has taken so long, setup included.
+    An evaluation that it cuts short is not logged."""
     manual_gc_interval: int = 100
-    """Steps between Python garbage collections, at the same step on every rank; 0 leaves it to
+    """Steps between Python garbage collections, at the same step on every rank; 0 leaves them to
     Python, which then stalls ranks at different times."""
 
 
 @dataclass(kw_only=True)
 class ValidationConfig:
-    """When to evaluate, and on how much."""
+    """The times and the size of evaluations."""
 
     eval_interval: int | None = None
     """Steps between evaluations; None evaluates only at the end."""
     eval_iters: int | None = None
     """Global batches of one evaluation of a set, or all its samples if they are fewer; None takes
-    the whole set, 0 turns evaluation off."""
+    all samples, 0 turns evaluation off."""
     eval_at_start: bool = False
     """Evaluate before the first step too."""
     time_limit_minutes: float | None = None
     """End an evaluation after the global batch in which it has taken so long; its metrics are then
-    those of the samples that were seen. Several sets are one evaluation."""
+    those of the samples up to there. Several sets are one evaluation."""
 
 
 @dataclass(kw_only=True)
@@ -73,13 +73,13 @@ class SchedulerConfig:
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     """Shape of the decay from optimizer.lr to optimizer.min_lr."""
     lr_warmup_fraction: float | None = None
-    """Part of the decay horizon spent warming up; exclusive with lr_warmup_iters."""
+    """Warm-up as a fraction of the decay horizon; exclusive with lr_warmup_iters."""
     lr_warmup_iters: int | None = None
     """Steps of warm-up; exclusive with lr_warmup_fraction."""
     lr_warmup_init: float = 0.0
     """Learning rate at the start of the warm-up."""
     lr_decay_iters: int | None = None
-    """Steps after which the rate has reached optimizer.min_lr; the whole run if None."""
+    """Steps after which the rate has reached optimizer.min_lr; those of the run if None."""
     lr_wsd_decay_iters: int | None = None
     """Steps of the final decay of the WSD style."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
@@ -89,12 +89,12 @@ class SchedulerConfig:
     end_weight_decay: float | None = None
     """Weight decay at the end; optimizer.weight_decay if None."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How the weight decay moves from start to end."""
+    """Shape of the weight decay from start to end."""
 
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """Which of megatron-core's tokenizers turns text into tokens."""
+    """The tokenizer of megatron-core that turns text into tokens."""
 
     type: Literal["bytes", "huggingface", "sentencepiece", "tiktoken", "null"] = "bytes"
     """bytes needs no files; null is for mock data."""
@@ -106,14 +106,14 @@ class TokenizerConfig:
 
 @dataclass(kw_only=True)
 class LoggerConfig:
-    """What is logged, when and where. metrics.jsonl is always written."""
+    """The metrics that are logged, when and where. metrics.jsonl is always written."""
 
     log_interval: int = 10
     """Steps between logged steps."""
     average: Literal["interval", "step"] = "interval"
-    """interval: a logged metric is the mean of the values of all steps since the logged step
-    before (as Megatron-LM's), a maximum the largest, a total the sum; skipped steps are left out.
-    step: the value of the logged step alone."""
+    """interval: a logged metric is the mean over the steps since the previous logged step (as
+    Megatron-LM's); a maximum is the largest, a total the sum; skipped steps do not count. step:
+    the value of the logged step alone."""
     tensorboard: bool = True
     """Write the same values for TensorBoard."""
     wandb_project: str | None = None
@@ -123,17 +123,17 @@ class LoggerConfig:
     wandb_name: str | None = None
     """The run's name there; the run directory's name if None."""
     timing_log_level: int = 0
-    """0, 1 or 2: how many of megatron-core's timers are logged (1 and 2 synchronise the device)."""
+    """0, 1 or 2: how many of megatron-core's timers are logged (1 and 2 sync the device)."""
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """Where the run lives on disk, and what it saves and loads."""
+    """The run's directory, and what it saves and loads."""
 
     run_dir: str | None = local_path()
     """The run's directory; a new runs/RECIPE-TIMESTAMP if None."""
     resume: bool = False
-    """Continue the run in run_dir; without it an existing run is refused."""
+    """Continue the run in run_dir; without it an existing run is rejected."""
     step: int | None = None
     """Continue from the checkpoint of this step (with resume); None takes the latest."""
     save_interval: int | None = None
@@ -143,7 +143,7 @@ class CheckpointConfig:
     keep_last: int = 2
     """Newest checkpoints that are kept; 0 keeps all."""
     pretrained_checkpoint: str | None = local_path()
-    """A run or a checkpoint whose weights a new run starts from (nothing else is taken)."""
+    """A run or a checkpoint whose weights a new run starts from; only the weights are taken."""
 
 
 @dataclass(kw_only=True)
@@ -151,7 +151,7 @@ class DistConfig:
     """Devices and process groups."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes the GPU where there is one; cpu rehearses the same run over gloo."""
+    """auto takes the GPU where there is one; cpu tries the same run over gloo."""
     timeout_minutes: float = 10.0
     """Minutes that a collective may wait for the other ranks; 0.5 is thirty seconds."""
 
@@ -163,8 +163,8 @@ class RNGConfig:
     seed: int = 1234
     """Seed of the weights, the dropout and the data order."""
     layout_invariant_init: bool = True
-    """Draw every weight as a function of the seed, its global name and its full shape, so that
-    runs under different parallel layouts start from the same model. Costs building each full
+    """Draw every weight as a function of the seed, its global name and its unsharded shape, so that
+    runs under different parallel layouts start from the same model. Costs building each unsharded
     tensor once on every rank."""
 
 
@@ -173,12 +173,12 @@ class RerunConfig:
     """megatron-core's rerun state machine, which repeats a step to find faulty hardware."""
 
     rerun_mode: Literal["disabled", "validate_results", "report_determinism_stats"] = "disabled"
-    """Other modes than disabled synchronise the host at every step."""
+    """Other modes than disabled have a host-device sync at every step."""
 
 
 @dataclass(kw_only=True)
 class MixedPrecisionConfig:
-    """The numbers that the model computes in. The optimizer's main copy is always float32."""
+    """The precision of the model. The optimizer's main copy of the weights is always float32."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto is bf16 on a GPU and fp32 on a CPU."""

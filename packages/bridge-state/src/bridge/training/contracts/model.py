@@ -1,4 +1,4 @@
-"""The model: what the loop asks of a model section; all but ModelConfig is optional."""
+"""The contracts of a model section; all but ModelConfig are optional."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """Describes a model and builds the part of it that belongs to one pipeline stage.
+    """A model section: it describes a model and builds one pipeline stage of it.
 
     A config that is also a megatron-core ``ModelParallelConfig`` brings the parallel layout
     (``tensor_model_parallel_size`` and so on); any other is trained data-parallel only.
@@ -33,7 +33,7 @@ class ModelConfig(Protocol):
         """Build one model chunk on the current device.
 
         Args:
-            pg_collection: The process groups of this rank; what `PlacesModules.module_ranks` gave
+            pg_collection: The process groups of this rank; those of `PlacesModules.module_ranks`
                 where the section places its modules on ranks of their own.
             pre_process: Whether the chunk holds the input side (the embedding).
             post_process: Whether the chunk holds the output side (the logits and the loss).
@@ -55,7 +55,7 @@ class LeavesFieldsOpen(Protocol):
 
 @runtime_checkable
 class DerivesFields(Protocol):
-    """A model section with fields that follow from others, and must not contradict them."""
+    """A model section with fields that follow from others."""
 
     def derived_fields(self, config: "ConfigContainer") -> Mapping[str, tuple[Any, str]]:
         """Return, for each such field, its value and the reason, such as ``model.width=4``."""
@@ -64,13 +64,13 @@ class DerivesFields(Protocol):
 
 @runtime_checkable
 class ArrangesRanks(Protocol):
-    """A model section that says itself how the ranks of a run are arranged.
+    """A model section that arranges the ranks of a run itself.
 
     It is for a model of several modules; a ``ModelParallelConfig`` has its sizes in its fields.
     """
 
     def layout(self, world_size: int) -> "Layout":
-        """Return the layout on `world_size` ranks, which `layout_problems` has nothing against."""
+        """Return the layout on `world_size` ranks, for which `layout_problems` yields nothing."""
         ...
 
     def layout_problems(self, world_size: int) -> "Iterable[str | Problem]":
@@ -84,16 +84,16 @@ class ArrangesRanks(Protocol):
 
 @runtime_checkable
 class DrawsLayout(Protocol):
-    """A model section that has more to show of its layout than sizes."""
+    """A model section that draws a picture of its layout."""
 
     def layout_picture(self, world_size: int) -> str | None:
-        """Return a picture of text, lines that say which rank is what; None if sizes say it all."""
+        """Return the lines of a picture of the ranks; None if the sizes are enough."""
         ...
 
 
 @runtime_checkable
 class ScalesLearningRates(Protocol):
-    """A model section whose parameters do not all learn at optimizer.lr."""
+    """A model section with learning rates of its own for some parameters."""
 
     def learning_rate_multiplier(self, parameter: str) -> float:
         """Return the factor on optimizer.lr and optimizer.min_lr for a parameter of the model.
@@ -106,7 +106,7 @@ class ScalesLearningRates(Protocol):
 
 @runtime_checkable
 class ChecksItself(Protocol):
-    """A section of one's own may look for contradictions before anything is built."""
+    """A section of the user's own that looks for contradictions before anything is built."""
 
     def problems(self, config: "ConfigContainer") -> "Iterable[str | Problem]":
         """Yield one line for each problem, ``section.field=value: why; what to do``.

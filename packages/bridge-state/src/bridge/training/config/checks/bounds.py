@@ -1,7 +1,7 @@
 """Values that megatron-core's fields may have, as data.
 
-megatron-core checks few of them. Others die in the middle of the set-up or of a step, keep a step
-from ever ending (recompute_num_layers=0), or train something else in silence: a beta of 1.5, a
+megatron-core checks few of them. Others fail in the middle of the setup or of a step, keep a step
+from ever ending (recompute_num_layers=0), or silently train something else: a beta of 1.5, a
 negative rate, experts that get no tokens (moe_router_topk=0).
 """
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bound:
-    """Fields whose numbers, alone or in a list, must be in a range. None is always valid."""
+    """A range of valid numbers for some fields, also within lists. None is always valid."""
 
     fields: tuple[str, ...]
     contains: Callable[[float], bool]
     wanted: str
-    """Behind "must be "."""
+    """The text after "must be "."""
 
 
 _FRACTION: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x < 1, "at least 0 and below 1")
@@ -83,7 +83,7 @@ BALANCING = (
 
 
 def problems_of_bounds(config: "ConfigContainer") -> Iterator[Problem]:
-    """Yield a problem for each value that megatron-core has no meaning for."""
+    """Yield a problem for each value out of its range."""
     yield from _outside(config.optimizer, "optimizer", OPTIMIZER)
     yield from _outside(config.ddp, "ddp", DDP)
     for path, part in parts_of(config.model, "model"):

@@ -20,7 +20,7 @@ def contradictions(config: ConfigContainer) -> Iterator[Problem]:
 
 
 def batch_problems(config: ConfigContainer, layout: Layout) -> Iterator[Problem]:
-    """Yield why the global batch cannot be cut into microbatches for the ranks of `layout`."""
+    """Yield the reasons why the global batch does not divide into microbatches on `layout`."""
     sizes = BatchSizes.of(config.train, layout.data)
     micro, batch, step = sizes.micro_batch, sizes.global_batch, sizes.global_microbatch
     if micro < 1 or batch < 1 or layout.data < 1:
@@ -86,7 +86,7 @@ def _train(config: ConfigContainer) -> Iterator[Problem]:
             "mean of recent losses",
         )
     batch, samples = train.global_batch_size, train.train_samples
-    # Of a run that goes on, what is left has to be one (bridge.training.data.run_length).
+    # Of a resumed run the rest has to be one (bridge.training.data.run_length).
     if batch > 0 and samples is not None and samples % batch and not config.checkpoint.resume:
         yield Problem(
             ("train.train_samples", "train.global_batch_size"),

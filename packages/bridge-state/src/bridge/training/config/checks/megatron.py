@@ -15,7 +15,7 @@ from bridge.training.usage_error import is_usage_error
 
 @runtime_checkable
 class CanBeFinalized(Protocol):
-    """A model section that defers megatron-core's own checks until it is asked."""
+    """A model section that defers megatron-core's own checks."""
 
     def finalized(self) -> Any:
         """Return a copy that megatron-core has checked and completed."""
@@ -23,14 +23,14 @@ class CanBeFinalized(Protocol):
 
 
 def rebuild_sections(config: ConfigContainer, rejected: Collection[str]) -> list[Problem]:
-    """Construct optimizer and ddp anew, in place, for megatron-core's checks of their values.
+    """Construct optimizer and ddp again, in place, for megatron-core's checks of their values.
 
-    These dataclasses check and complete themselves when they are constructed, which was before
-    the values were set.
+    These dataclasses check and complete themselves when they are constructed: so far before the
+    values were set.
 
     Args:
-        config: With its derived values.
-        rejected: Fields whose values were rejected; a section that has one is left as it is.
+        config: A configuration with its derived values.
+        rejected: Fields whose values were rejected; a section with one of them is left as it is.
     """
     problems = []
     for name in ("optimizer", "ddp"):
@@ -49,11 +49,11 @@ def rebuild_sections(config: ConfigContainer, rejected: Collection[str]) -> list
 
 
 def transformer_errors(config: ConfigContainer, ours: Sequence[Problem]) -> Iterator[Problem]:
-    """Yield what megatron-core has against the transformers of the model.
+    """Yield the problems that megatron-core finds in the transformers of the model.
 
     Args:
-        config: With its derived values.
-        ours: Problems that are reported anyway; nothing is said twice.
+        config: A configuration with its derived values.
+        ours: Problems that are reported anyway; the same is not reported twice.
     """
     for path, part in parts_of(config.model, "model"):
         if not isinstance(part, CanBeFinalized):
@@ -69,7 +69,7 @@ def transformer_errors(config: ConfigContainer, ours: Sequence[Problem]) -> Iter
 
 
 def _is_rejected(problem: Problem, ours: Iterable[Problem]) -> bool:
-    """Whether a problem of ours puts the blame on one of the same fields: it says it better."""
+    """Whether a problem of ours blames one of the same fields, which then has a better message."""
     return any(other.blamed in problem.fields for other in ours)
 
 
@@ -80,6 +80,6 @@ def _is_covered(problem: Problem, ours: Sequence[Problem]) -> bool:
 
 
 def _finalize_quietly(model: CanBeFinalized) -> None:
-    # Its warnings come once more, to be seen, when the model is built.
+    # Its warnings are shown when the model is built.
     with warnings.catch_warnings(action="ignore"):
         model.finalized()

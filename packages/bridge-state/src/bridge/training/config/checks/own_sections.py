@@ -1,4 +1,4 @@
-"""Sections of the user's own: the problems that they yield, and methods that nothing calls."""
+"""Sections of the user's own: the problems that they find, and misspelled methods."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -32,7 +32,7 @@ _OF_MODELS = (
     ChecksItself,
     NamesWeights,
 )
-# Those that are looked for elsewhere: checks.megatron.CanBeFinalized, throughput.CountsFlops.
+# Optional methods that no contract lists: checks.megatron.CanBeFinalized, throughput.CountsFlops.
 _MORE = ("finalized", "training_flops_per_token", "weight_gradient_flops_per_token")
 _OF_DATASETS = (DatasetConfig, ChecksItself)
 _NEAR, _NEAR_SPELLED_OUT = 0.65, 0.8
@@ -55,10 +55,10 @@ def as_problem(line: str | Problem, section: str) -> Problem:
 
 
 def problems_of_sections(config: ConfigContainer, rejected: Collection[str]) -> Iterator[Problem]:
-    """Yield what the sections have against themselves and each other.
+    """Yield the problems that sections find by their own checks.
 
     Args:
-        config: With its derived values.
+        config: A configuration with its derived values.
         rejected: Fields whose values were rejected.
     """
     for name in SECTIONS:
@@ -68,15 +68,15 @@ def problems_of_sections(config: ConfigContainer, rejected: Collection[str]) -> 
         try:
             yield from (as_problem(line, name) for line in section.problems(config))
         except Exception:
-            # A check may stumble over a value that is reported already. Any other way it is a bug.
+            # A rejected value may make a check fail. Without one it is a bug.
             if not rejected:
                 raise
 
 
 def misspelled_methods(config: ConfigContainer) -> Iterator[Problem]:
-    """Yield a problem for each method that nothing calls, as its name is almost right.
+    """Yield a problem for each method that nothing calls, since its name is misspelled.
 
-    A method whose name is near to one that the section has as well is taken for the user's own.
+    A method is the user's own if the section also has the method that its name is close to.
     """
     for section, contracts, more in (("model", _OF_MODELS, _MORE), ("dataset", _OF_DATASETS, ())):
         holder = getattr(config, section)
@@ -103,7 +103,7 @@ def misspelled_methods(config: ConfigContainer) -> Iterator[Problem]:
 
 def _meant(name: str, known: list[str]) -> str | None:
     spelled = re.sub(r"(?<![a-z])lr(?![a-z])", "learning_rate", name)
-    # What is spelled out has many letters of learning_rate_multiplier, whatever it is.
+    # Any name with learning_rate in it has many letters of learning_rate_multiplier.
     return nearest(spelled, known, cutoff=_NEAR if spelled == name else _NEAR_SPELLED_OUT)
 
 
@@ -112,7 +112,7 @@ def _methods(contract: type) -> list[str]:
 
 
 def _own_methods(holder: Any) -> Iterator[tuple[str, str]]:
-    """Yield class and name of each public method that is neither ours nor megatron-core's."""
+    """Yield class and name of each public method that is not of bridge or megatron-core."""
     classes = type(holder).__mro__[:-1]
     own = [cls for cls in classes if cls.__module__.split(".")[0] not in ("bridge", "megatron")]
     inherited = {name for cls in classes if cls not in own for name in vars(cls)}

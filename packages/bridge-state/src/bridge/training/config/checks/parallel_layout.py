@@ -20,15 +20,16 @@ from bridge.training.contracts import ArrangesRanks, DrawsLayout
 
 @runtime_checkable
 class HasSequenceLength(Protocol):
-    """A model that says how long its samples are."""
+    """A model whose samples have a fixed length."""
 
     seq_length: int
 
 
 def layout_problems(config: ConfigContainer, world_size: int) -> list[Problem]:
-    """Return why model and batches do not fit on `world_size` ranks, with a picture at the end.
+    """Return the reasons why model and batches do not fit on `world_size` ranks.
 
-    Sizes that the model's section fills in are named by the fields that they come from.
+    Sizes that the model's section derives are called by the fields that they are derived from. The
+    last problem has a picture of the layout where the model draws one.
     """
     problems = list(_size_problems(config, world_size))
     if world_size < 1:
@@ -136,7 +137,7 @@ def _pipeline_problems(model: ModelParallelConfig, layout: Layout) -> Iterator[P
 
 
 def _placement_problems(model: TransformerConfig) -> Iterator[Problem]:
-    """Yield why megatron-core accepts a placement of layers on stages and does not train it."""
+    """Yield placements of layers on stages that megatron-core accepts and does not train."""
     placed = placed_layers(model)
     if placed is None:
         return

@@ -35,7 +35,7 @@ def unknown_key(config: ConfigContainer, path: str) -> Problem:
 
 
 def likely_meant(config: ConfigContainer, path: str) -> list[str]:
-    """Return the existing keys that `path` most probably stands for, none if nothing is near.
+    """Return the existing keys that `path` was most probably meant to be, none if none is near.
 
     A near key next to it within a section comes first, then the same key in another section or in
     a part of the same one, then a near one in the same section, then a near one anywhere.
@@ -62,7 +62,7 @@ def likely_meant(config: ConfigContainer, path: str) -> list[str]:
 
 
 def _names_at(config: ConfigContainer, place: str) -> list[str]:
-    """Return the keys of what stands at a path, none if nothing does."""
+    """Return the keys at a path, none if it leads nowhere."""
     try:
         return names_in(value_at(config, place))
     except KeyError:

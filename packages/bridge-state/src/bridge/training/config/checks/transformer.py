@@ -1,4 +1,4 @@
-"""Sizes of each transformer of the model: heads, widths and experts that ranks share equally."""
+"""Checks of each transformer's sizes: heads, widths and experts, divided over ranks."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -11,13 +11,13 @@ from bridge.training.config.schema.errors import Problem
 def transformer_problems(
     model: TransformerConfig, layout: Layout, path: str, sources: Mapping[str, str]
 ) -> Iterator[Problem]:
-    """Yield why a transformer's sizes do not fit each other or its parallel layout.
+    """Yield the sizes of a transformer that do not fit each other or its parallel layout.
 
     Args:
         model: The transformer's section.
         layout: The layout that it asks for.
-        path: Where the section stands, such as "model".
-        sources: The field that a field of the section is filled in from, by path.
+        path: The path of the section, such as "model".
+        sources: The fields that fields of the section are derived from, by path.
     """
 
     def named(name: str) -> str:
@@ -73,7 +73,7 @@ _POSITIVE = ("num_layers", "hidden_size", "num_attention_heads")
 def _widths(
     model: TransformerConfig, layout: Layout, named: Callable[[str], str]
 ) -> Iterator[Problem]:
-    """Yield the widths of MLPs that tensor-parallel ranks cannot share equally."""
+    """Yield the widths of MLPs that do not divide evenly over tensor-parallel ranks."""
     dense = model.ffn_hidden_size or 4 * model.hidden_size
     expert = model.moe_ffn_hidden_size or dense
     shared = model.moe_shared_expert_intermediate_size or 0
@@ -139,5 +139,5 @@ def _experts(
         yield Problem(
             (field,),
             f"{field}={chunks} would take each chunk of the positions for a sequence of the "
-            "experts' balance losses; set it to 1",
+            "experts' load-balancing losses; set it to 1",
         )

@@ -1,4 +1,4 @@
-"""Values that their field does not take: of another type, URLs, attributes that are no fields."""
+"""Values that a field does not take: wrong types, URLs, attributes that are not fields."""
 
 import dataclasses
 from typing import Any
@@ -22,8 +22,8 @@ def check_types(config: ConfigContainer) -> tuple[list[Problem], set[str]]:
     """Convert every value of `config` to its field's type, in place.
 
     Returns:
-        A problem for each that does not fit, and the paths of those. They hold their class's
-        default afterwards, so that what depends on other fields can be checked still.
+        A problem for each that does not fit, and the paths of those. They have their class's
+        default afterwards, so that the other checks can run.
     """
     problems: list[Problem] = []
     rejected: set[str] = set()

@@ -1,8 +1,8 @@
-"""Fields of megatron-core's dataclasses that would be without effect in a run, as data.
+"""Settings of megatron-core that would have no effect in a run, as data.
 
-A `Rejection` says which fields need what. A field at its default, or filled in by resolution, is
-never rejected. What the loop owes to a field or does not do for it stands here, for the optimizer,
-the DDP wrapper and any model; what the layers do not do stands with the layers.
+A field at its default, or derived by resolution, is never rejected. Here are the settings that the
+loop does not support, of the optimizer, the DDP wrapper and any model. Those that the layers do not
+support are in `bridge.training.model.transformer_limits`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bridge.training.config.container import ConfigContainer
 
 type Condition = Callable[[Any, "ConfigContainer"], bool]
-"""Of the dataclass that has the field, and of the whole configuration."""
+"""A condition on the dataclass that has the field, and on the configuration."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,15 @@ class Rejection:
 
     fields: tuple[str, ...]
     why: str
-    """The text behind "section.field=value: "."""
+    """The text after "section.field=value: "."""
     what_to_do: str = "leave it out"
     unless: Condition | None = None
-    """When the fields have their effect; None is never."""
+    """The condition under which the fields have their effect; None is never."""
     depends_on: tuple[str, ...] = ()
     """Paths of other fields that decide it, and that the text speaks of."""
     overrides_only: bool = False
-    """Reject what the command line has set, and leave alone what a recipe has: another override
-    may have taken its use away."""
+    """Reject values that an override set, and accept those of a recipe: another override may have
+    made them useless."""
 
 
 def rejections_in(
@@ -50,7 +50,7 @@ def rejections_in(
 
     Args:
         section: A dataclass of megatron-core's, or one that extends it.
-        path: Where it stands, such as "model" or "optimizer".
+        path: Its path, such as "model" or "optimizer".
         config: The configuration that it is part of, with derived values filled in.
         rules: In the order in which they are tried; one problem a field.
     """
@@ -72,7 +72,7 @@ def rejections_in(
 
 
 def unsupported_settings(config: "ConfigContainer") -> Iterator[Problem]:
-    """Yield a problem for each setting of megatron-core's that the loop gives no effect."""
+    """Yield a problem for each setting that the loop does not support."""
     yield from _unknown_optimizer(config)
     yield from rejections_in(config.optimizer, "optimizer", config, OPTIMIZER)
     yield from rejections_in(config.ddp, "ddp", config, DDP)
@@ -88,12 +88,12 @@ def has_emerging_optimizers() -> bool:
 
 def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
     default = default_of(field)
-    # Off is what a switch that was left open may also say.
+    # A switch that is open (None) may also be off.
     return value is default or bool(value == default) or (default is None and value is False)
 
 
 def _completed_itself(section: Any, name: str, value: Any) -> bool:
-    """Whether the dataclass gives the field this value as it is constructed, asked or not."""
+    """Whether the dataclass itself gives the field this value when it is constructed."""
     try:
         anew = dataclasses.replace(section, **{name: default_of(fields_of(section)[name])})
     except (ValueError, AssertionError, RuntimeError, TypeError):
@@ -238,7 +238,7 @@ OPTIMIZER = (
     ),
     Rejection(
         fields=("lion_beta1", "lion_beta2"),
-        why="is read where Lion updates beside Muon, alone; by itself it has Adam's",
+        why="is read where Lion updates together with Muon, alone; by itself it has Adam's",
         what_to_do="leave it out, or set optimizer.muon_scalar_optimizer=lion",
         unless=lambda section, _: (
             (section.optimizer, section.muon_scalar_optimizer) == ("muon", "lion")
@@ -437,7 +437,7 @@ MODEL = (
     ),
     Rejection(
         fields=("num_microbatches_with_partial_activation_checkpoints",),
-        why="the forward step is not told which microbatches to checkpoint",
+        why="the forward step does not learn which microbatches to checkpoint",
         what_to_do="leave it out; model.recompute_granularity recomputes",
         depends_on=("model.recompute_granularity",),
     ),

@@ -1,1 +1,1 @@
-"""Typed fields from and to plain values: knows dataclasses, not the container."""
+"""Typed fields, from and to plain values: for any dataclass, without the container."""

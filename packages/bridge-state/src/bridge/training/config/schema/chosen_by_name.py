@@ -23,7 +23,7 @@ def method_class(name: Any) -> type:
     """Return the dataclass that an installed package offers under `name`.
 
     Raises:
-        ConversionError: There is none; the message says what there is, or what to install.
+        ConversionError: There is none; the message lists the methods, or a package to install.
     """
     try:
         cls: type = PEFT_METHODS.find(str(name))
@@ -53,7 +53,7 @@ def class_of_section(kind: type, content: Mapping[Any, Any]) -> type | None:
 
 
 def is_found_by_name(value: Any, annotation: Any) -> bool:
-    """Tell whether a section's class need not be written, as its own field leads to it."""
+    """Whether a section's class need not be written, since its own field leads to it."""
     if PEFTMethod not in (annotation, *getattr(annotation, "__args__", ())):
         return False
     entry = PEFT_METHODS.entries().get(getattr(value, METHOD, ""))
@@ -64,7 +64,7 @@ def changed_method(present: Any, cls: type) -> Any:
     """Return a section of another method with the fields that both have and that were set.
 
     Args:
-        present: The section as it is, None if there is none.
+        present: The present section, None if there is none.
         cls: The class of the new one.
     """
     if type(present) is cls:

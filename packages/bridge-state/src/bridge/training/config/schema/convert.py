@@ -1,7 +1,7 @@
-"""From plain values (YAML, command line) to typed fields, led by the annotations.
+"""Conversion of plain values (YAML, command line) to typed fields, by their annotations.
 
 `convert` is strict: a value either has the field's type, or is the one plain form of it
-(`plain.to_plain` is its inverse).
+(`to_plain` is its inverse).
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from bridge.training.usage_error import is_usage_error
 
 
 def convert(value: Any, annotation: Any, path: str) -> Any:
-    """Return `value` as the annotation wants it.
+    """Return `value` converted to the annotated type.
 
     Args:
         value: A plain value, or one that has the type already.
@@ -97,9 +97,9 @@ def _convert_bool(value: Any) -> bool:
 
 
 def _convert_int(value: Any) -> int:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    whole = whole or (isinstance(value, float) and value.is_integer())
-    return int(_expect(whole, value, int))
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    is_integer = is_integer or (isinstance(value, float) and value.is_integer())
+    return int(_expect(is_integer, value, int))
 
 
 def _convert_float(value: Any) -> float:
@@ -151,14 +151,14 @@ def _convert_union(value: Any, annotation: Any, path: str) -> Any:
             if isinstance(value, Mapping) and takes_mappings(member):
                 of_mappings.append(error)
     if len(of_mappings) == 1:
-        raise of_mappings[0]  # It says which item is wrong.
+        raise of_mappings[0]  # It names the wrong item.
     if len(errors) == 1 and not isinstance(errors[0], WrongType):
         raise errors[0]
     raise WrongType(f"expected {describe_annotation(annotation)}, got {_show(value)}")
 
 
 def takes_mappings(annotation: Any) -> bool:
-    """Tell whether the annotation, or a member of a union, is of mappings."""
+    """Whether the annotation, or a member of a union, is of mappings."""
     if get_origin(annotation) in (Union, types.UnionType):
         return any(takes_mappings(member) for member in get_args(annotation))
     kind = get_origin(annotation) or annotation
@@ -265,11 +265,11 @@ def _convert_enum(value: Any, kind: type[enum.Enum]) -> enum.Enum:
 
 
 def build_dataclass(kind: type, mapping: Mapping[Any, Any], path: str) -> Any:
-    """Make an instance of `kind`, or of the class that `_target_` names, of a plain mapping.
+    """Build an instance of `kind`, or of the class that `_target_` names, from a plain mapping.
 
     Raises:
         FieldProblems: With a problem for each unknown key, wrong or missing value.
-        ConversionError: The class cannot be had, or refuses the values.
+        ConversionError: The class cannot be found, or rejects the values.
     """
     cls = _target_class(kind, mapping)
     fields, annotations = fields_of(cls), annotations_of(cls)
@@ -331,14 +331,14 @@ def _instantiate(cls: type, values: dict[str, Any], path: str) -> Any:
         if not is_usage_error(error) and not is_raised_by_library(error):
             error.add_note(f"while making a {cls.__name__} of the configuration")
             raise
-        raise ConversionError(f"{cls.__name__} refuses these values: {error}") from error
+        raise ConversionError(f"{cls.__name__} rejects these values: {error}") from error
     for name in values.keys() - initial.keys():
         object.__setattr__(instance, name, values[name])
     return instance
 
 
 def _unchecked(cls: type, values: Mapping[str, Any]) -> Any:
-    """Return what the class would build of the values if it did not check them."""
+    """Return an instance of the class with these values, without its checks."""
     instance: Any = object.__new__(cls)
     for name, field in fields_of(cls).items():
         object.__setattr__(instance, name, values.get(name, default_of(field)))

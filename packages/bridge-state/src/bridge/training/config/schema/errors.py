@@ -9,7 +9,7 @@ from bridge.training.usage_error import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something wrong with a configuration: code reads the fields, users read the text."""
+    """A problem of a configuration: code reads the fields, users read the text."""
 
     fields: tuple[str, ...]
     """Dotted paths of the fields that it is about; the first one is to blame."""
@@ -39,7 +39,7 @@ class ConversionError(UsageError):
 
 
 class WrongType(ConversionError):
-    """A value is of another type than its field, which is all that there is to say about it."""
+    """A value is of another type than its field; there is no better explanation."""
 
 
 class FieldProblems(ConversionError):

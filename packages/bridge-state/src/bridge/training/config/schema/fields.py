@@ -1,4 +1,4 @@
-"""The fields of the configuration's dataclasses, and what their annotations mean."""
+"""Fields of dataclasses: their annotations, their defaults, and descriptions of them."""
 
 import dataclasses
 import enum
@@ -13,15 +13,15 @@ from typing import Any, Literal, Union, get_args, get_origin
 import torch
 
 TARGET = "_target_"
-"""The key beside a dataclass's fields that names its class, where the annotation does not."""
+"""The key next to a dataclass's fields that names its class, where the annotation does not."""
 
 
 PARTIAL = "_partial_"
-"""The key beside keyword arguments that names the function of a functools.partial."""
+"""The key next to keyword arguments that names the function of a functools.partial."""
 
 
 def is_runtime_hook(field: dataclasses.Field[Any]) -> bool:
-    """Tell whether megatron-core's users fill this field while running, not in a file."""
+    """Whether megatron-core's users set this field while running, not in a file."""
     return field.name in _RUNTIME_HOOKS or field.name.startswith("_")
 
 
@@ -53,8 +53,8 @@ def join(path: str, key: Any) -> str:
 def annotations_of(cls: type) -> dict[str, Any]:
     """Return the evaluated annotation of each field of a dataclass.
 
-    One that only a type checker can evaluate (its import stands under TYPE_CHECKING) is Any, and
-    a field whose default is None takes None, whatever it says.
+    One that only a type checker can evaluate (its import is under TYPE_CHECKING) is Any. A field
+    whose default is None takes None, whatever its annotation says.
     """
     return _annotations_of(cls)
 
@@ -100,7 +100,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
-    """Tell whether the field holds its class's default (whatever its annotation says)."""
+    """Whether the field has its class's default (whatever its annotation says)."""
     default = default_of(field)
     return value is default or (type(value) is type(default) and bool(value == default))
 
@@ -123,7 +123,7 @@ _WORDS: dict[Any, str] = {
 
 
 def describe_annotation(annotation: Any) -> str:
-    """Say in a few words what a field accepts."""
+    """Return a short description of the values that a field accepts."""
     if isinstance(annotation, typing.TypeAliasType):
         return describe_annotation(annotation.__value__)
     origin, arguments = get_origin(annotation), get_args(annotation)

@@ -1,10 +1,12 @@
-"""Limits on the names that a configuration file has imported: files may come from anybody.
+"""Limits on the names that a configuration file may have imported: files may come from anybody.
 
 Importing a module runs it, and a function that is named may be called. A program and its recipes
-may name anything; a file, such as the config.yaml of a checkpoint, may name what torch,
-megatron-core, bridge and packages with entry points of bridge offer, and what the program has
-imported already: anything from modules of its own, and classes of models and datasets (dataclasses
-with ``build``) from installed packages too.
+may name anything. A file, such as the config.yaml of a checkpoint, may name
+
+- anything in torch, megatron-core, bridge and packages with entry points of bridge,
+- anything in modules of the program that it has imported already,
+- classes of models and datasets (dataclasses with ``build``) that it has imported from installed
+  packages.
 """
 
 import contextlib
@@ -26,14 +28,14 @@ _ROOTS = frozenset({"torch", "megatron", "transformer_engine", "bridge"})
 
 type _Names = Callable[[], Iterable[str]]
 
-# None: whatever is named is imported. Else what may be named on top of the rule.
+# None: no limits. Else the names that are allowed in addition.
 _also_allowed: ContextVar[_Names | None] = ContextVar("_also_allowed", default=None)
 _trusts_files: ContextVar[bool] = ContextVar("_trusts_files", default=False)
 
 
 @contextlib.contextmanager
 def names_of_a_file(also: _Names = tuple) -> Iterator[None]:
-    """Limit what is imported by name within the block.
+    """Limit the imports by name within the block.
 
     Args:
         also: Returns names that may be imported too; called when one is met that the rule forbids.
@@ -47,7 +49,7 @@ def names_of_a_file(also: _Names = tuple) -> Iterator[None]:
 
 @contextlib.contextmanager
 def files_of_this_program() -> Iterator[None]:
-    """Read files within the block that this program, or the one that started it, has written."""
+    """Trust the files that are read within the block: this program or its parent wrote them."""
     token = _trusts_files.set(True)
     try:
         yield
@@ -56,10 +58,10 @@ def files_of_this_program() -> Iterator[None]:
 
 
 def check_name(name: str) -> None:
-    """Reject a name that is not to be imported because a file has it.
+    """Reject a name in a file that is not to be imported.
 
     Raises:
-        ConversionError: With what can be done.
+        ConversionError: With the remedy.
     """
     also = _also_allowed.get()
     if also is None:
@@ -71,12 +73,12 @@ def check_name(name: str) -> None:
 
 
 def check_found(name: str, found: Any) -> None:
-    """Reject what an allowed name leads to, if it is of a module that may not be named.
+    """Reject an object of a forbidden module that an allowed name leads to.
 
     ``torch.os.system`` is not torch's.
 
     Raises:
-        ConversionError: With what can be done.
+        ConversionError: With the remedy.
     """
     also = _also_allowed.get()
     if also is not None and not _may_be_named(found) and name not in also():
@@ -87,7 +89,7 @@ def _may_be_named(found: Any) -> bool:
     module = getattr(found, "__module__", None) or ""
     root = module.split(".")[0]
     if root == "torch" and not isinstance(found, type):
-        # There is more in torch than functions of tensors, such as what compiles and runs a file.
+        # torch has more than functions of tensors, such as one that compiles and runs a file.
         is_operator = isinstance(found, types.BuiltinFunctionType) and hasattr(
             torch.Tensor, found.__name__
         )
@@ -97,7 +99,7 @@ def _may_be_named(found: Any) -> bool:
 
 
 def _is_allowed(root: str, name: str) -> bool:
-    # In the order of what they cost.
+    # The cheapest first.
     return (
         root in _ROOTS
         or _is_of_program(name)
@@ -123,7 +125,7 @@ def _packages_with_entry_points() -> set[str]:
 
 
 def _is_of_program(name: str) -> bool:
-    """Whether a name is of a module that the program has imported, and that nobody installed."""
+    """Whether a name is of a module that the program has imported and that is not installed."""
     parts = name.split(".")
     if parts[0] in sys.stdlib_module_names:
         return False
@@ -136,7 +138,7 @@ def _is_of_program(name: str) -> bool:
 
 
 def _is_imported_section(name: str) -> bool:
-    """Whether a name is of a section's class that the program has imported from anywhere."""
+    """Whether a name is of a section's class that the program has imported."""
     module, _, attribute = name.rpartition(".")
     found = getattr(sys.modules.get(module), attribute, None)
     return isinstance(found, type) and is_dataclass(found) and hasattr(found, "build")

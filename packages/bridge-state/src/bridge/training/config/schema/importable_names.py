@@ -1,4 +1,4 @@
-"""Functions, classes and dtypes travel as text by name; this finds each from the other."""
+"""Functions, classes and dtypes by name, and their names."""
 
 import functools
 import importlib
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "fast_gelu": fast_gelu,
     "squared_relu": squared_relu,
 }
-INITIALISERS: dict[str, Callable[..., Any]] = {
+INITIALIZERS: dict[str, Callable[..., Any]] = {
     name: getattr(torch.nn.init, f"{name}_")
     for name in (
         "zeros",
@@ -40,7 +40,7 @@ INITIALISERS: dict[str, Callable[..., Any]] = {
         "orthogonal",
     )
 }
-_FUNCTIONS = {**ACTIVATIONS, **INITIALISERS}
+_FUNCTIONS = {**ACTIVATIONS, **INITIALIZERS}
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)} | {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -63,15 +63,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def function_from_name(name: str) -> Callable[..., Any]:
-    """Return the activation, initialiser or 'package.module.function' called `name`."""
+    """Return the activation, initializer or 'package.module.function' called `name`."""
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     if "." not in name:
         raise ConversionError(
             f"{name!r} is not a known function{did_you_mean(name, _FUNCTIONS)} (known: "
             + ", ".join(ACTIVATIONS)
-            + "; initialisers: "
-            + ", ".join(INITIALISERS)
+            + "; initializers: "
+            + ", ".join(INITIALIZERS)
             + "; any other as 'package.module.function')"
         )
     found = import_by_name(name)

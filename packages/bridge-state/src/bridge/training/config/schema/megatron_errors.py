@@ -1,4 +1,4 @@
-"""Errors that megatron-core's dataclasses raise about their fields, as problems of these."""
+"""Errors of megatron-core's dataclasses about their fields, as problems of those fields."""
 
 import copy
 import dataclasses
@@ -19,26 +19,27 @@ _WITHOUT_DEFAULT = frozenset({"num_layers", "hidden_size", "num_attention_heads"
 """Sizes of a transformer whose default is 0, with which no other check passes."""
 
 _MANY = 3
-"""Fields that a problem names at most on top of its own."""
+"""The most fields that a problem names in addition to the first."""
 
 
 def problem_of(error: Exception, section: Any, path: str, check: Callable[[Any], Any]) -> Problem:
-    """Return an error as a problem of the fields that lead to it.
+    """Return an error as a problem of the fields that cause it.
 
-    Those are the ones that, put back to their default alone, let the check pass, or, where
-    something else is wrong too, let it stop at that; else those that the error's text names.
+    A field is a cause if the check passes with this one field at its default. If there is none,
+    since something else is wrong too, it is one with which the check fails in another way. Else the
+    fields are those that the error's text names.
 
     Args:
-        error: What the check raised.
+        error: The error of the check.
         section: The dataclass with the values that were checked.
-        path: Where it stands, such as "model" or "optimizer".
+        path: Its path, such as "model" or "optimizer".
         check: megatron-core's check of such a dataclass.
     """
     text = " ".join(str(error).split()).rstrip(".")
     names = fields_of(section)
     named = [word for word in _words(text) if word in names]
     causes = _causes(section, check, text)
-    # What the text names comes first: it is what the user reads about.
+    # Fields that the text names come first: the user reads about them.
     causes.sort(key=lambda name: name not in named)
     if not causes:
         causes = [name for name in named if not _is_default(section, name)]
@@ -83,7 +84,7 @@ def _in_our_form(text: str, path: str, names: Mapping[str, Any], error: Exceptio
 
 
 def _causes(section: Any, check: Callable[[Any], Any], text: str) -> list[str]:
-    """Return the fields of which each alone is to blame for the error with this text."""
+    """Return the fields that cause the error with this text, each alone."""
     cured, changed = [], []
     for name, field in fields_of(section).items():
         if is_runtime_hook(field) or not field.init or _is_default(section, name):
@@ -117,12 +118,12 @@ def _setting(section: Any, path: str, name: str) -> str:
 
 
 def is_raised_by_library(error: Exception) -> bool:
-    """Whether an exception comes from a check of megatron-core's or torch's, or from our own.
+    """Whether an exception comes from a check of megatron-core, torch or bridge.
 
-    One of a section's own code may be a bug, and keeps its traceback.
+    An exception of a section's own code may be a bug, and keeps its traceback.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
-    # What these call of Python's own, such as an enum, raises for them.
+    # Python's own modules, such as enum, raise on behalf of their callers.
     innermost = [package for package in packages if package not in sys.stdlib_module_names][-1]
     return innermost in ("bridge", "megatron", "torch", "transformer_engine")

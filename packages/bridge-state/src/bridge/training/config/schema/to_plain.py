@@ -1,4 +1,4 @@
-"""Typed fields as plain values, which `convert` reads back."""
+"""Typed fields as plain values, the inverse of `convert`."""
 
 import dataclasses
 import enum
@@ -27,9 +27,9 @@ from bridge.training.config.schema.paths import item_annotation
 
 
 def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> Any:
-    """Return `value` as YAML can hold it, such that `convert` gives it back.
+    """Return `value` in YAML's types, such that `convert` gives it back.
 
-    `brief` leaves out what stands in a megatron-core dataclass by default.
+    `brief` leaves out the fields of megatron-core's dataclasses that have their default.
 
     Raises:
         FieldProblems: With a problem for each value that cannot be written as text.
@@ -64,7 +64,7 @@ def _dataclass_to_plain(value: Any, annotation: Any, path: str, brief: bool) -> 
     annotations = annotations_of(type(value))
     for name, field in fields_of(value).items():
         item = getattr(value, name)
-        # A section that is its model's own config has the loop's hooks in it while it trains.
+        # A section that is its model's own config has the loop's hooks while it trains.
         if is_runtime_hook(field) and (item is None or callable(item)):
             continue
         if brief and _is_megatrons(type(value), name) and is_default(item, field):

@@ -1,7 +1,7 @@
-"""YAML as a configuration needs it: numbers as people write them, no surprises.
+"""YAML 1.2, read and written.
 
-PyYAML speaks YAML 1.1, where 1e-3 is a string, `no` is false and 12:30 is 750. Text is read by
-the rules of YAML 1.2; what is written is quoted such that readers of either version agree.
+PyYAML reads YAML 1.1, where 1e-3 is a string, `no` is false and 12:30 is 750. Here text is read by
+the rules of YAML 1.2, and written such that readers of both versions agree.
 """
 
 import re
