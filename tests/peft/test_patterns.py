@@ -77,7 +77,7 @@ def test_layers_that_match_and_are_not_excluded_are_adapted() -> None:
         ),
         (
             {"target_modules": ["query"], "exclude_modules": ["blocks.*"]},
-            r"^peft.exclude_modules=\[blocks.\*\] leaves nothing to train of peft.target_modules=",
+            r"^peft.exclude_modules=\[blocks.\*\]: leaves nothing to train of peft.target_modules=",
         ),
     ],
 )

@@ -95,8 +95,8 @@ class TestDigits:
         config.dataset = DigitsDatasetConfig()
         with pytest.raises(ConfigError) as caught:
             resolve(config, device="cpu", world_size=1)
-        assert "num_channels: 3; the digits' is 1" in str(caught.value)
-        assert "vocab_size: 12 is less than the digits' 13" in str(caught.value)
+        assert "num_channels=3: that of the digits is 1" in str(caught.value)
+        assert "vocab_size=12: is less than the digits' 13" in str(caught.value)
 
 
 class TestMock:

@@ -147,7 +147,7 @@ class TestReport:
     def test_layers_must_fill_the_stages(self) -> None:
         stages = modules(language={"pipeline_model_parallel": 4}, vision={"data_parallel": 1})
         text = self.report(5, {"parallelism": stages})
-        assert "model.language.num_layers: 2 is not a multiple of" in text
+        assert "model.language.num_layers=2: is not a multiple of" in text
         assert "\n      language  .         s0 r0 t0  s1 r0 t0" in text
 
     def test_a_size_is_named_by_the_field_that_the_user_has_set(self) -> None:
@@ -163,7 +163,7 @@ class TestReport:
     def test_fp16_is_rejected_as_loss_scales_would_differ_by_module(self) -> None:
         half = MixedPrecisionConfig(precision="fp16")
         text = self.report(2, {}, mixed_precision=half)
-        assert "fp16 is not supported with model.placement=separate" in text
+        assert "precision=fp16: is not supported with model.placement=separate" in text
 
     def test_a_good_layout_is_that_of_the_language_model(self) -> None:
         asked = modules(vision={"data_parallel": 4}, language={"pipeline_model_parallel": 2})

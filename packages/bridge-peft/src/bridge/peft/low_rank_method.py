@@ -31,7 +31,7 @@ class LowRankMethod(ABC):
     dropout: float = 0.0
     """Probability of zeroing an input feature before the update is computed."""
     dtype: torch.dtype | None = None
-    """Of the adapters' weights and products; that of the layer's weight if null."""
+    """Dtype of the adapters' weights and products; that of the layer's weight if null."""
 
     def problems(self, config: Any) -> Iterable[str]:
         """Yield the mistakes in the fields, a line each.
@@ -40,15 +40,15 @@ class LowRankMethod(ABC):
             config: The run's configuration.
         """
         if self.dim < 1:
-            yield f"peft.dim={self.dim} must be positive"
+            yield f"peft.dim={self.dim}: must be positive; raise it"
         if self.alpha <= 0:
-            yield f"peft.alpha={self.alpha} must be positive"
+            yield f"peft.alpha={self.alpha}: must be positive; raise it"
         if not 0 <= self.dropout < 1:
-            yield f"peft.dropout={self.dropout} must be at least 0 and below 1"
+            yield f"peft.dropout={self.dropout}: must be at least 0 and below 1; change it"
         if not self.target_modules:
-            yield "peft.target_modules=[] leaves nothing to train; name layers, or * for all"
+            yield "peft.target_modules=[]: leaves nothing to train; name layers, or * for all"
         if self.dtype is not None and not self.dtype.is_floating_point:
-            yield f"peft.dtype={self.dtype} must be of floating-point numbers"
+            yield f"peft.dtype={self.dtype}: must be a floating-point type; change it"
 
     def attach(
         self, model_chunks: Sequence[torch.nn.Module], group: Any = None
@@ -81,8 +81,8 @@ class LowRankMethod(ABC):
         selections = [list(filter(self._selects, self.names_of(layer))) for layer in layers]
         if not any(gather_from_ranks(any(selections), group)):
             raise UsageError(
-                f"peft.exclude_modules=[{', '.join(self.exclude_modules)}] leaves nothing to train "
-                f"of peft.target_modules=[{', '.join(self.target_modules)}]; exclude less"
+                f"peft.exclude_modules=[{', '.join(self.exclude_modules)}]: leaves nothing to "
+                f"train of peft.target_modules=[{', '.join(self.target_modules)}]; exclude less"
             )
         for chunk in model_chunks:
             _freeze(chunk)

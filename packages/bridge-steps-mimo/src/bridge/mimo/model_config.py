@@ -216,7 +216,7 @@ class MultimodalModelConfig:
         tensor = self.tensor_parallel_size(LANGUAGE)
         if tensor < 1 or world_size % tensor:
             yield (
-                f"model.parallelism.language.tensor_model_parallel_size: {tensor} does not divide "
+                f"model.parallelism.language.tensor_model_parallel_size={tensor}: does not divide "
                 f"the {world_size} ranks; give a divisor"
             )
             return
@@ -229,8 +229,9 @@ class MultimodalModelConfig:
             if stages > 1 and section.num_layers % stages:
                 module = path.rpartition(".")[2]
                 yield (
-                    f"model.{path}.num_layers: {section.num_layers} is not a multiple of "
-                    f"model.parallelism.{module}.pipeline_model_parallel_size={stages}"
+                    f"model.{path}.num_layers={section.num_layers}: is not a multiple of "
+                    f"model.parallelism.{module}.pipeline_model_parallel_size={stages}; change one "
+                    "of them"
                 )
 
     def _colocation_problems(self, module: str, tensor: int, data: int) -> Iterator[str]:
@@ -238,22 +239,22 @@ class MultimodalModelConfig:
         given = self.parallelism.get(module, ModuleParallelism())
         if self.tensor_parallel_size(module) != tensor:
             yield (
-                f"{path}.tensor_model_parallel_size: {given.tensor_model_parallel_size} differs "
+                f"{path}.tensor_model_parallel_size={given.tensor_model_parallel_size}: differs "
                 f"from the language model's {tensor}, which colocated modules share; leave it out"
             )
         if given.data_parallel_size not in (None, data):
             yield (
-                f"{path}.data_parallel_size: {given.data_parallel_size}; colocated modules have "
-                f"{data} copies on these ranks, give that or leave it out"
+                f"{path}.data_parallel_size={given.data_parallel_size}: colocated modules have "
+                f"{data} replicas on these ranks; give that or leave it out"
             )
         if given.pipeline_model_parallel_size != 1:
             yield (
-                f"{path}.pipeline_model_parallel_size: {given.pipeline_model_parallel_size}; "
-                "colocated modules have no pipeline, set 1"
+                f"{path}.pipeline_model_parallel_size={given.pipeline_model_parallel_size}: "
+                "colocated modules have no pipeline; set 1"
             )
         if given.rank_offset not in (None, 0):
             yield (
-                f"{path}.rank_offset: {given.rank_offset}; colocated modules begin at rank 0, set 0"
+                f"{path}.rank_offset={given.rank_offset}: colocated modules begin at rank 0; set 0"
             )
 
     def problems(self, config: ConfigContainer) -> Iterator[str | Problem]:
@@ -268,7 +269,7 @@ class MultimodalModelConfig:
         yield from self._token_problems()
         if self.placement == "separate" and config.mixed_precision.precision == "fp16":
             yield (
-                "mixed_precision.precision: fp16 is not supported with model.placement=separate, "
+                "mixed_precision.precision=fp16: is not supported with model.placement=separate, "
                 "where each module would scale its gradients in its own way; use bf16 or fp32"
             )
         if self.placement == "separate" and config.peft is not None:
@@ -281,7 +282,7 @@ class MultimodalModelConfig:
         for name, factor in self.lr_multipliers.items():
             if not (factor > 0 and math.isfinite(factor)):
                 yield (
-                    f"model.lr_multipliers.{name}: {factor} must be above 0; model.freeze=[{name}] "
+                    f"model.lr_multipliers.{name}={factor}: must be above 0; model.freeze=[{name}] "
                     "keeps weights as they are"
                 )
         if all(self.is_frozen(prefix) for prefix in self._leaf_prefixes()):

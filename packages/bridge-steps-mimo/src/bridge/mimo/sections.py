@@ -60,13 +60,13 @@ class ModuleSection(TransformerSection):
         for name in ("num_moe_experts", "mtp_num_layers", "virtual_pipeline_model_parallel_size"):
             if getattr(self, name) is not None:
                 yield (
-                    f"{path}.{name}: {getattr(self, name)} is not supported by multimodal models; "
+                    f"{path}.{name}={getattr(self, name)}: is not supported by multimodal models; "
                     "set null"
                 )
         if self.context_parallel_size != 1:
             yield (
-                f"{path}.context_parallel_size: {self.context_parallel_size}; context parallelism "
-                "is not supported by multimodal models, set 1"
+                f"{path}.context_parallel_size={self.context_parallel_size}: context parallelism "
+                "is not supported by multimodal models; set 1"
             )
 
 
@@ -106,11 +106,12 @@ class LanguageModelConfig(ModuleSection, LanguageModelSection):
         yield from self.language_model_problems(path)
         for name in ("vocab_size", "seq_length"):
             if getattr(self, name) < 1:
-                yield f"{path}.{name}: {getattr(self, name)}; give a number of at least 1"
+                yield f"{path}.{name}={getattr(self, name)}: must be at least 1; raise it"
         if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:
             yield (
-                f"{path}.seq_length: {self.seq_length} is not a multiple of the tensor-parallel "
-                f"size {self.tensor_model_parallel_size}, which {path}.sequence_parallel needs"
+                f"{path}.seq_length={self.seq_length}: is not a multiple of the tensor-parallel "
+                f"size {self.tensor_model_parallel_size}, which {path}.sequence_parallel needs; "
+                "change it"
             )
 
 
@@ -157,15 +158,15 @@ class VisionEncoderConfig(ModuleSection):
         sizes = ("image_size", "patch_size", "num_channels")
         wrong = [name for name in sizes if getattr(self, name) < 1]
         for name in wrong:
-            yield f"{path}.{name}: {getattr(self, name)}; give a number of at least 1"
+            yield f"{path}.{name}={getattr(self, name)}: must be at least 1; raise it"
         if not wrong and self.image_size % self.patch_size:
             yield (
-                f"{path}.image_size: {self.image_size} is not a multiple of "
-                f"{path}.patch_size={self.patch_size}"
+                f"{path}.image_size={self.image_size}: is not a multiple of "
+                f"{path}.patch_size={self.patch_size}; change one of them"
             )
         if self.sequence_parallel:
             yield (
-                f"{path}.sequence_parallel: true is not supported by encoders; set false "
+                f"{path}.sequence_parallel=true: is not supported by encoders; set false "
                 "(model.language.sequence_parallel may be true)"
             )
 

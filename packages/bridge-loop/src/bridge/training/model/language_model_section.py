@@ -50,7 +50,7 @@ class LanguageModelSection(TransformerSection):
         """Rows of the embedding: vocab_size and the padding."""
         if self.vocab_size is None:
             raise UsageError(
-                "model.vocab_size: None; give it, or a tokenizer section for it to be taken from"
+                "model.vocab_size=null: is unknown; give it, or a tokenizer section to take it from"
             )
         multiple = math.lcm(self.make_vocab_size_divisible_by, self.tensor_model_parallel_size)
         return math.ceil(self.vocab_size / multiple) * multiple
@@ -99,8 +99,8 @@ class LanguageModelSection(TransformerSection):
         """
         if self.make_vocab_size_divisible_by < 1:
             yield (
-                f"{path}.make_vocab_size_divisible_by: {self.make_vocab_size_divisible_by}; give a "
-                "number of at least 1"
+                f"{path}.make_vocab_size_divisible_by={self.make_vocab_size_divisible_by}: must be "
+                "at least 1; raise it"
             )
         if self.kv_channels and self.kv_channels % 2 and self.has_rotary_positions:
             yield (

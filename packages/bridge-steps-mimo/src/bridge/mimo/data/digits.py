@@ -60,24 +60,25 @@ class DigitsDatasetConfig:
         model = config.model
         if not isinstance(model, MultimodalModelConfig) or self.modality not in model.encoders:
             yield (
-                f"dataset.modality: {self.modality!r} is no encoder of the model; the digits need "
-                "a multimodal model with an encoder of that name"
+                f"dataset.modality={self.modality}: is no encoder of the model; take a multimodal "
+                "model with an encoder of that name"
             )
             return
         encoder, path = model.encoders[self.modality], f"model.encoders.{self.modality}"
         for name, wanted in (("image_size", IMAGE_SIZE), ("num_channels", 1)):
             if getattr(encoder, name) != wanted:
-                yield f"{path}.{name}: {getattr(encoder, name)}; the digits' is {wanted}"
+                value = getattr(encoder, name)
+                yield f"{path}.{name}={value}: that of the digits is {wanted}; set it"
         needed = encoder.tokens_per_image + 1
         if model.seq_length < needed:
             yield (
-                f"model.language.seq_length: {model.seq_length} is less than the {needed} tokens "
-                "of an image and its question"
+                f"model.language.seq_length={model.seq_length}: is less than the {needed} tokens "
+                "of an image and its question; raise it"
             )
         if model.language.vocab_size < VOCABULARY:
             yield (
-                f"model.language.vocab_size: {model.language.vocab_size} is less than the digits' "
-                f"{VOCABULARY} tokens"
+                f"model.language.vocab_size={model.language.vocab_size}: is less than the digits' "
+                f"{VOCABULARY} tokens; raise it"
             )
         if model.special_token_ids.get(self.modality) != IMAGE:
             yield (

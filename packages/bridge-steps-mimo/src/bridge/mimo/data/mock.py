@@ -36,13 +36,13 @@ class MockDatasetConfig:
         """Yield the settings that do not fit the model."""
         if self.size < 1 or self.validation_size < 0:
             yield (
-                f"dataset.size: {self.size} and dataset.validation_size: {self.validation_size} "
-                "must be at least 1 and 0"
+                f"dataset.size={self.size} and dataset.validation_size={self.validation_size}: "
+                "must be at least 1 and 0; raise them"
             )
         if not 0 <= self.min_images <= self.max_images:
             yield (
-                f"dataset.min_images: {self.min_images} must be from 0 to "
-                f"dataset.max_images={self.max_images}"
+                f"dataset.min_images={self.min_images}: must be from 0 to "
+                f"dataset.max_images={self.max_images}; change one of them"
             )
         model = config.model
         if not isinstance(model, MultimodalModelConfig):
@@ -51,7 +51,7 @@ class MockDatasetConfig:
         images = sum(encoder.tokens_per_image for encoder in model.encoders.values())
         if self.max_images * images >= model.seq_length:
             yield (
-                f"dataset.max_images: {self.max_images} images of each encoder are "
+                f"dataset.max_images={self.max_images}: so many images of each encoder are "
                 f"{self.max_images * images} tokens, which leave no room for text in "
                 f"model.language.seq_length={model.seq_length}; lower the one or raise the other"
             )
