@@ -75,7 +75,7 @@ def test_a_damaged_configuration_is_not_replaced_by_the_recipes_defaults(
     assert main(command) == 0
 
 
-def test_the_advice_for_a_damaged_configuration_works_as_it_is_given(tmp_path: Path) -> None:
+def test_the_advice_for_a_damaged_configuration_works(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "it's a run")
     run.checkpoint(3).mkdir(parents=True)
     (run.checkpoint(3) / "config.yaml").write_text("checkpoint: {}\n...\n")

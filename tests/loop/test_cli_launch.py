@@ -53,7 +53,7 @@ def test_a_value_error_of_a_running_step_is_a_failure_with_a_traceback(tmp_path:
     assert "in step 3: ValueError: a shape does not fit" in ended.err.splitlines()[-1]
 
 
-def test_a_rank_that_is_killed_is_named_though_it_says_nothing(tmp_path: Path) -> None:
+def test_a_killed_rank_is_named_though_it_leaves_no_report(tmp_path: Path) -> None:
     arguments = ("pretrain", "killed", "--run-dir", RUN, "--nproc", "2")
     ended = run(*arguments, folder=tmp_path, timeout=30)
     assert ended.code == 128 + signal.SIGKILL
@@ -142,7 +142,7 @@ def test_a_signal_lets_the_step_end_and_save_and_the_run_continues_bit_for_bit(
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
-def test_a_run_whose_reader_has_gone_still_saves(tmp_path: Path, ranks: str) -> None:
+def test_a_run_whose_output_nobody_reads_still_saves(tmp_path: Path, ranks: str) -> None:
     # As in `bridge ... | tee log`: a Ctrl-C ends `tee` too.
     reader, writer = os.pipe()
     os.close(reader)

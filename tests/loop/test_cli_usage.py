@@ -114,14 +114,16 @@ def test_a_dry_run_checks_any_number_of_ranks_and_leaves_nothing(
     assert list(work.iterdir()) == []
 
 
-def test_overrides_may_stand_before_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_may_come_before_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert bridge("show", "sine", "model.width=3", "--nproc", "2", "dataset.size=8") == 0
     shown = capsys.readouterr().out
     assert "width: 3" in shown
     assert "size: 8" in shown
 
 
-def test_what_is_shown_can_be_fed_back(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_shown_configuration_is_a_valid_file(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for full in ([], ["--full"]):
         assert bridge("show", "sine", "optimizer.lr=0.5", *full) == 0
         shown = capsys.readouterr().out
@@ -165,13 +167,13 @@ def test_files_are_merged_in_their_order_and_overrides_come_last(
         assert line in shown
 
 
-def test_recipes_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_listed_with_their_summaries(capsys: pytest.CaptureFixture[str]) -> None:
     assert bridge("recipes") == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split(maxsplit=1) == ["sine", "learns a sine"] for line in lines)
 
 
-def test_what_a_package_offers_and_cannot_be_imported_is_named_and_stops_nothing_else(
+def test_an_offer_that_cannot_be_imported_is_named_and_stops_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "torn.py").write_text("import no_such_module")

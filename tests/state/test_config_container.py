@@ -136,7 +136,7 @@ def test_a_target_must_be_a_dataclass_that_can_build(target: str) -> None:
         ConfigContainer.from_dict(plain)
 
 
-def test_text_that_is_not_sections_is_refused() -> None:
+def test_text_that_is_not_sections_is_rejected() -> None:
     with pytest.raises(ConfigError, match="expected sections"):
         ConfigContainer.from_yaml("just words")
     with pytest.raises(ConfigError, match="not valid YAML"):

@@ -66,7 +66,7 @@ class Colour(enum.Enum):
         ({"anything": [1]}, Any, {"anything": [1]}),
     ],
 )
-def test_a_value_becomes_what_its_annotation_says(
+def test_a_value_is_converted_to_its_annotated_type(
     value: Any, annotation: Any, expected: Any
 ) -> None:
     converted = convert(value, annotation, "x")
@@ -102,7 +102,7 @@ def test_a_value_becomes_what_its_annotation_says(
         ({"flip": 3, "scale": [1, 2]}, Augmentation, "did you mean x.scales"),
     ],
 )
-def test_a_value_of_another_type_is_refused_in_words(
+def test_a_value_of_another_type_is_rejected_in_words(
     value: Any, annotation: Any, says: str
 ) -> None:
     with pytest.raises(ConversionError) as error:
@@ -149,7 +149,7 @@ def test_every_kind_of_value_survives_the_way_through_yaml() -> None:
 @pytest.mark.parametrize(
     "nameless", [lambda x: x, functools.partial(lambda x: x), torch.Generator(), object()]
 )
-def test_a_value_without_a_name_is_refused_with_its_field(nameless: Any) -> None:
+def test_a_value_without_a_name_is_rejected_with_its_field(nameless: Any) -> None:
     with pytest.raises(FieldProblems) as error:
         to_plain({"a": nameless}, Any, "model.thing")
     assert error.value.problems[0].text.startswith("model.thing.a: ")
@@ -182,7 +182,7 @@ def test_yaml_reads_numbers_and_words_as_people_write_them(text: str, value: Any
     assert load_yaml(text) == value
 
 
-def test_a_key_that_stands_twice_in_yaml_is_refused() -> None:
+def test_a_key_that_occurs_twice_in_yaml_is_rejected() -> None:
     with pytest.raises(ConversionError, match="'a' is there twice"):
         load_yaml("a: 1\nb: 2\na: 3\n")
 

@@ -58,7 +58,9 @@ def problems_of(**model: Any) -> list[str]:
         "numpy.load",
     ],
 )
-def test_a_file_has_no_function_imported_that_could_do_anything(name: str, stranger: Path) -> None:
+def test_a_file_cannot_have_a_function_imported_that_could_do_anything(
+    name: str, stranger: Path
+) -> None:
     for value in (name, {"_partial_": name}):
         (problem,) = problems_of(activation_func=value)
         assert problem.startswith(f"model.activation_func: {name!r} is not imported, as")
@@ -88,7 +90,7 @@ def test_a_class_of_a_stranger_is_built_once_the_program_imports_it_or_its_packa
     assert type(ConfigContainer.from_dict(plain).dataset).__module__ == "stranger"
 
 
-def test_of_an_installed_package_without_offers_imported_sections_are_built_and_no_function(
+def test_imported_sections_of_a_package_without_offers_are_built_and_its_functions_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stranger: Path
 ) -> None:
     (tmp_path / "site-packages").mkdir()
@@ -103,7 +105,7 @@ def test_of_an_installed_package_without_offers_imported_sections_are_built_and_
     assert "is not imported" in problems_of(activation_func="stranger.act")[0]
 
 
-def test_what_the_command_or_the_recipe_names_a_file_may_name_too(stranger: Path) -> None:
+def test_a_file_may_name_what_the_command_or_the_recipe_names(stranger: Path) -> None:
     config = tiny_config(model=TinyTransformer())
     document = {"model": {"activation_func": "stranger.act"}}
     override = "model.activation_func=stranger.act"

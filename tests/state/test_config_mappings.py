@@ -67,7 +67,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG)
-def test_a_wrong_mapping_is_refused_by_field_and_name(text: str, message: str) -> None:
+def test_a_wrong_mapping_is_rejected_by_field_and_name(text: str, message: str) -> None:
     for arguments in (
         {"overrides": [f"dataset.validation_path={text}"]},
         {"yaml_documents": [f"dataset: {{validation_path: {text}}}"]},
@@ -79,7 +79,7 @@ def test_a_wrong_mapping_is_refused_by_field_and_name(text: str, message: str) -
         assert message in error.value.problems[0]
 
 
-def test_a_wrong_mapping_of_python_code_is_refused_by_field_and_name() -> None:
+def test_a_wrong_mapping_of_python_code_is_rejected_by_field_and_name() -> None:
     with pytest.raises(ConfigError) as error:
         resolve(of_sets({"wiki": 3}), device="cpu", world_size=1)
     assert any("(at dataset.validation_path.wiki)" in line for line in error.value.problems)

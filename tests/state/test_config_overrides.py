@@ -68,7 +68,7 @@ def test_an_override_reaches_into_a_nested_section() -> None:
     assert changed.dataset.augmentation == Augmentation(flip=True, scales=(1.0, 2.0))  # type: ignore[attr-defined]
 
 
-def test_a_choice_that_yaml_takes_for_nothing_is_still_that_choice() -> None:
+def test_a_choice_that_is_null_in_yaml_is_still_that_choice() -> None:
     config = tiny_config()
     config.tokenizer = TokenizerConfig()
     changed = apply_overrides(config, ["tokenizer.type=null"])
@@ -208,7 +208,9 @@ def test_the_device_may_be_decided_when_the_overrides_are_known() -> None:
 
 
 @pytest.mark.parametrize("as_document", [False, True])
-def test_a_saved_config_follows_an_override_of_what_it_was_derived_from(as_document: bool) -> None:
+def test_a_saved_config_follows_an_override_of_the_value_it_was_derived_from(
+    as_document: bool,
+) -> None:
     saved = resolve(
         tiny_config(
             model=TinyTransformer(
@@ -240,7 +242,7 @@ def test_a_saved_config_follows_an_override_of_what_it_was_derived_from(as_docum
     assert config.dist.device == "cpu"
 
 
-def test_an_override_that_contradicts_a_saved_config_is_refused() -> None:
+def test_an_override_that_contradicts_a_saved_config_is_rejected() -> None:
     saved = ConfigContainer.from_yaml(resolve(tiny_config(), device="cuda", world_size=1).to_yaml())
     with pytest.raises(ConfigError, match=r"model.bf16=false contradicts mixed_precision"):
         configure(saved, ["model.bf16=false"], device="cuda", world_size=1)

@@ -154,7 +154,7 @@ def test_precision_loss_and_layout_reach_every_part() -> None:
     assert model.encoders["vision"].tensor_model_parallel_size == 1
 
 
-def test_what_was_derived_in_a_part_follows_when_a_saved_config_is_changed() -> None:
+def test_a_derived_value_in_a_part_follows_when_a_saved_config_is_changed() -> None:
     saved = resolve(modules(), device="cpu", world_size=1).to_yaml()
     changed: Any = configure(
         modules(),
@@ -167,7 +167,7 @@ def test_what_was_derived_in_a_part_follows_when_a_saved_config_is_changed() -> 
     assert changed.language.tensor_model_parallel_size == 2
 
 
-def test_a_contradiction_in_a_part_is_reported_with_what_it_contradicts() -> None:
+def test_a_contradiction_in_a_part_is_reported_with_both_fields() -> None:
     assert problems_of("model.language.tensor_model_parallel_size=2") == [
         "model.language.tensor_model_parallel_size=2 contradicts "
         "model.spread.tensor_model_parallel_size=1, from which 1 follows: remove the one or "
@@ -207,7 +207,7 @@ def test_values_that_python_set_within_parts_are_checked_too() -> None:
     ]
 
 
-def test_a_value_without_a_name_within_a_part_is_refused_with_its_path() -> None:
+def test_a_value_without_a_name_within_a_part_is_rejected_with_its_path() -> None:
     config = modules()
     config.model.encoders["vision"].init_method = lambda x: x  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="model.encoders.vision.init_method"):

@@ -53,7 +53,7 @@ def methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "small-methods", offers, monkeypatch)
 
 
-def refused(*overrides: str, **arguments: object) -> list[str]:
+def rejected(*overrides: str, **arguments: object) -> list[str]:
     with pytest.raises(ConfigError) as error:
         apply_overrides(tiny_config(), overrides, **arguments)  # type: ignore[arg-type]
     return error.value.problems
@@ -102,32 +102,32 @@ def test_another_method_takes_over_the_fields_that_were_set() -> None:
 
 
 @pytest.mark.usefixtures("methods")
-def test_a_method_that_is_not_there_is_refused_with_the_nearest() -> None:
+def test_a_method_that_is_not_there_is_rejected_with_the_nearest() -> None:
     expected = "peft.method: there is no 'smal'; did you mean 'small'? (there are "
-    [line] = refused("peft.method=smal", "peft.dim=4")
+    [line] = rejected("peft.method=smal", "peft.dim=4")
     assert line.startswith(expected)
-    [line] = refused(yaml_documents=["peft: {method: smal, dim: 4}"])
+    [line] = rejected(yaml_documents=["peft: {method: smal, dim: 4}"])
     assert line.startswith(expected)
 
 
 @pytest.mark.usefixtures("methods")
 def test_fields_are_checked_as_those_of_every_section() -> None:
-    assert refused("peft.method=small", "peft.dimm=4", "peft.dim=x") == [
+    assert rejected("peft.method=small", "peft.dimm=4", "peft.dim=x") == [
         "peft.dimm: unknown key; did you mean peft.dim?",
         "peft.dim: expected an integer, got 'x'",
     ]
-    [line] = refused("peft.dim=4")
+    [line] = rejected("peft.dim=4")
     assert line.startswith("peft.dim: the run trains the whole model; choose peft.method")
-    [line] = refused(yaml_documents=["peft: {dim: 4}"])
+    [line] = rejected(yaml_documents=["peft: {dim: 4}"])
     assert line.startswith("peft: needs method: one of ")
 
 
-def test_without_a_package_of_methods_it_says_what_to_install(
+def test_without_a_package_of_methods_the_message_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nobodys = dataclasses.replace(PEFT_METHODS, name="bridge.none")
     monkeypatch.setattr("bridge.training.config.schema.chosen_by_name.PEFT_METHODS", nobodys)
-    [line] = refused("peft.method=lora")
+    [line] = rejected("peft.method=lora")
     assert "such as bridge-peft (pip install --find-links DIST bridge-peft" in line
     paths = {key.path for key in describe(tiny_config())}
     assert "peft.method" in paths

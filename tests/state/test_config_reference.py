@@ -18,7 +18,7 @@ def test_every_key_is_listed_with_its_type_value_and_meaning() -> None:
     assert keys["logger.wandb_project"].value == "null"
 
 
-def test_what_only_a_running_loop_sets_is_not_listed() -> None:
+def test_fields_that_only_a_running_loop_sets_are_not_listed() -> None:
     paths = {key.path for key in describe(tiny_config())}
     assert not {"model.no_sync_func", "model.timers", "optimizer.timers"} & paths
     assert not any("._" in path for path in paths)

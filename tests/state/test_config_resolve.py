@@ -97,7 +97,7 @@ def test_resolution_changes_a_copy_and_does_nothing_the_second_time() -> None:
     assert resolved.model.num_query_groups is None  # type: ignore[attr-defined]
 
 
-def test_a_resolved_config_follows_what_is_changed_in_it() -> None:
+def test_a_resolved_config_follows_changes_in_it() -> None:
     resolved = resolve(tiny_config(), device="cuda", world_size=1)
     resolved.mixed_precision.precision = "fp32"
     model: Any = resolve(resolved, device="cpu", world_size=1).model
@@ -511,12 +511,12 @@ def test_widths_that_no_layer_has_may_be_odd() -> None:
     resolve(tiny_config(model=model), device="cpu", world_size=2)
 
 
-def test_a_value_said_once_by_us_is_not_repeated_in_megatrons_words() -> None:
+def test_a_problem_that_we_report_is_not_repeated_in_megatrons_words() -> None:
     problems = problems_of(transformer(tensor_model_parallel_size=8), world_size=8)
     assert sum("num_attention_heads" in line for line in problems) == 1
 
 
-def test_a_check_that_stumbles_over_a_refused_value_does_not_hide_the_report() -> None:
+def test_a_check_that_fails_on_a_rejected_value_does_not_hide_the_report() -> None:
     config = tiny_config()
     config.dataset.size = "many"  # type: ignore[attr-defined]
     config.train.trian_iters = 1  # type: ignore[attr-defined]

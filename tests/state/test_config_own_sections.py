@@ -1,4 +1,4 @@
-"""A method of the user's whose name is almost that of an optional one is not left uncalled."""
+"""Sections of the user's own: their problems in the report, and misspelled optional methods."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bridge.training.config import ConfigError, resolve
+from bridge.training.config import ConfigError, Problem, configure, resolve
 from tiny_configs import TinyModel, TinyTransformer, tiny_config
 
 
@@ -42,7 +42,7 @@ def problems_of(section: str, base: type, **methods: Callable[..., Any]) -> list
         ("dataset", Data, "problem", "problems"),
     ],
 )
-def test_a_misspelt_optional_method_is_named_with_the_one_that_was_meant(
+def test_a_misspelled_optional_method_is_named_with_the_one_that_was_meant(
     section: str, base: type, name: str, meant: str
 ) -> None:
     (problem,) = problems_of(section, base, **{name: method})
@@ -50,7 +50,7 @@ def test_a_misspelt_optional_method_is_named_with_the_one_that_was_meant(
     assert f"did you mean {meant}?" in problem
 
 
-def test_methods_of_ones_own_and_those_that_are_there_are_left_alone() -> None:
+def test_own_methods_and_methods_with_a_known_counterpart_are_accepted() -> None:
     assert problems_of("model", TinyModel, parameters_of=method, _lr_multiplier=method) == []
     assert problems_of("model", TinyModel, lr=method, lr_schedule=method) == []
     both: dict[str, Any] = {"more_problems": method, "problems": lambda self, config: []}
@@ -60,3 +60,28 @@ def test_methods_of_ones_own_and_those_that_are_there_are_left_alone() -> None:
 def test_half_of_a_pair_of_methods_is_named_with_the_other() -> None:
     (problem,) = problems_of("model", TinyModel, layout=method)
     assert problem.startswith("model.layout: is called only with layout_problems, which Mine")
+
+
+@pytest.mark.parametrize(
+    ("line", "is_reported"),
+    [
+        ("train.micro_batch_size=2: too many", False),
+        ("dataset.size=64: more than train.micro_batch_size=2 samples", False),
+        ("dataset.size=64: even", True),
+        ("train.micro_batch_sizes=2: another field", True),
+        (Problem(("train.micro_batch_size",), "too many samples at once"), False),
+        (Problem(("dataset.size",), "other than train.micro_batch_size"), True),
+    ],
+)
+def test_a_problem_of_a_section_is_left_out_if_it_is_about_a_rejected_value(
+    line: str | Problem, is_reported: bool
+) -> None:
+    @dataclass
+    class Checked(TinyModel):
+        def problems(self, config: Any) -> list[str | Problem]:
+            return [line]
+
+    config, overrides = tiny_config(model=Checked()), ["train.micro_batch_size=two"]
+    with pytest.raises(ConfigError) as error:
+        configure(config, overrides, device="cpu", world_size=1)
+    assert (str(line) in error.value.problems) == is_reported
