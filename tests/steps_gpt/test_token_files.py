@@ -51,7 +51,7 @@ def test_files_that_exist_are_never_overwritten(half: str, tmp_path: Path) -> No
     assert tree(tmp_path) == sorted([half, "story.txt"])
 
 
-class _FailsInTheMiddle(ByteTokenizer):
+class FailingTokenizer(ByteTokenizer):
     @property
     @override
     def eod(self) -> int:
@@ -61,14 +61,14 @@ class _FailsInTheMiddle(ByteTokenizer):
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     files = find_source(str(write_story(tmp_path / "story.txt"))).files
     with pytest.raises(OSError, match="disk full"):
-        build_token_files(files, _FailsInTheMiddle(), str(tmp_path / "out"))
+        build_token_files(files, FailingTokenizer(), str(tmp_path / "out"))
     with pytest.raises(ValueError, match="no text"):
         write_tokens([], ByteTokenizer(), str(tmp_path / "story.none"))
     (tmp_path / "story.none.bin").unlink()
     assert tree(tmp_path) == ["story.txt"]
 
 
-class _IsKilled(ByteTokenizer):
+class KilledTokenizer(ByteTokenizer):
     @property
     @override
     def eod(self) -> int:
@@ -76,12 +76,12 @@ class _IsKilled(ByteTokenizer):
         return 0
 
 
-def killed(body: Callable[[], object]) -> None:
-    with pytest.raises(RankFailure, match="died without a word"):
+def assert_killed(body: Callable[[], object]) -> None:
+    with pytest.raises(RankFailure, match="died without a report"):
         run_ranks(1, body, process_group=False)
 
 
-def made_long_ago(place: Path) -> None:
+def make_old(place: Path) -> None:
     long_ago = time.time() - 10
     for partial in place.glob(".*.partial-*"):
         os.utime(partial, (long_ago, long_ago))
@@ -111,15 +111,17 @@ def test_the_remains_of_a_killed_build_are_removed_by_the_next_and_a_running_bui
 
     of_another = tmp_path / "cache" / ".theirs.partial-1"
     of_another.mkdir()
-    killed(in_cache)
-    killed(lambda: build_token_files(files, _IsKilled(), str(tmp_path / "made" / "out")))
-    killed(between_the_halves)
+    assert_killed(in_cache)
+    assert_killed(
+        lambda: build_token_files(files, KilledTokenizer(), str(tmp_path / "made" / "out"))
+    )
+    assert_killed(between_the_halves)
     assert len(tree(tmp_path / "cache")) == 3
     assert "out.bin" in tree(tmp_path / "made")
     for place in (tmp_path / "cache", tmp_path / "made"):
-        made_long_ago(place)
+        make_old(place)
     with published(tmp_path / "cache" / "running") as running:
-        made_long_ago(tmp_path / "cache")
+        make_old(tmp_path / "cache")
         with published(tmp_path / "cache" / "other"):
             pass
         assert running.is_dir()

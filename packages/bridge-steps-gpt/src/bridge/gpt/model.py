@@ -98,8 +98,8 @@ class GPT(GPTModel):
     def _track_targets(self, parts: torch.Tensor) -> None:
         if not self.training:
             return
-        for depth, part in enumerate(parts, start=1):
-            get_moe_metrics_tracker().record(TARGETS, part, depth, len(parts))
+        for layer, part in enumerate(parts, start=1):
+            get_moe_metrics_tracker().record(TARGETS, part, layer, len(parts))
 
 
 class PredictionLayer(MultiTokenPredictionLayer):

@@ -38,7 +38,7 @@ def export_hf(request: ExportRequest) -> str:
     if request.config.peft is not None:
         raise UsageError(
             f"--to hf: {request.checkpoint} holds adapters and not the model; export them with "
-            f"--to hf-peft, or the whole model after `bridge merge {request.checkpoint} --output "
+            f"--to hf-peft, or the merged model after `bridge merge {request.checkpoint} --output "
             "DIR`"
         )
     weights = model.exported_weights()

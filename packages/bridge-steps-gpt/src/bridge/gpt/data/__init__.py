@@ -1,7 +1,7 @@
 """Data of GPT models: text, token files and training samples, on megatron-core's datasets.
 
     dataset_config      the section of a pretraining run's configuration
-    text/               the files that a path stands for, and their documents
+    text/               the files of a path, and their documents
     tokenization/       tokenizers, and documents to token ids
     token_files         .bin/.idx files
     corpora             the token files of a set, made from its text where needed

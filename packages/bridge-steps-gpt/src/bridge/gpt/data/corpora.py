@@ -107,7 +107,7 @@ def _one_for_each(sources: Sequence[Source]) -> list[_Part]:
         parts: list[_Part] = [*source.prefixes, *([source.files] if source.files else [])]
         if len(parts) != 1:
             raise UsageError(
-                f"dataset.weights: {source.entry!r} stands for {len(parts)} corpora and "
+                f"dataset.weights: {source.entry!r} has {len(parts)} corpora and "
                 "has one weight; list them one by one"
             )
         order += parts

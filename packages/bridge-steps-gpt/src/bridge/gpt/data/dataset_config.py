@@ -249,7 +249,7 @@ class GPTDatasetConfig:
             random_seed=request.config.rng.seed,
             sequence_length=self.sequence_length(request.config),
             blend=(list(plan.prefixes), weights),
-            split="1,0,0",  # `build_samples` replaces the matrix that it stands for
+            split="1,0,0",  # `build_samples` sets the matrix
             num_dataset_builder_threads=self.num_dataset_builder_threads,
             path_to_cache=str(directory),
             tokenizer=any_tokenizer,

@@ -26,7 +26,7 @@ def random_splits(request: DataRequest, *, seq_length: int) -> DataSplits:
         vocabulary = getattr(config.model, "vocab_size", None) or 0
     if vocabulary < 1:
         raise UsageError(
-            "dataset.mock=true: neither tokenizer nor model.vocab_size tells the number of "
+            "dataset.mock=true: neither tokenizer nor model.vocab_size gives the number of "
             "tokens; set tokenizer.type=null tokenizer.vocab_size=N"
         )
     wanted = (request.train_samples, request.validation_samples, request.test_samples)

@@ -226,7 +226,7 @@ def read_token_files(prefix: str, *, name: str | None = None) -> TokenFiles:
     needed = files.tokens_within(ALL) * index.dtype_size
     if needed > held:
         raise UsageError(
-            f"dataset.path: {prefix}.bin has {held} bytes and its index tells of {needed}; "
+            f"dataset.path: {prefix}.bin has {held} bytes and its index needs {needed}; "
             "the files do not belong together or were cut short, build them again"
         )
     return files

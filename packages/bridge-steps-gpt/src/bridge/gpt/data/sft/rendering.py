@@ -190,9 +190,9 @@ class Renderer:
             if not (whole.startswith(after) and after.startswith(before) and done <= len(before)):
                 raise UsageError(
                     f"the tokenizer's chat template writes the conversation up to turn {number} "
-                    "otherwise than as the beginning of the whole, so its tokens cannot be told "
-                    "apart; set dataset.loss_on=answer or all, or dataset.chat_template=plain, or "
-                    "mark the assistant's text with {% generation %} in the template"
+                    "otherwise than as the beginning of the whole, so its tokens cannot be "
+                    "separated; set dataset.loss_on=answer or all, or dataset.chat_template=plain, "
+                    "or mark the assistant's text with {% generation %} in the template"
                 )
             yield _Piece(text=whole[done : len(before)])
             yield _Piece(text=whole[len(before) : len(after)], counts=True)

@@ -1,1 +1,1 @@
-"""Text on disk: the files that a path stands for, and the documents in them."""
+"""Text on disk: the files of a path, and the documents in them."""

@@ -1,4 +1,4 @@
-"""The files that an entry of ``dataset.path`` stands for: text, or token files.
+"""The files of an entry of ``dataset.path``: text, or token files.
 
 Everything is sorted: the same entry and files give the same order everywhere.
 """
@@ -139,7 +139,7 @@ def _reject_json_document(path: Path, name: str) -> None:
         raise UsageError(
             f"{name}: is JSON and not JSON Lines; write a row a line, as with: jq -c '.[]' "
             f"{quote(str(path))} > {quote(f'{path.stem}.jsonl')} (or call it .txt to train on it "
-            "as it stands)"
+            "as it is)"
         )
 
 

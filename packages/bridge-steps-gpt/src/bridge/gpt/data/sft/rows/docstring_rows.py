@@ -30,7 +30,7 @@ class DocstringRows:
     split: Literal["train", "validation"]
 
     def files(self) -> list[Path]:
-        """Return the sources of the whole library."""
+        """Return the source files of the library."""
         return [file.path for file in _library()]
 
     def check(self) -> dict[str, int]:
