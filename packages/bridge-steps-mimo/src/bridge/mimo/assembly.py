@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from bridge.mimo.model import MultimodalModel
-from bridge.mimo.modules import ENCODER, ImageModality
 from bridge.mimo.placement import LANGUAGE
 from bridge.mimo.sections import LanguageModelConfig, ProjectionConfig, VisionEncoderConfig
+from bridge.mimo.vision import ENCODER, ImageModality
 from bridge.training.megatron_import import expected_messages_held_back, quiet_import
 
 with quiet_import():

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, override
 
-from bridge.mimo.modules import LinearProjection, MLPProjection, VisionTransformer
+from bridge.mimo.projections import LinearProjection, MLPProjection
+from bridge.mimo.vision import VisionTransformer
 from bridge.training.config import ConfigContainer, Problem
 from bridge.training.config.model_identity import model_field
 from bridge.training.megatron_import import quiet_import

@@ -9,7 +9,7 @@ import torch
 from bridge.mimo.data.packing import pack
 from bridge.mimo.data.samples import TOKEN_KEYS, find_padding_token, measure_sample
 from bridge.mimo.model_config import MultimodalModelConfig
-from bridge.mimo.modules import ENCODER
+from bridge.mimo.vision import ENCODER
 from bridge.training.usage_error import UsageError
 
 

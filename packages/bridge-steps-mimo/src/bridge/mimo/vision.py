@@ -1,25 +1,23 @@
-"""The modules of a multimodal model that megatron-core lacks: image encoder and projections."""
+"""The image encoder of a multimodal model: a vision transformer as a modality of megatron-core."""
 
-import copy
 from typing import TYPE_CHECKING, Any, override
 
 import torch
 
+from bridge.mimo.projections import build_linear, initializer_of
 from bridge.training.megatron_import import quiet_import
 from bridge.training.model.initial_weights import draw_with
-from bridge.training.model.layer_specs import backend_of, encoder_block_spec
+from bridge.training.model.layer_specs import encoder_block_spec
 from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.transformer_block import TransformerBlock
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
-
 
 ENCODER = "encoder"
 """The name of a modality's encoder in megatron-core's modality submodules."""
@@ -56,9 +54,9 @@ class VisionTransformer(MegatronModule):
         self.is_last_stage = stage == stages - 1
         if stage == 0:
             patches = (image_size // patch_size) ** 2
-            self.patch_embedding = _linear(config, num_channels * patch_size**2)
+            self.patch_embedding = build_linear(config, num_channels * patch_size**2)
             self.position_embeddings = torch.nn.Parameter(torch.empty(patches, config.hidden_size))
-            draw_with(self.position_embeddings, _initializer(config))
+            draw_with(self.position_embeddings, initializer_of(config))
         self.transformer = TransformerBlock(
             config,
             encoder_block_spec(config, pp_rank=stage),
@@ -140,92 +138,8 @@ class ImageModality(VisionModalitySubmodules):
         return self.project_embeddings([encoded.flatten(0, 1)], is_input=True)
 
 
-class LinearProjection(MegatronModule):
-    """From the width of an encoder to that of the language model, by one matrix.
-
-    Args:
-        config: The finalized language model.
-        input_size: Width of the encoder.
-        pg_collection: The process groups of this module.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, *, input_size: int, pg_collection: "ProcessGroupCollection"
-    ) -> None:
-        super().__init__(config)
-        self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
-        self.linear = _linear(config, input_size)
-
-    @override
-    def forward(self, encoded: torch.Tensor) -> torch.Tensor:
-        """Project [tokens, encoder's width] to [tokens, hidden size of the language model]."""
-        projected: torch.Tensor = self.linear(encoded)
-        return projected
-
-
-class MLPProjection(MegatronModule):
-    """As `LinearProjection`, by two linear layers with a GELU between them.
-
-    Its inner width is the language model's hidden size, sharded over tensor-parallel ranks.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, *, input_size: int, pg_collection: "ProcessGroupCollection"
-    ) -> None:
-        config = _config_of_mlp(config)
-        super().__init__(config)
-        self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
-        self.mlp = MLP(
-            config,
-            _mlp_submodules(config),
-            input_size=input_size,
-            ffn_hidden_size=config.ffn_hidden_size,
-            tp_group=pg_collection.tp,
-        )
-
-    @override
-    def forward(self, encoded: torch.Tensor) -> torch.Tensor:
-        """Project [tokens, encoder's width] to [tokens, hidden size of the language model]."""
-        projected, bias = self.mlp(encoded)
-        output: torch.Tensor = projected + bias
-        return output
-
-
 def _patches(images: torch.Tensor, size: int) -> torch.Tensor:
     """Cut [images, channels, height, width] into [images, patches, channels * size * size]."""
     number, channels, height, width = images.shape
     grid = images.reshape(number, channels, height // size, size, width // size, size)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(number, -1, channels * size * size)
-
-
-def _linear(config: TransformerConfig, input_size: int) -> torch.nn.Linear:
-    """Return a layer to the config's width, unsharded, whose bias is zero at first."""
-    layer = torch.nn.Linear(input_size, config.hidden_size)
-    draw_with(layer.weight, _initializer(config))
-    torch.nn.init.zeros_(layer.bias)
-    return layer
-
-
-def _initializer(config: TransformerConfig) -> Any:
-    assert config.init_method is not None  # a finalized config has one
-    return config.init_method
-
-
-def _config_of_mlp(language: TransformerConfig) -> TransformerConfig:
-    config = copy.copy(language)
-    # The second layer reads the width between the two here, whatever the first was given.
-    config.ffn_hidden_size = language.hidden_size
-    config.gated_linear_unit = False
-    config.activation_func = torch.nn.functional.gelu
-    config.add_bias_linear = True
-    config.bias_activation_fusion = False
-    # Its input is not split along the sequence.
-    config.sequence_parallel = False
-    return config
-
-
-def _mlp_submodules(config: TransformerConfig) -> MLPSubmodules:
-    backend: Any = backend_of(config)
-    return MLPSubmodules(
-        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
-    )
