@@ -71,7 +71,7 @@ def test_data_that_fail_on_one_rank_end_the_other(
         except Exception as caught:
             kept.append(caught)  # The exception keeps the connections that the other rank waits on.
 
-    with pytest.raises(RankFailure, match=f"^rank {1 - failing} died without a word$"):
+    with pytest.raises(RankFailure, match=f"^rank {1 - failing} died without a report$"):
         run_ranks(2, body, timeout=60)
     said = capfd.readouterr().err
     what = f"in step 2: {error.__name__}: no more"

@@ -152,7 +152,7 @@ class Runs:
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     kind: Kind = request.param
     place = tmp_path_factory.mktemp(kind.name)
-    with pytest.raises(RankFailure, match="died without a word"):
+    with pytest.raises(RankFailure, match="died without a report"):
         run_ranks(RANKS, killed, kind, place, timeout=60)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")

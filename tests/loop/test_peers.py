@@ -154,7 +154,7 @@ def ends_the_others(
     body: Callable[[], Any], capfd: pytest.CaptureFixture[str], **settings: Any
 ) -> list[str]:
     """Run on two ranks of which the run ends rank 0; return the lines that they printed."""
-    with pytest.raises(RankFailure, match="^rank 0 died without a word$"):
+    with pytest.raises(RankFailure, match="^rank 0 died without a report$"):
         run_ranks(2, body, timeout=40, **settings)
     printed: list[str] = capfd.readouterr().err.splitlines()
     sys.stderr.write("\n".join(printed))
@@ -225,7 +225,7 @@ def test_ranks_that_meet_by_themselves_end_together_whoever_keeps_the_store(
         return survived(config, *callbacks)
 
     began = time.monotonic()
-    message = f"^rank {1 - failing} died without a word$"
+    message = f"^rank {1 - failing} died without a report$"
     with pytest.raises(RankFailure, match=message):
         run_ranks(2, body, timeout=40, process_group=False)
     assert time.monotonic() - began < 30
@@ -271,7 +271,7 @@ def test_a_rank_that_has_failed_and_does_not_come_to_its_end_ends_too(
             return survived(own_run(tmp_path / "run"), *callbacks)
         return "lost its peer"
 
-    with pytest.raises(RankFailure, match="died without a word"):
+    with pytest.raises(RankFailure, match="died without a report"):
         run_ranks(2, body, timeout=40)
     lines = capfd.readouterr().err.splitlines()
     assert "rank 0, in step 2: ValueError: a shape does not fit" in lines

@@ -57,7 +57,7 @@ def test_every_row_is_there_once_after_two_kills(tmp_path: Path) -> None:
         pretrain(config, token_step, callbacks)
 
     def killed(point: str, step: int, *, resume: bool = True) -> None:
-        with pytest.raises(RankFailure, match="died without a word"):
+        with pytest.raises(RankFailure, match="died without a report"):
             run_ranks(1, lambda: start(Kill(point, step), resume=resume))
 
     killed("step", 3, resume=False)  # Row 3 is written, and checkpoint 2.
