@@ -71,7 +71,7 @@ class GPTModelConfig(LanguageModelSection):
         Raises:
             UsageError: ``vocab_size`` or ``layer_spec`` is still open.
         """
-        self.refuse_open_layer_spec("model")
+        self.reject_open_layer_spec("model")
         config = self._chunks_config(vp_stage)
         # megatron-core takes block specs too, which its annotations do not say.
         mtp: Any = mtp_block_spec(config, vp_stage=vp_stage, pp_rank=pg_collection.pp.rank())

@@ -90,7 +90,7 @@ class LanguageModelConfig(ModuleSection, LanguageModelSection):
         Args:
             pg_collection: The process groups of the language model.
         """
-        self.refuse_open_layer_spec("model.language")
+        self.reject_open_layer_spec("model.language")
         config = self.finalized()
         stage, stages = pg_collection.pp.rank(), pg_collection.pp.size()
         arguments = self.gpt_arguments(
@@ -140,7 +140,7 @@ class VisionEncoderConfig(ModuleSection):
             path: Path of the section.
             pg_collection: The process groups of its modality.
         """
-        self.refuse_open_layer_spec(path)
+        self.reject_open_layer_spec(path)
         return ModuleSpec(
             module=VisionTransformer,
             params={

@@ -1,15 +1,15 @@
 """The microbatches of an evaluation, in which every sample counts once under every layout.
 
 All data-parallel ranks run the same number of microbatches, and an interleaved pipeline runs whole
-groups of them, so the number of samples rarely fits. What is left after the microbatches of
-train.micro_batch_size runs as
+groups of them, so the number of samples rarely fits. The samples that are left after the
+microbatches of train.micro_batch_size run as
 
 1. one group of smaller microbatches on every rank, as large as the samples fill,
-2. one group of microbatches as small as the layout allows: of 1 sample, but for what
-   `smallest_microbatch` names. Those that are left over hold the last sample again and do not
-   count, so that no microbatch holds samples of which a part counts,
-3. where that is more than 1 sample, the last ones each in a microbatch that holds it several times:
-   means are the same, sums are divided by the number of times.
+2. one group of the smallest microbatches that the layout allows, of 1 sample in most layouts
+   (`ModelRanks.smallest_microbatch`). Surplus microbatches repeat the last sample and do not count,
+   so a microbatch counts in full or not at all,
+3. where the smallest has more than 1 sample, the last samples each in a microbatch that repeats it:
+   means are the same, sums are divided by the number of repetitions.
 
 No loss function needs to know. A mean over microbatches weighs each of them by its samples.
 """
@@ -34,7 +34,7 @@ class EvaluationCall:
     samples: int
     """Samples that count, over all ranks; those after them in the microbatches do not."""
     size: int
-    """Samples of a microbatch of one replica, each time that one of them stands there."""
+    """Samples of a microbatch of one replica, repetitions included."""
     microbatches: int
     """On every rank."""
     copies: int = 1
@@ -46,7 +46,7 @@ class EvaluationCall:
         return self.size // self.copies
 
     def counted(self, replica: int, replicas: int) -> int:
-        """Return how many of a replica's microbatches count: the first ones.
+        """Return the number of a replica's microbatches that count: the first ones.
 
         Args:
             replica: Number of the replica, from 0 on.
@@ -81,8 +81,7 @@ def plan_evaluation(
         num_samples: Samples from the set's beginning.
         sizes: Those of a training step, whose microbatches it runs while there are samples.
         group: Microbatches of which a call runs a multiple.
-        smallest: Samples of which each microbatch holds a multiple; a divisor of the size of a
-            whole one.
+        smallest: Samples of which each microbatch must be a multiple; a divisor of the usual size.
     """
     batches = []
     lane = sizes.replicas * group

@@ -1,8 +1,8 @@
-"""A user's mistake that a data loading process rejects, brought whole to the training process.
+"""Users' mistakes that a data loading process rejects, raised in the training process.
 
-torch makes a new exception of one that a worker raises, with the worker's traceback in its message.
-A `UsageError` is said in one line, so it travels as the microbatch and is raised where that is
-read.
+torch makes another exception of one that a worker raises, with the worker's traceback in its
+message. A `UsageError` has a message of one line, so it is sent as the microbatch and raised where
+that is read.
 """
 
 import pickle
@@ -18,13 +18,13 @@ from bridge.training.usage_error import is_usage_error
 
 @dataclass(frozen=True)
 class Rejection:
-    """Stands for a microbatch that the dataset or its collate function rejected."""
+    """The exception of the dataset or its collate function, in place of a microbatch."""
 
     error: Exception
 
 
 class RejectingDataset:
-    """A dataset whose rejections are returned in place of samples, for use in a worker."""
+    """A dataset that returns its rejections in place of samples, in a worker."""
 
     def __init__(self, dataset: SizedDataset) -> None:
         self._dataset = dataset
@@ -36,7 +36,7 @@ class RejectingDataset:
         return self._dataset[index]
 
     def __getitems__(self, indices: list[int]) -> Any:
-        """Return the samples of a microbatch; torch's loaders ask for them so."""
+        """Return the samples of a microbatch; torch's loaders call this method."""
         several = getattr(self._dataset, "__getitems__", None)
         try:
             return several(indices) if several else [self._dataset[index] for index in indices]
@@ -46,7 +46,7 @@ class RejectingDataset:
 
 @dataclass(frozen=True)
 class RejectingCollate:
-    """A collate function whose rejections are returned; those of the dataset pass through."""
+    """A collate function that returns its rejections, and those of the dataset."""
 
     collate: Callable[[Sequence[Any]], Any] | None
     """torch's default_collate if None."""
@@ -62,7 +62,7 @@ class RejectingCollate:
 
 
 def raised(microbatches: Iterator[Any]) -> Iterator[Any]:
-    """Yield microbatches, and raise what one was rejected with."""
+    """Yield microbatches, and raise the exception of a rejection."""
     for microbatch in microbatches:
         if isinstance(microbatch, Rejection):
             raise microbatch.error
@@ -70,7 +70,7 @@ def raised(microbatches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _rejection(error: Exception) -> Rejection:
-    """Return what stands for a rejection; raise the exception again if it is another one."""
+    """Return a user's mistake as a rejection; raise any other exception again."""
     if not is_usage_error(error):
         raise error
     try:

@@ -1,10 +1,9 @@
-"""Data loading processes of a rank: which signals they obey, how they end, who killed them.
+"""Data loading processes of a rank: their signals, their end, and the cause of their death.
 
-Schedulers and ``timeout`` send a signal to every process of a run, Ctrl-C goes to all of a
-terminal. The training process finishes its step for them, and needs its workers until then. So the
-workers ignore the signals that ask a run to stop (`bridge.training.ranks.stop_request`). They end
-when the run closes them, and by themselves within five seconds when their training process has
-died, which torch sees to.
+Schedulers and ``timeout`` send a signal to every process of a run, and Ctrl-C reaches all of a
+terminal. The training process then finishes its step, and needs its workers until the end of it. So
+the workers ignore the signals that ask a run to stop (`bridge.training.ranks.stop_request`). They
+end when the run closes them. torch ends them within five seconds of their training process' death.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from bridge.training.usage_error import UsageError
 
 _SOCKET_BYTES = 107
 _SOCKET_NAME = "/pymp-xxxxxxxx/listener-xxxxxxxx"
-"""As Python's multiprocessing names a socket in the folder for temporary files."""
+"""The name that Python's multiprocessing gives a socket in the folder for temporary files."""
 
 
 class WorkerDied(RuntimeError):
@@ -39,7 +38,7 @@ class LoaderWorkers:
         number: Processes of a loader.
 
     Raises:
-        UsageError: They could not send anything.
+        UsageError: They could not send a batch.
     """
 
     def __init__(self, number: int) -> None:
@@ -70,13 +69,13 @@ class LoaderWorkers:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Say of an exception in this block that a worker's death was its cause, if it was.
+        """Raise `WorkerDied` from an exception in this block, if a worker's death was its cause.
 
-        torch raises it wherever this process is when the worker dies; in a save it arrives as
+        torch raises the exception wherever this process is when the worker dies. In a save it is
         torch's CheckpointException, which is no Exception.
 
         Raises:
-            WorkerDied: With what to set.
+            WorkerDied: The message has the settings to change.
         """
         try:
             yield
@@ -96,8 +95,8 @@ class LoaderWorkers:
         """
         for reference, workers in self._loaders:
             iterator = reference()
-            # It may live on in a traceback, and until it is ended torch takes the end of a worker
-            # for a failure.
+            # A traceback may keep it alive. Until it is closed, torch takes the end of a worker for
+            # a failure.
             if iterator is not None and at_once:
                 forget_workers(iterator)
             elif iterator is not None:
@@ -146,7 +145,7 @@ def _check_temporary_folder(workers: int) -> None:
 
 
 def prepare_worker(worker: int) -> None:
-    """Let a worker go on when the run is asked to stop, and end when it cannot send a batch.
+    """Make a worker ignore requests to stop, and end when it cannot send a batch.
 
     A loader's `worker_init_fn`.
 

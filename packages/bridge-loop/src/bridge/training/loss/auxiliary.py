@@ -1,24 +1,24 @@
-"""The auxiliary losses whose gradients megatron-core takes by itself, as metrics of a step.
+"""megatron-core's auxiliary losses as metrics of a step.
 
-Router z-loss, load balancing losses and multi-token prediction never pass through a loss function:
+Router z-loss, load-balancing losses and multi-token prediction do not pass through a loss function:
 megatron-core adds them to the gradients and keeps their values in two trackers of the process.
 
-With N the tokens in the main loss, the objective of a step in ``token`` normalisation is
+With N the tokens in the main loss, the objective of a step in ``token`` normalization is
 
     (sum of token losses + coefficient * sum over layers of (value * real tokens) + ...) / N
 
-so an auxiliary loss is a sum over tokens as the main loss is, and all is divided once. Positions
-that are marked as padding take no part in it. The loss mask says nothing about it: a prompt's
-tokens are real, so where N leaves them out the auxiliary losses weigh more beside the mean of the
-main loss. In pattern 1, ``(loss, metrics)``, N is the number of all token positions. In
-``microbatch`` normalisation each microbatch adds ``coefficient * value``, whatever its masks.
+so an auxiliary loss is a sum over tokens like the main loss, and all are divided once. Padding is
+excluded. The loss mask does not matter: a prompt's tokens are real, so where N excludes them the
+auxiliary losses weigh more relative to the main loss. In pattern 1, ``(loss, metrics)``, N is the
+number of padded tokens. In
+``microbatch`` normalization each microbatch adds ``coefficient * value``, whatever its masks.
 
-What is logged is the value without its coefficient: the mean over layers and, in ``token``
-normalisation, over real tokens, else over microbatches.
+The logged value has no coefficient: it is the mean over layers and, in ``token`` normalization,
+over real tokens, else over microbatches.
 
-All are the same under every layout and, but for the balance of a microbatch (aux_loss), under every
-micro batch size. megatron-core's global_aux_loss is not: its mean over earlier microbatches depends
-on how many there are, and its weight falls with the data-parallel size.
+All are the same under every layout and, except for the balance of a microbatch (aux_loss), under
+every micro batch size. megatron-core's global_aux_loss is not: its mean over earlier microbatches
+depends on their number, and its weight falls with the data-parallel size.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 PADDING = "padding"
-"""Tracked by a router: by layer, the part of a microbatch's token positions that are padding.
+"""Tracked by a router: by layer, the fraction of a microbatch's padded tokens that are padding.
 
-The values that it tracks beside are then means over all positions, padding counting 0.
+Its other values are then means over all padded tokens, in which padding counts 0.
 """
 TARGETS = "mtp_targets"
-"""Tracked by a model: by depth of prediction, the part of a rank's positions that have a target.
+"""Tracked by a model: by MTP layer, the fraction of a rank's positions that have a target.
 
-The losses that megatron-core tracks beside are then sums over targets / number of positions.
+The losses that megatron-core tracks are then sums over targets / number of positions.
 """
 
 
 def clear() -> None:
-    """Forget the values of earlier steps, ahead of a step whose values are kept for the log.
+    """Clear the values of earlier steps, before a step whose values are logged.
 
-    An evaluation adds nothing.
+    An evaluation adds none.
     """
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
@@ -55,7 +55,7 @@ def clear() -> None:
 def metrics(
     model: list[Any], num_microbatches: int, pg_collection: "ProcessGroupCollection"
 ) -> dict[str, Metric]:
-    """Return this rank's part of the step's auxiliary losses, on the device, without waiting.
+    """Return this rank's part of the step's auxiliary losses, without a host-device sync.
 
     The names are megatron-core's: ``z_loss``, ``load_balancing_loss``,
     ``seq_load_balancing_loss``, ``global_load_balancing_loss``, ``mtp_1 loss`` and so on, and with
@@ -67,7 +67,7 @@ def metrics(
         num_microbatches: This rank's microbatches of the step.
         pg_collection: The process groups.
     """
-    return _of_routers(model, num_microbatches, pg_collection) | _of_heads(
+    return _of_routers(model, num_microbatches, pg_collection) | _of_mtp_layers(
         num_microbatches, pg_collection
     )
 
@@ -105,7 +105,7 @@ def _of_routers(
     return found
 
 
-def _of_heads(num_microbatches: int, groups: "ProcessGroupCollection") -> dict[str, Metric]:
+def _of_mtp_layers(num_microbatches: int, groups: "ProcessGroupCollection") -> dict[str, Metric]:
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 

@@ -1,4 +1,4 @@
-"""From a model configuration to the chunks that are trained on this rank.
+"""The model chunks of this rank, from the model configuration.
 
 build -> initial weights -> 16-bit wrapper -> adapters, if any -> megatron-core's DDP -> the hooks
 of its schedules.
@@ -29,13 +29,10 @@ def build_model(
 ) -> list[torch.nn.Module]:
     """Build this rank's model chunks, DDP-wrapped: one, or one a virtual pipeline stage.
 
-    Of a model whose modules are on ranks of their own, the module on this rank is wrapped, and the
-    model around it is as it was built.
-
     Args:
         config: A resolved configuration.
         ranks: The process groups.
-        adapt: Changes the chunks before DDP takes hold of what trains in them.
+        adapt: Changes the chunks before DDP wraps the parameters that train.
         loaded_next: As for `build_chunks`.
     """
     chunks = build_chunks(config, ranks, loaded_next=loaded_next)
@@ -45,16 +42,16 @@ def build_model(
 
 
 def build_chunks(config: ConfigContainer, ranks: Ranks, *, loaded_next: bool = False) -> list[Any]:
-    """Build this rank's model chunks with initial weights, wrapped for 16 bits where that is due.
+    """Build this rank's model chunks with initial weights, wrapped for 16 bits if configured.
 
     Args:
         config: A resolved configuration.
         ranks: The process groups.
-        loaded_next: Whether a checkpoint of the whole model is loaded next. Its weights need no
-            initial values then, which take five seconds for each billion.
+        loaded_next: Whether a checkpoint of all weights is loaded next. Then they need no initial
+            values, which take five seconds for each billion.
     """
     chunks: list[Any] = [_on_device(chunk, ranks.device) for chunk in _bare_chunks(config, ranks)]
-    # Here and never again: later on, what a callback has put to sleep stays asleep.
+    # Here and never again, so that modules that a callback puts in eval mode stay there.
     for chunk in chunks:
         chunk.train()
     if config.rng.layout_invariant_init:
@@ -106,11 +103,11 @@ def _as_megatron_module(module: Any, config: ConfigContainer, ranks: Ranks) -> t
 def _plain_module(
     module: torch.nn.Module, model_config: "TransformerConfig", ranks: Ranks
 ) -> torch.nn.Module:
-    """Give a module of one's own what megatron-core's schedules ask of a model."""
+    """Wrap a user's module in the interface that megatron-core's schedules need."""
     from megatron.core.transformer.module import MegatronModule
 
     class PlainModule(MegatronModule):
-        """A module that knows nothing of megatron-core, trained data-parallel."""
+        """A module without megatron-core's interface, trained data-parallel."""
 
         def __init__(self) -> None:
             super().__init__(model_config)
@@ -123,7 +120,7 @@ def _plain_module(
             return self.module(*args, **kwargs)
 
         def set_input_tensor(self, input_tensor: Any) -> None:
-            """Take nothing: without a pipeline there is no earlier stage."""
+            """Ignore it: without a pipeline there is no earlier stage."""
 
     return PlainModule()
 

@@ -1,4 +1,4 @@
-"""megatron-core's DDP around the model: wrapping, and keeping shards in sync."""
+"""megatron-core's DDP around the model: wrap it, and gather shards."""
 
 import contextlib
 import dataclasses
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def ddp_parts(model: list[Any]) -> list[Any]:
-    """Return what megatron-core's DDP wraps on this rank: the chunks, or a module in a chunk."""
+    """Return the DDP wrappers on this rank: the chunks, or a module in a chunk."""
     from megatron.core.distributed import DistributedDataParallel
 
     return [
         part
         for chunk in model
-        # Nothing within DDP is wrapped again, and a step asks too often to go through all of it.
+        # Nothing within DDP is wrapped again, and a search in it at each step would take long.
         for part in ([chunk] if isinstance(chunk, DistributedDataParallel) else chunk.modules())
         if isinstance(part, DistributedDataParallel)
     ]
@@ -38,10 +38,10 @@ def without_ddp(chunk: Any) -> Any:
 
 @contextlib.contextmanager
 def parameters_in_sync(model: list[Any]) -> Iterator[None]:
-    """Make every rank's parameters whole, for evaluation and checkpoints.
+    """Gather the unsharded parameters on every rank, for evaluation and checkpoints.
 
-    With overlapped gathering a rank has only its own shard of the new parameters until the next
-    training step's forward pass fetches the others, layer by layer.
+    With ddp.overlap_param_gather a rank has only its own shard of the new parameters until the next
+    training step's forward pass gathers the others, layer by layer.
     """
     gathering = [part for part in ddp_parts(model) if part.remove_forward_pre_hook_handles]
     for part in gathering:
@@ -54,10 +54,10 @@ def parameters_in_sync(model: list[Any]) -> Iterator[None]:
 
 
 def gather_gradients(model: list[Any]) -> None:
-    """Make ``main_grad`` the whole reduced gradient on every rank; a collective.
+    """Gather the unsharded reduced gradient in ``main_grad`` on every rank; a collective.
 
-    The distributed optimizer's reduction leaves each data-parallel rank the shard that it updates.
-    The rest of the buffer holds what this rank alone has computed.
+    The distributed optimizer's reduction gives each data-parallel rank the shard that it updates.
+    The rest of the buffer has this rank's own gradients, unreduced.
     """
     from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 

@@ -1,6 +1,6 @@
-"""What a model with frozen weights needs: gradients that reach what trains, and proof of it.
+"""Models with frozen weights: their size, and gradients that reach every trained parameter.
 
-What trains is what requires gradients; names play no part.
+A parameter trains if it requires gradients; its name does not matter.
 """
 
 import contextlib
@@ -40,16 +40,16 @@ def only_trained(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_trained(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
-    """Load what `only_trained` has picked, and leave the rest of a module as it is.
+    """Load the state of `only_trained`, and leave the rest of a module as it is.
 
     Args:
         module: The module.
-        state: Its parameters that train; none where nothing does.
+        state: Its parameters that train; empty where none does.
 
     Raises:
-        UsageError: The state lacks a parameter that trains, or has one that is not there.
+        UsageError: The state lacks a parameter that trains, or has one that the module lacks.
     """
-    # The 16-bit wrapper does not say what was missing.
+    # Unwrapped, as the 16-bit wrapper does not return the missing keys.
     found = unwrap_model(module).load_state_dict(state, strict=False)
     trained = dict(trained_parameters(module))
     if lacking := [*sorted(trained.keys() & set(found.missing_keys)), *found.unexpected_keys]:
@@ -58,12 +58,12 @@ def load_trained(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Parameters of the model on all ranks together; what several ranks hold counts once."""
+    """Parameters of the model over all ranks; those that several ranks have count once."""
 
     whole: int
     trained: int
     trained_per_token: float
-    """Those that train and that one token meets: of experts, as many as it is sent to."""
+    """Parameters that train and process one token: of experts, as many as it is routed to."""
 
 
 def size_of_whole_model(
@@ -72,11 +72,11 @@ def size_of_whole_model(
     """Count the parameters of all ranks; a collective."""
     counts = torch.zeros(3, dtype=torch.float64)
     for chunk in model:
-        shares = _shares_of_experts(chunk)
+        fractions = _fractions_of_experts(chunk)
         for parameter, shards in shards_of_parameters(unwrap_model(chunk), pg_collection):
             if all(_is_first_copy(shard) for shard in shards):
                 trained = parameter.numel() * parameter.requires_grad
-                met = trained * shares.get(id(parameter), 1.0)
+                met = trained * fractions.get(id(parameter), 1.0)
                 counts += torch.tensor([parameter.numel(), trained, met], dtype=torch.float64)
     counts = counts.to(next(model[0].parameters()).device)
     dist.all_reduce(counts)
@@ -84,15 +84,15 @@ def size_of_whole_model(
     return ModelSize(whole=round(whole), trained=round(trained), trained_per_token=met)
 
 
-def _shares_of_experts(chunk: torch.nn.Module) -> dict[int, float]:
-    """Return, by the parameter's id, the part of all tokens that an expert's parameter meets."""
-    shares: dict[int, float] = {}
+def _fractions_of_experts(chunk: torch.nn.Module) -> dict[int, float]:
+    """Return, by the parameter's id, the fraction of all tokens that an expert processes."""
+    fractions: dict[int, float] = {}
     for experts in chunk.modules():
         if isinstance(experts, SequentialMLP):
             number = experts.num_local_experts * experts.ep_group.size()
-            share = experts.config.moe_router_topk / number
-            shares |= {id(parameter): share for parameter in experts.parameters()}
-    return shares
+            fraction = experts.config.moe_router_topk / number
+            fractions |= {id(parameter): fraction for parameter in experts.parameters()}
+    return fractions
 
 
 def _is_first_copy(shard: ShardedTensor) -> bool:
@@ -102,19 +102,19 @@ def _is_first_copy(shard: ShardedTensor) -> bool:
 
 @contextlib.contextmanager
 def gradients_reach_recomputed_layers(model: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Let gradients into layers that are recomputed in the backward pass.
+    """Make inputs of layers that are recomputed in the backward pass require gradients.
 
-    megatron-core's recomputation gives gradients only where some tensor that goes in requires
-    them. Behind a frozen embedding none does, so what trains in the layers would get none, and
-    nothing would say so. The first tensor of floating-point numbers that a module with something
-    to train is given is therefore made to require them.
+    megatron-core's recomputation gives gradients only where some input requires them. After a
+    frozen embedding none does, so trained parameters in the layers would get no gradient, without
+    an error. Therefore the first floating-point input of each module with trained parameters is
+    made to require gradients.
 
     Args:
-        model: The model chunks; nothing is done to one that has no frozen weights or recomputes
-            nothing.
+        model: The model chunks; those without frozen weights or without recomputation stay as they
+            are.
     """
     handles = [
-        module.register_forward_pre_hook(_let_gradients_in, with_kwargs=True)
+        module.register_forward_pre_hook(_require_gradients, with_kwargs=True)
         for chunk in model
         if _is_partly_frozen(chunk) and _recomputes(chunk)
         for module in chunk.modules()
@@ -139,29 +139,29 @@ def _recomputes(chunk: torch.nn.Module) -> bool:
     )
 
 
-def _let_gradients_in(
+def _require_gradients(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not torch.is_grad_enabled():
         return None
     given: list[tuple[Any, Any]] = [*enumerate(args), *kwargs.items()]
     tensors = [
-        (place, value)
-        for place, value in given
+        (name, value)
+        for name, value in given
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     ]
     if not tensors or any(value.requires_grad for _, value in tensors):
         return None
-    place, value = tensors[0]
-    # Another tensor on the same memory: whoever gave this one may use it elsewhere.
+    name, value = tensors[0]
+    # Another tensor on the same memory, as the caller may use this one elsewhere.
     opened = value.detach().requires_grad_()
-    if isinstance(place, int):
-        return (*args[:place], opened, *args[place + 1 :]), kwargs
-    return args, {**kwargs, place: opened}
+    if isinstance(name, int):
+        return (*args[:name], opened, *args[name + 1 :]), kwargs
+    return args, {**kwargs, name: opened}
 
 
 class GradientWatch:
-    """Sees which parameters get a gradient in the first step."""
+    """The trained parameters that got no gradient yet in the first step."""
 
     def __init__(self, model: Iterable[torch.nn.Module]) -> None:
         """Watch every parameter of `model` that trains."""
@@ -172,10 +172,10 @@ class GradientWatch:
                 self._missing[id(parameter)] = (name, handle)
 
     def check(self) -> None:
-        """Refuse to go on if some parameter had no gradient; look no more afterwards.
+        """Raise if a trained parameter got no gradient, and stop watching.
 
         Raises:
-            RuntimeError: With their names.
+            RuntimeError: The message has their names.
         """
         missing = [name for name, _ in self._missing.values()]
         for _, handle in self._missing.values():

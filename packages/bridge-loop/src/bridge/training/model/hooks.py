@@ -16,15 +16,14 @@ if TYPE_CHECKING:
 
 
 def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, timers: Any) -> None:
-    """Give megatron-core's schedules the loop's hooks: no_sync, grad scale, grad finalisation.
+    """Set the loop's hooks for megatron-core's schedules: no_sync, grad scale, finalization.
 
-    They live on the model's TransformerConfig, where the schedules look for them. The chunks of a
-    rank share one such object; a model that made copies would train without its gradients reduced,
-    so that is refused.
+    They are attributes of the model's TransformerConfig, where the schedules look for them. The
+    chunks of a rank must share one such object: with copies of it, gradients would not be reduced.
 
     Raises:
-        UsageError: The chunks do not share their config, or it has the loss divided in another
-            way than the run.
+        UsageError: The chunks do not share their config, or its calculate_per_token_loss
+            contradicts train.loss_normalization.
     """
     from megatron.core.transformer.module import Float16Module
     from megatron.core.utils import get_model_config
@@ -47,7 +46,7 @@ def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, time
         )
     model_config.timers = timers
     model_config.grad_scale_func = optimizer.scale_loss
-    # Only where a part is frozen: a model of one's own may use a weight at some steps alone.
+    # Only where weights are frozen: a user's model may use some weights only at some steps.
     watch = GradientWatch(model) if config.peft is not None else None
     model_config.finalize_model_grads_func = GradientFinalizer(watch)
     if config.ddp.overlap_grad_reduce:
@@ -59,11 +58,11 @@ def attach_hooks(config: ConfigContainer, model: list[Any], optimizer: Any, time
 
 
 def detach_hooks(model: list[Any]) -> None:
-    """Take the loop's hooks and DDP's off again, so that a finished run's memory can be freed.
+    """Remove the loop's hooks and DDP's, so that the memory of a finished run can be freed.
 
-    The optimizer's shards are views of parameters, whose autograd nodes hold DDP's hooks, which
-    hold DDP and its config. Were the optimizer still on the config, it would hold itself through
-    C++, where Python's collector does not see it, and with it the model and the process groups.
+    The optimizer's shards are views of parameters, whose autograd nodes refer to DDP's hooks, which
+    refer to DDP and its config. With the optimizer on the config there would be a cycle through
+    C++, which Python's garbage collector does not see, with the model and the process groups in it.
     """
     from megatron.core.utils import get_model_config
 
@@ -80,12 +79,12 @@ def detach_hooks(model: list[Any]) -> None:
 
 
 class GradientFinalizer:
-    """megatron-core's finalize_model_grads, and how often it was called.
+    """megatron-core's finalize_model_grads, and the number of its calls.
 
-    A schedule that does not call it leaves gradients unreduced and undivided, and trains on.
+    A schedule that does not call it leaves gradients unreduced and undivided without an error.
 
     Args:
-        watch: Has seen which parameters got a gradient; None where nobody looks.
+        watch: Knows the parameters that got a gradient; None where they are not checked.
     """
 
     def __init__(self, watch: GradientWatch | None = None) -> None:
@@ -102,18 +101,18 @@ class GradientFinalizer:
     ) -> None:
         """Reduce the gradients over all ranks and divide them by the number of tokens.
 
-        Without a token they become 0. megatron-core would divide by 1 then, which leaves the
-        gradients of auxiliary losses as sums over all positions.
+        Without a token they become 0. megatron-core would divide by 1 then, and the gradients of
+        auxiliary losses would be sums over all positions.
 
         Args:
             model: This rank's model chunks, DDP-wrapped.
-            num_tokens: Tokens of this rank's microbatches on the last pipeline stage; it holds
-                those of all ranks afterwards. None if nothing is divided.
+            num_tokens: Tokens of this rank's microbatches on the last pipeline stage; afterwards
+                those of all ranks. None if nothing is divided.
             pg_collection: The process groups.
             options: megatron-core's own.
 
         Raises:
-            RuntimeError: In the first step a parameter that is watched got no gradient.
+            RuntimeError: In the first step a watched parameter got no gradient.
         """
         from megatron.core.distributed import finalize_model_grads
 

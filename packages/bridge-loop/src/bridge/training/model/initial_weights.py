@@ -1,11 +1,11 @@
 """Initial weights that do not depend on the parallel layout.
 
-megatron-core draws each rank's shard from that rank's generator, so a model's start changes with
-every layout and device. Here a weight is a function of the seed, its global name and its full
-shape: the full tensor is drawn on the CPU by the config's own initialiser, and each rank copies
-its part. megatron-core's sharded state dict says what the global name is and which part is
-whose: the same knowledge that lets a checkpoint move between layouts, gated units, fused QKV,
-experts and tied embeddings included.
+megatron-core draws each rank's shard from that rank's generator, so initial weights differ with
+layout and device. Here a weight is a function of the seed, its global name and its unsharded shape:
+the unsharded tensor is drawn on the CPU by the config's own initializer, and each rank copies its
+shard. The global name and the shard of each rank come from megatron-core's sharded state dict,
+which also lets a checkpoint move between layouts: gated units, fused QKV, experts and tied
+embeddings included.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 type Initializer = Callable[[Tensor], object]
 
-SWITCH = "set rng.layout_invariant_init=false to keep the model's own initialisation"
+SWITCH = "set rng.layout_invariant_init=false to keep the model's own initialization"
 
 _ROWS_OF_A_BLOCK = 128
 
@@ -57,14 +57,15 @@ _EMBEDDINGS = {
 
 
 def draw_with(parameter: Tensor, initializer: Initializer) -> None:
-    """Say how a weight of a module of one's own starts, so that `initialize_weights` draws it.
+    """Set the initializer with which `initialize_weights` draws a weight of a user's module.
 
-    It is drawn at once too, from the default generator, for runs whose model initialises itself.
+    The weight is drawn at once too, from the default generator, for runs without
+    rng.layout_invariant_init.
 
     Args:
-        parameter: Whole on this rank, or split as its module's sharded state dict says.
-        initializer: Fills a tensor of the full shape in place, as those of ``torch.nn.init`` do
-            and a config's ``init_method``.
+        parameter: Unsharded on this rank, or a shard according to its module's sharded state dict.
+        initializer: Fills an unsharded tensor in place, like those of ``torch.nn.init`` and a
+            config's ``init_method``.
     """
     parameter.initializer = initializer  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -78,23 +79,22 @@ def initialize_weights(
     *,
     only_padded: bool = False,
 ) -> None:
-    """Draw the weights of a megatron-core model anew, the same under every layout and device.
+    """Draw the weights of a megatron-core model, the same under every layout and device.
 
-    Norms and biases keep the constants that megatron-core gave them. A module that is not a
-    megatron-core transformer keeps the initialisation of its author, but for the weights that it
-    named to `draw_with`. To be called before an optimizer copies the weights. Rows of an embedding
-    do not depend on how many rows pad it.
+    Call it before an optimizer copies the weights. Norms and biases keep megatron-core's constants.
+    A module that is no megatron-core transformer keeps its own initialization, except for weights
+    with an initializer of `draw_with`. Rows of an embedding do not depend on the number of rows
+    that pad it.
 
     Args:
         model_chunks: This rank's part of the model, wrapped for 16 bits or not.
         seed: The run's seed.
         pg_collection: This rank's process groups; its ``dp_cp`` is read.
-        only_padded: Draw only what a checkpoint that is loaded next may have in part: weights
-            whose rows are padded to a multiple that depends on the layout.
+        only_padded: Draw only weights of which a checkpoint that is loaded next may have a part:
+            those whose rows are padded to a multiple that depends on the layout.
 
     Raises:
-        UsageError: A weight is split over ranks and none of megatron-core's initialisers is
-            known to be its own.
+        UsageError: A weight is sharded over ranks, and its initializer is not known.
     """
     for chunk in model_chunks:
         module = unwrap_model(chunk)
@@ -114,7 +114,7 @@ def initialize_added_weights(
 ) -> None:
     """Draw weights that were added to a model, and leave all others as they are.
 
-    Only those are drawn that name their initialiser, as `draw_with` makes them do.
+    Only weights with an initializer of `draw_with` are drawn.
 
     Args:
         model_chunks: This rank's part of the model, wrapped for 16 bits or not.
@@ -129,7 +129,7 @@ def initialize_added_weights(
             if id(parameter) in wanted and initializer is not None:
                 for shard in shards:
                     if shard.data is not None:
-                        shard.data.copy_(_part(shard, initializer, seed))
+                        shard.data.copy_(_draw_shard(shard, initializer, seed))
 
 
 @torch.no_grad()
@@ -148,16 +148,16 @@ def _initialize_chunk(
             if initializer is None:
                 initializer = initializer_of(shard.key, configs[id(parameter)])
             if initializer is not None and shard.data is not None:
-                shard.data.copy_(_part(shard, initializer, seed))
+                shard.data.copy_(_draw_shard(shard, initializer, seed))
             elif not _is_constant(shard.key):
-                _refuse_if(_is_split(shard), shard.key)
+                _reject_if(_is_split(shard), shard.key)
                 kept.append(shard.key)
     for name, parameter in module.named_parameters():
         if id(parameter) not in described and not only_padded:
-            _refuse_if(_is_marked_split(parameter), name)
+            _reject_if(_is_marked_split(parameter), name)
             kept.append(name)
     if kept:
-        logger.info("weights that keep their module's own initialisation: %s", ", ".join(kept))
+        logger.info("weights that keep their module's own initialization: %s", ", ".join(kept))
 
 
 def _config_of_each_parameter(module: MegatronModule) -> dict[int, TransformerConfig]:
@@ -174,7 +174,7 @@ def _config_of_each_parameter(module: MegatronModule) -> dict[int, TransformerCo
 
 
 def initializer_of(name: str, config: TransformerConfig) -> Initializer | None:
-    """Return the initialiser that megatron-core's layers use for a weight of this name, if any."""
+    """Return the initializer of megatron-core's layers for a weight of this name, if any."""
     role = ".".join(name.split(".")[-2:])
     if role in _INPUT_WEIGHTS:
         return config.init_method
@@ -193,9 +193,9 @@ def _is_constant(name: str) -> bool:
     return leaf == "bias" or leaf.startswith("layer_norm_") or "norm" in owner
 
 
-def _refuse_if(is_split: bool, name: str) -> None:
+def _reject_if(is_split: bool, name: str) -> None:
     if is_split:
-        raise UsageError(f"{name}: no layout-invariant initialisation is known for it; {SWITCH}")
+        raise UsageError(f"{name}: no layout-invariant initialization is known for it; {SWITCH}")
 
 
 def _is_split(shard: ShardedTensor) -> bool:
@@ -210,10 +210,10 @@ def _is_marked_split(parameter: torch.nn.Parameter) -> bool:
 def shards_of_parameters(
     module: MegatronModule, pg_collection: ProcessGroupCollection
 ) -> Iterator[tuple[torch.nn.Parameter, list[ShardedTensor]]]:
-    """Yield each parameter with its parts' places in the full tensors.
+    """Yield each parameter with its shards and their offsets in the unsharded tensors.
 
-    The parts' data are views of the parameter. Layers are told apart by their number in the
-    name, experts by an index before the tensor's own axes.
+    The shards' data are views of the parameter. A layer has its number in the name, an expert has
+    an index before the tensor's own axes.
     """
     metadata = {"non_homogeneous_layers": True, "dp_cp_group": pg_collection.dp_cp}
     for entry in module.sharded_state_dict(metadata=metadata).values():
@@ -225,8 +225,8 @@ def shards_of_parameters(
             yield entry.data, [entry]
 
 
-def _part(shard: ShardedTensor, initializer: Initializer, seed: int) -> Tensor:
-    """Draw the full tensor and return this rank's part of it."""
+def _draw_shard(shard: ShardedTensor, initializer: Initializer, seed: int) -> Tensor:
+    """Draw the unsharded tensor and return this rank's shard of it."""
     axes = shard.prepend_axis_num
     name = "/".join(map(str, [shard.key, *shard.global_offset[:axes]]))
     offset, shape = shard.global_offset[axes:], shard.global_shape[axes:]
@@ -247,7 +247,7 @@ def _rows(
     initializer: Initializer,
     seed: int,
 ) -> Tensor:
-    """Draw rows in blocks of their own, so that none depends on how many there are."""
+    """Draw rows in separately seeded blocks, so that none depends on the number of rows."""
     first_block = first // _ROWS_OF_A_BLOCK
     last_block = (first + count - 1) // _ROWS_OF_A_BLOCK
     blocks = [
@@ -266,7 +266,7 @@ def _draw(name: str, shape: tuple[int, ...], initializer: Initializer, seed: int
 
 @contextmanager
 def _generator_seeded_by(name: str, seed: int) -> Iterator[None]:
-    """Seed the CPU's generator, from which torch.nn.init draws, and give its state back after."""
+    """Seed the CPU's generator, from which torch.nn.init draws, and restore its state after."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(int.from_bytes(digest, "big"))

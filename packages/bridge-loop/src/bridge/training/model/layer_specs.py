@@ -1,8 +1,8 @@
-"""Which modules a transformer is made of: Transformer Engine's, or our local ones without it.
+"""The modules of a transformer: Transformer Engine's, or local ones without it.
 
-The local layers serve CPU rehearsals and GPUs without Transformer Engine. megatron-core's own
-local layers refuse sequence parallelism (their norm) and context parallelism (their attention);
-ours, from `bridge.training.model.local_layers`, do not.
+The local layers are for the CPU emulation and for GPUs without Transformer Engine. megatron-core's
+own local layers reject sequence parallelism (their norm) and context parallelism (their attention).
+Those of `bridge.training.model.local_layers` support both.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def uses_transformer_engine(config: TransformerConfig) -> bool:
 
 
 def adapted_layer(layer: Any, config: TransformerConfig) -> ModuleSpec:
-    """Return a layer that megatron-core specified with our choice of modules in it."""
+    """Return a layer spec of megatron-core with our choice of modules in it."""
     mlp = layer.submodules.mlp
     if isinstance(mlp, partial) and mlp.func is MoELayer:
         experts = dataclasses.replace(mlp.keywords["submodules"], router=Router)
@@ -49,7 +49,7 @@ def adapted_layer(layer: Any, config: TransformerConfig) -> ModuleSpec:
     if not uses_transformer_engine(config):
         return _local_layer(layer, config)
     if config.use_transformer_engine_op_fuser and config.num_moe_experts is None:
-        # megatron-core's block spec has no way to ask for the fused MLP.
+        # megatron-core's block spec has no option for the fused MLP.
         return get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=config.qk_layernorm,
             qk_l2_norm=config.qk_l2_norm,
@@ -72,8 +72,8 @@ def decoder_block_spec(
     Args:
         config: The finalized transformer; ``config.transformer_impl`` chooses the modules.
         vp_stage: Index of the virtual pipeline stage, None without interleaving.
-        pp_rank: This rank's place in the pipeline.
-        adapt: Makes a layer of each that megatron-core specifies.
+        pp_rank: This rank's stage of the pipeline.
+        adapt: Returns a layer spec for each of megatron-core's.
     """
     block: Any = get_gpt_decoder_block_spec(
         config,
@@ -92,17 +92,17 @@ def decoder_block_spec(
 def encoder_block_spec(
     config: TransformerConfig, *, pp_rank: int = 0
 ) -> TransformerBlockSubmodules:
-    """Return the layers of a transformer in which every position sees all others.
+    """Return the layers of a transformer in which every position attends to all others.
 
     Args:
         config: As for `decoder_block_spec`.
-        pp_rank: This rank's place in the pipeline.
+        pp_rank: This rank's stage of the pipeline.
     """
     return decoder_block_spec(config, pp_rank=pp_rank, adapt=_layer_without_mask)
 
 
 def backend_of(config: TransformerConfig) -> BackendSpecProvider:
-    """Return what names the single modules of a finalized transformer."""
+    """Return the provider of the single modules of a finalized transformer."""
     if uses_transformer_engine(config):
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 

@@ -1,7 +1,7 @@
 """Norms and attention for a layer spec without Transformer Engine, on a CPU or a GPU.
 
-megatron-core's own local norms refuse sequence parallelism, and its local attention refuses
-context parallelism and packed sequences; these do all three, so every layout can be rehearsed.
+megatron-core's own local norms reject sequence parallelism, and its local attention rejects context
+parallelism and packed sequences. These support all three, so every layout can be tried on a CPU.
 Letters in shapes: s sequence, b batch, n attention heads and g query groups on this rank,
 d channels of a head, t tokens of a pack.
 """
@@ -29,7 +29,7 @@ _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
 class _Norm(torch.nn.Module):
-    """What both norms share: a gain that sequence parallelism and zero-centring are told of."""
+    """The common base of both norms: a gain, for sequence parallelism and zero-centered gamma."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -42,13 +42,13 @@ class _Norm(torch.nn.Module):
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
         values = torch.full((size,), fill, dtype=self.config.params_dtype, device=device)
         parameter = torch.nn.Parameter(values)
-        # Each tensor-parallel rank sees a part of the sequence only; megatron-core sums the
-        # gradients of parameters with this mark over the ranks.
+        # Each tensor-parallel rank has a shard of the sequence. megatron-core sums the gradients of
+        # parameters with this mark over the ranks.
         parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         return parameter
 
     def _gain(self) -> Tensor:
-        # Callers give it the input's type: a residual stream may be kept in float32.
+        # Callers convert it to the input's type: a residual stream may be float32.
         return self.weight + 1 if self.zero_centered else self.weight
 
 
@@ -57,7 +57,7 @@ class RMSNorm(_Norm):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` ``[..., hidden]``; the result has the weight's type."""
+        """Normalize `x` ``[..., hidden]``; the result has the weight's type."""
         gain = self._gain().to(x.dtype)
         normalized = functional.rms_norm(x, self.weight.shape, gain, self.eps)
         return normalized.to(self.weight.dtype)
@@ -72,7 +72,7 @@ class LayerNorm(_Norm):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` ``[..., hidden]``; the result has the weight's type."""
+        """Normalize `x` ``[..., hidden]``; the result has the weight's type."""
         gain, bias = self._gain().to(x.dtype), self.bias.to(x.dtype)
         normalized = functional.layer_norm(x, self.weight.shape, gain, bias, self.eps)
         return normalized.to(self.weight.dtype)
@@ -81,18 +81,18 @@ class LayerNorm(_Norm):
 class LocalAttention(torch.nn.Module):
     """Core attention on torch's scaled_dot_product_attention.
 
-    With context parallelism the keys and values of the whole sequence are gathered on every
-    rank, whatever ``cp_comm_type`` says; the sequence is cut as megatron-core's
-    ``get_batch_on_this_cp_rank`` cuts it, each document of a pack by itself. A mask costs memory
-    for each pair of positions, so long contexts want Transformer Engine; plain causal attention
-    has none.
+    With context parallelism the keys and values of the full sequence are gathered on every rank,
+    whatever ``cp_comm_type`` is. The sequence is sharded like in megatron-core's
+    ``get_batch_on_this_cp_rank``, each document of a pack separately. A mask costs memory for each
+    pair of positions, so long contexts need Transformer Engine. Plain causal attention has no mask.
 
     Dropout is drawn for all heads and positions of a microbatch, equally on every tensor- and
-    context-parallel rank, and each takes its part: how many ranks there are does not matter. It
-    costs memory for each pair of positions of each head, as megatron-core's own local attention.
+    context-parallel rank, and each takes its shard: so it does not depend on the number of ranks.
+    It costs memory for each pair of positions of each head, like megatron-core's own local
+    attention.
 
     Raises:
-        UsageError: If the config asks for a softmax or a clipping that torch's kernel lacks.
+        UsageError: The config has a softmax or a clipping that torch's kernel lacks.
     """
 
     def __init__(
@@ -141,11 +141,11 @@ class LocalAttention(torch.nn.Module):
             query: ``[s, b, n, d]``, or ``[t, n, d]`` when packed.
             key: ``[s, b, g, d]``, or ``[t, g, d]`` when packed.
             value: As `key`; its d may differ.
-            attention_mask: Boolean, True where a key must NOT be seen (megatron-core's
-                convention), broadcastable to ``[b, n, s, s]``. Causal attention stays causal.
+            attention_mask: Boolean, True where a key is masked (megatron-core's convention),
+                broadcastable to ``[b, n, s, s]``. Causal attention stays causal.
             attn_mask_type: In place of the constructor's.
             attention_bias: Not supported.
-            packed_seq_params: Ends of the sequences of a pack; each sees itself alone.
+            packed_seq_params: Ends of the sequences of a pack; each attends only to itself.
 
         Returns:
             ``[s, b, n * d]``, or ``[t, 1, n * d]`` when packed.
@@ -178,8 +178,8 @@ class LocalAttention(torch.nn.Module):
             key, value = _gather_sequence(key, value, group)
             return self._attend(query, key, value, mask, positions=positions)
         if ends is not None:
-            places = torch.arange(query.shape[0], device=query.device)
-            mask = self._mask_of_documents(ends, (places, places), causal)
+            everywhere = torch.arange(query.shape[0], device=query.device)
+            mask = self._mask_of_documents(ends, (everywhere, everywhere), causal)
         elif attention_mask is None and self.window is None:
             return self._attend(query, key, value, None, is_causal=causal)
         else:
@@ -196,12 +196,12 @@ class LocalAttention(torch.nn.Module):
         is_causal: bool = False,
         positions: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attend where `mask` is True; `positions` of queries and keys, where they are not all."""
+        """Attend where `mask` is True; `positions` are those of sharded queries and keys."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.training and self.dropout > 0.0:
             if is_causal:
-                places = torch.arange(query.shape[2], device=query.device)
-                mask = self._position_mask(places, places, causal=True)
+                everywhere = torch.arange(query.shape[2], device=query.device)
+                mask = self._position_mask(everywhere, everywhere, causal=True)
             output = self._attend_with_dropout(query, key, value, mask, positions)
         else:
             output = functional.scaled_dot_product_attention(
@@ -223,7 +223,7 @@ class LocalAttention(torch.nn.Module):
         mask: Tensor | None,
         positions: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """Attend with the softmax written out, as torch's kernel draws a mask of its own."""
+        """Attend with an explicit softmax, as torch's kernel draws a dropout mask of its own."""
         heads_per_group = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key, value))
         scores = (query @ key.transpose(2, 3)).float() * self.softmax_scale
@@ -233,15 +233,15 @@ class LocalAttention(torch.nn.Module):
         return (weights / (1.0 - self.dropout)).to(value.dtype) @ value
 
     def _kept(self, scores: Tensor, positions: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Draw which attention weights are kept: this rank's part, like `scores` ``[b, n, s, s]``.
+        """Draw this rank's mask of the attention weights that are kept, ``[b, n, s, s]``.
 
-        The context-parallel ranks' keys are gathered: the last dimension is the whole sequence.
+        The context-parallel ranks' keys are gathered: the last dimension is the full sequence.
         """
         tensor = self.tensor_parallel_group
-        batch, heads, _, whole = scores.shape
-        ones = scores.new_ones(batch, heads * _size(tensor), whole, whole)
+        batch, heads, _, length = scores.shape
+        ones = scores.new_ones(batch, heads * _size(tensor), length, length)
         if self.config.sequence_parallel:
-            # The transformer block has forked to a stream that differs between the ranks.
+            # The transformer block has forked to a random stream that differs between the ranks.
             with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
                 kept = functional.dropout(ones, self.dropout) > 0
         else:
@@ -254,7 +254,7 @@ class LocalAttention(torch.nn.Module):
         return kept
 
     def _position_mask(self, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
-        """Which keys each query may see, from their positions in the sequence; None for all."""
+        """Return the keys that each query attends to, from their positions; None for all."""
         if not causal and self.window is None:
             return None
         distance = key[None, :] - query[:, None]
@@ -271,7 +271,7 @@ class LocalAttention(torch.nn.Module):
     def _dense_mask(
         self, query: Tensor, key: Tensor, attention_mask: Tensor | None, causal: bool
     ) -> Tensor | None:
-        """The mask of whole sequences: the caller's, the causal one and the window together."""
+        """Return the mask of full sequences: the caller's, the causal one and the window."""
         queries = torch.arange(query.shape[0], device=query.device)
         keys = torch.arange(key.shape[0], device=query.device)
         visible = self._position_mask(queries, keys, causal)
@@ -282,7 +282,7 @@ class LocalAttention(torch.nn.Module):
     def _mask_of_documents(
         self, ends: Tensor | None, positions: tuple[Tensor, Tensor], causal: bool
     ) -> Tensor | None:
-        """The mask of queries and keys at `positions`, of which each sees its own document."""
+        """Return the mask in which `positions` attend to their own document."""
         visible = self._position_mask(*positions, causal)
         if ends is None:
             return visible
@@ -304,7 +304,7 @@ def _size(group: Any) -> int:
 
 
 def _ends_of_documents(packed: PackedSeqParams, causal: bool) -> Tensor:
-    """Return where the documents of a pack begin, with padding, and where the last one ends."""
+    """Return the boundaries of the documents of a pack, padding included."""
     if packed.cu_seqlens_q_padded is None:
         return packed.cu_seqlens_q
     if not causal:
@@ -312,29 +312,29 @@ def _ends_of_documents(packed: PackedSeqParams, causal: bool) -> Tensor:
     return packed.cu_seqlens_q_padded
 
 
-def _documents(ends: Tensor, places: Tensor) -> Tensor:
-    """Return the number of the document in which each place lies; empty ones count."""
-    return torch.searchsorted(ends[1:].contiguous(), places.to(ends.dtype), right=True)
+def _documents(ends: Tensor, positions: Tensor) -> Tensor:
+    """Return the index of the document of each position; empty documents count."""
+    return torch.searchsorted(ends[1:].contiguous(), positions.to(ends.dtype), right=True)
 
 
 def _positions_of_ranks(
     length: int, ends: Tensor | None, group: dist.ProcessGroup, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Positions in the sequence of this rank's `length` tokens, and of all ranks' one by one.
+    """Return the positions in the sequence of this rank's `length` tokens, and of all ranks'.
 
-    A document is cut in twice as many chunks as there are ranks; rank r has the r-th from either
-    end. Without `ends` the sequence is one document.
+    A document is divided into twice as many chunks as there are ranks; rank r has the r-th from
+    either end. Without `ends` the sequence is one document.
     """
     size = group.size()
     if ends is None:
         ends = torch.tensor([0, size * length], device=device)
-    starts = (ends // size).long()  # Of a rank's part of each document, among its tokens.
-    places = torch.arange(length, device=device)
-    document = _documents(starts, places)
+    starts = (ends // size).long()  # Of a rank's shard of each document, in its tokens.
+    offsets = torch.arange(length, device=device)
+    document = _documents(starts, offsets)
     chunk = (starts[document + 1] - starts[document]) // 2
-    within = places - starts[document]
+    within = offsets - starts[document]
     ranks = torch.arange(size, device=device)[:, None]
-    # Of the second chunk: as far as the place is beyond the first, and from the other end.
+    # Tokens after the first chunk are in the second one, which counts from the other end.
     number = torch.where(within < chunk, ranks, 2 * size - 1 - ranks)
     positions = ends[document] + number * chunk + within % chunk
     return positions[group.rank()], positions.flatten()
@@ -349,20 +349,20 @@ def _gather_sequence(key: Tensor, value: Tensor, group: dist.ProcessGroup) -> tu
 
 
 class _GatherSequence(torch.autograd.Function):
-    """All-gather along the first dimension; every rank's gradient of a part is summed."""
+    """All-gather along the first dimension; the ranks' gradients of a shard are summed."""
 
     @staticmethod
     @override
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, shard: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        whole = part.new_empty((part.shape[0] * group.size(), *part.shape[1:]))
-        dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
-        return whole
+        gathered = shard.new_empty((shard.shape[0] * group.size(), *shard.shape[1:]))
+        dist.all_gather_into_tensor(gathered, shard.contiguous(), group=group)
+        return gathered
 
     @staticmethod
     @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        part = gradient.new_empty((gradient.shape[0] // ctx.group.size(), *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(part, gradient.contiguous(), group=ctx.group)
-        return part, None
+        shard = gradient.new_empty((gradient.shape[0] // ctx.group.size(), *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(shard, gradient.contiguous(), group=ctx.group)
+        return shard, None

@@ -1,17 +1,17 @@
-"""The experts' router: megatron-core's, with auxiliary losses that leave padding out.
+"""The experts' router: megatron-core's, with auxiliary losses that exclude padding.
 
-With a padding mask megatron-core takes each rank's own count of real tokens for its share of the
-microbatch, and the mean length of a microbatch's sequences for the length of each. Under tensor
-and context parallelism padding lies unevenly, so the losses would depend on layout and micro batch
-size. Here, with P real tokens in a microbatch and b sequences of P_s each, the loss that is added
-to the gradients is coefficient times
+With a padding mask megatron-core weights each rank by its own count of real tokens, and takes the
+mean length of a microbatch's sequences for the length of each. Under tensor and context parallelism
+padding is uneven, so the losses would depend on layout and micro batch size. Here, with P real
+tokens in a microbatch and b sequences of P_s each, the loss that is added to the gradients is
+coefficient times
 
-    normalisation      token                            microbatch
+    normalization      token                            microbatch
     z-loss             P * mean over real tokens        mean over real tokens
     batch-level        P * balance of the microbatch    balance of the microbatch
     sequence-level     sum_s P_s * balance of s         sum_s balance of s / b
 
-which without padding is what megatron-core does.
+which without padding are megatron-core's.
 """
 
 from typing import Any, override
@@ -32,11 +32,11 @@ class Router(TopKRouter):
     """Routes each token to its experts (see the module)."""
 
     _padding: torch.Tensor | None = None
-    """True at padding, [sequence * batch], while a microbatch with a mask is trained on."""
+    """True at padding, [sequence * batch], while a microbatch with a mask is trained."""
     _real: torch.Tensor
-    """Real tokens of each of its sequences, [batch], on all ranks that share them."""
+    """Real tokens of each of its sequences, [batch], over all ranks with shards of them."""
     _positions: int
-    """Its token positions on all those ranks."""
+    """Its padded tokens on all those ranks."""
 
     @override
     def routing(
@@ -62,7 +62,7 @@ class Router(TopKRouter):
         if self.calculate_per_token_loss:
             self._track(PADDING, 1.0 - self._weight())
         try:
-            # Of padding alone megatron-core would make 0 / 0; here its weight is 0.
+            # megatron-core would divide 0 / 0 for a microbatch of padding; here its weight is 0.
             routed = super().routing(logits, padding_mask & (self._real.sum() > 0))
             return routed
         finally:
@@ -78,11 +78,11 @@ class Router(TopKRouter):
             attached: torch.Tensor = super().apply_z_loss(logits, padding_mask)
             return attached
         squares = logits.float().logsumexp(dim=-1).square() * ~self._padding
-        # This rank's share of the mean; the ranks' gradients are added.
-        share = self._weight() * squares.sum() / self._real.sum().clamp(min=1)
-        self._track("z_loss", share * self.tp_cp_group.size())
+        # This rank's part of the mean; the ranks' gradients are summed.
+        part = self._weight() * squares.sum() / self._real.sum().clamp(min=1)
+        self._track("z_loss", part * self.tp_cp_group.size())
         scale = self._positions if self.calculate_per_token_loss else 1
-        attached = MoEAuxLossAutoScaler.apply(logits, coefficient * scale * share)
+        attached = MoEAuxLossAutoScaler.apply(logits, coefficient * scale * part)
         return attached
 
     @override
@@ -94,7 +94,7 @@ class Router(TopKRouter):
         *args: Any,
         **arguments: Any,
     ) -> torch.Tensor:
-        """Add a balance loss, of which `aux_loss` is this rank's share, to the gradients."""
+        """Add a load-balancing loss, of which `aux_loss` is this rank's part, to the gradients."""
         if self._padding is not None:
             # Without a count megatron-core multiplies by the number of positions.
             aux_loss, arguments["valid_token_count"] = aux_loss * self._weight(), None
@@ -104,7 +104,7 @@ class Router(TopKRouter):
         return attached
 
     def _weight(self) -> torch.Tensor:
-        """Return how much a mean over the microbatch's real tokens counts in the step's mean."""
+        """Return the weight of a mean over the microbatch's real tokens in the step's mean."""
         total = self._real.sum()
         return total / self._positions if self.calculate_per_token_loss else (total > 0).float()
 
@@ -139,17 +139,17 @@ class Router(TopKRouter):
         super()._apply_expert_bias(routing_map, None if mask is None else mask[:, None])
 
     def _track(self, name: str, value: torch.Tensor) -> None:
-        """Let megatron-core's tracker add a value that is a mean over ranks for this layer."""
+        """Add a value of this layer that is a mean over ranks to megatron-core's tracker."""
         layers, layer = self.config.num_layers, self.layer_number
-        depths = self.config.mtp_num_layers or 0
+        mtp_layers = self.config.mtp_num_layers or 0
         if layer is None:
             return
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
-            value = value / depths  # it comes by once for each depth
+            value = value / mtp_layers  # recorded once for each MTP layer
         get_moe_metrics_tracker().record(
             name,
             value,
             layer + layers * self.is_mtp_layer,
-            layers + depths,
+            layers + mtp_layers,
             avg_group=self.tp_dp_cp_group,
         )

@@ -1,6 +1,6 @@
-"""Fields of megatron-core's TransformerConfig that our transformers give no effect, as data.
+"""Fields of megatron-core's TransformerConfig that have no effect in our transformers.
 
-They belong to what our layers are not made of, to inference, or to a feature that is off.
+They belong to modules that our layers are not made of, to inference, or to a feature that is off.
 """
 
 from importlib.util import find_spec
@@ -53,7 +53,7 @@ def _flex(*backends: str) -> Condition:
 
 
 def _no_format_of_blackwell(name: str, *values: str) -> Condition:
-    """Whether a field asks for none of the formats of Blackwell cards, or the card is one."""
+    """Whether a field has no format of Blackwell cards, or the card is one."""
 
     def condition(section: Any, config: ConfigContainer) -> bool:
         if str(text_of(getattr(section, name))) not in values:

@@ -46,7 +46,7 @@ class TransformerSection(TransformerConfig):
         "execution", default="auto"
     )
     """auto takes Transformer Engine's modules on a GPU where it is installed, else the local ones.
-    It takes the place of transformer_impl."""
+    It replaces transformer_impl."""
 
     # megatron-core's switches whose best value depends on device and libraries.
     gradient_accumulation_fusion: bool | None = None  # type: ignore[assignment]
@@ -73,7 +73,7 @@ class TransformerSection(TransformerConfig):
 
     @override
     def __post_init__(self) -> None:
-        """Derive nothing yet: see `finalized`."""
+        """Leave the derivations to `finalized`."""
 
     @property
     def has_rotary_positions(self) -> bool:
@@ -126,11 +126,11 @@ class TransformerSection(TransformerConfig):
         values["gradient_accumulation_fusion"] &= has_fused_gradient_accumulation()
         return TransformerConfig(**values)
 
-    def refuse_open_layer_spec(self, path: str) -> None:
-        """Refuse to build what `device_defaults` has not decided.
+    def reject_open_layer_spec(self, path: str) -> None:
+        """Reject a layer_spec that `device_defaults` has not decided.
 
         Args:
-            path: Where the section stands, such as "model".
+            path: Path of the section, such as "model".
         """
         if self.layer_spec == "auto":
             raise UsageError(
@@ -152,10 +152,10 @@ class TransformerSection(TransformerConfig):
                 linear.fuse_wgrad_accumulation = True
 
     def feature_problems(self, path: str, config: ConfigContainer) -> Iterator[str | Problem]:
-        """Yield what megatron-core would refuse only while it builds, or would not notice.
+        """Yield problems that megatron-core would find only while it builds, or not at all.
 
         Args:
-            path: Where the section stands, such as "model".
+            path: Path of the section, such as "model".
             config: The run's configuration.
         """
         yield from rejections_in(self, path, config, LAYERS)

@@ -1,8 +1,8 @@
 """The optimizer's part of a checkpoint: corrections to what megatron-core saves, and resharding.
 
-megatron-core keeps one optimizer for all weights, or a second one for the experts where they are
-spread over ranks. The tensors of a checkpoint are found by the names of their weights; the rest,
-the settings of the parameter groups and the number of steps, is saved for each optimizer.
+megatron-core has one optimizer for all weights, and a second one for the experts under expert
+parallelism. The tensors of a checkpoint are found by the names of their weights. The settings of
+the parameter groups and the number of steps are saved for each optimizer.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ _RATES = ("max_lr", "min_lr")
 
 @contextlib.contextmanager
 def offsets_without_padding(optimizer: Any) -> Iterator[None]:
-    """Take the padding between buckets out of the distributed optimizer's offsets in the block.
+    """Remove the padding between buckets from the distributed optimizer's offsets in the block.
 
     DistributedOptimizer.sharded_param_state_fully_reshardable gathers the state of a gradient
-    buffer without the padding at the end of its buckets, and cuts the state of each parameter out
-    of that by the parameter's offset in the padded buffer. With buckets [a a a . | b b .] it takes
-    for b what begins at 4, and that of b begins at 3: it saves the state of other parameters, and
-    zeros after the end. Fixed in megatron-core after 0.19.2
-    (https://github.com/NVIDIA/Megatron-LM/pull/5077). Loading goes by parameter and is right.
+    buffer without the padding at the end of its buckets, and slices it with the parameters' offsets
+    in the padded buffer. With buckets [a a a . | b b .] it slices b from 4 on, and b begins at 3.
+    So it saves the state of other parameters, and zeros after the end. This is fixed in
+    megatron-core after 0.19.2 (https://github.com/NVIDIA/Megatron-LM/pull/5077). Loading goes by
+    parameter and is right.
 
     Args:
         optimizer: megatron-core's optimizer, of any kind.
@@ -44,7 +44,7 @@ def offsets_without_padding(optimizer: Any) -> Iterator[None]:
 
 
 def let_sgd_be_loaded(optimizer: Any) -> None:
-    """Give SGD the function that makes its state, which megatron-core calls before it loads one.
+    """Set the function that makes the state of SGD, which megatron-core calls before loading.
 
     It has none for SGD, and raises (megatron-core 0.19.2, optimizer/__init__.py).
 
@@ -57,9 +57,9 @@ def let_sgd_be_loaded(optimizer: Any) -> None:
 
 
 def make_state(optimizer: Any) -> None:
-    """Make the state of weights that were never updated, as their first update would begin.
+    """Make the initial state of weights that were never updated.
 
-    Without it there is nothing to save while every step was skipped, and megatron-core raises.
+    Without it megatron-core cannot save while every step was skipped, and raises.
 
     Args:
         optimizer: megatron-core's optimizer, of any kind.
@@ -69,7 +69,7 @@ def make_state(optimizer: Any) -> None:
             continue
         single.init_state_fn(single.optimizer, single.config)
         if isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            # Those of megatron-core and Transformer Engine count steps by group.
+            # Adam of megatron-core and of Transformer Engine counts steps by group.
             for state in single.optimizer.state.values():
                 state.setdefault("step", torch.tensor(0.0))
 
@@ -84,12 +84,12 @@ def _make_momentum(sgd: torch.optim.Optimizer, _: Any) -> None:
 def is_shifted(optimizer: Any, state: Any) -> bool:
     """Whether a loaded state of the distributed optimizer is that of other weights than the model.
 
-    The state holds the weights in float32, which round to those of the model. Where
-    `offsets_without_padding` was missing when it was saved, they are those of other parameters.
+    The state has the weights in float32, which round to those of the model. Where it was saved
+    without `offsets_without_padding`, they are those of other parameters.
 
     Args:
         optimizer: megatron-core's optimizer, over a model that has the checkpoint's weights.
-        state: What was loaded for it, with one part for each of its parts (`fitted_to`).
+        state: Its loaded state, with one part for each of its parts (`fitted_to`).
     """
     return any(
         not _rounds_to(weight, loaded["param_state"][index]["param"])
@@ -103,18 +103,18 @@ def is_shifted(optimizer: Any, state: Any) -> bool:
 def take_saved_rates(
     groups: list[dict[str, Any]], state: Any, *, saved: float, present: float
 ) -> None:
-    """Give groups of parameters the highest and lowest rates that they had when they were saved.
+    """Set the highest and lowest rates of parameter groups to those that were saved.
 
-    megatron-core finds the settings of a group by its rates among other things.
+    megatron-core finds the saved settings of a group by its rates and other fields.
 
     Args:
         groups: The optimizer's, changed in place.
-        state: What was loaded for it.
-        saved: Highest rate of the schedule when the state was saved.
-        present: That of the present schedule. Rates that are multiples of it follow it.
+        state: Its loaded state.
+        saved: Highest rate of the LR scheduler when the state was saved.
+        present: Highest rate of the present scheduler; groups' rates keep their ratio to it.
 
     Raises:
-        UsageError: No parameters were saved that learned so.
+        UsageError: No saved group has such a rate.
     """
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
@@ -151,8 +151,8 @@ def fitted_to(optimizer: Any, state: Any) -> Any:
 
     Args:
         optimizer: megatron-core's optimizer, of the layout that loads.
-        state: What was loaded for it: the tensors as it asked for them, and the rest as it was
-            saved under a layout of more or fewer optimizers. Left as it is where both are one.
+        state: Its loaded state: the tensors for its own parts, and the rest as it was saved, under
+            a layout of more or fewer optimizers. Unchanged where their numbers are equal.
 
     Raises:
         UsageError: The checkpoint has no settings for a group of parameters, or it is not of the
@@ -175,14 +175,14 @@ def fitted_to(optimizer: Any, state: Any) -> Any:
         )
     saved = [part for part in saved if _is_part(part)]
     groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
-    beside = {
+    others = {
         name: value
         for name, value in saved[0].items()
         if isinstance(name, str) and name not in ("optimizer", "param_state")
     }
     fitted = [
         {
-            **beside,
+            **others,
             "optimizer": {
                 "param_groups": [_settings_of(group, groups) for group in part.param_groups]
             },
@@ -194,7 +194,7 @@ def fitted_to(optimizer: Any, state: Any) -> Any:
 
 
 def _single_optimizers(optimizer: Any) -> list[Any]:
-    """Return the optimizers of one kind of weights each, of which an optimizer consists."""
+    """Return the single optimizers that an optimizer consists of."""
     parts = getattr(optimizer, "chained_optimizers", None)
     if parts is None and hasattr(optimizer, "module_infos"):
         parts = [info.optimizer for info in optimizer.module_infos.values() if info.optimizer]
@@ -257,12 +257,12 @@ def _numbers(state: Mapping[Any, Any]) -> list[int]:
 
 
 def _is_part(state: Mapping[Any, Any]) -> bool:
-    """Tell whether a state has what one optimizer saves beside tensors."""
+    """Whether a state has the settings that one optimizer saves next to its tensors."""
     return "optimizer" in state or "param_groups" in state
 
 
 def _settings_of(group: Mapping[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the saved settings of the parameters that a group holds."""
+    """Return the saved settings of a group's parameters."""
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
     mark = "is_expert_parallel"

@@ -1,4 +1,4 @@
-"""Torch's deterministic algorithms, for the time of a run."""
+"""torch's deterministic algorithms during a run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from bridge.training.config.schema.paths import parts_of
 
 @contextlib.contextmanager
 def deterministic_algorithms(config: ConfigContainer) -> Iterator[None]:
-    """Use them within the block where a transformer of the model has deterministic_mode.
+    """Use deterministic algorithms in the block if a transformer has deterministic_mode.
 
-    An operation that has none raises a RuntimeError, of torch's.
+    An operation without such an algorithm raises torch's RuntimeError.
     """
     parts = [part for _, part in parts_of(config.model, "model")]
     if not any(isinstance(part, TransformerConfig) and part.deterministic_mode for part in parts):

@@ -1,7 +1,7 @@
-"""The process groups of a run: whoever made them takes them down.
+"""The process groups of a run: initialize them, or use those of the program.
 
-A run that finds torch.distributed or megatron-core's groups already initialised uses them and
-leaves them as they were, so that the loop can live inside a larger program.
+A run that finds torch.distributed or megatron-core's groups initialized uses them and leaves them
+as they were, so that the loop can run inside a larger program.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from bridge.training.launchers import rank_environment
 from bridge.training.megatron_import import expected_messages_held_back
 from bridge.training.megatron_patches import destroy_model_parallel
 from bridge.training.ranks.launcher_store import meeting_store, rank, world_size
-from bridge.training.ranks.megatron_globals import globals_kept
+from bridge.training.ranks.megatron_globals import restored_globals
 from bridge.training.ranks.model_ranks import to_model_ranks
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-# Every rank has begun as many runs, so they agree on the number without asking each other.
+# Every rank has started the same number of runs, so they agree on it without a collective.
 _runs = itertools.count()
 
 
@@ -37,17 +37,17 @@ type Device = Literal["cuda", "cpu"]
 
 
 def choose_device(wanted: Literal["auto", "cuda", "cpu"]) -> Device:
-    """Return the device that ``dist.device`` stands for on this machine.
+    """Return the device of this machine for a value of ``dist.device``.
 
     Raises:
-        UsageError: cuda was asked for and there is none, or cpu was asked for in a process that
-            can see a GPU (the stand-in never hides a device that exists).
+        UsageError: It is cuda and the process sees no GPU, or it is cpu and the process sees one
+            (the CPU emulation never hides a device that exists).
     """
     present = torch.cuda.is_available()
     if wanted == "cuda" and not present:
         raise UsageError(
             "dist.device: 'cuda' was asked for and this process sees no GPU; use dist.device=cpu "
-            "to rehearse, or look at `bridge doctor`"
+            "to try the run on a CPU, or look at `bridge doctor`"
         )
     if wanted == "cpu" and present:
         raise UsageError(
@@ -77,13 +77,13 @@ class Ranks:
 
 @contextlib.contextmanager
 def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
-    """Bring up the process groups that a resolved configuration asks for, and take them down.
+    """Initialize the process groups of a resolved configuration, and destroy them at the end.
 
-    At the end megatron-core's globals and the current device are what they were.
+    At the end megatron-core's globals and the current device are restored.
 
     Args:
         config: A resolved configuration.
-        device: What `choose_device` returned.
+        device: The result of `choose_device`.
     """
     layout = layout_of(config.model, world_size())
     timeout = datetime.timedelta(minutes=config.dist.timeout_minutes)
@@ -93,7 +93,7 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
         else:
             # Without a launcher the device is the one that the program has chosen.
             stack.enter_context(torch.cuda.device(_own_gpu()))
-        stack.enter_context(globals_kept())
+        stack.enter_context(restored_globals())
         if not dist.is_initialized():
             _initialize_default_group(device, config.dist.timeout_minutes)
             stack.callback(_destroy_default_group)
@@ -112,7 +112,7 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
 def _megatron_groups(
     layout: Layout, timeout: datetime.timedelta, stages_with_embedding: list[int]
 ) -> Iterator["ProcessGroupCollection"]:
-    """Bring up megatron-core's own groups, or use those that there are."""
+    """Initialize megatron-core's own groups, or use those of the program."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -133,7 +133,7 @@ def _megatron_groups(
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         get_embedding_ranks=embedding_ranks,
-        # A timedelta is made of it, so it may be a fraction, whatever its annotation says.
+        # It becomes a timedelta, so it may be a fraction, although its annotation is int.
         distributed_timeout_minutes=timeout / datetime.timedelta(minutes=1),  # type: ignore[arg-type]
     )
     try:
@@ -144,10 +144,10 @@ def _megatron_groups(
 
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
-    """Let this process use megatron-core's checkpoints by itself, with a GPU or without one.
+    """Initialize what one process needs for megatron-core's checkpoints, with a GPU or without.
 
     Raises:
-        UsageError: It is one of several ranks.
+        UsageError: The process is one of several ranks.
     """
     if world_size() > 1:
         raise UsageError("this is done by one process; start it without a launcher")
@@ -163,7 +163,7 @@ def one_process() -> Iterator[None]:
 
 def _initialize_default_group(device: Device, timeout_minutes: float) -> None:
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    # CPU tensors travel too (object exchanges, checkpoints), so a GPU run has both backends.
+    # CPU tensors are exchanged too (objects, checkpoints), so a GPU run has both backends.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     device_id = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
     dist.init_process_group(
@@ -185,10 +185,10 @@ def _own_gpu() -> int | None:
 
 
 def _store(timeout: datetime.timedelta) -> dist.Store:
-    """Return a store in which no earlier run of these processes has left anything.
+    """Return a store without keys of earlier runs of these processes.
 
-    A launcher's store outlives the process groups; a second run that met the first one's keys
-    would wait for peers that are gone.
+    A launcher's store outlives the process groups. A second run that read the first one's keys
+    would wait for peers that have ended.
     """
     if world_size() == 1:
         # One process needs no port.
@@ -199,7 +199,7 @@ def _store(timeout: datetime.timedelta) -> dist.Store:
 
 
 def _check_layout(wanted: Layout) -> None:
-    """Refuse groups that another part of the program made for another layout."""
+    """Reject groups of the program that have another layout."""
     from megatron.core import parallel_state
 
     present = {
@@ -216,13 +216,13 @@ def _check_layout(wanted: Layout) -> None:
         found = ", ".join(f"{name} {size}" for name, size in differing.items())
         raise UsageError(
             f"model: the configuration asks for parallel sizes {asked}, and megatron-core's groups "
-            f"are initialised already with {found}; make them equal, or let pretrain make the "
+            f"are initialized already with {found}; make them equal, or let pretrain make the "
             "groups (parallel_state.destroy_model_parallel before it)"
         )
 
 
 def _check_embedding_group(stages: list[int]) -> None:
-    """Refuse groups of another part of the program in which a copy of the embedding is left out."""
+    """Reject groups of the program that lack a stage with the embedding."""
     from megatron.core import parallel_state
 
     pipeline = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())

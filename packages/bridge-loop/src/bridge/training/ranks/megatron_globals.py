@@ -1,7 +1,7 @@
-"""What megatron-core keeps for the whole process, given back as it was found.
+"""megatron-core's global variables, restored after a run.
 
-A run sets these to its own values. The program around it may have set them before, or builds
-another model after it.
+A run sets them to its own values. The program around it may have set them before, or may build
+another model afterwards.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ from bridge.training.megatron_import import quiet_import
 from bridge.training.megatron_patches import process_globals
 
 _VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
-"""A language model sets these for Transformer Engine, and is not built where they differ."""
+"""A language model sets these for Transformer Engine, and rejects other values."""
 
 
 @contextlib.contextmanager
-def globals_kept() -> Iterator[None]:
-    """Put megatron-core's globals back at the end: groups, calculators, streams, caches."""
+def restored_globals() -> Iterator[None]:
+    """Restore megatron-core's globals at the end: groups, calculators, streams, caches."""
     with quiet_import():
         from megatron.core.models.common.embeddings import rotary_pos_embedding as rotary
         from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
@@ -34,6 +34,6 @@ def globals_kept() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = text
-        # They remember every module that they were called on, and its hooks lead to all of a model.
+        # They keep every module that they were called on, whose hooks refer to the model.
         rotary.RotaryEmbedding.forward.cache_clear()
         yarn.YarnRotaryEmbedding.forward.cache_clear()

@@ -1,4 +1,4 @@
-"""The random streams of a run: seeds by stage, and the host program's own, put back at its end."""
+"""The random streams of a run: seed them by stage, save them, and restore the program's own."""
 
 import contextlib
 import random
@@ -12,7 +12,7 @@ from bridge.training.ranks.groups import Ranks
 
 
 def restore_random_streams_at_exit(stack: contextlib.ExitStack) -> None:
-    """Let a host program's own random streams go on, at the end, as if we had not been here."""
+    """Restore the program's own random streams when the stack is closed."""
     stack.callback(random.setstate, random.getstate())
     stack.callback(np.random.set_state, np.random.get_state())
     stack.callback(torch.set_rng_state, torch.get_rng_state())
@@ -27,7 +27,7 @@ def seed_all(seed: int) -> None:
 
 
 def seed_stage(seed: int, ranks: Ranks) -> None:
-    """Seed the weights and the dropout: other ones on each stage, as it has other layers."""
+    """Seed weights and dropout, with another seed for each pipeline stage."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     stage_seed, groups = seed + 100 * ranks.model.stage, ranks.model.groups
@@ -55,7 +55,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Put every random stream of this rank into a state of `random_state`."""
+    """Set every random stream of this rank to a state of `random_state`."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     random.setstate(state["python"])

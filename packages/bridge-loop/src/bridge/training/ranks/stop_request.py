@@ -1,12 +1,12 @@
-"""Signals and the run's time limit: finish the step, save, say how to go on.
+"""Requests to stop a run, from signals and its time limit.
 
-Ctrl-C (SIGINT), SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (what schedulers send some time
-before the end) ask for the same. SIGHUP stays ignored where it was, as under ``nohup``.
+Ctrl-C (SIGINT), SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (which schedulers send some time
+before the end) are equal requests: the loop finishes the step, saves and ends. SIGHUP stays ignored
+where it is ignored, as under ``nohup``.
 
-The first signal asks the loop to stop at the end of the step. A second Ctrl-C ends the process at
-once; one that follows within half a second is the same one, passed on by a program in between
-(`uv run` does so after a fifth of a second). The handlers that were there before come back when the
-run ends, however it ends.
+A second Ctrl-C ends the process at once. One that follows within half a second is the same one,
+passed on by a program in between (`uv run` does so after a fifth of a second). The previous
+handlers are restored when the run ends, however it ends.
 """
 
 import contextlib
@@ -27,37 +27,37 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 SECONDS_OF_ONE_INTERRUPT = 0.5
 
-# What ranks tell each other. Where they have several causes the last of these counts.
+# Ranks exchange the index of their cause. Where they have several the last of these counts.
 _ORDER: tuple[StopCause, ...] = ("time limit", "SIGUSR1", "SIGHUP", "SIGINT", "SIGTERM")
 _CAUSES = (None, *_ORDER)
 
 
 class StopRequest:
-    """Remembers the first signal that asked this rank to stop, and watches its time limit.
+    """The first signal to this rank or the end of its time limit, as a request to stop.
 
     Args:
-        ends_at: When the time limit is over, on the clock of `time.monotonic`; None for no limit.
+        ends_at: End of the time limit, on the clock of `time.monotonic`; None for no limit.
     """
 
     def __init__(self, ends_at: float | None = None) -> None:
         self.signal: signal.Signals | None = None
         self.cause: StopCause | None = None
-        """Why the run stops, once all ranks have agreed on it."""
+        """The cause that all ranks have agreed on; None while the run goes on."""
         self.agreed_at = time.monotonic()
-        """When the ranks last agreed, on the clock of `time.monotonic`."""
+        """Time of the last agreement of all ranks, on the clock of `time.monotonic`."""
         self._ends_at = ends_at
         self._interrupted_at: float | None = None
 
     @property
     def is_pending(self) -> bool:
-        """Whether this rank has a cause to stop; the others may not know of it."""
+        """Whether this rank has a cause to stop, which other ranks may not know yet."""
         return self._own_cause() is not None
 
     def agreed(self, control_group: dist.ProcessGroup) -> StopCause | None:
-        """Return the cause that any rank has, the same on every rank; remember it as `cause`.
+        """Return the cause of any rank to stop, the same on every rank, and keep it as `cause`.
 
-        A collective of one number on the host, so it waits for no GPU. Every rank leaves the loop
-        at the same step, whichever of them was told to.
+        A collective of one number on the host, without a host-device sync. All ranks leave the loop
+        at the same step.
 
         Args:
             control_group: All ranks, over gloo.
@@ -93,7 +93,7 @@ def signals_to_catch() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def stop_signals(ends_at: float | None = None) -> Iterator[StopRequest]:
-    """Catch `STOP_SIGNALS` while the run lasts; in another thread than the main one, do not.
+    """Catch `STOP_SIGNALS` during the run; outside the main thread, catch none.
 
     Args:
         ends_at: As for `StopRequest`.

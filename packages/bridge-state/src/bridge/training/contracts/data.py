@@ -1,4 +1,4 @@
-"""The data of a run: what the loop asks of a dataset section, and what it gets."""
+"""The data of a run: the interface of a dataset section, and the data that it builds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, frozen=True)
 class DataRequest:
-    """How much data a run will draw, told to the dataset before it is built."""
+    """The amount of data that a run draws; the argument of a dataset section's ``build``."""
 
     config: "ConfigContainer"
     """The resolved configuration of the run."""
     train_samples: int | None
-    """Samples that training draws in all; None asks for exactly one pass over the data."""
+    """Samples that training draws in total; None for exactly one pass over the data."""
     validation_samples: int | None
-    """Samples that one evaluation draws of each set; None asks for whole validation sets."""
+    """Samples that one evaluation draws of each set; None for all of them."""
     test_samples: int | None
     """As `validation_samples`, for the test sets."""
     modules: frozenset[str] | None = None
-    """The modules whose inputs this rank reads; None for all. A dataset need not load what only
-    modules on other ranks read."""
+    """The modules whose inputs this rank reads; None for all. A dataset need not load inputs that
+    only modules on other ranks read."""
 
 
 class SizedDataset(Protocol):
@@ -41,9 +41,9 @@ TOKENS = "tokens"
 
 @dataclass(kw_only=True)
 class DataSplits:
-    """The data of a run. Every rank builds the same splits; the loop cuts out each rank's share.
+    """The data of a run. Every rank builds the same splits, and the loop gives each its shard.
 
-    Where ranks build splits of different sizes, the smallest size counts on all of them.
+    Where ranks build splits of different sizes, all use the smallest.
     """
 
     train: SizedDataset | None
@@ -52,35 +52,35 @@ class DataSplits:
     test: SizedDataset | Mapping[str, SizedDataset] | None = None
     """As `validation`."""
     shuffle: bool = True
-    """Draw the training samples in a new seeded order each epoch. False: in the dataset's order,
-    for a dataset that has shuffled already."""
+    """Whether to draw the training samples in a new seeded order each epoch; False for a dataset
+    that is shuffled already."""
     collate: Callable[[Sequence[Any]], Any] | None = None
     """Makes a microbatch of a list of samples; torch's default_collate if None."""
     fingerprint: str | None = None
-    """Names the order of the training samples, for a dataset that orders them itself: a resumed
-    run must draw the same. None derives it from the length, `shuffle` and the seed."""
+    """The name of the order of the training samples, for a dataset that orders them itself: a
+    resumed run must draw the same. None derives it from the length, `shuffle` and the seed."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """Facts for the start-up lines, such as ``{"train tokens": 12_000_000}``."""
+    """Facts for the startup messages, such as ``{"train tokens": 12_000_000}``."""
     warnings: list[str] = field(default_factory=list)
-    """Lines that the user should read when the run starts."""
+    """Warnings at the start of the run, one line each."""
     items: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
-    """What a training microbatch holds, by name: counts it on the host. The run then reports
-    ``NAME_per_s``, ``{"images": ...}`` its images a second. Without `TOKENS` among them, a sample
-    has model.seq_length tokens, padding included; where the model has no such field, the tokens are
-    those that the loss function counts. The same names on all ranks."""
+    """Counters of a training microbatch's contents on the host, by name, the same on all ranks. The
+    run reports ``NAME_per_s``: with ``{"images": ...}`` its images per second. Without `TOKENS`
+    among them, a sample has model.seq_length tokens, padding included. Where the model has no such
+    field, the tokens are those that the loss function counts."""
 
 
 def named_sets(
     split: str, data: SizedDataset | Mapping[str, SizedDataset] | None
 ) -> dict[str, SizedDataset]:
-    """Return the sets of a split by the names under which results stand.
+    """Return the sets of a split by the names of their results.
 
-    That is ``{"validation": set}`` for one set, ``{"validation/NAME": set, ...}`` for several, and
-    nothing where there is no set or it is empty.
+    They are ``{"validation": set}`` for one set, ``{"validation/NAME": set, ...}`` for several, and
+    none where there is no set or it is empty.
 
     Args:
         split: "validation" or "test".
-        data: What `DataSplits` has for it.
+        data: The field of `DataSplits`.
 
     Raises:
         UsageError: A name is empty or has a slash.
@@ -96,7 +96,7 @@ def named_sets(
 
 
 def wrong_set_name(name: Any) -> str | None:
-    """Say what is wrong with the name of a set; None if nothing is."""
+    """Return the problem of a set's name; None if it has none."""
     if isinstance(name, str) and name.strip() and "/" not in name:
         return None
     return f"the name {name!r} of a set must be text that is not empty and has no '/'; rename it"
@@ -104,7 +104,7 @@ def wrong_set_name(name: Any) -> str | None:
 
 @runtime_checkable
 class DatasetConfig(Protocol):
-    """Describes the data of a run and builds its splits."""
+    """A dataset section, which builds the data of a run."""
 
     def build(self, request: DataRequest) -> DataSplits | Sequence[SizedDataset | None]:
         """Build the splits: `DataSplits`, or a sequence of train, validation and test data."""
