@@ -21,7 +21,6 @@ from torch.utils.data import default_collate
 
 from bridge.training import cpu
 from bridge.training.config import ConfigContainer
-from bridge.training.pretrain import pretrain
 from bridge.training.run import TrainingParts
 from bridge.training.setup import training_parts
 from bridge.training.train import StepResult, train_step
@@ -133,21 +132,6 @@ def test_a_failure_leaves_nothing_behind(place: str) -> None:
         with pytest.raises(ZeroDivisionError, match=place):
             failing_run()
         program.assert_untouched()
-
-    run_ranks(2, body, timeout=120)
-
-
-def test_a_whole_run_leaves_its_directory_and_nothing_else(tmp_path: Path) -> None:
-    def body() -> None:
-        cpu.disable()
-        program = Program()
-        for name in ("first", "second"):
-            config = own_run(tmp_path / name)
-            config.logger.tensorboard = config.checkpoint.save_at_end = True
-            pretrain(config, token_step)
-            if name == "second":
-                program.assert_untouched()
-            program.before = take_footprint()
 
     run_ranks(2, body, timeout=120)
 
