@@ -117,7 +117,7 @@ def test_fields_are_checked_as_those_of_every_section() -> None:
         "peft.dim: expected an integer, got 'x'",
     ]
     [line] = rejected("peft.dim=4")
-    assert line.startswith("peft.dim: the run trains the whole model; choose peft.method")
+    assert line.startswith("peft.dim: the run trains the model itself; choose peft.method")
     [line] = rejected(yaml_documents=["peft: {dim: 4}"])
     assert line.startswith("peft: needs method: one of ")
 

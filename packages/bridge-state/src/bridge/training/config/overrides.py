@@ -276,8 +276,8 @@ class _Merge:
             if _METHOD_PATH not in self.rejected:
                 self._reject(
                     path,
-                    f"{path}: the run trains the whole model; choose {_METHOD_PATH} "
-                    f"(of {', '.join(method_names())}) beside it",
+                    f"{path}: the run trains the model itself; choose {_METHOD_PATH} "
+                    f"(of {', '.join(method_names())}) too",
                 )
         else:
             self._override_field(section, keys, text.strip())

@@ -59,6 +59,7 @@ def annotations_of(cls: type) -> dict[str, Any]:
     return _annotations_of(cls)
 
 
+# To mypy a cached function takes no type[Any], which it holds for not hashable.
 @functools.cache
 def _annotations_of(cls: type) -> dict[str, Any]:
     try:
