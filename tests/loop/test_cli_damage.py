@@ -111,7 +111,7 @@ def test_a_run_without_latest_is_not_started_again(work: Path) -> None:
     chosen = resume(work, "--step", "4")
     assert chosen.code == 0, chosen.err
     assert "continues after step 4, from R/checkpoints/step-0000004" in chosen.out
-    assert [row["step"] for row in RunDirectory(work / "R").rows()] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in RunDirectory(work / "R").records()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_no_run_starts_from_a_checkpoint_with_a_flipped_bit(work: Path) -> None:
@@ -127,7 +127,7 @@ def test_no_run_starts_from_a_checkpoint_with_a_flipped_bit(work: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cut", "gone", "damaged"])
-def test_missing_rows_are_reported(work: Path, kind: str) -> None:
+def test_missing_records_are_reported(work: Path, kind: str) -> None:
     path = work / "R" / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     if kind == "gone":
@@ -144,7 +144,7 @@ def test_missing_rows_are_reported(work: Path, kind: str) -> None:
     assert ended.code == 0, ended.err
     told = "was cut off" if kind == "cut" else "is gone"
     last = 3 if kind == "cut" else 0
-    assert f"warning: R/metrics.jsonl {told}: rows between step {last} and step 6" in ended.out
+    assert f"warning: R/metrics.jsonl {told}: records between step {last} and step 6" in ended.out
     assert ("to write them again, --resume --step 2" in ended.out) == (kind == "cut")
 
 

@@ -15,7 +15,7 @@ import yaml
 
 import own_recipe
 from bridge.training.run_files import lock
-from bridge.training.run_files.lock import claimed, joined
+from bridge.training.run_files.lock import directory_lock, rank_lock
 from bridge.training.setup import training_parts
 from bridge.training.usage_error import UsageError
 from commands import Command, start
@@ -58,32 +58,32 @@ def test_a_directory_that_another_process_holds_is_rejected_until_that_is_killed
     work: Path,
 ) -> None:
     place = work / "runs" / "R"
-    with held_elsewhere(claimed(place)) as pid:
+    with held_elsewhere(directory_lock(place)) as pid:
         holder = f"process {pid} on host {socket.gethostname()} "
         with pytest.raises(UsageError, match=f"checkpoint.run_dir='{place}': {holder}"):
-            claimed(place).__enter__()
+            directory_lock(place).__enter__()
     # The file of the killed process is still there.
     assert (place / "run.lock").exists()
-    with claimed(place):
+    with directory_lock(place):
         pass
     assert list(place.iterdir()) == []
 
 
 def test_what_a_claim_has_made_goes_with_it_and_nothing_else_does(work: Path) -> None:
-    with claimed(work / "runs" / "R"):
+    with directory_lock(work / "runs" / "R"):
         assert [path.name for path in (work / "runs" / "R").iterdir()] == ["run.lock"]
     assert list(work.iterdir()) == []
-    with claimed(work / "runs" / "R"):
+    with directory_lock(work / "runs" / "R"):
         (work / "runs" / "R" / "config.yaml").touch()
     assert [path.name for path in (work / "runs" / "R").iterdir()] == ["config.yaml"]
 
 
 def test_a_claim_is_taken_over_once_within_a_process(work: Path) -> None:
-    with claimed(work / "R"):
+    with directory_lock(work / "R"):
         for _ in range(2):
-            with claimed(work / "R"):
+            with directory_lock(work / "R"):
                 with pytest.raises(UsageError, match=f"process {os.getpid()} on host"):
-                    claimed(work / "R").__enter__()
+                    directory_lock(work / "R").__enter__()
                 assert (work / "R" / "run.lock").exists()
 
 
@@ -91,14 +91,17 @@ def test_a_rank_that_outlives_the_holder_keeps_others_away(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "SECONDS_FOR_RANKS_TO_END", 0.1)
-    with held_elsewhere(claimed(work / "R")) as holder, held_elsewhere(joined(work / "R")):
+    with (
+        held_elsewhere(directory_lock(work / "R")) as holder,
+        held_elsewhere(rank_lock(work / "R")),
+    ):
         os.kill(holder, signal.SIGKILL)
         os.waitid(os.P_PID, holder, os.WEXITED | os.WNOWAIT)
         with pytest.raises(
             UsageError, match=f"ranks of the run of process {holder} on host .* not"
         ):
-            claimed(work / "R").__enter__()
-    with claimed(work / "R"):
+            directory_lock(work / "R").__enter__()
+    with directory_lock(work / "R"):
         pass
 
 
@@ -115,7 +118,7 @@ def test_a_path_that_can_be_no_directory_is_rejected(work: Path, path: str, comp
     (work / "file").touch()
     (work / "link").symlink_to("nowhere")
     with pytest.raises(UsageError) as caught:
-        claimed(Path(path)).__enter__()
+        directory_lock(Path(path)).__enter__()
     assert str(caught.value).startswith(f"checkpoint.run_dir: '{path}' {complaint}")
 
 
@@ -189,7 +192,7 @@ def test_a_program_with_a_loop_of_its_own_saves_only_where_no_other_trains(work:
             assert (work / "R" / "run.lock").exists()
         assert [path.name for path in (work / "R").iterdir()] == ["checkpoints"]
 
-    with held_elsewhere(claimed(work / "R")) as holder:
+    with held_elsewhere(directory_lock(work / "R")) as holder:
         run_ranks(1, body)
 
 

@@ -56,9 +56,9 @@ def test_frozen_weights_get_no_gradients_and_adapters_are_counted_in_full() -> N
         def weight_gradient_flops_per_token(self) -> float:
             return 180.0
 
-    assert model_flops_per_token(Freezable(), trained_beside=5.0) == 600 - 180 + 6 * 5
+    assert model_flops_per_token(Freezable(), adapter_weights=5.0) == 600 - 180 + 6 * 5
     # Without the FLOPs of a frozen model there is no MFU.
-    assert model_flops_per_token(Counting(), trained_beside=5.0) is None
+    assert model_flops_per_token(Counting(), adapter_weights=5.0) is None
 
 
 def test_the_model_counts_its_own_arithmetic() -> None:

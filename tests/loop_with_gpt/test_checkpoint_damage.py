@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from bridge.training.checkpoint import manifest as checkpoint_manifest
 from bridge.training.checkpoint import megatron_io
-from bridge.training.checkpoint.base import refuse_another_base
-from bridge.training.checkpoint.manifest import Manifest, refuse_damage, verified, write_manifest
+from bridge.training.checkpoint.base import reject_another_base
+from bridge.training.checkpoint.manifest import Manifest, reject_damaged, verified, write_manifest
 from bridge.training.checkpoint.single_weights import SavedWeights
 from bridge.training.pretrain import pretrain
 from bridge.training.ranks.groups import one_process
@@ -161,10 +161,10 @@ def told(run: RunDirectory, name: str, message: str) -> bool:
 def test_damage_is_reported_by_file_and_cause_with_the_older_checkpoint(
     run: RunDirectory, kind: str
 ) -> None:
-    refuse_damage(run.checkpoint(4))
+    reject_damaged(run.checkpoint(4))
     name = AT_ONCE[kind](run)
     with pytest.raises(UsageError) as error:
-        refuse_damage(run.checkpoint(4))
+        reject_damaged(run.checkpoint(4))
     assert told(run, name, str(error.value)), str(error.value)
 
 
@@ -174,7 +174,7 @@ def test_changed_bytes_are_found_on_every_rank_before_a_step_is_taken(
 ) -> None:
     rows = run.metrics.read_bytes()
     name = BY_READING[kind](run)
-    refuse_damage(run.checkpoint(4))
+    reject_damaged(run.checkpoint(4))
 
     def body() -> list[str]:
         found = []
@@ -216,9 +216,9 @@ def test_a_run_continues_from_the_step_that_is_asked_for_and_later_from_there(
     assert run.latest() == run.checkpoint(6)
     # The damaged checkpoint of the abandoned steps does not count among the last two.
     assert run.saved() == [run.checkpoint(step) for step in (3, 4, 6)]
-    losses = [row["error"] for row in RunDirectory(saved).rows()]
-    assert [row["error"] for row in run.rows()][:2] == losses[:2]
-    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5, 6]
+    losses = [row["error"] for row in RunDirectory(saved).records()]
+    assert [row["error"] for row in run.records()][:2] == losses[:2]
+    assert [row["step"] for row in run.records()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_is_read_outside_of_a_run_is_verified_too(run: RunDirectory) -> None:
@@ -278,7 +278,7 @@ def test_a_manifest_from_somebody_else_is_rejected_for_what_it_says(
     saved["crc32"] = zlib.crc32(json.dumps(saved, sort_keys=True).encode())
     (tmp_path / "manifest.json").write_text(json.dumps(saved))
     with pytest.raises(UsageError, match=f"manifest.json: .*{cause}"):
-        refuse_damage(tmp_path)
+        reject_damaged(tmp_path)
 
 
 def test_a_format_version_that_has_manifests_does_without_none(run: RunDirectory) -> None:
@@ -288,7 +288,7 @@ def test_a_format_version_that_has_manifests_does_without_none(run: RunDirectory
 
     def body() -> str:
         with one_process(), pytest.raises(UsageError) as error:
-            refuse_another_base(place, None)
+            reject_another_base(place, None)
         return str(error.value)
 
     [message] = run_ranks(1, body, process_group=False)
@@ -302,7 +302,7 @@ def test_a_checkpoint_of_an_older_version_is_read_and_reported_as_unverified(
     os.remove(place / "manifest.json")
     text = (place / "config.yaml").read_text()
     (place / "config.yaml").write_text(text.removesuffix("...\n"))
-    refuse_damage(place)
+    reject_damaged(place)
     assert f"{place}: has no manifest.json, as an older version wrote it" in caplog.text
     (place / "metadata.json").write_text("")
 

@@ -177,7 +177,7 @@ def test_without_a_base_it_says_that_the_weights_are_random(
         train_adapters(config)
         changing = adapted_run(tmp_path / "changing", None)
         changing.rng.layout_invariant_init = False
-        with pytest.raises(ValueError, match="adapters need weights to stand beside"):
+        with pytest.raises(ValueError, match="adapters need base weights"):
             train_adapters(changing)
 
     run_ranks(1, attempts)
@@ -185,8 +185,8 @@ def test_without_a_base_it_says_that_the_weights_are_random(
     assert (
         "lora adapts 8 layers: 2 linear_fc1, 2 linear_fc2, 2 linear_proj, 2 linear_qkv" in written
     )
-    assert "beside initial weights of rng.seed=7" in written
-    assert "warning: the adapters stand beside random weights" in written
+    assert "on top of initial weights of rng.seed=7" in written
+    assert "warning: the adapters are on top of random weights" in written
     # 2 layers; ranks of 4 beside 32x64, 32x32, 32x96, 48x32.
     trains = 2 * 4 * ((32 + 64) + (32 + 32) + (32 + 96) + (48 + 32))
     assert f"lora trains {trains:,} of " in written

@@ -181,7 +181,7 @@ def test_flops_are_what_torch_counts_of_a_frozen_model(
             counts = counter.get_flop_counts()["Global"]
             products = sum(n for op, n in counts.items() if "mm" in str(op))
             told = model_flops_per_token(
-                run.config.model, trained_beside=run.parts.size.trained_per_token
+                run.config.model, adapter_weights=run.parts.size.trained_per_token
             )
             return products / tokens.numel(), told
 

@@ -45,7 +45,7 @@ def on_local_ranks(
     from torch.distributed.launcher.api import LaunchConfig
 
     from bridge.training.run_files.directory import new_run_name
-    from bridge.training.run_files.lock import claimed
+    from bridge.training.run_files.lock import directory_lock
 
     # Ranks would choose different names, by the time of day.
     config.checkpoint.run_dir = config.checkpoint.run_dir or new_run_name(config.recipe)
@@ -69,7 +69,7 @@ def on_local_ranks(
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             signals_to_handle="SIGQUIT",
         )
-        with claimed(Path(config.checkpoint.run_dir)), _signals_passed_on(launcher):
+        with directory_lock(Path(config.checkpoint.run_dir)), _signals_passed_on(launcher):
             return _launch(settings, launcher, command, recipe, config)
 
 

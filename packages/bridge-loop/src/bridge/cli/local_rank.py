@@ -86,13 +86,13 @@ def train_as_rank(
 ) -> int:
     """Train as one of the local ranks of `launcher`; return the exit code."""
     from bridge.cli.one_rank import RankFailed, train_here
-    from bridge.training.run_files.lock import claimed_by_launcher
+    from bridge.training.run_files.lock import launcher_lock
     from bridge.training.usage_error import is_usage_error
 
     _end_with(launcher)
     assert config.checkpoint.run_dir is not None
     try:
-        with claimed_by_launcher(Path(config.checkpoint.run_dir)):
+        with launcher_lock(Path(config.checkpoint.run_dir)):
             return train_here(command, recipe, config, launcher.start)
     except RankFailed as failure:
         launcher.report(failure.code, str(failure))

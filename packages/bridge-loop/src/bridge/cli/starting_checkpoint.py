@@ -45,7 +45,7 @@ def find_starting_checkpoint(source: str, recipe: "Recipe") -> StartingCheckpoin
     Raises:
         UsageError: There is none, or it is of another kind of model than the recipe's.
     """
-    from bridge.training.checkpoint.manifest import refuse_damage
+    from bridge.training.checkpoint.manifest import reject_damaged
     from bridge.training.checkpoint.resume_rules import decided_by_checkpoint
     from bridge.training.config.model_identity import field_kinds
     from bridge.training.config.schema.fields import TARGET, class_name
@@ -53,7 +53,7 @@ def find_starting_checkpoint(source: str, recipe: "Recipe") -> StartingCheckpoin
     from bridge.training.run_files.directory import find_checkpoint
 
     checkpoint = Path(os.path.abspath(find_checkpoint(source, "--from")))
-    refuse_damage(checkpoint)
+    reject_damaged(checkpoint)
     path = checkpoint / "config.yaml"
     remedy = "it tells what the model is: give a checkpoint with its config.yaml"
     saved = read_config(path, remedy, may_lack_end=True)

@@ -22,7 +22,7 @@ from bridge.training.recipe_lookup import (
     find_recipe,
     read_documents,
 )
-from bridge.training.run_files.lock import claimed
+from bridge.training.run_files.lock import directory_lock
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _claimed_directory(options: argparse.Namespace) -> Iterator[None]:
             # Under a launcher `pretrain` tries again, and all ranks learn of it.
             problems = () if environment.launcher is None else (UsageError,)
             with contextlib.suppress(*problems):
-                stack.enter_context(claimed(Path(path)))
+                stack.enter_context(directory_lock(Path(path)))
         yield
 
 
@@ -203,30 +203,30 @@ def _saved_configuration(options: argparse.Namespace) -> list[str]:
         return []
     if options.run_dir is None:
         raise UsageError("--resume: say which run to continue with --run-dir DIR")
-    from bridge.training.run_files.directory import RunDirectory, refuse_wrong_directory
+    from bridge.training.run_files.directory import RunDirectory, reject_wrong_directory
 
     directory = RunDirectory(Path(options.run_dir))
-    refuse_wrong_directory(directory, resume=True, holds_a_run=directory.holds_a_run())
+    reject_wrong_directory(directory, resume=True, holds_a_run=directory.holds_a_run())
     return [directory.saved_config()]
 
 
 def _check_directory(config: "ConfigContainer") -> None:
     """Reject a run's directory that does not fit this start, as the ranks would."""
-    from bridge.training.checkpoint.manifest import refuse_damage
+    from bridge.training.checkpoint.manifest import reject_damaged
     from bridge.training.checkpoint.resume_rules import reject_another_run
-    from bridge.training.run_files.directory import RunDirectory, refuse_wrong_directory
+    from bridge.training.run_files.directory import RunDirectory, reject_wrong_directory
 
     if config.checkpoint.run_dir is None:
         return
     directory = RunDirectory(Path(config.checkpoint.run_dir))
-    refuse_wrong_directory(
+    reject_wrong_directory(
         directory, resume=config.checkpoint.resume, holds_a_run=directory.holds_a_run()
     )
     reject_another_run(directory, config)
     if config.checkpoint.resume:
         checkpoint = directory.checkpoint_to_resume(config.checkpoint.step)
         if checkpoint is not None:
-            refuse_damage(checkpoint)
+            reject_damaged(checkpoint)
 
 
 def _check_length(config: "ConfigContainer") -> None:

@@ -38,11 +38,11 @@ def finetune(
             or the run directory does not fit.
     """
     listeners = Callbacks(callbacks)
-    _refuse_random_weights(config.checkpoint)
+    _reject_random_weights(config.checkpoint)
     return carry_out("finetune", config, forward_step_func, listeners, on_failure, resume_line)
 
 
-def _refuse_random_weights(checkpoint: CheckpointConfig) -> None:
+def _reject_random_weights(checkpoint: CheckpointConfig) -> None:
     if checkpoint.resume and checkpoint.run_dir is not None:
         # What the run once started from need not be there any more.
         if RunDirectory(Path(checkpoint.run_dir)).checkpoint_to_resume(checkpoint.step):

@@ -1,4 +1,4 @@
-"""Builds a run from its configuration.
+"""The set-up of a run: everything is built from its configuration.
 
 Errors of the configuration come first, then those of the data, then those that only a built model
 can show. The run's directory is made last, so a run that could not start leaves nothing behind.
@@ -8,21 +8,24 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from bridge.training.adapters.attaching import attach_adapters, find_base, notes
+from bridge.training.adapters.attaching import (
+    Adapters,
+    attach_adapters,
+    describe_adapters,
+    find_base,
+)
 from bridge.training.callbacks import Callbacks
-from bridge.training.checkpoint.base import refuse_another_base
+from bridge.training.checkpoint.base import reject_another_base
 from bridge.training.checkpoint.checkpointer import Checkpointer, SavedRun
-from bridge.training.checkpoint.manifest import Verification, missing_rows
+from bridge.training.checkpoint.manifest import Verification, missing_records
 from bridge.training.checkpoint.resume_rules import reject_another_model, reject_another_run
 from bridge.training.checkpoint.run_state import counters_of
 from bridge.training.config import ConfigContainer, resolve
-from bridge.training.contracts import TOKENS, AdaptedLayer
+from bridge.training.contracts import TOKENS
 from bridge.training.counters import CountSources, TokenCounter
 from bridge.training.data.run_data import RunData, data_request
 from bridge.training.data.splits import as_splits
@@ -34,14 +37,18 @@ from bridge.training.megatron_import import expected_messages_held_back
 from bridge.training.megatron_patches import own_loss_trackers
 from bridge.training.model.building import build_model
 from bridge.training.model.ddp import parameters_in_sync
-from bridge.training.model.frozen import gradients_reach_recomputed_layers, size_of_whole_model
+from bridge.training.model.frozen import (
+    ModelSize,
+    gradients_reach_recomputed_layers,
+    size_of_whole_model,
+)
 from bridge.training.model.hooks import attach_hooks, detach_hooks
 from bridge.training.optimizer.building import build_optimizer
 from bridge.training.optimizer.scheduler import build_scheduler
 from bridge.training.ranks.collectives import on_first_rank
 from bridge.training.ranks.determinism import deterministic_algorithms
 from bridge.training.ranks.groups import Ranks, choose_device, ranks_of
-from bridge.training.ranks.launcher_store import is_logging_rank, world_size
+from bridge.training.ranks.launcher_store import world_size
 from bridge.training.ranks.seeding import restore_random_streams_at_exit, seed_all, seed_stage
 from bridge.training.ranks.stop_request import stop_signals
 from bridge.training.reporting.introduction import describe_run, describe_start
@@ -52,13 +59,16 @@ from bridge.training.run import Run, TrainingParts
 from bridge.training.run_files.configuration import write_config
 from bridge.training.run_files.directory import (
     RunDirectory,
-    find_checkpoint,
-    new_run_name,
-    refuse_wrong_directory,
-    refusing_what_cannot_be_written,
+    writing_run_files,
 )
-from bridge.training.run_files.lock import claimed, joined
-from bridge.training.state import GlobalState, TrainState
+from bridge.training.run_files.lock import directory_lock
+from bridge.training.run_files.start import (
+    StartingPoint,
+    chosen_directory,
+    cleared_on_failure,
+    find_starting_point,
+)
+from bridge.training.state import GlobalState
 from bridge.training.step import rerun
 from bridge.training.step.schedule import sequence_length
 
@@ -71,7 +81,7 @@ def training_parts(
 
     The program keeps everything else: signals, logging, callbacks, when to evaluate and to save.
     Process groups that exist are used and left, others are made. Nothing is printed, and nothing
-    is written to disk without a call of ``checkpointer.save``, the first of which claims the run's
+    is written to disk without a call of ``checkpointer.save``, the first of which locks the run's
     directory (`bridge.training.run_files.lock`) until the block is left. Within the block torch,
     numpy and random draw from the run's streams. When it is left, the process is as it was before,
     and the model remains usable: its parameters are whole on every rank.
@@ -89,11 +99,13 @@ def training_parts(
     config = resolve(config, device=device, world_size=world_size())
     with (
         ranks_of(config, device) as ranks,
-        _chosen_directory(config, ranks, claim=False) as directory,
+        chosen_directory(config, ranks.control_group, is_locked=False) as directory,
         _built(config, ranks, forward_step_func, Progress(enabled=False), directory) as parts,
         contextlib.ExitStack() as stack,
     ):
-        parts.checkpointer.before_first_save = lambda: stack.enter_context(claimed(directory.path))
+        parts.checkpointer.before_first_save = lambda: stack.enter_context(
+            directory_lock(directory.path)
+        )
         yield parts
         # Only after a success: it is a collective.
         with parameters_in_sync(parts.model):
@@ -115,21 +127,21 @@ def set_up(
         ranks: The process groups.
         forward_step_func: The user's forward step, in any of the accepted forms.
         callbacks: The run's callbacks.
-        progress: Where the user reads how it goes.
+        progress: Shows the user how it goes.
     """
     limit = config.train.time_limit_minutes
     ends_at = None if limit is None else time.monotonic() + 60 * limit
     with (
-        _chosen_directory(config, ranks, claim=True) as directory,
+        chosen_directory(config, ranks.control_group, is_locked=True) as directory,
         _built(config, ranks, forward_step_func, progress, directory) as parts,
         contextlib.ExitStack() as stack,
     ):
         with (
-            _nothing_left_on_failure(config, parts.directory),
-            # Of the logs, which open their files.
-            refusing_what_cannot_be_written(parts.directory),
+            cleared_on_failure(parts.directory, is_new=not config.checkpoint.resume),
+            # The loggers open their files here.
+            writing_run_files(parts.directory),
         ):
-            told = _prepare_directory(config, parts, ranks)
+            messages = _prepare_directory(config, parts, ranks)
             parts.state.open_loggers(parts.state.train_state.step)
             run = Run(
                 parts,
@@ -155,7 +167,7 @@ def set_up(
             for line in (
                 *describe_run(config, ranks, parts.model, parts.data, counters),
                 *describe_start(config, parts.restored_from, parts.changes, counters, last_step),
-                *told,
+                *messages,
             ):
                 progress.note(line)
         yield run
@@ -169,13 +181,10 @@ def _built(
     progress: Progress,
     directory: RunDirectory,
 ) -> Iterator[TrainingParts]:
-    """Build what is trained, with a checkpoint loaded; writes nothing to disk."""
-    checkpoint, pretrained = _find_checkpoints(config, directory)
-    if pretrained is not None:
-        on_first_rank(lambda: reject_another_model(pretrained, config), ranks.control_group)
+    """Build the components that train, with a checkpoint loaded; writes nothing to disk."""
+    start = _find_starting_point(config, ranks, directory)
     with contextlib.ExitStack() as stack:
-        read = [path for path in (checkpoint, pretrained) if path is not None]
-        verification = stack.enter_context(Verification(read, ranks.control_group))
+        verification = stack.enter_context(Verification(start.checkpoints, ranks.control_group))
         stack.enter_context(expected_messages_held_back())
         restore_random_streams_at_exit(stack)
         stack.enter_context(deterministic_algorithms(config))
@@ -184,33 +193,15 @@ def _built(
         forward_step = adapt_forward_step(forward_step_func, state, ranks)
         _start_megatron_globals(config, ranks, stack)
         with progress.phase("data"):
-            # Every rank builds the same data, also where building it draws random numbers.
-            seed_all(config.rng.seed)
-            with verification.explaining_errors():
-                done = None if checkpoint is None else counters_of(checkpoint)
-            data = _build_data(config, ranks, done)
+            data = _build_data(config, ranks, start, verification)
             stack.push(lambda kind, *_: data.workers.close(at_once=kind is not None))
         with progress.phase("model"), verification.explaining_errors():
-            # An earlier model hangs in reference cycles; its memory is needed for this one.
-            gc.collect()
-            seed_stage(config.rng.seed, ranks)
-            base = None if config.peft is None else find_base(config, ranks, pretrained)
-            if checkpoint is not None:
-                refuse_another_base(checkpoint, base)
-            layers: list[AdaptedLayer] = []
-
-            def adapt(chunks: list[Any]) -> None:
-                if config.peft is not None:
-                    layers.extend(attach_adapters(config.peft, config, ranks, chunks, pretrained))
-
-            # Adapters' checkpoints hold nothing of the model that they stand beside.
-            whole = pretrained if config.peft is not None else pretrained or checkpoint
-            model = build_model(config, ranks, adapt, loaded_next=whole is not None)
+            model, adapters = _build_model(config, ranks, start)
             stack.enter_context(gradients_reach_recomputed_layers(model))
         size = None
-        if config.peft is not None and base is not None:
+        if adapters is not None:
             size = size_of_whole_model(model, ranks.model.groups)
-            for line in notes(config.peft, layers, size, base, ranks):
+            for line in describe_adapters(adapters, size, ranks):
                 progress.note(line)
         with progress.phase("optimizer"):
             timers = _timers(config, state)
@@ -219,18 +210,7 @@ def _built(
             attach_hooks(config, model, optimizer, timers)
             stack.callback(detach_hooks, model)
         reducer = build_reducer(config, ranks)
-        state.token_counter = TokenCounter(
-            state.train_state,
-            model=config.model,
-            flops_per_token=model_flops_per_token(
-                config.model, trained_beside=None if size is None else size.trained_per_token
-            ),
-            sources=CountSources(
-                has_data_tokens=TOKENS in data.splits.items,
-                take_data_counts=data.take_items,
-                take_loss_tokens=reducer.take_tokens,
-            ),
-        )
+        state.token_counter = _build_token_counter(state, data, reducer, size)
         saved_run = SavedRun(
             config=config,
             model=model,
@@ -239,16 +219,16 @@ def _built(
             state=state,
             data_fingerprint=data.fingerprint,
             watch=forward_step.watch,
-            base=base,
+            base=None if adapters is None else adapters.base,
         )
         checkpointer = Checkpointer(saved_run, directory, ranks)
         changes: list[str] = []
-        if checkpoint is not None or (pretrained is not None and base is None):
+        if start.resumed is not None:
             with progress.phase("checkpoint"), verification.explaining_errors():
-                if checkpoint is not None:
-                    changes = checkpointer.restore(checkpoint)
-                elif pretrained is not None:
-                    checkpointer.load_weights(pretrained)
+                changes = checkpointer.restore(start.resumed)
+        elif start.pretrained is not None and adapters is None:
+            with progress.phase("checkpoint"), verification.explaining_errors():
+                checkpointer.load_weights(start.pretrained)
         verification.finish()
         yield TrainingParts(
             config=config,
@@ -262,10 +242,71 @@ def _built(
             reducer=reducer,
             directory=directory,
             checkpointer=checkpointer,
-            restored_from=checkpoint,
+            restored_from=start.resumed,
             changes=changes,
             size=size,
         )
+
+
+def _find_starting_point(
+    config: ConfigContainer, ranks: Ranks, directory: RunDirectory
+) -> StartingPoint:
+    """Find the checkpoints that the run starts from, and reject those of another run or model."""
+    on_first_rank(lambda: reject_another_run(directory, config), ranks.control_group)
+    start = find_starting_point(config, directory)
+    # The base of adapters that are resumed is recognized by its content (`reject_another_base`).
+    if start.resumed is None and (pretrained := start.pretrained) is not None:
+        on_first_rank(lambda: reject_another_model(pretrained, config), ranks.control_group)
+    return start
+
+
+def _build_data(
+    config: ConfigContainer, ranks: Ranks, start: StartingPoint, verification: Verification
+) -> RunData:
+    # Every rank builds the same data, also where building it draws random numbers.
+    seed_all(config.rng.seed)
+    with verification.explaining_errors():
+        done = None if start.resumed is None else counters_of(start.resumed)
+    request = data_request(config, ranks.model.modules_with_inputs, done)
+    return RunData(as_splits(config.dataset.build(request)), config, ranks, done)
+
+
+def _build_model(
+    config: ConfigContainer, ranks: Ranks, start: StartingPoint
+) -> tuple[list[torch.nn.Module], Adapters | None]:
+    # Reference cycles hold an earlier model; its memory is needed for this one.
+    gc.collect()
+    seed_stage(config.rng.seed, ranks)
+    adapters = None
+    if config.peft is not None:
+        base = find_base(config, ranks, start.pretrained)
+        adapters = Adapters(method=config.peft, base=base)
+    if start.resumed is not None:
+        reject_another_base(start.resumed, None if adapters is None else adapters.base)
+
+    def adapt(chunks: list[Any]) -> None:
+        if adapters is not None:
+            attach_adapters(adapters, config, ranks, chunks, start.pretrained)
+
+    # A checkpoint of adapters does not hold their base.
+    loaded = start.pretrained if adapters is not None else start.pretrained or start.resumed
+    return build_model(config, ranks, adapt, loaded_next=loaded is not None), adapters
+
+
+def _build_token_counter(
+    state: GlobalState, data: RunData, reducer: MetricReducer, size: ModelSize | None
+) -> TokenCounter:
+    adapter_weights = None if size is None else size.trained_per_token
+    return TokenCounter(
+        state.train_state,
+        model=state.cfg.model,
+        flops_per_token=model_flops_per_token(state.cfg.model, adapter_weights=adapter_weights),
+        sources=CountSources(
+            has_data_tokens=TOKENS in data.splits.items,
+            take_data_counts=data.take_items,
+            take_loss_tokens=reducer.take_tokens,
+        ),
+    )
 
 
 def adapt_forward_step(
@@ -301,60 +342,12 @@ def build_reducer(config: ConfigContainer, ranks: Ranks) -> MetricReducer:
     )
 
 
-@contextlib.contextmanager
-def _chosen_directory(
-    config: ConfigContainer, ranks: Ranks, *, claim: bool
-) -> Iterator[RunDirectory]:
-    """Settle the run's directory, the same on every rank, and reject one that does not fit.
-
-    Args:
-        config: Its run directory is filled in.
-        ranks: The process groups.
-        claim: Whether the run is alone there, until the block is left.
-    """
-    chosen = [config.checkpoint.run_dir or new_run_name(config.recipe)]
-    dist.broadcast_object_list(chosen, src=0, group=ranks.control_group)
-    config.checkpoint.run_dir = chosen[0]
-    directory = RunDirectory(Path(chosen[0]))
-    with contextlib.ExitStack() as stack:
-
-        def look() -> None:
-            if claim:
-                stack.enter_context(claimed(directory.path))
-            refuse_wrong_directory(
-                directory, resume=config.checkpoint.resume, holds_a_run=directory.holds_a_run()
-            )
-            reject_another_run(directory, config)
-
-        # Other ranks may see a shared file system a moment later.
-        on_first_rank(look, ranks.control_group)
-        if claim and not is_logging_rank():
-            stack.enter_context(joined(directory.path))
-        yield directory
-
-
-def _find_checkpoints(
-    config: ConfigContainer, directory: RunDirectory
-) -> tuple[Path | None, Path | None]:
-    resumed = None
-    if config.checkpoint.resume:
-        resumed = directory.checkpoint_to_resume(config.checkpoint.step)
-        # What is written of the configuration is for a later start, which takes the latest.
-        config.checkpoint.step = None
-    path = config.checkpoint.pretrained_checkpoint
-    # What a run once started from need not be there any more when it is continued, unless it
-    # trains adapters beside it.
-    if path is None or (resumed is not None and config.peft is None):
-        return resumed, None
-    return resumed, find_checkpoint(path, "checkpoint.pretrained_checkpoint")
-
-
 def _start_megatron_globals(
     config: ConfigContainer, ranks: Ranks, stack: contextlib.ExitStack
 ) -> None:
     from megatron.core import num_microbatches_calculator as calculator
 
-    # What the program had is put back with the process groups.
+    # The program's own is put back with the process groups.
     calculator.unset_num_microbatches_calculator()
     calculator.init_num_microbatches_calculator(
         # Rank 0 would log its constant at every start.
@@ -372,30 +365,13 @@ def _timers(config: ConfigContainer, state: GlobalState) -> Any:
     return state.timers if config.logger.timing_log_level > 0 else None
 
 
-def _build_data(config: ConfigContainer, ranks: Ranks, done: TrainState | None) -> RunData:
-    request = data_request(config, ranks.model.modules_with_inputs, done)
-    return RunData(as_splits(config.dataset.build(request)), config, ranks, done)
-
-
-@contextlib.contextmanager
-def _nothing_left_on_failure(config: ConfigContainer, directory: RunDirectory) -> Iterator[None]:
-    """Remove the directory of a new run again if the run does not come to its start."""
-    try:
-        yield
-    except BaseException:
-        # It was free: a directory that holds anything is refused for a new run.
-        if not config.checkpoint.resume and is_logging_rank():
-            directory.clear()
-        raise
-
-
 def _prepare_directory(
     config: ConfigContainer, parts: TrainingParts, ranks: Ranks
 ) -> Sequence[str]:
     """Write the configuration, and make the directory's files those of the checkpoint.
 
     Returns:
-        Lines about what was found or done, on every rank.
+        Startup messages, the same on every rank.
 
     Raises:
         UsageError: The directory cannot be written; on every rank.
@@ -403,15 +379,15 @@ def _prepare_directory(
     directory, restored = parts.directory, parts.restored_from
 
     def prepare() -> list[str]:
-        with refusing_what_cannot_be_written(directory):
+        with writing_run_files(directory):
             make_directory(directory.path)
             write_config(directory.config, config)
             if restored is not None:
-                # It may have been chosen; a later start goes on from here, not from a newer one.
+                # A later start continues from the one that was chosen, not from a newer one.
                 directory.publish(restored)
-                return list(missing_rows(directory, restored))
+                return list(missing_records(directory, restored))
             if config.checkpoint.resume and (aside := directory.set_metrics_aside()) is not None:
-                return [f"the rows of its earlier start are in {aside}"]
+                return [f"the records of its earlier start are in {aside}"]
         return []
 
     return on_first_rank(prepare, ranks.control_group)

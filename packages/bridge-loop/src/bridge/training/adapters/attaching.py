@@ -1,11 +1,12 @@
 """Parameter-efficient fine-tuning: from a built model to one of which only adapters train.
 
-The order is fixed: the base's weights, then the adapters beside them, then (by the checkpointer)
-the adapters' state. Afterwards the base is what it was, and checkpoints hold nothing of it.
+The order is fixed: the base weights, then the adapters on top of them, then (by the checkpointer)
+the adapters' state. The base stays as it was, and checkpoints do not hold it.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,34 @@ from bridge.training.ranks.groups import Ranks
 from bridge.training.usage_error import UsageError
 
 
+@dataclass(kw_only=True)
+class Adapters:
+    """The adapters that a run trains."""
+
+    method: PEFTMethod
+    """The run's section peft."""
+    base: Base
+    """The frozen weights that they are on top of."""
+    layers: Sequence[AdaptedLayer] = ()
+    """The adapted layers of this rank."""
+
+
 def find_base(config: ConfigContainer, ranks: Ranks, checkpoint: Path | None) -> Base:
-    """Describe the weights that the adapters stand beside, the same on every rank.
+    """Identify the base weights of adapters, the same on every rank.
 
     Args:
-        config: The resolved configuration; the exact checkpoint is filled in, since a run that it
-            may name goes on to newer ones.
+        config: The resolved configuration. The exact checkpoint is filled in, as a run that it may
+            name saves newer ones.
         ranks: The process groups.
         checkpoint: The checkpoint of the base; None for initial weights.
 
     Raises:
-        UsageError: The base would be initial weights that another layout has not.
+        UsageError: The base would be initial weights that depend on the layout.
     """
     if checkpoint is None and not config.rng.layout_invariant_init:
         raise UsageError(
-            "checkpoint.pretrained_checkpoint: adapters need weights to stand beside; give a run's "
-            "directory or one of its checkpoints (initial weights serve for trying out, with "
+            "checkpoint.pretrained_checkpoint: adapters need base weights; give a run's directory "
+            " or one of its checkpoints (initial weights serve for trying out, with "
             "rng.layout_invariant_init=true)"
         )
     if checkpoint is not None:
@@ -44,16 +57,16 @@ def find_base(config: ConfigContainer, ranks: Ranks, checkpoint: Path | None) ->
 
 
 def attach_adapters(
-    method: PEFTMethod,
+    adapters: Adapters,
     config: ConfigContainer,
     ranks: Ranks,
     chunks: list[Any],
     checkpoint: Path | None,
-) -> Sequence[AdaptedLayer]:
-    """Load the base's weights and put adapters beside them; return the layers that got one.
+) -> None:
+    """Load the base weights and put adapters on top of them.
 
     Args:
-        method: The run's section peft.
+        adapters: Gets the adapted layers.
         config: The resolved configuration.
         ranks: The process groups.
         chunks: This rank's model chunks, before DDP.
@@ -64,37 +77,33 @@ def attach_adapters(
     """
     if checkpoint is not None:
         load_model_weights(chunks, checkpoint, ranks)
-    layers = method.attach(chunks, ranks.control_group)
+    adapters.layers = adapters.method.attach(chunks, ranks.control_group)
     if config.rng.layout_invariant_init:
         added = [parameter for chunk in chunks for _, parameter in trained_parameters(chunk)]
         initialize_added_weights(chunks, added, config.rng.seed, ranks.model.groups)
-    return layers
 
 
-def notes(
-    method: PEFTMethod, layers: Sequence[AdaptedLayer], size: ModelSize, base: Base, ranks: Ranks
-) -> Iterator[str]:
-    """Yield lines about what is adapted, and how much of the model trains; a collective.
+def describe_adapters(adapters: Adapters, size: ModelSize, ranks: Ranks) -> Iterator[str]:
+    """Yield lines about the adapted layers, and how much of the model trains; a collective.
 
     Args:
-        method: The run's section peft.
-        layers: The adapted layers of this rank.
-        size: Of the model on all ranks.
-        base: The frozen weights.
+        adapters: Those of this rank.
+        size: Parameters of the model on all ranks.
         ranks: The process groups.
     """
-    everywhere = from_every_rank([layer.name for layer in layers], ranks.control_group)
+    method = adapters.method.method
+    everywhere = from_every_rank([layer.name for layer in adapters.layers], ranks.control_group)
     names = sorted({name for of_rank in everywhere for name in of_rank})
     kinds = Counter(name.rpartition(".")[2] for name in names)
     yield (
-        f"{method.method} adapts {len(names)} layers: "
+        f"{method} adapts {len(names)} layers: "
         + ", ".join(f"{number} {kind}" for kind, number in kinds.items())
     )
-    share = 100 * size.trained / size.whole
-    yield f"{method.method} trains {size.trained:,} of {size.whole:,} parameters ({share:.3g} %)"
-    yield f"beside {base.place}"
-    if base.is_random:
+    percent = 100 * size.trained / size.whole
+    yield f"{method} trains {size.trained:,} of {size.whole:,} parameters ({percent:.3g} %)"
+    yield f"on top of {adapters.base.place}"
+    if adapters.base.is_random:
         yield (
-            "warning: the adapters stand beside random weights; give a trained model in "
+            "warning: the adapters are on top of random weights; give a trained model in "
             "checkpoint.pretrained_checkpoint"
         )

@@ -1,4 +1,4 @@
-"""A model with the adapters that a run has trained, rebuilt by one process outside of a run."""
+"""A model with trained adapters, rebuilt by one process outside of a run."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ class AdaptedModel:
     chunks: list[Any]
     layers: Sequence[AdaptedLayer]
     base: str
-    """Where the weights were that they were trained beside."""
+    """The place of the base weights during training."""
     ranks: Ranks
 
 
@@ -68,7 +68,7 @@ def adapted_model(
     Args:
         checkpoint: One of that run.
         config: Saved with it.
-        base: The run or checkpoint that the adapters stand beside; None for the place where it was.
+        base: The run or checkpoint of the base weights; None for their place during training.
         adapters_alone: Leave the other weights as they come, and look for no base.
 
     Raises:

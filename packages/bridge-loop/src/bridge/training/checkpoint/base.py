@@ -1,4 +1,4 @@
-"""Which weights the adapters of a run stand beside: told apart by content, wherever they lie."""
+"""The base of adapters: weights that are recognized by their content, wherever they are."""
 
 import hashlib
 from collections.abc import Mapping
@@ -42,11 +42,11 @@ class Base:
         """Return what a checkpoint keeps of it."""
         return {"place": self.place, "fingerprint": self.fingerprint}
 
-    def refuse_another(self, saved: Mapping[str, str], checkpoint: Path) -> None:
-        """Refuse adapters that were trained beside other weights.
+    def reject_other_weights(self, saved: Mapping[str, str], checkpoint: Path) -> None:
+        """Reject adapters that were trained on top of other weights.
 
         Args:
-            saved: What the adapters' checkpoint has of `record`.
+            saved: The `record` in the adapters' checkpoint.
             checkpoint: That checkpoint.
 
         Raises:
@@ -55,8 +55,8 @@ class Base:
         if saved["fingerprint"] != self.fingerprint:
             raise UsageError(
                 f"checkpoint.pretrained_checkpoint: {self.place} has other weights than "
-                f"{saved['place']}, beside which the adapters of {checkpoint} were trained; give "
-                "that checkpoint, or where it has been moved to"
+                f"{saved['place']}, on top of which the adapters of {checkpoint} were trained; "
+                "give that checkpoint, or where it has been moved to"
             )
 
 
@@ -65,7 +65,7 @@ def fingerprint(checkpoint: Path) -> str:
 
     Of large files it takes the size and blocks spread over them, so that it costs no more than
     reading a few MB: enough to tell the steps of a run apart, not to find a flipped bit. The
-    configuration beside the weights does not count.
+    configuration next to the weights does not count.
     """
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(checkpoint.rglob("*")):
@@ -84,14 +84,14 @@ def fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def refuse_another_base(checkpoint: Path, base: Base | None) -> None:
-    """Refuse to go on with adapters beside other weights than those they were trained beside.
+def reject_another_base(checkpoint: Path, base: Base | None) -> None:
+    """Reject adapters on top of other weights than those they were trained on.
 
-    To be called before the weights are loaded, which need not fit the adapters' model at all.
+    It is called before the weights are loaded, which need not fit the adapters' model at all.
 
     Args:
-        checkpoint: That the run goes on from.
-        base: What its adapters stand beside; None where the whole model is trained.
+        checkpoint: The one that the run continues from.
+        base: The base of its adapters; None where the model itself is trained.
 
     Raises:
         UsageError: The weights are others, or one has adapters and the other has none.
@@ -104,4 +104,4 @@ def refuse_another_base(checkpoint: Path, base: Base | None) -> None:
             f"{wanted}; undo the overrides of peft.*, or start a new run"
         )
     if saved is not None and base is not None:
-        base.refuse_another(saved, checkpoint)
+        base.reject_other_weights(saved, checkpoint)

@@ -1,18 +1,18 @@
 """Checkpoints by megatron-core's dist_checkpointing, and the order of writes that makes them safe.
 
-A checkpoint is written beside its final name, made durable, renamed, and only then named by
-`latest`. So whenever the process dies, `latest` names a whole checkpoint or is absent. Older ones
-go only after the newer one is named.
+A checkpoint is written next to its final name, made durable, renamed, and only then named by
+`latest`. So whenever the process dies, `latest` names a complete checkpoint or is absent. Older
+ones are removed only after the newer one is named.
 
-What is saved: model, optimizer, schedule, every rank's random-number states and mean of recent
-losses, the counters of TrainState (the data's position is one of them) and the resolved
-configuration. The optimizer is
-saved fully reshardable, so that another layout can read it. Of a run that trains adapters the model
-is the adapters alone, and which weights they stand beside.
+A checkpoint holds the model, the optimizer, the LR scheduler, every rank's random-number states and
+mean of recent losses, the counters of TrainState (the data's position is one of them), the newest
+metrics and the resolved configuration. The optimizer is saved fully reshardable, so that another
+layout can read it. Where adapters are trained, the model is the adapters alone, with the identity
+of their base.
 
-What is no tensor and ours goes to run_state.json. megatron-core pickles what remains (settings of
-the optimizer's groups, random-number states). All reading, and giving to the model what was read,
-takes place within `restricted_loading`, which unpickles listed types alone.
+Our own state that is no tensor goes to run_state.json. megatron-core pickles the rest (settings of
+the optimizer's groups, random-number states). Reading, and loading the model from it, takes place
+within `restricted_loading`, which unpickles listed types alone.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ import torch.distributed as dist
 from bridge.training.checkpoint.base import Base
 from bridge.training.checkpoint.manifest import (
     FileRecord,
-    of_this_course,
     record_files,
+    without_abandoned,
     write_manifest,
     written_by,
 )
@@ -118,7 +118,7 @@ class Checkpointer:
         let_sgd_be_loaded(run.optimizer)
 
     def save(self) -> Path | None:
-        """Save the run as it stands; return the checkpoint, or None if this step is saved already.
+        """Save the present state; return the checkpoint, or None if this step is saved already.
 
         A collective over all ranks. The state to be saved is that at the call.
         """
@@ -138,7 +138,7 @@ class Checkpointer:
             on_first_rank(lambda: self._publish(partial, final, records), group)
         except OSError:
             if is_logging_rank():
-                # On a full disk it would be in the way of whatever comes next.
+                # On a full disk it would take the room of the next writes.
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         self._last_saved = step
@@ -193,7 +193,7 @@ class Checkpointer:
         """Continue from a checkpoint of this run: everything that `save` wrote comes back.
 
         Returns:
-            Warnings of what the present configuration makes different.
+            A line for each rate that jumps, as the configuration changed.
 
         Raises:
             UsageError: The checkpoint belongs to another model or another order of the data.
@@ -326,7 +326,7 @@ class Checkpointer:
         return state
 
     def _run_state(self) -> dict[str, Any]:
-        """Return what JSON has types for, of all ranks alike."""
+        """Return the content of run_state.json, which is the same on all ranks."""
         state = {
             "format_version": FORMAT_VERSION,
             "scheduler": scheduler_state(self._run.scheduler, self._run.config),
@@ -348,14 +348,14 @@ class Checkpointer:
             )
 
     def _kind_of_optimizer(self) -> dict[str, Any]:
-        """Return the settings that decide what an optimizer's state consists of."""
+        """Return the settings that decide the content of an optimizer's state."""
         return {
             "optimizer.optimizer": self._run.config.optimizer.optimizer,
             "ddp.use_distributed_optimizer": self._run.config.ddp.use_distributed_optimizer,
         }
 
     def _check_same_optimizer(self, checkpoint: Path, common: Mapping[str, Any]) -> None:
-        # Checkpoints of an older form do not say it.
+        # Checkpoints of an older form lack it.
         saved = common.get("optimizer", {})
         for field, value in self._kind_of_optimizer().items():
             if saved.get(field, value) != value:
@@ -369,7 +369,7 @@ class Checkpointer:
         keep = self._run.config.checkpoint.keep_last
         # Later steps are those of a run that went on from here before; they do not count.
         known = [path for path in self._directory.saved() if step_of(path) <= self._step]
-        for old in of_this_course(known)[:-keep] if keep else []:
+        for old in without_abandoned(known)[:-keep] if keep else []:
             shutil.rmtree(old)
 
 

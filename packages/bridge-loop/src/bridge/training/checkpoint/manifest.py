@@ -86,7 +86,7 @@ def write_manifest(
     Args:
         checkpoint: Its folder.
         step: Steps that the run had done; None for weights alone.
-        metrics: The run's metrics.jsonl, whose size is kept and whose rows are made durable.
+        metrics: The run's metrics.jsonl, whose size is kept and whose records are made durable.
         known: Records that other ranks have made of their files.
     """
     known = known or {}
@@ -116,7 +116,7 @@ class Manifest:
     saved_at: float
     """Seconds since 1970."""
     metrics_bytes: int | None
-    """Size of metrics.jsonl when the checkpoint was taken."""
+    """Size of metrics.jsonl when the checkpoint was saved."""
     files: Mapping[str, FileRecord]
 
     @classmethod
@@ -158,7 +158,7 @@ class Manifest:
             raise DamagedCheckpoint(_message(checkpoint, MANIFEST, cause)) from error
 
     def find_problem(self) -> tuple[str, str] | None:
-        """Return a file and what is wrong with it, without reading the tensors' files.
+        """Return a file with a problem, without reading the tensors' files.
 
         That is a missing file, one of another size, or a surplus file of tensors.
         """
@@ -188,7 +188,7 @@ class Manifest:
                 yield name, block
 
     def compare(self, name: str, block: int) -> str | None:
-        """Return what is wrong with a block of a file, None if it is as it was written."""
+        """Return the problem of a block of a file, None if it is as it was written."""
         try:
             found = _checksum(self.checkpoint / name, block)
         except OSError as error:
@@ -295,8 +295,8 @@ def verified(*checkpoints: Path) -> Iterator[None]:
         verification.finish()
 
 
-def refuse_damage(checkpoint: Path) -> None:
-    """Refuse a checkpoint that is damaged, by what is known without reading its tensors.
+def reject_damaged(checkpoint: Path) -> None:
+    """Reject a damaged checkpoint, without reading its tensors.
 
     Raises:
         DamagedCheckpoint: With file and cause.
@@ -304,8 +304,8 @@ def refuse_damage(checkpoint: Path) -> None:
     _checked(checkpoint)
 
 
-def refuse_missing_manifest(checkpoint: Path) -> None:
-    """Refuse a checkpoint without a manifest, whose format version is one that has them.
+def reject_missing_manifest(checkpoint: Path) -> None:
+    """Reject a checkpoint without a manifest, whose format version is one that has them.
 
     Raises:
         DamagedCheckpoint: It has none.
@@ -314,8 +314,8 @@ def refuse_missing_manifest(checkpoint: Path) -> None:
         raise DamagedCheckpoint(_message(checkpoint, MANIFEST, "is missing"))
 
 
-def of_this_course(checkpoints: Sequence[Path]) -> list[Path]:
-    """Leave out checkpoints of a course that the run has taken before it went back to a step.
+def without_abandoned(checkpoints: Sequence[Path]) -> list[Path]:
+    """Return the checkpoints without those of steps that the run has taken before it went back.
 
     Those are older than one of fewer steps.
 
@@ -328,7 +328,7 @@ def of_this_course(checkpoints: Sequence[Path]) -> list[Path]:
             manifest = Manifest.read(path)
         except UsageError:
             manifest = None
-        # What has no whole manifest tells no time.
+        # Without a readable manifest there is no time.
         moment = newest if manifest is None else manifest.saved_at
         if moment >= newest:
             kept.append(path)
@@ -364,20 +364,20 @@ def newest_whole(folder: Path, before: int | None = None) -> Path | None:
     return None
 
 
-def missing_rows(run: RunDirectory, checkpoint: Path) -> Iterator[str]:
-    """Yield a line where metrics.jsonl has not all rows that it had when a checkpoint was taken."""
+def missing_records(run: RunDirectory, checkpoint: Path) -> Iterator[str]:
+    """Yield a line where metrics.jsonl lacks records that it had when a checkpoint was saved."""
     manifest = Manifest.read(checkpoint)
     if manifest is None or manifest.metrics_bytes is None:
         return
     size = run.metrics.stat().st_size if run.metrics.exists() else None
     if size is not None and size >= manifest.metrics_bytes:
         return
-    last = max((row["step"] for row in run.rows()), default=0)
+    last = max((record["step"] for record in run.records()), default=0)
     older = (path for path in reversed(run.saved()) if step_of(path) <= last)
     remedy = next((f": to write them again, --resume --step {step_of(path)}" for path in older), "")
     yield (
-        f"warning: {run.metrics} {'is gone' if size is None else 'was cut off'}: rows between step "
-        f"{last} and step {step_of(checkpoint)} are missing{remedy}"
+        f"warning: {run.metrics} {'is gone' if size is None else 'was cut off'}: records between "
+        f"step {last} and step {step_of(checkpoint)} are missing{remedy}"
     )
 
 
@@ -386,14 +386,14 @@ def _checked(checkpoint: Path) -> Manifest | None:
     if manifest is None:
         if not (checkpoint / ".metadata").exists():
             raise DamagedCheckpoint(_message(checkpoint, ".metadata", "is missing"))
-        _tell_of_no_manifest(checkpoint)
+        _warn_of_no_manifest(checkpoint)
     elif (problem := manifest.find_problem()) is not None:
         raise DamagedCheckpoint(_message(checkpoint, *problem))
     return manifest
 
 
 @functools.cache
-def _tell_of_no_manifest(checkpoint: Path) -> None:
+def _warn_of_no_manifest(checkpoint: Path) -> None:
     _logger.warning(
         "%s: has no %s, as an older version wrote it: damage of its files is not found",
         checkpoint,

@@ -36,7 +36,7 @@ def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> Non
     """
     if "base" in read_common(checkpoint):
         raise UsageError(
-            f"{checkpoint}: holds adapters and not the model that they stand beside; make one of "
+            f"{checkpoint}: holds adapters and not the model that they are on top of; make one of "
             f"both first: bridge merge {checkpoint} --output DIR"
         )
     metadata = {"singleton_local_shards": False, "dp_cp_group": ranks.model.groups.dp_cp}
@@ -59,7 +59,7 @@ def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks:
     Args:
         chunks: This rank's model chunks with adapters attached, not in DDP.
         checkpoint: The checkpoint's folder.
-        base: The weights that they stand beside; None where those do not matter.
+        base: Their base weights; None where those do not matter.
         ranks: The process groups.
 
     Raises:
@@ -69,7 +69,7 @@ def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks:
     if saved is None:
         raise UsageError(f"{checkpoint}: holds a whole model and no adapters")
     if base is not None:
-        base.refuse_another(saved, checkpoint)
+        base.reject_other_weights(saved, checkpoint)
     metadata = {"singleton_local_shards": True, "dp_cp_group": ranks.model.groups.dp_cp}
     names = [chunk_name(index, len(chunks)) for index in range(len(chunks))]
     state = load_sharded(
@@ -93,7 +93,7 @@ def save_model_weights(
     Args:
         chunks: This rank's model chunks, not in DDP.
         checkpoint: An empty folder.
-        config: Saved beside the weights.
+        config: Saved with the weights.
         ranks: The process groups.
     """
     content = {"singleton_local_shards": False}

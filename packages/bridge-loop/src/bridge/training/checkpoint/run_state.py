@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bridge.training.checkpoint.manifest import refuse_missing_manifest
+from bridge.training.checkpoint.manifest import reject_missing_manifest
 from bridge.training.checkpoint.megatron_io import reading
 from bridge.training.durable_files import replace_durably
 from bridge.training.state import Evaluation, Results, TrainState
@@ -52,7 +52,7 @@ def read_common(checkpoint: Path) -> dict[str, Any]:
             f"bridge reads versions up to {FORMAT_VERSION}; install the one that saved it"
         )
     if "format_version" in common:
-        refuse_missing_manifest(checkpoint)
+        reject_missing_manifest(checkpoint)
     return common
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bridge.training.checkpoint.manifest import refuse_damage, write_manifest
+from bridge.training.checkpoint.manifest import reject_damaged, write_manifest
 from bridge.training.checkpoint.megatron_io import reading, save_sharded
 from bridge.training.config import ConfigContainer, ConfigError
 from bridge.training.run_files.configuration import read_config_text, write_config
@@ -110,7 +110,7 @@ def write_weights(
     Args:
         checkpoint: An empty folder.
         weights: Every weight of the model, whole; of each block either all layers or none.
-        config: What is known of the model; saved beside the weights.
+        config: The known configuration of the model; saved with the weights.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
@@ -140,7 +140,7 @@ def saved_config(checkpoint: Path) -> ConfigContainer:
     """
     path = checkpoint / "config.yaml"
     remedy = "what model the checkpoint holds is not known without it; give another checkpoint"
-    refuse_damage(checkpoint)
+    reject_damaged(checkpoint)
     try:
         return ConfigContainer.from_yaml(read_config_text(path, remedy, may_lack_end=True))
     except ConfigError as error:

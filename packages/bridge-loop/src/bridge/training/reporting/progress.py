@@ -193,7 +193,7 @@ class Progress:
 
 
 def _is_rate(name: str) -> bool:
-    """Whether a value is the rate of something beside tokens and samples, such as images."""
+    """Whether a value is the rate of something other than tokens and samples, such as images."""
     return name.endswith("_per_s") and name not in _NOT_SHOWN
 
 

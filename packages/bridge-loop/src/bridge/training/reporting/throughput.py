@@ -48,21 +48,21 @@ class CountsWeightGradients(CountsFlops, Protocol):
         ...
 
 
-def model_flops_per_token(model: object, *, trained_beside: float | None = None) -> float | None:
+def model_flops_per_token(model: object, *, adapter_weights: float | None = None) -> float | None:
     """Return the FLOPs of a token's forward and backward pass; None if nobody counts them.
 
     Args:
         model: The model's configuration.
-        trained_beside: Weights of adapters that a token is multiplied with, where they train and
+        adapter_weights: Weights of adapters that a token is multiplied with, where they train and
             the model is frozen; None where the model trains. Gradients still pass through all of
             its layers, while those of its weights are not computed.
     """
-    if trained_beside is None:
+    if adapter_weights is None:
         return model.training_flops_per_token() if isinstance(model, CountsFlops) else None
     if not isinstance(model, CountsWeightGradients):
         return None
     frozen = model.training_flops_per_token() - model.weight_gradient_flops_per_token()
-    return frozen + 6.0 * trained_beside
+    return frozen + 6.0 * adapter_weights
 
 
 def peak_bf16_flops(device_name: str) -> float | None:

@@ -1,7 +1,7 @@
-"""The run on disk: where its files are, and the rule that nothing is ever overwritten.
+"""A run on disk: its files by name, of which none is ever overwritten.
 
 config.yaml          the resolved configuration
-metrics.jsonl        one JSON object a logged step
+metrics.jsonl        one JSON object a record
 tensorboard/         the same values
 checkpoints/step-0000100/, latest
 run.lock             while a process trains there (`bridge.training.run_files.lock`)
@@ -49,7 +49,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a logged step."""
+        """One JSON object a record."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -72,12 +72,12 @@ class RunDirectory:
         return self.checkpoints / f"step-{step:07d}"
 
     def holds_a_run(self) -> bool:
-        """Whether something is there already; an empty folder is free, also one that is claimed.
+        """Whether something is there already; an empty folder is free, also one that is locked.
 
         Raises:
             UsageError: The path is no directory, or it cannot be read.
         """
-        refuse_what_is_no_directory(self.path, "checkpoint.run_dir")
+        reject_non_directory(self.path, "checkpoint.run_dir")
         try:
             found = self.path.iterdir() if self.path.exists() else ()
             return any(entry != self.lock for entry in found)
@@ -88,7 +88,7 @@ class RunDirectory:
             ) from error
 
     def clear(self) -> None:
-        """Remove what a new run that did not come to its start has written; the claim remains."""
+        """Remove the files of a new run that could not start, but for its lock."""
         for entry in self.path.iterdir() if self.path.is_dir() else ():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
@@ -107,7 +107,7 @@ class RunDirectory:
         return latest
 
     def look_up_latest(self) -> tuple[Path | None, str | None]:
-        """Return the checkpoint that `latest` names, and what is wrong with `latest`."""
+        """Return the checkpoint that `latest` names, and the problem of `latest` if it has one."""
         pointer = self.checkpoints / "latest"
         if not os.path.lexists(pointer) and not self.saved():
             return None, None
@@ -142,11 +142,11 @@ class RunDirectory:
             return self.checkpoint(step)
         latest = self.latest()
         if latest is None:
-            self._refuse_to_restart_what_was_saved()
+            self._reject_restart_of_saved_run()
         return latest
 
     def choices(self) -> str:
-        """Say what a run can be continued from, for the end of a message."""
+        """Describe what the run can be continued from, for the end of a message."""
         steps = [step_of(path) for path in self.saved()]
         if not steps:
             return "there is no checkpoint to continue from; start a new run with another --run-dir"
@@ -165,7 +165,7 @@ class RunDirectory:
         return read_config_text(self.config, self.remedy_of_config())
 
     def check_presence(self) -> None:
-        """Look whether the run's files are still there while it goes on.
+        """Check that the run's files are still there while it goes on.
 
         Raises:
             FileNotFoundError: The directory was deleted or moved.
@@ -185,7 +185,7 @@ class RunDirectory:
         return aside
 
     def remedy_of_config(self) -> str:
-        """Say what to do where config.yaml is damaged."""
+        """Describe what to do where config.yaml is damaged."""
         if not (saved := self.saved()):
             return "start a new run with another --run-dir"
         source = saved[-1] / self.config.name
@@ -196,9 +196,9 @@ class RunDirectory:
             f": {shlex.join(['cp', str(source), str(self.config)])}"
         )
 
-    def _refuse_to_restart_what_was_saved(self) -> None:
-        """Refuse to start again at step 0 where the rows tell of steps beyond a checkpoint."""
-        last = max((row["step"] for row in self.rows()), default=0)
+    def _reject_restart_of_saved_run(self) -> None:
+        """Reject a start at step 0 where the records reach beyond the step of a checkpoint."""
+        last = max((record["step"] for record in self.records()), default=0)
         interval = self._save_interval()
         if interval is not None and last > interval:
             raise UsageError(
@@ -226,17 +226,17 @@ class RunDirectory:
         found = [path for path in self.checkpoints.iterdir() if _STEP.fullmatch(path.name)]
         return sorted((path for path in found if path.is_dir()), key=lambda path: step_of(path))
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl, without a torn last line.
+    def records(self) -> list[dict[str, Any]]:
+        """Return the records of metrics.jsonl, without a torn last line.
 
         Raises:
-            UsageError: It cannot be read, or a line is no row.
+            UsageError: It cannot be read, or a line is no record.
         """
         return read_records(self.metrics)
 
 
-def refuse_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run: bool) -> None:
-    """Refuse to start a run where one is, or to continue one that is not there.
+def reject_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run: bool) -> None:
+    """Reject a new run where there is one, and the continuation of one that is not there.
 
     Args:
         directory: Where the run is to live.
@@ -264,11 +264,11 @@ def refuse_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run
 
 
 @contextlib.contextmanager
-def refusing_what_cannot_be_written(directory: RunDirectory) -> Iterator[None]:
-    """Write the first files of a run in this block.
+def writing_run_files(directory: RunDirectory) -> Iterator[None]:
+    """Write the first files of a run in this block; an OSError becomes a UsageError.
 
     Raises:
-        UsageError: In place of an OSError.
+        UsageError: The directory cannot be written.
     """
     try:
         yield
@@ -300,12 +300,12 @@ def new_run_name(recipe: str | None) -> str:
     return str(Path("runs") / f"{recipe or 'run'}-{moment}")
 
 
-def refuse_what_is_no_directory(path: Path, field: str) -> None:
-    """Refuse a path that is a file, or a link to nothing.
+def reject_non_directory(path: Path, field: str) -> None:
+    """Reject a path that is a file, or a link to nothing.
 
     Args:
-        path: What the user gave; it need not exist.
-        field: What the user calls it.
+        path: The user's path; it need not exist.
+        field: The user's name for it.
 
     Raises:
         UsageError: With the remedy.
@@ -321,13 +321,13 @@ def refuse_what_is_no_directory(path: Path, field: str) -> None:
 
 
 def find_checkpoint(path: str | Path, field: str) -> Path:
-    """Return the checkpoint that a user's path means: itself, or the latest of the run there.
+    """Return the checkpoint at a user's path: itself, or the latest of the run there.
 
     Raises:
         UsageError: There is no checkpoint; the message says what was found instead.
     """
     place = Path(path)
-    refuse_what_is_no_directory(place, field)
+    reject_non_directory(place, field)
     if not place.exists():
         raise UsageError(f"{field}: {str(path)!r} does not exist; give a run or a checkpoint")
     # One that lacks its .metadata is a damaged checkpoint, which its reader will say.
@@ -355,14 +355,14 @@ def find_checkpoint(path: str | Path, field: str) -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: Path, field: str) -> Iterator[Path]:
-    """Fill a folder that is there, under its name, only when it is complete and durable.
+    """Fill a folder that gets its name when it is complete and durable.
 
-    Yields the folder under another name. If the block fails, nothing is left; what a killed process
-    has left goes with the next folder that is made next to it.
+    Yields the folder under another name. If the block fails, nothing is left; the leftovers of a
+    killed process are removed with the next folder that is made next to it.
 
     Args:
-        path: What the folder is to be called; folders above it are made.
-        field: What the user calls it, for the message.
+        path: Its final name; folders above it are made.
+        field: The user's name for it, for the message.
 
     Raises:
         UsageError: There is something already, or nothing can be written there.
@@ -390,7 +390,7 @@ def new_folder(path: Path, field: str) -> Iterator[Path]:
 
 
 def _is_of_writing(error: OSError, folder: Path) -> bool:
-    """Whether an error has come from writing into a folder, not from reading what goes into it."""
+    """Whether an error is of writing into a folder, not of reading the sources of its content."""
     if error.filename is not None:
         return Path(os.fsdecode(error.filename)).is_relative_to(folder)
     # Writing into an open file gives no name; the writers of checkpoints and of safetensors no
