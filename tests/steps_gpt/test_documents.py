@@ -7,7 +7,7 @@ import pytest
 from bridge.gpt.data.text.documents import (
     LARGEST_TARGET_BYTES,
     SMALLEST_TARGET_BYTES,
-    cut,
+    cut_text,
     read_documents,
     target_bytes,
 )
@@ -108,7 +108,7 @@ def test_files_of_a_directory_that_are_not_text_are_skipped_and_named(tmp_path: 
 
 def test_a_large_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
     text = b"".join(b"line %d\nmore\n \r\n" % n for n in range(1000))
-    pieces = list(cut(text, 300))
+    pieces = list(cut_text(text, 300))
     assert b"".join(pieces) == text
     assert len(pieces) > 30
     assert all(piece.endswith(b"\n \r\n") for piece in pieces)
@@ -117,16 +117,16 @@ def test_a_large_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) 
 
 def test_text_without_blank_lines_is_cut_at_line_ends_or_between_characters() -> None:
     lines = b"".join(b"line %d\n" % n for n in range(1000))
-    pieces = list(cut(lines, 300))
+    pieces = list(cut_text(lines, 300))
     assert b"".join(pieces) == lines
     assert all(piece.endswith(b"\n") for piece in pieces)
 
     unbroken = ("\u20ac" * 5000).encode()
-    pieces = list(cut(unbroken, 500))
+    pieces = list(cut_text(unbroken, 500))
     assert b"".join(pieces) == unbroken
     assert {piece.decode().strip("\u20ac") for piece in pieces} == {""}
 
-    assert b"".join(cut(b"\x80" * 5000, 500)) == b"\x80" * 5000
+    assert b"".join(cut_text(b"\x80" * 5000, 500)) == b"\x80" * 5000
 
 
 def test_small_corpora_are_cut_finer_so_that_one_percent_is_a_document() -> None:

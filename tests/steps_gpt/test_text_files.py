@@ -24,7 +24,7 @@ from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.gpt.data.sft.rows.conversations import RowKeys
 from bridge.gpt.data.sft.rows.row_files import find_rows
 from bridge.gpt.data.text.documents import read_documents
-from bridge.gpt.data.text.not_text import not_text
+from bridge.gpt.data.text.not_text import check_text
 from bridge.gpt.data.text.sources import find_source
 from bridge.training import file_kinds
 from gpt_data import build_splits, container, write_pair, write_story
@@ -114,7 +114,7 @@ def test_a_named_file_that_is_not_text_is_rejected_by_its_kind(
 def test_the_first_wrong_byte_is_found_far_within_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"line\n" * 500_000 + b"\xc3")
-    assert not_text(path) is None  # only cut off
+    assert check_text(path) is None  # only cut off
     path.write_bytes(b"line\n" * 500_000 + b"ab\xe9!" + b"line\n" * 500_000)
     with pytest.raises(ValueError, match=r"a.txt: is not text in UTF-8 .byte 2500002, in line 500"):
         list(read_documents(find_source(str(path)).files))

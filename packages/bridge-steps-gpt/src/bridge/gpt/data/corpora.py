@@ -133,7 +133,7 @@ def cached_tokens(
     key = digest(
         {
             "format": _FORMAT,
-            "files": [[str(f.path), f.size, f.modified_ns, f.chosen] for f in files],
+            "files": [[str(f.path), f.size, f.modified_ns, f.is_chosen] for f in files],
             "tokenizer": tokenizer_identity(tokenizer_config),
             "json_key": json_key,
         }

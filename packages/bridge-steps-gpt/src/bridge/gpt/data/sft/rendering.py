@@ -48,7 +48,7 @@ class _Piece:
     counts: bool = False
     ends: bool = False
     """Whether the end-of-document token follows the text."""
-    is_said: bool = False
+    is_turn: bool = False
     """Whether all of it is the text of a turn, and none of it is the template's."""
 
 
@@ -95,9 +95,9 @@ class Renderer:
             )
         counted = set(answers if self._loss_on == "assistant" else answers[-1:])
         if self._template is None:
-            rendered = self._joined(self._plain(conversation, counted), start=True)
+            rendered = self._join(self._plain_pieces(conversation, counted), start=True)
         else:
-            rendered = self._of_template(conversation, counted)
+            rendered = self._render_by_template(conversation, counted)
         everything = [True] * len(rendered.ids)
         return Rendered(
             ids=rendered.ids,
@@ -105,15 +105,15 @@ class Renderer:
             has_special_tokens=any(self._special.are_in(turn.text) for turn in conversation.turns),
         )
 
-    def _plain(self, conversation: Conversation, counted: set[int]) -> Iterator[_Piece]:
+    def _plain_pieces(self, conversation: Conversation, counted: set[int]) -> Iterator[_Piece]:
         for number, turn in enumerate(conversation.turns):
-            answers = turn.role == ASSISTANT
+            is_answer = turn.role == ASSISTANT
             if conversation.is_chat:
                 yield _Piece(text=f"<|{turn.role}|>\n")
-            text = turn.text if answers or not conversation.is_chat else f"{turn.text}\n"
-            yield _Piece(text=text, counts=number in counted, ends=answers, is_said=True)
+            text = turn.text if is_answer or not conversation.is_chat else f"{turn.text}\n"
+            yield _Piece(text=text, counts=number in counted, ends=is_answer, is_turn=True)
 
-    def _of_template(self, conversation: Conversation, counted: set[int]) -> Rendered:
+    def _render_by_template(self, conversation: Conversation, counted: set[int]) -> Rendered:
         hidden = self._special.hide(turn.text for turn in conversation.turns)
         messages = [
             {"role": turn.role, "content": text}
@@ -121,10 +121,10 @@ class Renderer:
         ]
         try:
             if self._loss_on == "all":
-                return self._joined([_Piece(text=self._text(messages))], hidden)
+                return self._join([_Piece(text=self._text(messages))], hidden)
             if _GENERATION.search(self._template.chat_template):
-                return self._by_marks(messages, hidden)
-            return self._joined(self._between_prefixes(messages, sorted(counted)), hidden)
+                return self._render_marked(messages, hidden)
+            return self._join(self._answer_pieces(messages, sorted(counted)), hidden)
         except UsageError as error:
             raise UsageError(f"{conversation.place}: {error}") from error
 
@@ -135,9 +135,9 @@ class Renderer:
             )
         return text
 
-    def _by_marks(self, messages: list[dict[str, str]], hidden: HiddenTokens) -> Rendered:
+    def _render_marked(self, messages: list[dict[str, str]], hidden: HiddenTokens) -> Rendered:
         """Render with the tokens counting that the template marks as the assistant's."""
-        ids, counts = self._marked(messages, hidden)
+        ids, counts = self._read_marks(messages, hidden)
         if self._loss_on == "answer":
             last = len(counts)
             while last and not counts[last - 1]:
@@ -148,7 +148,7 @@ class Renderer:
             counts = [first <= n < last for n in range(len(counts))]
         return Rendered(ids=ids, counts=counts)
 
-    def _marked(
+    def _read_marks(
         self, messages: list[dict[str, str]], hidden: HiddenTokens
     ) -> tuple[list[int], list[bool]]:
         """Return the ids of a conversation, and whether the template marks each."""
@@ -175,7 +175,7 @@ class Renderer:
         ]
         return [index for index, _ in tokens], marks
 
-    def _between_prefixes(
+    def _answer_pieces(
         self, messages: list[dict[str, str]], counted: list[int]
     ) -> Iterator[_Piece]:
         """Yield the text that each answer adds to the conversation before it, and the rest.
@@ -199,7 +199,7 @@ class Renderer:
             done = len(after)
         yield _Piece(text=whole[done:])
 
-    def _joined(
+    def _join(
         self,
         pieces: Iterator[_Piece] | list[_Piece],
         hidden: HiddenTokens | None = None,
@@ -216,7 +216,7 @@ class Renderer:
         return Rendered(ids=ids, counts=counts)
 
     def _ids(self, piece: _Piece, hidden: HiddenTokens | None) -> list[int]:
-        if piece.is_said and self._special.are_in(piece.text):
+        if piece.is_turn and self._special.are_in(piece.text):
             return encode_text(self._tokenizer, piece.text)
         if hidden is not None and hidden.are_in(piece.text):
             return [index for index, _ in hidden.encode(piece.text)]

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bridge.gpt.data.text.not_text import HOLDS_ROWS, beginning_not_text, not_text
+from bridge.gpt.data.text.not_text import HOLDS_ROWS, check_beginning, check_text
 from bridge.gpt.data.text.sources import TextFile
-from bridge.gpt.data.text.text_files import json_error, mapped_text, open_text
+from bridge.gpt.data.text.text_files import describe_json_error, mapped_text, open_text
 from bridge.training.usage_error import UsageError
 
 LARGEST_TARGET_BYTES = 16 * 1024
@@ -48,11 +48,11 @@ def read_documents(
     target = target_bytes(sum(plain))
     for file, has_lines in zip(files, of_lines, strict=True):
         # json.loads rejects what is not text, so the beginning is enough.
-        if found := (beginning_not_text if has_lines else not_text)(file.path):
-            if file.chosen or found.kind in HOLDS_ROWS:
+        if found := (check_beginning if has_lines else check_text)(file.path):
+            if file.is_chosen or found.kind in HOLDS_ROWS:
                 raise UsageError(found.problem(str(file.path)))
             if skipped is not None:
-                skipped.append(f"{file.path} ({found.what()})")
+                skipped.append(f"{file.path} ({found.describe()})")
         elif has_lines:
             yield from _read_json_lines(file.path, json_key)
         else:
@@ -72,7 +72,7 @@ def target_bytes(corpus_bytes: int) -> int:
     return max(SMALLEST_TARGET_BYTES, min(LARGEST_TARGET_BYTES, corpus_bytes // DOCUMENTS_WANTED))
 
 
-def cut(text: bytes | mmap.mmap, target: int) -> Iterator[bytes]:
+def cut_text(text: bytes | mmap.mmap, target: int) -> Iterator[bytes]:
     """Cut text into pieces of about `target` bytes, which joined are the text again."""
     start, end = 0, len(text)
     while end - start > target + target // 2:
@@ -100,7 +100,7 @@ def _cut_position(text: bytes | mmap.mmap, start: int, target: int) -> int:
 
 def _read_text(path: Path, target: int) -> Iterator[bytes]:
     with mapped_text(path) as text:
-        yield from cut(text, target)
+        yield from cut_text(text, target)
 
 
 def _read_json_lines(path: Path, key: str) -> Iterator[bytes]:
@@ -112,8 +112,8 @@ def _read_json_lines(path: Path, key: str) -> Iterator[bytes]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UsageError(
-                    f"{path}, line {number}: not JSON ({json_error(error)}); write an object a "
-                    "line, in UTF-8"
+                    f"{path}, line {number}: not JSON ({describe_json_error(error)}); write an "
+                    "object a line, in UTF-8"
                 ) from None
             if not isinstance(record, dict):
                 raise UsageError(

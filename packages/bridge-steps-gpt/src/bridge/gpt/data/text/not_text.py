@@ -36,41 +36,41 @@ class NotText:
     path: Path
     kind: FileKind | None
     """The kind of the file, if it is known."""
-    packed: FileKind | None
-    """The kind of its compression."""
+    compression: FileKind | None
+    """The kind of its compression, if it is compressed."""
     wrong: WrongByte | None = None
     """The first byte that is not text, after decompression."""
 
-    def what(self) -> str:
+    def describe(self) -> str:
         """Describe the file in a few words."""
         if self.kind is None:
             return "binary data" if self.wrong is None or self.wrong.value == 0 else "not UTF-8"
-        return f"{self.packed} of {self.kind}" if self.packed else str(self.kind)
+        return f"{self.compression} of {self.kind}" if self.compression else str(self.kind)
 
     def problem(self, name: str) -> str:
         """Return the message that rejects the file, which the user calls `name`."""
         if self.kind is not None:
-            return f"{name}: is {self.what()}, not text; {self._remedy(self.kind)}"
+            return f"{name}: is {self.describe()}, not text; {self._remedy(self.kind)}"
         assert self.wrong is not None
         if self.wrong.value == 0:
             return f"{name}: is not text ({self.wrong}); give files of text"
         return (
             f"{name}: is not text in UTF-8 ({self.wrong}); convert it, as with: "
-            f"{self._converted('latin1')}"
+            f"{self._utf8_command('latin1')}"
         )
 
     def _remedy(self, kind: FileKind) -> str:
         if kind in (FileKind.UTF_16, FileKind.UTF_32):
-            return f"give what comes of it: {self._converted(kind.removeprefix('text in '))}"
+            return f"give what comes of it: {self._utf8_command(kind.removeprefix('text in '))}"
         return _remedy(kind, str(self.path))
 
-    def _converted(self, encoding: str) -> str:
+    def _utf8_command(self, encoding: str) -> str:
         """Return the command that makes UTF-8 of the file, which keeps its suffix."""
         name = self.path.name
         unpack = ""
-        packed = kind_of(head_of(self.path))
-        if packed in UNPACKING:
-            unpack = f"{UNPACKING[packed]} < {quote(str(self.path))} | "
+        compression = kind_of(head_of(self.path))
+        if compression in UNPACKING:
+            unpack = f"{UNPACKING[compression]} < {quote(str(self.path))} | "
             if self.path.suffix.lower() in COMPRESSION_SUFFIXES:
                 name = self.path.stem
         made = Path(name)
@@ -81,31 +81,31 @@ class NotText:
         )
 
 
-def beginning_not_text(path: Path) -> NotText | None:
+def check_beginning(path: Path) -> NotText | None:
     """Return why the first bytes of a file are not text, None if they are."""
     head = head_of(path)
-    packed = kind_of(head)
-    if packed in COMPRESSED:
+    compression = kind_of(head)
+    if compression in COMPRESSED:
         with open_text(path) as stream:
             head = stream.read(HEAD_BYTES)
     else:
-        packed = None
+        compression = None
     if is_text(head) and kind_of(head) is None:
         return None
     with open_text(path) as stream:
         wrong = first_wrong_byte(stream)
-    return NotText(path=path, kind=kind_of(head), packed=packed, wrong=wrong)
+    return NotText(path=path, kind=kind_of(head), compression=compression, wrong=wrong)
 
 
-def not_text(path: Path) -> NotText | None:
+def check_text(path: Path) -> NotText | None:
     """Return why a file is not text, None if all of it is."""
     with open_text(path) as stream:
         wrong = first_wrong_byte(stream)
-    if found := beginning_not_text(path):
+    if found := check_beginning(path):
         return found
     if wrong is None:
         return None
-    return NotText(path=path, kind=None, packed=None, wrong=wrong)
+    return NotText(path=path, kind=None, compression=None, wrong=wrong)
 
 
 def reject_not_text(path: Path, name: str) -> None:
@@ -114,7 +114,7 @@ def reject_not_text(path: Path, name: str) -> None:
     Raises:
         UsageError: They are not; the message has the file's kind and a remedy.
     """
-    if found := beginning_not_text(path):
+    if found := check_beginning(path):
         raise UsageError(found.problem(name))
 
 

@@ -35,7 +35,7 @@ class TextFile:
     path: Path
     size: int
     modified_ns: int
-    chosen: bool = False
+    is_chosen: bool = False
     """Whether the user named it, so that it must be text; False for one found in a directory."""
 
     def is_json_lines(self, key: str) -> bool:
@@ -50,7 +50,7 @@ class TextFile:
         if suffix != ".json":
             return False
         first = _first_object(self.path)
-        return self.chosen or (first is not None and isinstance(first.get(key), str))
+        return self.is_chosen or (first is not None and isinstance(first.get(key), str))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def find_source(entry: str, *, field: str = "dataset.path") -> Source:
     if path.is_file():
         reject_not_text(path, f"{field}={entry!r}")
         _reject_json_document(path, f"{field}={entry!r}")
-        return _source_of_files(entry, [_text_file(path, chosen=True)], field)
+        return _source_of_files(entry, [_text_file(path, is_chosen=True)], field)
     if glob.has_magic(entry):
         found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
         files = [p for p in found if p.is_file()]
@@ -223,13 +223,13 @@ def _walk(root: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
-def _text_file(path: Path, *, chosen: bool = False) -> TextFile:
+def _text_file(path: Path, *, is_chosen: bool = False) -> TextFile:
     status = path.stat()
     return TextFile(
         path=Path(_absolute(path)),
         size=status.st_size,
         modified_ns=status.st_mtime_ns,
-        chosen=chosen,
+        is_chosen=is_chosen,
     )
 
 

@@ -29,7 +29,7 @@ UNPACKING: dict[FileKind | None, str] = {
 }
 
 
-def json_error(error: ValueError | RecursionError) -> str:
+def describe_json_error(error: ValueError | RecursionError) -> str:
     """Return why a line is not JSON, without the error's line number, which counts within it."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}, at character {error.pos + 1}"

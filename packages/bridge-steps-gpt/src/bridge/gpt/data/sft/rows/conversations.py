@@ -61,22 +61,20 @@ class RowKeys:
 
 def extra_keys_of(record: Mapping[str, Any], keys: RowKeys) -> Iterator[tuple[str, Holder]]:
     """Yield the keys of a row and of its turns that `read_conversation` does not read."""
-    used: set[str]
-    turn_keys: tuple[str, ...]
-    if record.get(keys.messages) is not None:
-        used, turn_keys = {keys.messages}, _OF_CHAT
-    elif record.get(_SHAREGPT_KEY) is not None:
-        used, turn_keys = {_SHAREGPT_KEY}, _OF_SHAREGPT
-    elif all(key in record for key in (keys.prompt, keys.completion)):
-        used, turn_keys = {keys.prompt, keys.completion}, ()
-    else:
-        return  # a malformed row, whose error names its keys
-    for key in extra_keys_in(record, used):
+    chat = _find_chat(record, keys)
+    if chat is None:
+        # A row without these two is malformed, and its error names all of its keys.
+        if all(key in record for key in (keys.prompt, keys.completion)):
+            for key in extra_keys_in(record, {keys.prompt, keys.completion}):
+                yield key, "rows"
+        return
+    chat_key, turn_keys = chat
+    for key in extra_keys_in(record, {chat_key}):
         yield key, "rows"
-    turns, role_key = record[next(iter(used))], next(iter(turn_keys), "")
-    for turn in turns if turn_keys and isinstance(turns, Sequence) else ():
+    turns = record[chat_key]
+    for turn in turns if isinstance(turns, Sequence) else ():
         # A turn without a role is malformed.
-        if isinstance(turn, Mapping) and turn.get(role_key) is not None:
+        if isinstance(turn, Mapping) and turn.get(turn_keys[0]) is not None:
             for key in extra_keys_in(turn, turn_keys):
                 yield key, "turns"
 
@@ -87,11 +85,10 @@ def read_conversation(record: Mapping[str, Any], place: str, keys: RowKeys) -> C
     Raises:
         UsageError: It is malformed; the message has its place and the reason.
     """
-    if record.get(keys.messages) is not None:
-        turns = _turns(record[keys.messages], f"{place}: {keys.messages}", _OF_CHAT, keys)
-        return Conversation(place=place, turns=turns, is_chat=True)
-    if record.get(_SHAREGPT_KEY) is not None:
-        turns = _turns(record[_SHAREGPT_KEY], f"{place}: {_SHAREGPT_KEY}", _OF_SHAREGPT, keys)
+    chat = _find_chat(record, keys)
+    if chat is not None:
+        chat_key, turn_keys = chat
+        turns = _read_turns(record[chat_key], f"{place}: {chat_key}", turn_keys, keys)
         return Conversation(place=place, turns=turns, is_chat=True)
     missing = [key for key in (keys.prompt, keys.completion) if key not in record]
     if missing and all(key in record for key in _PREFERENCE_KEYS):
@@ -108,12 +105,20 @@ def read_conversation(record: Mapping[str, Any], place: str, keys: RowKeys) -> C
             f"{keys.completion!r}, or {keys.messages!r}; name other keys with "
             "dataset.prompt_key, dataset.completion_key and dataset.messages_key"
         )
-    texts = [_text(record[key], f"{place}: {key}") for key in (keys.prompt, keys.completion)]
+    texts = [_read_text(record[key], f"{place}: {key}") for key in (keys.prompt, keys.completion)]
     turns = (Turn(role="user", text=texts[0]), Turn(role=ASSISTANT, text=texts[1]))
     return Conversation(place=place, turns=turns, is_chat=False)
 
 
-def _turns(
+def _find_chat(record: Mapping[str, Any], keys: RowKeys) -> tuple[str, tuple[str, str]] | None:
+    """Return the key of a row's chat, and the keys of role and text in its turns; None without."""
+    for chat_key, turn_keys in ((keys.messages, _OF_CHAT), (_SHAREGPT_KEY, _OF_SHAREGPT)):
+        if record.get(chat_key) is not None:
+            return chat_key, turn_keys
+    return None
+
+
+def _read_turns(
     messages: Any, place: str, turn_keys: tuple[str, str], keys: RowKeys
 ) -> tuple[Turn, ...]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
@@ -122,12 +127,12 @@ def _turns(
             f'[{{"{turn_keys[0]}": ..., "{turn_keys[1]}": ...}}], or take the row out'
         )
     return tuple(
-        _turn(message, f"{place}[{number}]", turn_keys, keys)
+        _read_turn(message, f"{place}[{number}]", turn_keys, keys)
         for number, message in enumerate(messages)
     )
 
 
-def _turn(message: Any, place: str, turn_keys: tuple[str, str], keys: RowKeys) -> Turn:
+def _read_turn(message: Any, place: str, turn_keys: tuple[str, str], keys: RowKeys) -> Turn:
     role_key, text_key = turn_keys
     if not isinstance(message, Mapping) or message.get(role_key) is None:
         raise UsageError(
@@ -144,10 +149,10 @@ def _turn(message: Any, place: str, turn_keys: tuple[str, str], keys: RowKeys) -
     text = message.get(text_key)
     if text is None and extra_keys_in(message, {*turn_keys, *keys.ignored}):
         text = ""  # its other keys are the mistake, and are reported
-    return Turn(role=role, text=_text(text, f"{place}: {text_key}"))
+    return Turn(role=role, text=_read_text(text, f"{place}: {text_key}"))
 
 
-def _text(value: Any, place: str) -> str:
+def _read_text(value: Any, place: str) -> str:
     if not isinstance(value, str):
         raise UsageError(
             f"{place}: expected text, got {short_repr(value)}{_advice_for_text(value)}"

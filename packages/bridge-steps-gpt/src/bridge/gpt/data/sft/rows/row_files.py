@@ -17,7 +17,7 @@ from bridge.gpt.data.sft.rows.conversations import (
 )
 from bridge.gpt.data.sft.rows.extra_keys import ExtraKeys
 from bridge.gpt.data.text.not_text import reject_not_text
-from bridge.gpt.data.text.text_files import json_error, open_text
+from bridge.gpt.data.text.text_files import describe_json_error, open_text
 from bridge.training.file_kinds import HEAD_BYTES
 from bridge.training.usage_error import UsageError
 
@@ -197,7 +197,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UsageError(
-                    f"{place}: not JSON ({json_error(error)}); write an object a line, in UTF-8"
+                    f"{place}: not JSON ({describe_json_error(error)}); write an object a line, "
+                    "in UTF-8"
                 ) from None
             if not isinstance(record, dict):
                 raise UsageError(
