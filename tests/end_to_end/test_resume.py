@@ -1,10 +1,12 @@
 """A run that is interrupted and continued equals the uninterrupted one."""
 
-import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
+
+import pytest
 
 from commands import Command, Ended, run, start
 from gpt_tiny_runs import SMALL, contents, logged_steps, trajectory
@@ -27,7 +29,7 @@ def resume(folder: Path, *overrides: str, ranks: int = 1) -> Ended:
 
 
 def kill_at(command: Command, step: int) -> None:
-    """Kill the command and all that it has started when it has logged `steps` steps."""
+    """Kill the command and all that it has started when it has logged `step`."""
     command.wait_for(command.folder / "R" / "metrics.jsonl", step)
     for pid in [command.pid, *command.descendants()]:
         os.kill(pid, signal.SIGKILL)
@@ -36,8 +38,8 @@ def kill_at(command: Command, step: int) -> None:
 
 def test_twelve_steps_equal_twelve_steps_killed_in_the_middle_bit_for_bit(tmp_path: Path) -> None:
     ranks = 2
-    whole = begin(tmp_path / "whole", ranks=ranks)
-    assert whole.wait().code == 0
+    uninterrupted = begin(tmp_path / "whole", ranks=ranks)
+    assert uninterrupted.wait().code == 0
     expected = trajectory(tmp_path / "whole" / "R")
     assert len(expected) == STEPS
 
@@ -108,21 +110,27 @@ def test_a_run_continues_with_fewer_ranks_than_its_layout_had(tmp_path: Path) ->
     assert "rng.seed: the run was started with" in other.err
 
 
-def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path) -> None:
-    assert begin(tmp_path, "train.train_iters=2").wait().code == 0
-    before = (tmp_path / "R" / "metrics.jsonl").read_bytes()
-    ended = resume(tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run R that has taken its 2 steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert begin(folder, "train.train_iters=2").wait().code == 0
+    return folder
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(finished: Path) -> None:
+    before = (finished / "R" / "metrics.jsonl").read_bytes()
+    ended = resume(finished)
     assert ended.code == 0, ended.err
     assert "finished at step 2/2" in ended.out
-    assert (tmp_path / "R" / "metrics.jsonl").read_bytes() == before
+    assert (finished / "R" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_missing_checkpoint_is_an_error_with_a_remedy(tmp_path: Path) -> None:
-    assert begin(tmp_path, "train.train_iters=2").wait().code == 0
+def test_a_missing_checkpoint_is_an_error_with_a_remedy(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "R", tmp_path / "R")
     (tmp_path / "R" / "checkpoints" / "latest").write_text("step-0000009\n")
     ended = resume(tmp_path, "train.train_iters=4")
     assert ended.code == 2
     assert "step-0000009" in ended.err
     assert "continue from one with --resume --step 2" in ended.err
-    rows = (tmp_path / "R" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+    assert [step for step, *_ in trajectory(tmp_path / "R")] == [1, 2]

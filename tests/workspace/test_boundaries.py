@@ -58,6 +58,14 @@ def test_tools_and_tests_import_nothing_of_each_other() -> None:
     assert imports_of(ROOT / "tools") & support == set()
 
 
+def test_the_readme_of_the_tests_has_every_folder_and_support_file() -> None:
+    text = (ROOT / "tests" / "README.md").read_text()
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
+    support = {path.stem for path in (ROOT / "tests" / "support").glob("*.py")}
+    assert {name for name in folders if f"| `{name}/` |" not in text} == set()
+    assert {name for name in support if f"`{name}`" not in text} == set()
+
+
 def test_the_top_of_the_repository_holds_only_what_belongs_there() -> None:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
