@@ -138,7 +138,7 @@ def _llama3_1b() -> ConfigContainer:
             rope_scaling_factor=32.0,
             share_embeddings_and_output_weights=True,
         ),
-        **_large_run(micro_batch_size=1, lr=3e-4),
+        **_large_run(),
     )
 
 
@@ -157,7 +157,7 @@ def _llama3_8b() -> ConfigContainer:
             tensor_model_parallel_size=2,
             sequence_parallel=True,
         ),
-        **_large_run(micro_batch_size=1, lr=3e-4),
+        **_large_run(),
     )
 
 
@@ -180,17 +180,17 @@ def _llama3_8b_lora() -> ConfigContainer:
     return config
 
 
-def _large_run(*, micro_batch_size: int, lr: float) -> dict[str, Any]:
+def _large_run() -> dict[str, Any]:
     """Return the sections other than the model that runs of the Llama 3 models share."""
     return {
         "train": TrainConfig(
             train_iters=10_000,
             global_batch_size=128,
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=1,
             num_workers=2,
         ),
         "validation": ValidationConfig(eval_interval=500, eval_iters=10),
-        "optimizer": _adamw(lr),
+        "optimizer": _adamw(3e-4),
         "scheduler": SchedulerConfig(lr_warmup_fraction=0.02),
         "dataset": GPTDatasetConfig(),
         "tokenizer": TokenizerConfig(type="null", vocab_size=128_256),
