@@ -7,7 +7,7 @@ import yaml
 
 import own_recipe
 from bridge.cli import main
-from bridge.cli.starting_checkpoint import find_starting_checkpoint
+from bridge.cli.runs.starting_checkpoint import find_starting_checkpoint
 from bridge.training.recipe_lookup import find_recipe
 from commands import run
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 import own_recipe
-from bridge.cli import launch
+from bridge.cli.runs import launch
 from commands import Command, Ended, run, start
 
 SLOW = ("dataset.seconds_per_sample=0.05", "train.train_iters=400", "checkpoint.save_interval=null")

@@ -9,7 +9,7 @@ import pytest
 
 _BRIDGE = """
 import sys
-from bridge.cli.start_command import StartCommand
+from bridge.cli.runs.start_command import StartCommand
 print(StartCommand.of_this_process(sys.argv[1:], None).words)
 """
 _STARTER = """

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bridge.cli.starting_checkpoint import find_starting_checkpoint
+from bridge.cli.runs.starting_checkpoint import find_starting_checkpoint
 from bridge.mimo.sections import ModuleParallelism
 from bridge.training.checkpoint.manifest import write_manifest
 from bridge.training.checkpoint.resume_rules import reject_another_model

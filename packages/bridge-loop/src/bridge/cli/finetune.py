@@ -2,7 +2,7 @@
 
 import argparse
 
-from bridge.cli import training
+from bridge.cli.runs import training
 from bridge.training.local_paths import PathOption
 from bridge.training.usage_error import UsageError
 

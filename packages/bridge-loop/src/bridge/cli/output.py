@@ -1,8 +1,13 @@
-"""The command's output, flushed even if its reader is gone."""
+"""The command's output: layouts, keys, and flushing it even if its reader is gone."""
 
+import argparse
 import errno
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bridge.training.config import ConfigContainer
 
 
 def flush_output() -> None:
@@ -15,3 +20,20 @@ def flush_output() -> None:
                 raise
             # Else Python would fail to flush the rest at its exit, and change the exit code.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def layout_lines(config: "ConfigContainer", ranks: int) -> list[str]:
+    """Return the picture of the layout, if the model draws one."""
+    from bridge.training.contracts import DrawsLayout
+
+    drawn = config.model.layout_picture(ranks) if isinstance(config.model, DrawsLayout) else None
+    return [] if drawn is None else drawn.splitlines()
+
+
+def print_keys(parser: argparse.ArgumentParser, recipe: Any) -> None:
+    """Print the usage of a command, and every key of a recipe with its type and default."""
+    from bridge.training.config import reference_text
+
+    parser.print_help()
+    print(f"\nkeys of {recipe.name}, with the recipe's values:\n")
+    print(reference_text(recipe()))

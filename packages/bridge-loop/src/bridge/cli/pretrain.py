@@ -2,7 +2,7 @@
 
 import argparse
 
-from bridge.cli import training
+from bridge.cli.runs import training
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
 
-from bridge.cli.hidden_gpus import hide_gpus_on_cpu_runs
+from bridge.cli.output import layout_lines
+from bridge.cli.runs.hidden_gpus import hide_gpus_on_cpu_runs
 from bridge.training.entry_points import RECIPES
 from bridge.training.recipe_lookup import (
     add_configuration_arguments,
@@ -13,9 +13,6 @@ from bridge.training.recipe_lookup import (
     find_recipe,
     read_documents,
 )
-
-if TYPE_CHECKING:
-    from bridge.training.config import ConfigContainer
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -51,20 +48,3 @@ def _show(options: argparse.Namespace) -> int:
     sys.stdout.writelines(f"# {line}\n" for line in layout_lines(config, ranks))
     sys.stdout.write(config.to_yaml(brief=not options.full))
     return 0
-
-
-def layout_lines(config: "ConfigContainer", ranks: int) -> list[str]:
-    """Return the picture of the layout, if the model draws one."""
-    from bridge.training.contracts import DrawsLayout
-
-    drawn = config.model.layout_picture(ranks) if isinstance(config.model, DrawsLayout) else None
-    return [] if drawn is None else drawn.splitlines()
-
-
-def print_keys(parser: argparse.ArgumentParser, recipe: Any) -> None:
-    """Print the usage of a command, and every key of a recipe with its type and default."""
-    from bridge.training.config import reference_text
-
-    parser.print_help()
-    print(f"\nkeys of {recipe.name}, with the recipe's values:\n")
-    print(reference_text(recipe()))

@@ -20,13 +20,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from bridge.cli.local_rank import POLL_SECONDS, Launcher, train_as_forked_rank
+from bridge.cli.runs.local_rank import POLL_SECONDS, Launcher, train_as_forked_rank
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
-    from bridge.cli.one_rank import Command
-    from bridge.cli.start_command import StartCommand
+    from bridge.cli.runs.one_rank import Command
+    from bridge.cli.runs.start_command import StartCommand
     from bridge.training.config import ConfigContainer
     from bridge.training.contracts import Recipe
 
@@ -93,7 +93,7 @@ def _launch(
             path = launcher.folder / "config.yaml"
             path.write_text(config.to_yaml())
             elastic_launch(settings, sys.executable)(
-                *("-m", "bridge.cli.rank", str(launcher.pid), command, recipe.name, str(path)),
+                *("-m", "bridge.cli.runs.rank", str(launcher.pid), command, recipe.name, str(path)),
                 *(str(launcher.start.nproc), *launcher.start.words),
             )
     except ChildFailedError as error:

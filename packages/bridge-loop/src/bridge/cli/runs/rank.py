@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from bridge.cli.local_rank import Launcher, train_as_rank
-from bridge.cli.start_command import StartCommand
+from bridge.cli.runs.local_rank import Launcher, train_as_rank
+from bridge.cli.runs.start_command import StartCommand
 from bridge.training.recipe_lookup import find_recipe
 
 if TYPE_CHECKING:
-    from bridge.cli.one_rank import Command
+    from bridge.cli.runs.one_rank import Command
 
 if __name__ == "__main__":
     launcher, command, name, path, nproc, *words = sys.argv[1:]

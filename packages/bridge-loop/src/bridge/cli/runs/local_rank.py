@@ -14,8 +14,8 @@ from bridge.cli.output import flush_output
 from bridge.training.durable_files import replace_durably
 
 if TYPE_CHECKING:
-    from bridge.cli.one_rank import Command
-    from bridge.cli.start_command import StartCommand
+    from bridge.cli.runs.one_rank import Command
+    from bridge.cli.runs.start_command import StartCommand
     from bridge.training.config import ConfigContainer
     from bridge.training.contracts import Recipe
 
@@ -85,7 +85,7 @@ def train_as_rank(
     launcher: Launcher, command: "Command", recipe: "Recipe", config: "ConfigContainer"
 ) -> int:
     """Train as one of the local ranks of `launcher`; return the exit code."""
-    from bridge.cli.one_rank import RankFailed, train_here
+    from bridge.cli.runs.one_rank import RankFailed, train_here
     from bridge.training.run_files.lock import launcher_lock
     from bridge.training.usage_error import is_usage_error
 

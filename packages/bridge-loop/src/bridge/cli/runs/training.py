@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
 
-from bridge.cli.hidden_gpus import hide_gpus_on_cpu_runs
-from bridge.cli.launch import on_local_ranks
-from bridge.cli.one_rank import Command, RankFailed, train_here
-from bridge.cli.recipes import layout_lines, print_keys
-from bridge.cli.start_command import StartCommand
-from bridge.cli.starting_checkpoint import find_starting_checkpoint
+from bridge.cli.output import layout_lines, print_keys
+from bridge.cli.runs.hidden_gpus import hide_gpus_on_cpu_runs
+from bridge.cli.runs.launch import on_local_ranks
+from bridge.cli.runs.one_rank import Command, RankFailed, train_here
+from bridge.cli.runs.start_command import StartCommand
+from bridge.cli.runs.starting_checkpoint import find_starting_checkpoint
 from bridge.training.launchers import rank_environment, rendezvous_url
 from bridge.training.local_paths import PathOption
 from bridge.training.recipe_lookup import (

@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bridge.cli.start_command import StartCommand
+from bridge.cli.runs.start_command import StartCommand
 from bridge.training.launchers import rank_environment
 from bridge.training.usage_error import is_usage_error
 

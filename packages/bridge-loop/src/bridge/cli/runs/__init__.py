@@ -1,0 +1,1 @@
+"""Runs that the command starts: their configuration, their ranks, the line that continues them."""
