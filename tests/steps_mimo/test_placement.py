@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bridge.cli import main
-from bridge.mimo.placement import Place, picture, separate_places
+from bridge.mimo.placement import ModulePlacement, draw_placement, place_modules
 from bridge.mimo.recipes import mimo_digits
 from bridge.mimo.sections import ModuleParallelism
 from bridge.training.config import (
@@ -34,7 +34,7 @@ def modules(**sizes: dict[str, int]) -> dict[str, ModuleParallelism]:
 def offsets_and_replicas(
     world_size: int, **asked: dict[str, int]
 ) -> dict[str, tuple[int, int]] | list[str]:
-    places, problems = separate_places(modules(**asked), world_size)
+    places, problems = place_modules(modules(**asked), world_size)
     return problems or {name: (place.offset, place.data) for name, place in places.items()}
 
 
@@ -58,8 +58,8 @@ class TestDefaults:
 @pytest.mark.parametrize(
     ("world_size", "asked", "says"),
     [
-        (1, {}, "1 of the 1 ranks are left for vision and language, whose copies take 2"),
-        (3, {}, "3 of the 3 ranks are left for vision and language, whose copies take 2"),
+        (1, {}, "1 of the 1 ranks are left for vision and language, whose replicas take 2"),
+        (3, {}, "3 of the 3 ranks are left for vision and language, whose replicas take 2"),
         (
             3,
             {"vision": {"data_parallel": 1}, "language": {"data_parallel": 1}},
@@ -93,7 +93,7 @@ class TestDefaults:
 def test_a_layout_that_does_not_fit_is_rejected(
     world_size: int, asked: dict[str, dict[str, int]], says: str
 ) -> None:
-    _, problems = separate_places(modules(**asked), world_size)
+    _, problems = place_modules(modules(**asked), world_size)
     assert len(problems) == 1
     assert says in problems[0]
 
@@ -101,10 +101,10 @@ def test_a_layout_that_does_not_fit_is_rejected(
 class TestPicture:
     def test_each_rank_is_a_column(self) -> None:
         places = {
-            "vision": Place(offset=0, tensor=1, pipeline=1, data=1),
-            "language": Place(offset=1, tensor=2, pipeline=2, data=1),
+            "vision": ModulePlacement(offset=0, tensor=1, pipeline=1, data=1),
+            "language": ModulePlacement(offset=1, tensor=2, pipeline=2, data=1),
         }
-        assert picture(places, 4).splitlines() == [
+        assert draw_placement(places, 4).splitlines() == [
             "rank      0         1         2         3         (4)",
             "vision    s0 r0 t0  .         .         .         .",
             "language  .         s0 r0 t0  s0 r0 t1  s1 r0 t0  s1 r0 t1",
@@ -112,14 +112,18 @@ class TestPicture:
         ]
 
     def test_ranks_come_in_blocks_and_many_in_words(self) -> None:
-        blocks = picture({"language": Place(offset=0, tensor=1, pipeline=1, data=9)}, 9)
+        blocks = draw_placement(
+            {"language": ModulePlacement(offset=0, tensor=1, pipeline=1, data=9)}, 9
+        )
         assert [line.split()[:2] for line in blocks.splitlines()[:4]] == [
             ["rank", "0"],
             ["language", "s0"],
             ["rank", "8"],
             ["language", "s0"],
         ]
-        words = picture({"language": Place(offset=0, tensor=8, pipeline=2, data=4)}, 64)
+        words = draw_placement(
+            {"language": ModulePlacement(offset=0, tensor=8, pipeline=2, data=4)}, 64
+        )
         assert words == "language  ranks 0 to 63: 8 tensor-parallel x 2 stages x 4 replicas"
 
 

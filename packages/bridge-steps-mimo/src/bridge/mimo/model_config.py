@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bridge.mimo.assembly import assemble_model
 from bridge.mimo.model import MultimodalModel
 from bridge.mimo.module_ranks import SeparateRanks, module_ranks_of
-from bridge.mimo.placement import LANGUAGE, Place, picture, separate_places
+from bridge.mimo.placement import LANGUAGE, ModulePlacement, draw_placement, place_modules
 from bridge.mimo.sections import (
     LanguageModelConfig,
     ModuleParallelism,
@@ -160,13 +160,13 @@ class MultimodalModelConfig:
             return 1
         return self.tensor_parallel_size(LANGUAGE)
 
-    def places(self, world_size: int) -> tuple[dict[str, Place], list[str]]:
+    def places(self, world_size: int) -> tuple[dict[str, ModulePlacement], list[str]]:
         """Return the ranks of each module where they are separate, and the problems with them."""
         modules = {
             name: self.parallelism.get(name, ModuleParallelism())
             for name in (*self.encoders, LANGUAGE)
         }
-        return separate_places(modules, world_size)
+        return place_modules(modules, world_size)
 
     def layout(self, world_size: int) -> Layout:
         """Return the layout of the language model, which colocated modules share.
@@ -197,7 +197,7 @@ class MultimodalModelConfig:
         if self.placement == "colocated":
             return None
         places, _ = self.places(world_size)
-        return picture(places, world_size) if places else None
+        return draw_placement(places, world_size) if places else None
 
     def module_ranks(
         self, *, world_size: int, timeout: timedelta

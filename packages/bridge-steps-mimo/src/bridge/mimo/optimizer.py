@@ -1,6 +1,6 @@
-"""megatron-core's optimizer over modules on ranks of their own, without its waits for the device.
+"""megatron-core's optimizer over modules with ranks of their own, without host-device syncs.
 
-The norm of the gradients is that of all modules, and each is clipped by it.
+The gradients of each module are clipped by the norm of all modules' gradients.
 """
 
 import math
@@ -21,10 +21,10 @@ with quiet_import():
 
 
 class ModulesOptimizer(MimoOptimizer):
-    """megatron-core's MimoOptimizer, for float32 and bf16: no gradient overflows.
+    """megatron-core's MimoOptimizer for float32 and bf16, in which no gradient overflows.
 
-    So no rank has to ask the others before its step. Where the kernels allow it (as with one
-    module), nothing waits for the norm either.
+    So no rank needs the others' state before its step. Where the kernels allow it (as with one
+    module), there is no host-device sync for the norm either.
     """
 
     @classmethod
@@ -36,12 +36,12 @@ class ModulesOptimizer(MimoOptimizer):
         groups: ProcessGroupCollection,
         config: Any,
     ) -> Self:
-        """Make the optimizer.
+        """Return the optimizer of all modules.
 
         Args:
             grids: The ranks of every module.
             name: The module on this rank.
-            own: Its optimizer; None where all of it is frozen.
+            own: Its optimizer; None if all of it is frozen.
             groups: Its process groups.
             config: megatron-core's OptimizerConfig.
         """
@@ -59,7 +59,7 @@ class ModulesOptimizer(MimoOptimizer):
     @torch.no_grad()
     @override
     def get_grad_norm(self) -> Any:
-        """Return the L2 norm of the gradients of all modules: on the device where possible."""
+        """Return the L2 norm of the gradients of all modules, on the device where possible."""
         squares = torch.zeros(
             len(self.module_infos), device=torch.cuda.current_device(), dtype=torch.float32
         )
@@ -78,12 +78,12 @@ class ModulesOptimizer(MimoOptimizer):
 
         Returns:
             Whether the step was taken (optimizer.grad_norm_skip_threshold), the norm, and the
-            number of zeros if it is asked for.
+            number of zeros with optimizer.log_num_zeros_in_grad.
         """
         self.prepare_grads()
         norm = self.get_grad_norm()
         threshold = self.config.grad_norm_skip_threshold
-        # Without a threshold nothing waits for the norm.
+        # Without a threshold there is no host-device sync for the norm.
         if math.isfinite(threshold) and norm > threshold:
             return False, norm, None
         for optimizer in optimizers_of_modules(self):

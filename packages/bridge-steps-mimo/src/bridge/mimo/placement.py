@@ -1,4 +1,4 @@
-"""On which ranks each module of a multimodal model is, and a picture of it."""
+"""The ranks of each module of a multimodal model, and a picture of them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ LANGUAGE = "language"
 """The name of the language model among the modules, in megatron-core too."""
 
 _COLUMNS, _MOST_COLUMNS = 8, 32
-"""Ranks beside each other in a picture, and those of the largest."""
+"""Ranks in a line of a picture, and in the largest picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """The ranks of one module: neighbours, the tensor-parallel ones first, the replicas last."""
+class ModulePlacement:
+    """The consecutive ranks of one module: tensor-parallel ranks, then stages, then replicas."""
 
     offset: int
     tensor: int
@@ -32,28 +32,27 @@ class Place:
         return range(self.offset, self.offset + self.size)
 
     def label(self, rank: int) -> str:
-        """Return what a rank is of the module: stage, replica and tensor-parallel rank."""
-        place = rank - self.offset
-        tensor, place = place % self.tensor, place // self.tensor
-        stage, replica = place % self.pipeline, place // self.pipeline
+        """Return stage, replica and tensor-parallel rank of a rank."""
+        index, tensor = divmod(rank - self.offset, self.tensor)
+        replica, stage = divmod(index, self.pipeline)
         return f"s{stage} r{replica} t{tensor}"
 
 
-def separate_places(
+def place_modules(
     modules: Mapping[str, ModuleParallelism], world_size: int
-) -> tuple[dict[str, Place], list[str]]:
-    """Place modules on ranks of their own, and fill in what their settings leave open.
+) -> tuple[dict[str, ModulePlacement], list[str]]:
+    """Place modules on ranks of their own, and derive the sizes that their settings leave open.
 
-    A module without a number of copies gets as many as the ranks that are left over hold, the same
-    for each such module; one without an offset begins where the module before it ends.
+    Modules without a number of replicas get the same number each, as many as fit on the remaining
+    ranks. A module without an offset begins where the module before it ends.
 
     Args:
-        modules: What is asked for, by name, in the order of the ranks: encoders first.
+        modules: The settings by name, in the order of the ranks: encoders first.
         world_size: Number of ranks.
 
     Returns:
-        Where each module is (a module whose sizes are wrong has one copy), and a line for each
-        reason why that will not do.
+        The ranks of each module (one replica where the sizes are wrong), and the problems, one line
+        each.
     """
     problems = [
         f"model.parallelism.{name}.{field}: {value}; give a number of at least {low}"
@@ -68,57 +67,61 @@ def separate_places(
     ]
     if problems:
         return {}, problems
-    copies = _copies(modules, world_size)
-    if isinstance(copies, str):
-        problems.append(copies)
-        copies = {name: asked.data_parallel_size or 1 for name, asked in modules.items()}
-    places, end = {}, 0
+    replicas = _derive_replicas(modules, world_size)
+    if isinstance(replicas, str):
+        problems.append(replicas)
+        replicas = {name: asked.data_parallel_size or 1 for name, asked in modules.items()}
+    placements, end = {}, 0
     for name, asked in modules.items():
         offset = end if asked.rank_offset is None else asked.rank_offset
-        places[name] = Place(
+        placements[name] = ModulePlacement(
             offset=offset,
             tensor=asked.tensor_model_parallel_size or 1,
             pipeline=asked.pipeline_model_parallel_size,
-            data=copies[name],
+            data=replicas[name],
         )
-        end = offset + places[name].size
+        end = offset + placements[name].size
     if not problems:
-        problems += _tiling_problems(places, world_size)
-        problems += _copies_problems(places)
-    return places, problems
+        problems += _tiling_problems(placements, world_size)
+        problems += _replica_problems(placements)
+    return placements, problems
 
 
-def _ranks_of_a_copy(asked: ModuleParallelism) -> int:
+def _ranks_of_replica(asked: ModuleParallelism) -> int:
     return (asked.tensor_model_parallel_size or 1) * asked.pipeline_model_parallel_size
 
 
-def _copies(modules: Mapping[str, ModuleParallelism], world_size: int) -> dict[str, int] | str:
-    """Return the number of copies of each module, or why it does not follow."""
+def _derive_replicas(
+    modules: Mapping[str, ModuleParallelism], world_size: int
+) -> dict[str, int] | str:
+    """Return the number of replicas of each module, or the problem if they cannot be derived."""
     known = {
         name: asked.data_parallel_size
         for name, asked in modules.items()
         if asked.data_parallel_size is not None
     }
-    taken = sum(_ranks_of_a_copy(modules[name]) * copies for name, copies in known.items())
+    taken = sum(_ranks_of_replica(modules[name]) * replicas for name, replicas in known.items())
     open_names = [name for name in modules if name not in known]
     if not open_names:
         return known
     left = world_size - taken
-    each = sum(_ranks_of_a_copy(modules[name]) for name in open_names)
+    each = sum(_ranks_of_replica(modules[name]) for name in open_names)
     if left < each or left % each:
         return (
             f"model.parallelism.{open_names[-1]}.data_parallel_size: {left} of the {world_size} "
-            f"ranks are left for {' and '.join(open_names)}, whose copies take {each} together; "
+            f"ranks are left for {' and '.join(open_names)}, whose replicas take {each} together; "
             "give data_parallel_size of each, or another number of ranks"
         )
     return {**known, **dict.fromkeys(open_names, left // each)}
 
 
-def _tiling_problems(places: Mapping[str, Place], world_size: int) -> Iterator[str]:
-    """Yield ranks that no module has, that two have, and that there are not."""
+def _tiling_problems(placements: Mapping[str, ModulePlacement], world_size: int) -> Iterator[str]:
+    """Yield the problems of ranks without a module, with two modules, and that do not exist."""
     holders = {
-        rank: [name for name, place in places.items() if rank in place.ranks]
-        for rank in range(max(world_size, *(place.ranks.stop for place in places.values())))
+        rank: [name for name, placement in placements.items() if rank in placement.ranks]
+        for rank in range(
+            max(world_size, *(placement.ranks.stop for placement in placements.values()))
+        )
     }
     idle = [rank for rank, names in holders.items() if not names and rank < world_size]
     if idle:
@@ -141,14 +144,14 @@ def _tiling_problems(places: Mapping[str, Place], world_size: int) -> Iterator[s
         )
 
 
-def _copies_problems(places: Mapping[str, Place]) -> Iterator[str]:
-    language = places[LANGUAGE].data
-    for name, place in places.items():
-        if language % place.data and place.data % language:
+def _replica_problems(placements: Mapping[str, ModulePlacement]) -> Iterator[str]:
+    language = placements[LANGUAGE].data
+    for name, placement in placements.items():
+        if language % placement.data and placement.data % language:
             yield (
-                f"model.parallelism.{name}.data_parallel_size: {place.data} is neither a multiple "
-                f"nor a divisor of the language model's {language}, between whose copies the "
-                "samples are divided; change one of them"
+                f"model.parallelism.{name}.data_parallel_size: {placement.data} is neither a "
+                f"multiple nor a divisor of the language model's {language}, between whose "
+                "replicas the samples are divided; change one of them"
             )
 
 
@@ -160,30 +163,29 @@ def _ranks(ranks: list[int]) -> str:
     return f"ranks {', '.join(map(str, ranks))}"
 
 
-def picture(places: Mapping[str, Place], world_size: int) -> str:
-    """Draw which rank is what of each module: a column for each rank.
+def draw_placement(placements: Mapping[str, ModulePlacement], world_size: int) -> str:
+    """Draw stage, replica and tensor-parallel rank of each rank, one column a rank.
 
-    Ranks beyond those that there are stand in brackets. Where there are many, a line a module says
-    the same.
+    Ranks that do not exist are in brackets. For many ranks it is one line a module instead.
     """
-    number = max(world_size, *(place.ranks.stop for place in places.values()))
+    number = max(world_size, *(placement.ranks.stop for placement in placements.values()))
     if number > _MOST_COLUMNS:
         return "\n".join(
-            f"{name}  {_ranks(list(place.ranks))}: {place.tensor} tensor-parallel x "
-            f"{place.pipeline} stages x {place.data} replicas"
-            for name, place in places.items()
+            f"{name}  {_ranks(list(placement.ranks))}: {placement.tensor} tensor-parallel x "
+            f"{placement.pipeline} stages x {placement.data} replicas"
+            for name, placement in placements.items()
         )
     blocks = [
-        _block(places, range(first, min(first + _COLUMNS, number)), world_size)
+        _block(placements, range(first, min(first + _COLUMNS, number)), world_size)
         for first in range(0, number, _COLUMNS)
     ]
     return "\n".join([*blocks, "(s pipeline stage, r replica, t tensor-parallel rank)"])
 
 
-def _block(places: Mapping[str, Place], ranks: range, world_size: int) -> str:
+def _block(placements: Mapping[str, ModulePlacement], ranks: range, world_size: int) -> str:
     rows = [["rank", *(str(rank) if rank < world_size else f"({rank})" for rank in ranks)]]
-    for name, place in places.items():
-        cells = [place.label(rank) if rank in place.ranks else "." for rank in ranks]
+    for name, placement in placements.items():
+        cells = [placement.label(rank) if rank in placement.ranks else "." for rank in ranks]
         rows.append([name, *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
