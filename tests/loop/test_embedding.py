@@ -23,6 +23,7 @@ from bridge.training import cpu
 from bridge.training.config import ConfigContainer
 from bridge.training.run import TrainingParts
 from bridge.training.setup import training_parts
+from bridge.training.state import GlobalState
 from bridge.training.train import StepResult, train_step
 from plain_torch import plain_torch
 from process_footprint import take_footprint
@@ -96,6 +97,27 @@ def test_two_models_one_after_the_other_leave_nothing_behind(world_size: int) ->
         fresh = run_ranks(world_size, alone, width, timeout=120)
         assert [losses[index] for losses in found] == fresh  # Bit for bit.
         assert len(set(fresh[0])) == 3
+
+
+def test_a_forward_step_gets_the_tracker_that_the_program_has_opened(tmp_path: Path) -> None:
+    def step(state: GlobalState, data_iterator: Any, model: Any) -> Any:
+        writer = state.tensorboard_logger
+        assert writer is not None
+        writer.add_text("sample", "text", state.train_state.step)
+        return token_step(data_iterator, model)
+
+    def body() -> None:
+        config = own_run(tmp_path / "run")
+        config.logger.tensorboard = True
+        with training_parts(config, step) as parts:
+            with pytest.raises(RuntimeError, match=r"call state.open_loggers\(step\) first"):
+                next(steps(parts, 1))
+            assert not (tmp_path / "run").exists()
+            parts.state.open_loggers(step=0)
+            next(steps(parts, 1))
+
+    run_ranks(1, body, timeout=120)
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
 def fails_in(place: str) -> Callable[..., Any]:

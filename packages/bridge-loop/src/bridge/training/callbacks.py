@@ -1,4 +1,4 @@
-"""Code of one's own at fixed points of a run, without a change to the loop.
+"""Callbacks: your own code at fixed points of a run, without a change to the loop.
 
 A callback is an instance of `Callback`, or of any class that defines some of its ``on_*``
 methods. Callbacks run in the order given, on every rank, so they may use collectives.
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class CallbackContext:
-    """What every event is told: the run's parts, as they are at that moment."""
+    """The components of the run, which every event gets, in their present state."""
 
     state: "GlobalState"
     model: list[torch.nn.Module]
@@ -44,13 +44,13 @@ class CallbackContext:
     validation: Mapping[str, float | None] = field(default_factory=dict)
     """The newest evaluation's metrics; empty before the first."""
     split: Literal["validation", "test"] | None = None
-    """What is evaluated, in on_evaluate_start and on_evaluate_end; None elsewhere."""
+    """The split that is evaluated, in on_evaluate_start and on_evaluate_end; None elsewhere."""
     exception: BaseException | None = None
-    """What ended the run, in on_train_end; None if it ended as planned."""
+    """The error that ended the run, in on_train_end; None if it ended as planned."""
     summary: list[str] = field(default_factory=list)
-    """Lines that a callback wants in the summary at the end of the run."""
+    """Lines of callbacks for the summary at the end of the run."""
     collect: Callable[..., list[Any]] | None = field(default=None, repr=False)
-    """What `collect_non_loss_data` calls; the run sets it."""
+    """The function that `collect_non_loss_data` calls; the run sets it."""
 
     @property
     def config(self) -> "ConfigContainer":
@@ -63,7 +63,7 @@ class CallbackContext:
         name: str = "validation",
         num_samples: int | None = None,
     ) -> list[Any]:
-        """Run the model over a validation or test set and return what its loss function collects.
+        """Run the model over a validation or test set and return the data that its loss collects.
 
         A collective: a callback calls it on every rank, with the same arguments. The model
         computes as in an evaluation, in the schedule of its layout, in evaluation mode and without
@@ -96,7 +96,7 @@ class CallbackContext:
 
 
 class Callback:
-    """Base class whose events do nothing: override those that you want."""
+    """A base class whose events do nothing: override those that you want."""
 
     def on_train_start(self, context: CallbackContext) -> None:
         """Before the first step; a checkpoint has been loaded if there is one."""
@@ -110,7 +110,7 @@ class Callback:
     def on_step_end(self, context: CallbackContext, result: Any) -> None:
         """After a step, with its StepResult.
 
-        Reading its metrics waits for the device; only a logged step has some, those of its row
+        Reading its metrics is a host-device sync; only a logged step has some, those of its record
         (logger.average).
         """
 
@@ -127,13 +127,13 @@ class Callback:
     def on_evaluate_end(self, context: CallbackContext, results: dict[str, float | None]) -> None:
         """After an evaluation that did not fail, with its metrics, before they are written.
 
-        They are named METRIC, or NAME/METRIC where there are several sets. Empty if the run is to
-        stop and the evaluation was cut short for that. What is added to `results`, equal on every
-        rank, is written too, as ``validation/METRIC`` say, and is in the result of the run.
+        They are named METRIC, or NAME/METRIC where there are several sets. `results` is empty if
+        the evaluation was cut short as the run is to stop. Metrics that are added to it, equal on
+        every rank, are written too, such as ``validation/METRIC``, and are in the run's result.
         """
 
     def on_log(self, context: CallbackContext, metrics: dict[str, float | None]) -> None:
-        """Before a logged step's row is written; what is added to `metrics` is written too."""
+        """Before a logged step's record is written; values added to `metrics` are written too."""
 
     def on_checkpoint_save(self, context: CallbackContext, path: "Path") -> None:
         """After a checkpoint is on disk at `path`."""
@@ -161,7 +161,7 @@ class Callbacks:
         self._listeners = [(callback, _handlers_of(callback)) for callback in callbacks]
 
     def has(self, event: str) -> bool:
-        """Say whether any callback listens to `event`."""
+        """Whether any callback listens to `event`."""
         return any(event in handlers for _, handlers in self._listeners)
 
     def fire(self, event: str, context: CallbackContext, *arguments: Any) -> None:
@@ -177,7 +177,7 @@ class Callbacks:
         """Fire on_train_start, then on_train_end however the block ends.
 
         Callbacks that were not started, because an earlier one or their own on_train_start
-        failed, hear no on_train_end; all others do, whatever fails. The first exception is the
+        failed, get no on_train_end; all others do, whatever fails. The first exception is the
         one that is raised.
         """
         started = 0
@@ -205,7 +205,7 @@ class Callbacks:
             try:
                 _call(callback, "on_train_end", handlers["on_train_end"], context)
             except BaseException as error:
-                if first is not None:  # What ended the run must stay the one that is raised.
+                if first is not None:  # The error that ended the run is the one that is raised.
                     log.exception("on_train_end failed too, after %r", first)
                 first = first or error
         return first

@@ -22,7 +22,7 @@ def finetune(
     """Train a model further, from the weights in ``checkpoint.pretrained_checkpoint``.
 
     That is a run's directory or one of its checkpoints; nothing but the weights is taken from it. A
-    run that is resumed goes on from its own latest checkpoint. All else is as in
+    run that is resumed continues from its own latest checkpoint. Everything else is as in
     `bridge.training.pretrain.pretrain`.
 
     Args:
@@ -44,7 +44,7 @@ def finetune(
 
 def _reject_random_weights(checkpoint: CheckpointConfig) -> None:
     if checkpoint.resume and checkpoint.run_dir is not None:
-        # What the run once started from need not be there any more.
+        # The weights that the run started from are not needed any more.
         if RunDirectory(Path(checkpoint.run_dir)).checkpoint_to_resume(checkpoint.step):
             return
     if checkpoint.pretrained_checkpoint is None:

@@ -21,7 +21,7 @@ from bridge.training.train import StopReason, train
 
 @dataclass(kw_only=True, frozen=True)
 class TrainResult:
-    """What a run came to, equal on every rank."""
+    """The result of a run, equal on every rank."""
 
     reason: StopReason
     """"finished", the signal that asked it to stop (SIGINT, SIGTERM, SIGHUP or SIGUSR1), or
@@ -31,11 +31,11 @@ class TrainResult:
     consumed_samples: int
     """Training samples drawn."""
     metrics: Mapping[str, Any]
-    """The last logged step's row."""
+    """The record of the last logged step."""
     validation: Mapping[str, float | None]
     """The last evaluation's metrics."""
     run_dir: Path
-    """Where the run's files are."""
+    """The directory of the run's files."""
 
 
 def pretrain(
@@ -60,11 +60,10 @@ def pretrain(
             `bridge.training.forward_step.prepare_forward_step_func` accepts.
         callbacks: Callbacks (`bridge.training.callbacks.Callback`), called in this order.
         on_failure: Called when the run fails on this rank, before anything is taken down, with the
-            exception and a line that says rank, phase and error; not where it fails since another
-            rank had a UsageError. None writes the line to standard error where there are several
-            ranks.
-        resume_line: Returns the line at the run's end that says how to continue it, from its
-            directory. None says it for a program that calls this function.
+            exception and a line with rank, phase and error; not where it fails since another rank
+            had a UsageError. None writes the line to standard error where there are several ranks.
+        resume_line: Returns from the run's directory the line at the run's end about how to
+            continue it. None describes it for a program that calls this function.
 
     Raises:
         ConfigError: The configuration has problems; the message lists all of them.
@@ -82,10 +81,10 @@ def carry_out(
     on_failure: Callable[[BaseException, str], None] | None,
     resume_line: Callable[[Path], str] | None,
 ) -> TrainResult:
-    """Do what `pretrain` and `bridge.training.finetune.finetune` do, which differ in their start.
+    """Train; `pretrain` and `bridge.training.finetune.finetune` differ in the checks before it.
 
     Args:
-        command: Which of them; the command that resumes the run has this name.
+        command: The one that is called; the command that resumes the run has this name.
         config: As for `pretrain`.
         forward_step_func: As for `pretrain`.
         callbacks: The run's callbacks.
@@ -93,10 +92,10 @@ def carry_out(
         resume_line: As for `pretrain`.
     """
     with FailureWatch(on_failure) as peers, contextlib.ExitStack() as stack:
-        # The live line ends before a failure is told.
+        # The live line ends before a failure is reported.
         with peers.reporting(), Progress(enabled=is_logging_rank()) as progress:
-            if (note := rank_environment().note) is not None:
-                progress.note(note)
+            if (message := rank_environment().note) is not None:
+                progress.note(message)
             device = choose_device(config.dist.device)
             config = resolve(config, device=device, world_size=world_size())
             config.command = command

@@ -1,6 +1,6 @@
-"""How a command finds a recipe and configures it; packages with commands of their own use it too.
+"""The recipe of a command: found by name and configured, also for other packages' commands.
 
-Nothing heavy is imported before it is needed: the command starts with this.
+Heavy modules are imported where they are needed, as the command starts with this one.
 """
 
 import argparse
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_configuration_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says which configuration is meant: recipe, files, overrides."""
+    """Add the arguments that a configuration is made of: recipe, files, overrides."""
     parser.add_argument("recipe", metavar="RECIPE", help="one of `bridge recipes`")
     parser.add_argument(
         "overrides", metavar="section.field=value", nargs="*", help="values that replace others"
@@ -38,7 +38,7 @@ def find_recipe(name: str) -> "Recipe":
     """Return the recipe that an installed package offers under `name`.
 
     Raises:
-        UsageError: There is none; the message says what there is, or what to install.
+        UsageError: There is none; the message lists the recipes, or the package to install.
     """
     try:
         recipe: Recipe = RECIPES.find(name)
@@ -48,9 +48,9 @@ def find_recipe(name: str) -> "Recipe":
 
 
 def read_documents(paths: Sequence[str]) -> "list[YamlText]":
-    """Return the text of configuration files, each called by its path.
+    """Return the text of configuration files, each with its path as its name.
 
-    Of a run's own config.yaml everything counts but the run's directory.
+    From a run's own config.yaml everything is taken but the run's directory.
 
     Raises:
         UsageError: A file cannot be read.
@@ -77,7 +77,7 @@ def configure(
     *,
     world_size: int,
 ) -> "ConfigContainer":
-    """Return the recipe's configuration with files and then overrides put on it, resolved.
+    """Return the recipe's configuration with the values of files and then overrides, resolved.
 
     Raises:
         ConfigError: With every problem of files, overrides and the result.

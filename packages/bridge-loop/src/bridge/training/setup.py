@@ -80,14 +80,17 @@ def training_parts(
     """Build what `bridge.training.train.train_step` needs, for a program with a loop of its own.
 
     The program keeps everything else: signals, logging, callbacks, when to evaluate and to save.
-    Process groups that exist are used and left, others are made. Nothing is printed, and nothing
-    is written to disk without a call of ``checkpointer.save``, the first of which locks the run's
-    directory (`bridge.training.run_files.lock`) until the block is left. Within the block torch,
-    numpy and random draw from the run's streams. When it is left, the process is as it was before,
-    and the model remains usable: its parameters are whole on every rank.
+    Process groups that exist are used and left, others are made. Nothing is printed. Nothing is
+    written to disk without a call of ``checkpointer.save``, the first of which locks the run's
+    directory (`bridge.training.run_files.lock`) until the block is left, or of
+    ``state.open_loggers(step)``, which a program calls if it logs, or if its forward step uses
+    ``state.tensorboard_logger`` or ``state.wandb_logger``. Within the block torch, numpy and random
+    draw from the run's streams. When it is left, the process is as it was before, and the model
+    remains usable: its parameters are complete on every rank.
 
     Args:
-        config: The run; it is not changed. Its validation and logger sections are not used.
+        config: The run; it is not changed. Its validation section is not used, nor its logger
+            section but by ``state.open_loggers``.
         forward_step_func: The forward step, in any form that
             `bridge.training.forward_step.prepare_forward_step_func` accepts.
 

@@ -1,8 +1,8 @@
 """The manifest of a checkpoint: size and checksums of its files, by which damage is found.
 
-It is the last file that is written of a checkpoint. A checksum is CRC-32 of a block of 64 MiB, so
-that several threads share a large file. Reading of a checkpoint goes on while threads compare what
-is on disk with the manifest; what was read is used once they have ended.
+It is the last file of a checkpoint to be written. A checksum is the CRC-32 of a block of 64 MiB, so
+that several threads share a large file. A checkpoint is read while threads compare its files with
+the manifest, and used once they have ended.
 """
 
 import contextlib
@@ -154,7 +154,7 @@ class Manifest:
             cause = f"cannot be read ({error.strerror})"
             raise DamagedCheckpoint(_message(checkpoint, MANIFEST, cause)) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            cause = f"is no whole manifest ({type(error).__name__}: {error})"
+            cause = f"is no complete manifest ({type(error).__name__}: {error})"
             raise DamagedCheckpoint(_message(checkpoint, MANIFEST, cause)) from error
 
     def find_problem(self) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""megatron-core's writer of checkpoints, in this process, with errors that say what is wrong.
+"""megatron-core's writing and reading of checkpoints, with errors that have the reason.
 
 Its own errors hold tracebacks of all ranks and not the operating system's reason.
 """
@@ -24,7 +24,7 @@ from bridge.training.usage_error import UsageError
 
 
 class SaveError(OSError):
-    """A checkpoint cannot be written; the message has rank, path, cause and what there is."""
+    """A checkpoint cannot be written; the message has rank, path, cause and newest checkpoint."""
 
 
 def save_sharded(
@@ -36,10 +36,10 @@ def save_sharded(
     """Write a state of megatron-core's sharded tensors and objects; a collective over all ranks.
 
     Args:
-        state: What to write; tensors are written once, by their main replica.
+        state: Sharded tensors and objects; each is written once, by its main replica.
         folder: An empty folder.
         content: Goes into the checkpoint as its content metadata.
-        group: All ranks, for what went wrong; the default group if None.
+        group: All ranks, which exchange their errors; the default group if None.
 
     Raises:
         OSError: A rank could not write. It is raised on every rank if megatron-core's writers have
@@ -56,30 +56,30 @@ def save_sharded(
             )
     except CheckpointException:
         # Every rank comes here when one has failed.
-        told = [line for lines in from_every_rank(failures, group) for line in lines]
-        if not told:
+        lines = [line for of_rank in from_every_rank(failures, group) for line in of_rank]
+        if not lines:
             raise
-        raise SaveError(told[0]) from None
+        raise SaveError(lines[0]) from None
 
 
 @contextlib.contextmanager
 def saving(directory: RunDirectory) -> Iterator[None]:
-    """Write a checkpoint of a run in this block; say what is wrong, and what checkpoint there is.
+    """Write a checkpoint of a run in this block; an OSError becomes a SaveError.
 
     Raises:
-        SaveError: In place of an OSError.
+        SaveError: With the cause and the newest checkpoint.
     """
     try:
         yield
     except OSError as error:
-        told = str(error) if isinstance(error, SaveError) else _line(error, None)
+        problem = str(error) if isinstance(error, SaveError) else _line(error, None)
         newest, _ = directory.look_up_latest()
         remedy = (
             "the run has no checkpoint yet"
             if newest is None
             else f"the newest whole checkpoint is {newest}; continue from it with --resume"
         )
-        raise SaveError(f"{told}; {remedy}") from None
+        raise SaveError(f"{problem}; {remedy}") from None
 
 
 def _line(error: Exception, path: str | None) -> str:
@@ -90,7 +90,7 @@ def _line(error: Exception, path: str | None) -> str:
 
 @contextlib.contextmanager
 def _writing_in_this_process(failures: list[str]) -> Iterator[None]:
-    """Change megatron-core's writer for one save that is waited for.
+    """Change megatron-core's writer for one synchronous save.
 
     - It needs no process for its results (`checkpoint_writer_replaced`).
     - The operating system's reason is kept in `failures`.
@@ -159,7 +159,7 @@ class _Noting:
 
 
 class _WithoutView(io.BytesIO):
-    """Gives its content as a copy."""
+    """A BytesIO that returns its content as a copy."""
 
     @override
     def getbuffer(self) -> Any:
@@ -187,22 +187,22 @@ def load_sharded(checkpoint: Path, wanted: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def reading(checkpoint: Path, meaning: str) -> Iterator[None]:
-    """Read a checkpoint that may come from anybody; hold back torch's own warnings.
+    """Read a checkpoint of any source in this block; suppress torch's own warnings.
 
     Args:
         checkpoint: The checkpoint's folder.
-        meaning: What it means if reading fails.
+        meaning: The likely cause where reading fails, for the message.
 
     Raises:
-        UsageError: In place of what megatron-core and torch raise; or the checkpoint holds what is
-            not to be unpickled.
+        UsageError: In place of errors of megatron-core and torch; or the checkpoint has a type that
+            is not unpickled.
     """
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint import CheckpointException
 
     try:
         with warnings.catch_warnings(), restricted_loading(checkpoint):
-            # What torch has against the way in which megatron-core calls it.
+            # Of torch, about the way in which megatron-core calls it.
             for message in _WARNINGS_OF_READING:
                 warnings.filterwarnings("ignore", message)
             yield
@@ -229,7 +229,7 @@ def _first_reason(error: BaseException) -> str:
 
 
 def extra_states(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what modules unpickle themselves, in the states of all chunks."""
+    """Return the entries that modules unpickle themselves, of all chunks."""
     return {
         name: value
         for chunk in state.values()

@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.training.checkpoint.base import Base
-from bridge.training.checkpoint.manifest import (
-    write_manifest,
-)
+from bridge.training.checkpoint.manifest import write_manifest
 from bridge.training.checkpoint.megatron_io import (
     extra_states,
     keep_extra_states,
@@ -24,7 +22,7 @@ from bridge.training.usage_error import UsageError
 
 
 def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> None:
-    """Take a model's weights from a checkpoint of a run or of weights alone.
+    """Load a model's weights from a checkpoint of a run or of weights alone.
 
     Args:
         chunks: This rank's model chunks, not in DDP.
@@ -54,12 +52,12 @@ def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> Non
 
 
 def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks: Ranks) -> str:
-    """Take the state of adapters from a checkpoint of a run; return where their base was then.
+    """Load the state of adapters from a checkpoint of a run; return the place of their base then.
 
     Args:
         chunks: This rank's model chunks with adapters attached, not in DDP.
         checkpoint: The checkpoint's folder.
-        base: Their base weights; None where those do not matter.
+        base: Their base weights; None accepts any.
         ranks: The process groups.
 
     Raises:
@@ -88,7 +86,7 @@ def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks:
 def save_model_weights(
     chunks: list[Any], checkpoint: Path, config: ConfigContainer, ranks: Ranks
 ) -> None:
-    """Write a checkpoint that has the model's weights and nothing else, for runs to start from.
+    """Write a checkpoint with nothing but the model's weights, for runs to start from.
 
     Args:
         chunks: This rank's model chunks, not in DDP.

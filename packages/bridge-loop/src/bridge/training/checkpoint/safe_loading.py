@@ -1,11 +1,11 @@
-"""Loading of checkpoints that may come from anybody: only listed types are unpickled.
+"""Loading of checkpoints of any source: only listed types are unpickled.
 
 A pickle names functions and calls them while it is loaded. Checkpoints hold pickles in several
-places: the index `.metadata`, which torch.distributed.checkpoint unpickles without a look; entries
+places: the index `.metadata`, which torch.distributed.checkpoint unpickles unchecked; entries
 that are no tensors (random-number states, common state, extra states of modules), which it loads
 with ``weights_only=False``; and the extra states of Transformer Engine's modules, which those
-unpickle themselves as they take them. So the rule cannot be an argument of ours: it holds for all
-that the thread unpickles within `restricted_loading`, whichever library calls for it.
+unpickle themselves as they load them. So the restriction cannot be an argument of ours: it holds
+for everything that the thread unpickles within `restricted_loading`, whichever library does it.
 
 Objects that ranks of a run send each other are not affected: torch.distributed has an unpickler of
 its own.
@@ -78,13 +78,13 @@ def restricted_loading(
     """Let this thread unpickle listed types alone, within the block.
 
     Args:
-        checkpoint: What is being read, for messages.
-        extra_states: The state that modules take within the block, in which a rejected extra state
-            is looked up by its content.
+        checkpoint: Its folder, for messages.
+        extra_states: The extra states that modules load within the block; a rejected one gets its
+            name from there, by its content.
 
     Raises:
-        RejectedType: Something else was found. It is raised at the end of the block too: what
-            torch.distributed.checkpoint meets in `.metadata` it takes for an absent file.
+        RejectedType: Another type was found. It is raised at the end of the block too, as
+            torch.distributed.checkpoint takes an error in `.metadata` for an absent file.
         UsageError: A pickle is damaged.
     """
     from torch.distributed.checkpoint import CheckpointException
@@ -110,7 +110,7 @@ def restricted_loading(
 def _in_this_thread(
     restricted: Callable[..., Any],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return what wraps a function such that this thread calls `restricted` with it first."""
+    """Return a decorator by which this thread calls `restricted` with the function instead."""
     thread = threading.get_ident()
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,7 +125,7 @@ def _in_this_thread(
 
 
 class _Loading:
-    """Replacements of the functions that unpickle; they know what is read at the moment."""
+    """Replacements of the functions that unpickle; they know which entry is being read."""
 
     def __init__(self, checkpoint: Path, extra_states: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint
@@ -133,10 +133,10 @@ class _Loading:
         self._reader: Any = None
         self._slice: Any = None
         self.failure: UsageError | None = None
-        """The first thing that was wrong."""
+        """The first error."""
 
     def load(self, original: Callable[..., Any], file: Any, **keywords: Any) -> Any:
-        """Stand in for pickle.load, with which `.metadata` is read."""
+        """Replace pickle.load, which reads `.metadata`."""
         path = Path(str(getattr(file, "name", self._checkpoint)))
         with self._noting_failure():
             loaded = _unpickled(file, str(path), lambda: path.name, keywords)
@@ -145,7 +145,7 @@ class _Loading:
         return loaded
 
     def loads(self, original: Callable[..., Any], data: Any, /, **keywords: Any) -> Any:
-        """Stand in for pickle.loads, with which modules read their extra states."""
+        """Replace pickle.loads, with which modules read their extra states."""
 
         def entry() -> str:
             states = self._extra_states.items()
@@ -157,7 +157,7 @@ class _Loading:
     def load_torch(
         self, original: Callable[..., Any], f: Any, *arguments: Any, **keywords: Any
     ) -> Any:
-        """Stand in for torch.load, with which entries are read that are no tensors."""
+        """Replace torch.load, which reads the entries that are no tensors."""
         keywords["weights_only"] = True
         keywords.pop("pickle_module", None)
         with self._noting_failure():

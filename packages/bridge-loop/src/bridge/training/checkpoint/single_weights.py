@@ -23,9 +23,9 @@ _OF_A_LAYER = re.compile(r"(?P<block>.*\blayers)\.(?P<layer>\d+)\.(?P<rest>.+)")
 
 
 class SavedWeights:
-    """Reads whole weights, whatever layout has saved them.
+    """Reads unsharded weights, under whatever layout they were saved.
 
-    To be used within `bridge.training.ranks.groups.one_process`.
+    It is used within `bridge.training.ranks.groups.one_process`.
 
     Args:
         checkpoint: The checkpoint's folder.
@@ -44,7 +44,7 @@ class SavedWeights:
             )
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Return the shape of a weight, with the rows that pad it; None if there is no such."""
+        """Return the shape of a weight, with the rows that pad it; None if there is no weight."""
         key, layer = self._place(name)
         if key not in self._tensors:
             return None
@@ -86,7 +86,7 @@ class SavedWeights:
             state: Any = dist_checkpointing.load(
                 {name: wanted},
                 str(self._checkpoint),
-                # It is no mistake here that other layers are not read.
+                # Other layers are left unread on purpose.
                 validate_access_integrity=False,
             )
         weight: torch.Tensor = state[name]
@@ -103,13 +103,13 @@ class SavedWeights:
 def write_weights(
     checkpoint: Path, weights: Mapping[str, torch.Tensor], config: ConfigContainer
 ) -> None:
-    """Write a checkpoint that has weights and nothing else, for runs to start from.
+    """Write a checkpoint with nothing but weights, for runs to start from.
 
-    To be used within `bridge.training.ranks.groups.one_process`.
+    It is called within `bridge.training.ranks.groups.one_process`.
 
     Args:
         checkpoint: An empty folder.
-        weights: Every weight of the model, whole; of each block either all layers or none.
+        weights: Every weight of the model, unsharded; of each block either all layers or none.
         config: The known configuration of the model; saved with the weights.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -132,8 +132,8 @@ def write_weights(
 def saved_config(checkpoint: Path) -> ConfigContainer:
     """Return the configuration that a checkpoint was saved with.
 
-    That of a run is resolved: what depends on the device, and the parallel layout, are those that
-    it was saved under. Of weights that were written alone it is as it was given.
+    That of a run is resolved: values that depend on the device, and the parallel layout, are those
+    of the run. For weights that were written alone it is as it was given.
 
     Raises:
         UsageError: There is none, or it cannot be read.

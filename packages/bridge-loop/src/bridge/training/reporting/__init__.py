@@ -1,1 +1,1 @@
-"""What a run reports: records for loggers, lines for the terminal, throughput."""
+"""Reports of a run: records for loggers, lines for the terminal, throughput."""

@@ -1,4 +1,4 @@
-"""What a run tells its user: a live line on a terminal, plain lines anywhere else."""
+"""Progress of a run, for its user: a live line on a terminal, plain lines anywhere else."""
 
 import contextlib
 import errno
@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Self, TextIO
 
-type Row = Mapping[str, float | None]
+type Record = Mapping[str, float | None]
 
-# How the names of a row that the loop itself writes are shown, in this order.
+# The format of each value that the loop itself logs, in the order on the terminal.
 _SHOWN: dict[str, Callable[[float], str]] = {
     "learning_rate": lambda value: f"lr {value:.2e}",
     "grad_norm": lambda value: f"grad norm {value:.3g}",
@@ -46,8 +46,8 @@ class Progress:
 
         Args:
             stream: Standard output if None.
-            is_terminal: Whether lines may be overwritten; found out if None.
-            enabled: False on the ranks that do not speak to the user.
+            is_terminal: Whether lines may be overwritten; detected if None.
+            enabled: False on the ranks that write nothing for the user.
         """
         self._stream = stream or sys.stdout
         if is_terminal is None:
@@ -55,7 +55,7 @@ class Progress:
         self._is_terminal = is_terminal
         self._enabled = enabled
         self._live = False
-        """Whether the cursor stands in a line that will be overwritten."""
+        """Whether the cursor is in a line that will be overwritten."""
         self._last_draw = float("-inf")
         self._details = ""
         self._step_seconds: float | None = None
@@ -73,7 +73,7 @@ class Progress:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], None]]:
-        """Show that a phase of the start-up begins, and how long it took.
+        """Show that a phase of the set-up begins, and how long it took.
 
         Yields:
             A function that ends the phase before the block does.
@@ -98,24 +98,24 @@ class Progress:
             raise
         end()
 
-    def step(self, step: int, total_steps: int, row: Row) -> None:
-        """Show a logged step with the row that was written for it."""
-        seconds = row.get("step_time_s")
+    def step(self, step: int, total_steps: int, record: Record) -> None:
+        """Show a logged step with its record."""
+        seconds = record.get("step_time_s")
         if seconds is not None:
-            # Recent steps say more about the coming ones than the first, slow ones do.
+            # Recent steps predict the next ones better than the first, slow ones.
             last = seconds if self._step_seconds is None else self._step_seconds
             self._step_seconds = 0.5 * (seconds + last)
-        metrics = [name for name in row if name not in _NOT_SHOWN and not _is_rate(name)]
+        metrics = [name for name in record if name not in _NOT_SHOWN and not _is_rate(name)]
         if self._is_terminal:  # There is room for one.
             metrics = [name for name in metrics if name == "lm loss"] or metrics[:1]
-        parts = [_named(name, row[name]) for name in metrics]
+        parts = [_named(name, record[name]) for name in metrics]
         for name, show in _SHOWN.items():
-            value = row.get(name)
+            value = record.get(name)
             if value is not None:
                 parts.append(show(value))
             if name == "tokens_per_s":
-                parts += [_rate(name, row[name]) for name in row if _is_rate(name)]
-        if skipped := row.get("skipped_steps"):
+                parts += [_rate(name, record[name]) for name in record if _is_rate(name)]
+        if skipped := record.get("skipped_steps"):
             parts.append(f"{skipped:.0f} skipped")
         self._details = " | ".join(parts)
         if self._is_terminal:
@@ -128,7 +128,7 @@ class Progress:
         if self._is_terminal and time.monotonic() - self._last_draw > _REDRAW_SECONDS:
             self._draw(self._step_line(step, total_steps))
 
-    def evaluation(self, name: str, step: int, metrics: Row) -> None:
+    def evaluation(self, name: str, step: int, metrics: Record) -> None:
         """Show the result of an evaluation."""
         results = " | ".join(_named(key, value) for key, value in metrics.items())
         self.note(f"{name} at step {step} | {results}")
@@ -141,7 +141,7 @@ class Progress:
             self.note(line)
 
     def close(self) -> None:
-        """Leave the live line as it is and go on below it."""
+        """End the live line."""
         if self._live:
             self._write("\n")
             self._live = False
@@ -168,7 +168,7 @@ class Progress:
         return " | ".join(parts)
 
     def _draw(self, line: str) -> None:
-        """Write a line over the live one, cut so that it stays one line."""
+        """Write a line over the live one, cut to the width of the terminal."""
         if self._enabled:
             self._last_draw = time.monotonic()
             self._write("\r" + line[: self._width() - 1] + "\x1b[K")
@@ -179,7 +179,7 @@ class Progress:
             self._stream.write(text)
             self._stream.flush()
         except OSError as error:
-            # The reader has gone, as `tee` does on the Ctrl-C that asks the run to stop and save;
+            # The reader has ended, as `tee` does on the Ctrl-C that asks the run to stop and save;
             # or the terminal, whose SIGHUP does the same.
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
@@ -188,7 +188,7 @@ class Progress:
     def _width(self) -> int:
         try:
             return os.get_terminal_size(self._stream.fileno()).columns or 80
-        except OSError:  # A stream that only passes for a terminal has no size.
+        except OSError:  # A stream that imitates a terminal has no size.
             return 80
 
 

@@ -23,7 +23,7 @@ _BF16_PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
 
 @runtime_checkable
 class CountsFlops(Protocol):
-    """A model configuration that knows its arithmetic; without it a run reports no MFU."""
+    """A model section that counts its FLOPs; without it a run reports no MFU."""
 
     def training_flops_per_token(self) -> float:
         """Return the FLOPs of forward and backward for one token, without recomputation.
@@ -38,7 +38,7 @@ class CountsFlops(Protocol):
 
 @runtime_checkable
 class CountsWeightGradients(CountsFlops, Protocol):
-    """A model configuration that can be frozen, and knows what is not computed then."""
+    """A model section that can be frozen, and counts the FLOPs that are not computed then."""
 
     def weight_gradient_flops_per_token(self) -> float:
         """Return the part of `training_flops_per_token` that goes into the weights' gradients.
@@ -49,7 +49,7 @@ class CountsWeightGradients(CountsFlops, Protocol):
 
 
 def model_flops_per_token(model: object, *, adapter_weights: float | None = None) -> float | None:
-    """Return the FLOPs of a token's forward and backward pass; None if nobody counts them.
+    """Return the FLOPs of a token's forward and backward pass; None if they are not counted.
 
     Args:
         model: The model's configuration.
@@ -81,9 +81,9 @@ class Throughput:
     """Computes the rates of an interval."""
 
     flops_per_token: float | None = None
-    """As `model_flops_per_token` says."""
+    """The result of `model_flops_per_token`."""
     peak_flops: float | None = None
-    """Peak of one device in FLOP/s; None where it is not known, a CPU's say."""
+    """Peak of one device in FLOP/s; None where it is unknown, as of a CPU."""
     world_size: int = 1
 
     def rates(

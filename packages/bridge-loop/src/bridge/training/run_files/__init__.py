@@ -1,1 +1,1 @@
-"""The run on disk: its directory, its configuration, and the lock that keeps it to one run."""
+"""A run on disk: its directory, its configuration, its start, and its lock."""

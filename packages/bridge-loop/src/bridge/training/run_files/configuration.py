@@ -1,4 +1,4 @@
-"""The files of a run and of its checkpoints that are text: written whole, read with their name."""
+"""config.yaml of a run and of its checkpoints: written atomically, read with its name in errors."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ _END = "...\n"
 
 
 def write_config(path: Path, config: "ConfigContainer") -> None:
-    """Write a resolved configuration such that a cut file is known from a whole one."""
+    """Write a resolved configuration with a mark at its end, by which a cut file is recognized."""
     replace_durably(path, config.to_yaml() + _END)
 
 
@@ -31,7 +31,7 @@ def read_config_text(path: Path, remedy: str, *, may_lack_end: bool = False) -> 
 
     Args:
         path: The file.
-        remedy: What to do where it is damaged, for the message.
+        remedy: The user's remedy where it is damaged, for the message.
         may_lack_end: Accept a file without a mark at its end, as older versions wrote it.
 
     Raises:
@@ -68,7 +68,7 @@ def read_config(path: Path, remedy: str, *, may_lack_end: bool = False) -> dict[
 
 
 def cause_of(error: Exception) -> str:
-    """Return why a file could not be read, in a few words."""
+    """Return the reason why a file could not be read, in a few words."""
     if isinstance(error, UnicodeDecodeError):
         return "is no text"
     if isinstance(error, OSError):
