@@ -136,8 +136,8 @@ def test_every_module_sees_the_samples_of_the_same_global_microbatch(tmp_path: P
     *vision, language = run_ranks(5, body, timeout=120)
     assert [len(microbatch) for microbatch in language] == [4] * 8
     assert [number for microbatch in language for number in microbatch] == list(range(32))
-    for step, whole in enumerate(language):
-        assert [part for rank in vision for part in rank[step]] == whole
+    for step, microbatch in enumerate(language):
+        assert [part for rank in vision for part in rank[step]] == microbatch
 
 
 def test_text_alone_and_images_alone_train(tmp_path: Path) -> None:
@@ -247,27 +247,27 @@ def test_a_run_resumes_bit_for_bit_and_its_weights_load_under_the_other_placemen
         return made
 
     def twice() -> Any:
-        whole = trained(config("whole"), forward_step)[1]
+        uninterrupted = trained(config("uninterrupted"), forward_step)[1]
         first = config("in two")
         first.train.train_iters, first.scheduler.lr_decay_iters = 2, 4
         pretrain(first, forward_step)
         second = config("in two")
         second.scheduler.lr_decay_iters, second.checkpoint.resume = 4, True
         continued = trained(second, forward_step)[1]
-        return whole, continued
+        return uninterrupted, continued
 
     def from_there() -> Any:
         made = run_in_layout(tmp_path / "colocated", ALONE)
         made.checkpoint.pretrained_checkpoint = str(
-            tmp_path / "whole" / "checkpoints" / "step-0000004"
+            tmp_path / "uninterrupted" / "checkpoints" / "step-0000004"
         )
         with a_run(made, forward_step) as run:
             return parameters_of(run.model)
 
     everyone = run_ranks(layout.ranks, twice, timeout=120)
-    for whole, continued in everyone:
-        assert whole.keys() == continued.keys()
-        assert all(torch.equal(continued[name], weight) for name, weight in whole.items())
+    for uninterrupted, continued in everyone:
+        assert uninterrupted.keys() == continued.keys()
+        assert all(torch.equal(continued[name], weight) for name, weight in uninterrupted.items())
     (loaded,) = run_ranks(1, from_there, timeout=120)
     encoder = {name: weight for name, weight in everyone[0][0].items() if "modality" in name}
     assert encoder

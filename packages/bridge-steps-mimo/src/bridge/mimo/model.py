@@ -178,7 +178,7 @@ class MultimodalModel(MimoModel):
             modules[LANGUAGE] = self.language_model
         return modules
 
-    # --- what `SeparateRanks` asks
+    # --- for `SeparateRanks`
 
     def own_module(self) -> tuple[torch.nn.Module, TransformerConfig]:
         """Return the only module on this rank, and its config."""

@@ -114,7 +114,7 @@ class MultimodalModelConfig:
         """Whether the parameter of this name in the model is not trained."""
         return _most_specific(parameter, dict.fromkeys(self.freeze, True), self.prefixes()) or False
 
-    # --- what the loop asks of a model section (bridge.training.contracts)
+    # --- for the loop (bridge.training.contracts)
 
     def learning_rate_multiplier(self, parameter: str) -> float:
         """Return the factor on the learning rate of the parameter of this name in the model."""

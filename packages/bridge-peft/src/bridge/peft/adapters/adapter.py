@@ -1,4 +1,4 @@
-"""The interface of an adapter: what its layer's wrapper asks of it."""
+"""The interface between an adapter and the wrapper of its layer."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ def pack(
     """Put samples into one row, without their padding; none of them attends to another.
 
     Args:
-        samples: What `make_next_token_sample` makes.
+        samples: Samples (see `bridge.mimo.data.samples`).
         multiple_of: The row is padded to a multiple of this, with a sample that is not counted.
         padding: The token of that sample.
 

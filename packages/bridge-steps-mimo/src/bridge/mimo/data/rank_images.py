@@ -1,8 +1,8 @@
-"""The images that a rank loads: those of its samples, where their encoder begins on it.
+"""The images that a rank loads: those of its samples, where it holds their encoder's first stage.
 
-The loop draws the samples of a rank (`bridge.training.contracts.DataShard`). Of these the rank
-loads the images if it holds the first stage of their encoder. Elsewhere their number counts alone:
-it says how many tokens stand for them.
+The loop draws the samples of a rank (`bridge.training.contracts.DataShard`). A rank without the
+first stage of an encoder loads none of its images. There a sample has their number alone, which
+must match the number of special tokens.
 """
 
 import torch

@@ -78,7 +78,7 @@ def measure_sample(sample: Mapping[str, Any], index: int) -> int:
     """Return the number of tokens of a sample before its padding.
 
     Args:
-        sample: What `make_next_token_sample` makes.
+        sample: A sample (see the module).
         index: Its number within the microbatch, for the message.
 
     Raises:
