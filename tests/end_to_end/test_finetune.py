@@ -67,19 +67,19 @@ def test_a_run_with_overrides_is_fine_tuned_packed_killed_and_resumed(base: Path
 
 
 def test_mistakes_are_rejected_before_anything_is_made(base: Path) -> None:
-    def refused(*arguments: str) -> str:
+    def rejected(*arguments: str) -> str:
         ended = run("finetune", "gpt-tiny-sft", *TUNE, *arguments, folder=base)
         assert ended.code == 2
         assert not (base / "R").exists()
         return ended.err
 
-    told = refused("--from", "B", "model.num_layers=3", "model.hidden_size=64", "--run-dir", "R")
-    assert "model.num_layers: the checkpoint" in told
-    assert "model.hidden_size: the checkpoint" in told
-    assert "'nowhere' does not exist" in refused("--from", "nowhere", "--run-dir", "R")
+    text = rejected("--from", "B", "model.num_layers=3", "model.hidden_size=64", "--run-dir", "R")
+    assert "model.num_layers: the checkpoint" in text
+    assert "model.hidden_size: the checkpoint" in text
+    assert "'nowhere' does not exist" in rejected("--from", "nowhere", "--run-dir", "R")
     with (base / "rows" / "training.jsonl").open("a") as file:
         file.write('{"prompt": "x"}\n')
-    assert "training.jsonl, line 201: no 'completion'" in refused("--from", "B", "--run-dir", "R")
+    assert "training.jsonl, line 201: no 'completion'" in rejected("--from", "B", "--run-dir", "R")
     longer = run(
         "finetune", "gpt-tiny-sft", *TUNE, "--from", "B", "model.seq_length=64", "--dry-run",
         folder=base,

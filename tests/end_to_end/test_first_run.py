@@ -48,9 +48,9 @@ def test_a_run_leaves_its_files_and_is_not_overwritten(tmp_path: Path) -> None:
     assert [line for line in lines if "validation/lm loss" in line] == lines[20:]
     assert len(lines) > 20
 
-    refused = run("pretrain", "gpt-tiny", "--run-dir", "R", folder=tmp_path)
-    assert refused.code == 2
-    assert "'R' holds a run already; continue it with --resume" in refused.err
+    rejected = run("pretrain", "gpt-tiny", "--run-dir", "R", folder=tmp_path)
+    assert rejected.code == 2
+    assert "'R' holds a run already; continue it with --resume" in rejected.err
     assert contents(tmp_path / "R") == files
 
 

@@ -71,11 +71,11 @@ def test_a_run_can_be_extended_and_not_be_made_another(tmp_path: Path) -> None:
         (["dataset.split=50,50,0"], ["dataset.split"]),
         (["dataset.mock=true", "dataset.standard_library=false"], ["dataset.mock"]),
     ):
-        refused = resume(tmp_path, *overrides)
-        assert refused.code == 2
+        rejected = resume(tmp_path, *overrides)
+        assert rejected.code == 2
         for name in named:
-            assert f"{name}: the run was started with" in refused.err
-        assert "Traceback" not in refused.err
+            assert f"{name}: the run was started with" in rejected.err
+        assert "Traceback" not in rejected.err
     other = run("pretrain", "gpt-125m", "--run-dir", "R", "--resume", folder=tmp_path)
     assert other.code == 2
     assert "gpt-tiny" in other.err
@@ -99,9 +99,9 @@ def test_a_run_can_be_extended_and_not_be_made_another(tmp_path: Path) -> None:
 def test_a_run_continues_with_fewer_ranks_than_its_layout_had(tmp_path: Path) -> None:
     split = "model.tensor_model_parallel_size=2"
     assert begin(tmp_path, "train.train_iters=2", split, ranks=2).wait().code == 0
-    refused = resume(tmp_path, "train.train_iters=3")
-    assert refused.code == 2
-    assert "1 ranks are not a multiple of model.tensor_model_parallel_size=2" in refused.err
+    rejected = resume(tmp_path, "train.train_iters=3")
+    assert rejected.code == 2
+    assert "1 ranks are not a multiple of model.tensor_model_parallel_size=2" in rejected.err
     ended = resume(tmp_path, "train.train_iters=3", "model.tensor_model_parallel_size=1")
     assert ended.code == 0, ended.err
     assert [row["step"] for row in logged_steps(tmp_path / "R")] == [1, 2, 3]

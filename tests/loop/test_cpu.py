@@ -25,7 +25,7 @@ from ranks import run_ranks
 
 
 @pytest.fixture
-def stand_in() -> Iterator[None]:
+def cpu_emulation() -> Iterator[None]:
     with cpu.cpu_training():
         yield
 
@@ -86,7 +86,7 @@ def test_a_visible_gpu_is_never_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cpu.is_active()
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("cpu_emulation")
 def test_moves_and_factories_that_name_cuda_give_cpu_tensors() -> None:
     tensor = torch.ones(2)
     made = [
@@ -102,7 +102,7 @@ def test_moves_and_factories_that_name_cuda_give_cpu_tensors() -> None:
     assert made[2].dtype == torch.float64
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("cpu_emulation")
 def test_tensor_type_names_cuda_to_megatron_cores_optimizer_alone() -> None:
     assert torch.ones(1).type() == "torch.FloatTensor"
     assert torch.ones(1).type(torch.float64).dtype == torch.float64
@@ -111,7 +111,7 @@ def test_tensor_type_names_cuda_to_megatron_cores_optimizer_alone() -> None:
     assert namespace["type_of"](torch.ones(1)) == "torch.cuda.FloatTensor"
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("cpu_emulation")
 def test_events_measure_milliseconds() -> None:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -127,7 +127,7 @@ def seed_device(tensor_rank: int) -> None:
     )
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("cpu_emulation")
 def test_dropout_is_replicated_outside_a_fork_and_differs_inside() -> None:
     def masks(tensor_rank: int, drawn_by_host: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(5 + tensor_rank)
@@ -143,7 +143,7 @@ def test_dropout_is_replicated_outside_a_fork_and_differs_inside() -> None:
     assert not torch.equal(sharded, other_sharded)
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("cpu_emulation")
 def test_the_device_does_not_move_the_hosts_stream() -> None:
     seed_device(0)
     before = torch.get_rng_state()
@@ -155,7 +155,7 @@ def test_the_device_does_not_move_the_hosts_stream() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("cpu_emulation")
 def test_forked_streams_continue_and_nested_ones_stay_apart() -> None:
     def draws(nested: bool) -> list[Tensor]:
         seed_device(0)
@@ -175,7 +175,7 @@ def test_forked_streams_continue_and_nested_ones_stay_apart() -> None:
     assert not torch.equal(*draws(nested=False)[:2])
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("cpu_emulation")
 def test_a_stream_continues_after_a_fork_of_itself_two_levels_down() -> None:
     seed_device(0)
     with tracked.get_cuda_rng_tracker().fork():
@@ -190,7 +190,7 @@ def test_a_stream_continues_after_a_fork_of_itself_two_levels_down() -> None:
     assert torch.equal(torch.stack(drawn), torch.stack(expected))
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("cpu_emulation")
 def test_manual_seed_restarts_the_device_too() -> None:
     def mask() -> Tensor:
         torch.manual_seed(3)
@@ -203,7 +203,7 @@ def test_manual_seed_restarts_the_device_too() -> None:
     assert torch.equal(first, functional.dropout(torch.ones(64), 0.5))
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("cpu_emulation")
 def test_recomputation_draws_the_same_numbers() -> None:
     seed_device(0)
     seen = []
@@ -265,7 +265,7 @@ def test_fused_adam_is_adam(decoupled: bool) -> None:
         torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("cpu_emulation")
 def test_fused_adam_counts_steps_in_the_group_and_resumes() -> None:
     def stepped(optimizer: FusedAdam, parameter: Tensor, times: int) -> None:
         for _ in range(times):
@@ -285,7 +285,7 @@ def test_fused_adam_counts_steps_in_the_group_and_resumes() -> None:
     assert torch.equal(straight, resumed)
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("cpu_emulation")
 def test_an_optimizer_does_not_load_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # importing it would raise
     parameter = torch.nn.Parameter(torch.ones(2))

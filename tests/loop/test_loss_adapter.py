@@ -300,7 +300,7 @@ def adapter_of(
     return adapter, run
 
 
-def refusal(returned: Any) -> str:
+def rejection_of(returned: Any) -> str:
     _, run = adapter_of(lambda output: returned(output) if callable(returned) else returned)
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         run()
@@ -331,7 +331,7 @@ def refusal(returned: Any) -> str:
 def test_a_value_that_cannot_be_a_loss_is_rejected_with_the_accepted_forms(
     returned: Any, message: str
 ) -> None:
-    assert message in refusal(returned)
+    assert message in rejection_of(returned)
 
 
 def test_a_forward_step_without_a_loss_function_is_rejected_on_the_last_stage() -> None:

@@ -153,8 +153,8 @@ def test_a_run_is_not_resumed_while_it_trains_and_is_at_once_after_a_kill(
     running = start("pretrain", "sine", *SLOW, "--run-dir", "R", "--nproc", ranks, folder=work)
     running.wait_for(work / "R" / "checkpoints" / "latest", 1)
     resume = ("pretrain", "sine", "--run-dir", "../R", "--resume")
-    for beside in _as_two_ranks(resume, work) if ranks == "1" else [run_of(resume, work)]:
-        ended = beside.wait()
+    for second in _as_two_ranks(resume, work) if ranks == "1" else [run_of(resume, work)]:
+        ended = second.wait()
         assert ended.code == 2
         assert f"process {running.pid} on host {socket.gethostname()}" in ended.err
     assert running.is_running()
@@ -168,7 +168,7 @@ def test_a_run_is_not_resumed_while_it_trains_and_is_at_once_after_a_kill(
 
 
 def run_of(arguments: tuple[str, ...], work: Path) -> Command:
-    return start(*arguments, folder=work / "beside")
+    return start(*arguments, folder=work / "second")
 
 
 def _as_two_ranks(arguments: tuple[str, ...], work: Path) -> list[Command]:

@@ -153,7 +153,7 @@ def test_a_run_that_dies_before_latest_is_replaced_continues_from_the_one_before
     def dies() -> None:
         publish = RunDirectory.publish
 
-        def refuses(directory: RunDirectory, checkpoint: Path) -> None:
+        def dies_before_publishing(directory: RunDirectory, checkpoint: Path) -> None:
             if checkpoint.name.endswith("4"):
                 # The checkpoint is complete, and `latest` does not name it yet.
                 assert (checkpoint / ".metadata").exists()
@@ -161,7 +161,7 @@ def test_a_run_that_dies_before_latest_is_replaced_continues_from_the_one_before
                 raise Killed
             publish(directory, checkpoint)
 
-        RunDirectory.publish = refuses  # type: ignore[assignment,method-assign]
+        RunDirectory.publish = dies_before_publishing  # type: ignore[assignment,method-assign]
         with pytest.raises(Killed):
             pretrain(saving_run(run), token_step)
 

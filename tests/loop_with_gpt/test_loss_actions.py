@@ -222,10 +222,10 @@ def test_a_skipped_step_leaves_no_trace_in_the_buffers(tmp_path: Path, kind: str
 
 
 def strictly(text: str) -> Any:
-    def refuse(constant: str) -> Any:
+    def reject(constant: str) -> Any:
         raise AssertionError(f"{constant} is no JSON")
 
-    return json.loads(text, parse_constant=refuse)
+    return json.loads(text, parse_constant=reject)
 
 
 def told(body: Callable[[], Any]) -> tuple[Any, str]:

@@ -187,6 +187,6 @@ def test_without_a_base_it_says_that_the_weights_are_random(
     )
     assert "on top of initial weights of rng.seed=7" in written
     assert "warning: the adapters are on top of random weights" in written
-    # 2 layers; ranks of 4 beside 32x64, 32x32, 32x96, 48x32.
+    # 2 layers; rank 4 for weights of 32x64, 32x32, 32x96, 48x32.
     trains = 2 * 4 * ((32 + 64) + (32 + 32) + (32 + 96) + (48 + 32))
     assert f"lora trains {trains:,} of " in written

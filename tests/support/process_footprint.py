@@ -90,7 +90,7 @@ def _rest() -> dict[str, Any]:
     loggers = logging.Logger.manager.loggerDict
     return {
         "process groups": (dist.is_initialized(), len(dist.distributed_c10d._world.pg_map)),
-        "stand-in": cpu.is_active(),
+        "CPU emulation": cpu.is_active(),
         "random streams": (
             random.getstate(),
             [str(part) for part in np.random.get_state()],

@@ -119,7 +119,7 @@ def start_of(trial: Trial) -> tuple[ConfigContainer, Callable[..., Any]]:
 
 def rejection(trial: Trial, *overrides: str) -> str | None:
     """Return why the dry run rejects the values of a trial, or None."""
-    settings = [*trial.beside, *trial.also, *overrides]
+    settings = [*trial.base, *trial.also, *overrides]
     try:
         configure(start_of(trial)[0], settings, device="cpu", world_size=trial.ranks)
     except ConfigError as error:
@@ -259,11 +259,11 @@ class Audit:
             # One rank in float32 cannot show it. The code that reads it is the same as for GPT.
             return of_gpt or Finding("effect", "the same field of model")
         rejected = rejection(trial, f"{path}={trial.value}")
-        if rejected is not None and any("num_moe_experts" in text for text in trial.beside):
+        if rejected is not None and any("num_moe_experts" in text for text in trial.base):
             return Finding("rejected", "experts are not supported by multimodal models")
-        if rejected is not None and any("mtp_num_layers" in text for text in trial.beside):
+        if rejected is not None and any("mtp_num_layers" in text for text in trial.base):
             return Finding("rejected", "multi-token prediction is not supported by them")
-        if rejected is not None and any("use_mup" in text for text in trial.beside):
+        if rejected is not None and any("use_mup" in text for text in trial.base):
             return Finding("rejected", "muP is not supported by them")
         return self.tried(path, trial, holder)
 
@@ -279,7 +279,7 @@ class Audit:
         try:
             found = changes(
                 self._baseline(trial),
-                after := observed(trial, (*trial.beside, *trial.also, override)),
+                after := observed(trial, (*trial.base, *trial.also, override)),
             )
         except RankFailure as error:
             last = str(error).strip().splitlines()[-2:]
@@ -294,7 +294,7 @@ class Audit:
         """Try another value of a field with a few choices."""
         if rejection(trial, override) is None:
             try:
-                observed(trial, (*trial.beside, *trial.also, override))
+                observed(trial, (*trial.base, *trial.also, override))
             except RankFailure as error:
                 last = str(error).strip().splitlines()[-1]
                 self._failed(f"{override}: fails after the dry run: {last}")
@@ -304,9 +304,9 @@ class Audit:
         return Finding("?", text)
 
     def _baseline(self, trial: Trial) -> dict[str, Any]:
-        key = (trial.beside, trial.ranks, trial.precision, trial.is_multimodal)
+        key = (trial.base, trial.ranks, trial.precision, trial.is_multimodal)
         if key not in self._baselines:
-            self._baselines[key] = observed(trial, trial.beside)
+            self._baselines[key] = observed(trial, trial.base)
         found: dict[str, Any] = self._baselines[key]
         return found
 
@@ -348,7 +348,7 @@ def _rejected_on_gpu(path: str) -> bool:
     config.dist.device = "cuda"
     trial = trial_of(section, name, getattr(config, section))
     assert trial is not None
-    settings = [*trial.beside, *trial.also, f"{path}={trial.value}"]
+    settings = [*trial.base, *trial.also, f"{path}={trial.value}"]
     try:
         config = apply_overrides(config, settings)
     except ConfigError:  # the value cannot be given as text
@@ -364,11 +364,11 @@ def language_trial(name: str, holder: Any) -> Trial | None:
     trial = trial_of("model", name, holder)
     if trial is None:
         return None
-    beside, also = (
+    base, also = (
         tuple(text.replace("model.", f"{LANGUAGE}.", 1) for text in texts)
-        for texts in (trial.beside, trial.also)
+        for texts in (trial.base, trial.also)
     )
-    return replace(trial, beside=beside, also=also, is_multimodal=True)
+    return replace(trial, base=base, also=also, is_multimodal=True)
 
 
 def sections() -> dict[str, Any]:

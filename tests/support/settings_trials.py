@@ -43,7 +43,7 @@ class Trial:
     """Another value of a field, and the run in which it is tried."""
 
     value: str
-    beside: tuple[str, ...] = ()
+    base: tuple[str, ...] = ()
     """Overrides of the run with the value and of the one that it is compared with."""
     also: tuple[str, ...] = ()
     """Overrides of the run with the value alone."""
@@ -76,8 +76,8 @@ def trial_of(section: str, name: str, holder: Any) -> Trial | None:
         raise LookupError(
             f"{section}.{name} is new: give it a trial in tests/support/settings_trials.py"
         )
-    if section == "model" and name.startswith("moe_") and not found.beside:
-        found = replace(found, beside=EXPERTS)
+    if section == "model" and name.startswith("moe_") and not found.base:
+        found = replace(found, base=EXPERTS)
     if section == "ddp" and found.ranks == 1:
         found = replace(found, ranks=2, precision="bf16")
     return found
