@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from bridge.training.entry_points import RECIPES
-from bridge.training.megatron_patches import MEGATRON_CORE
 
 
 @dataclass(frozen=True)
@@ -20,39 +19,44 @@ class _Part:
     remedy: str
 
 
-_PARTS = (
-    _Part("torch", "tensors", "pip install torch"),
-    _Part("megatron-core", "the engine", f"pip install megatron-core=={MEGATRON_CORE}"),
-    _Part("bridge-state", "configuration and state", "pip install --find-links DIST bridge-state"),
-    _Part("bridge-loop", "the training loop", "pip install --find-links DIST bridge-loop"),
-    _Part(
-        "bridge-steps-gpt",
-        "GPT: step, data, recipes",
-        "pip install --find-links DIST bridge-steps-gpt",
-    ),
-    _Part(
-        "bridge-peft",
-        "LoRA, DoRA, canonical LoRA",
-        "pip install --find-links DIST bridge-peft",
-    ),
-    _Part(
-        "transformer-engine",
-        "fused layers on GPUs",
-        'pip install "transformer-engine[core-cu13,pytorch]" on a machine with a GPU and its '
-        "compiler; without it GPUs use our local layers",
-    ),
-    _Part(
-        "apex",
-        "fused gradient accumulation on GPUs",
-        "nothing to do: Transformer Engine brings what the loop uses",
-    ),
-    _Part("tensorboard", "curves", "pip install tensorboard"),
-    _Part("wandb", "tracking", "pip install wandb"),
-    _Part("transformers", "Hugging Face tokenizers", "pip install transformers"),
-    _Part("datasets", "Hugging Face datasets on disk", "pip install datasets"),
-    _Part("sentencepiece", "SentencePiece tokenizers", "pip install sentencepiece"),
-    _Part("tiktoken", "tiktoken tokenizers", "pip install tiktoken"),
-)
+def _parts() -> tuple[_Part, ...]:
+    from bridge.training.megatron_patches import MEGATRON_CORE  # Imports torch.
+
+    return (
+        _Part("torch", "tensors", "pip install torch"),
+        _Part("megatron-core", "the engine", f"pip install megatron-core=={MEGATRON_CORE}"),
+        _Part(
+            "bridge-state", "configuration and state", "pip install --find-links DIST bridge-state"
+        ),
+        _Part("bridge-loop", "the training loop", "pip install --find-links DIST bridge-loop"),
+        _Part(
+            "bridge-steps-gpt",
+            "GPT: step, data, recipes",
+            "pip install --find-links DIST bridge-steps-gpt",
+        ),
+        _Part(
+            "bridge-peft",
+            "LoRA, DoRA, canonical LoRA",
+            "pip install --find-links DIST bridge-peft",
+        ),
+        _Part(
+            "transformer-engine",
+            "fused layers on GPUs",
+            'pip install "transformer-engine[core-cu13,pytorch]" on a machine with a GPU and its '
+            "compiler; without it GPUs use our local layers",
+        ),
+        _Part(
+            "apex",
+            "fused gradient accumulation on GPUs",
+            "nothing to do: Transformer Engine brings what the loop uses",
+        ),
+        _Part("tensorboard", "curves", "pip install tensorboard"),
+        _Part("wandb", "tracking", "pip install wandb"),
+        _Part("transformers", "Hugging Face tokenizers", "pip install transformers"),
+        _Part("datasets", "Hugging Face datasets on disk", "pip install datasets"),
+        _Part("sentencepiece", "SentencePiece tokenizers", "pip install sentencepiece"),
+        _Part("tiktoken", "tiktoken tokenizers", "pip install tiktoken"),
+    )
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -63,7 +67,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def _run(options: argparse.Namespace) -> int:
     print(f"python              {platform.python_version()}")
-    for part in _PARTS:
+    for part in _parts():
         try:
             found = version(part.distribution)
         except PackageNotFoundError:
