@@ -97,6 +97,11 @@ def test_a_packed_run_that_was_cut_off_continues_bit_for_bit(tmp_path: Path) -> 
         again.dataset = SFTDatasetConfig(
             path=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache")
         )
+        with pytest.raises(ValueError, match="dataset.packing: the run was started with True"):
+            finetune(again, forward_step)
+        again = config("cut")
+        again.checkpoint.resume = True
+        write_rows(tmp_path / "rows.jsonl", uneven_rows(20))
         with pytest.raises(ValueError, match="trained on data in the order .*packed sequences"):
             finetune(again, forward_step)
 
