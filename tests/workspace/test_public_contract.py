@@ -99,6 +99,7 @@ FUNCTIONS = {
     "bridge.gpt.conversion.hf_config.read_model_config": ["directory"],
     "bridge.gpt.conversion.hf_import.import_hf": ["directory", "checkpoint", "dtype"],
     "bridge.gpt.model_config.GPTModelConfig.exported_weights": ["self"],
+    "bridge.training.config.model_field": ["kind", "arguments"],
     "bridge.training.config.peft_method": ["method", "fields"],
     "bridge.training.merging.merge": ["checkpoint", "config", "output", "base"],
     "bridge.peft.LoRA.attach": ["self", "model_chunks", "group"],
@@ -112,6 +113,7 @@ FIELDS = {
     "bridge.peft.LoRA": LOW_RANK,
     "bridge.peft.DoRA": LOW_RANK,
     "bridge.peft.CanonicalLoRA": LOW_RANK,
+    "bridge.training.config.Problem": ["fields", "text"],
     "bridge.training.pretrain.TrainResult": [
         "reason",
         "step",
