@@ -47,11 +47,11 @@ def export_hf(request: ExportRequest) -> str:
     with one_process():
         saved = SavedWeights(request.checkpoint)
         for name, weight in weights.items():
-            _check(saved, name, weight, request)
+            _check_shape(saved, name, weight, request)
         first = saved.dtype(next(iter(weights)))
         size, files = write_tensors(
             request.output,
-            _tensors(saved, weights, request.dtype),
+            _read_tensors(saved, weights, request.dtype),
             max_shard_size=request.max_shard_size,
         )
     dtype = request.dtype or first
@@ -69,7 +69,9 @@ def export_hf(request: ExportRequest) -> str:
     )
 
 
-def _check(saved: SavedWeights, name: str, weight: ExportedWeight, request: ExportRequest) -> None:
+def _check_shape(
+    saved: SavedWeights, name: str, weight: ExportedWeight, request: ExportRequest
+) -> None:
     shape = saved.shape(name)
     if shape is None:
         raise UsageError(
@@ -83,7 +85,7 @@ def _check(saved: SavedWeights, name: str, weight: ExportedWeight, request: Expo
         )
 
 
-def _tensors(
+def _read_tensors(
     saved: SavedWeights, weights: Mapping[str, ExportedWeight], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, weight in weights.items():

@@ -10,14 +10,13 @@ from bridge.gpt.conversion.safetensors_files import TensorFolder
 from bridge.gpt.conversion.tokenizer_files import has_tokenizer
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.gpt.model_config import GPTModelConfig
+from bridge.gpt.name_lists import join_first
 from bridge.training.checkpoint.single_weights import write_weights
 from bridge.training.config import ConfigContainer, TokenizerConfig
 from bridge.training.contracts import ExportedWeight
 from bridge.training.ranks.groups import one_process
 from bridge.training.run_files.directory import new_folder
 from bridge.training.usage_error import UsageError
-
-_NAMES_IN_A_MESSAGE = 5
 
 
 def import_hf(directory: Path, checkpoint: Path, *, dtype: torch.dtype | None = None) -> str:
@@ -66,19 +65,21 @@ def read_weights(
     """
     expected = model.exported_weights()
     with TensorFolder(directory) as tensors:
-        _check(tensors, expected, directory)
+        _check_tensors(tensors, expected, directory)
         return {
             name: weight.join({part: tensors.read(part).to(dtype) for part in weight.parts})
             for name, weight in expected.items()
         }
 
 
-def _check(tensors: TensorFolder, weights: Mapping[str, ExportedWeight], directory: Path) -> None:
+def _check_tensors(
+    tensors: TensorFolder, weights: Mapping[str, ExportedWeight], directory: Path
+) -> None:
     expected = {name: weight.shape_of(name) for weight in weights.values() for name in weight.parts}
     found = tensors.names()
     if missing := sorted(expected.keys() - found):
         raise UsageError(
-            f"{directory}: the files have no {_listed(missing)}, which config.json asks for"
+            f"{directory}: the files have no {join_first(missing)}, which config.json asks for"
         )
     # Older files hold the rotary frequencies, which follow from config.json.
     surplus = {n for n in found - expected.keys() if not n.endswith(".rotary_emb.inv_freq")}
@@ -87,7 +88,7 @@ def _check(tensors: TensorFolder, weights: Mapping[str, ExportedWeight], directo
         surplus.remove("lm_head.weight")
     if surplus:
         raise UsageError(
-            f"{directory}: the files have {_listed(sorted(surplus))}, for which the model of "
+            f"{directory}: the files have {join_first(sorted(surplus))}, for which the model of "
             "config.json has no place"
         )
     for name, shape in expected.items():
@@ -104,8 +105,3 @@ def _check_tied(tensors: TensorFolder, directory: Path) -> None:
             f"{directory}: lm_head.weight differs from model.embed_tokens.weight, and "
             "tie_word_embeddings is true; correct config.json"
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _NAMES_IN_A_MESSAGE
-    return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" and {more} more" if more > 0 else "")

@@ -40,9 +40,9 @@ def export_hf_peft(request: ExportRequest) -> str:
             (module, update, part)
             for layer in adapted.layers
             for update in layer.low_rank_updates()
-            for module, part in _in_modules(layer, update, weights)
+            for module, part in _modules_of_update(layer, update, weights)
         ]
-        tensors = dict(_tensors(found, request.dtype))
+        tensors = dict(_low_rank_tensors(found, request.dtype))
         write_file(request.output / "adapter_model.safetensors", tensors)
         modules = [module for module, _, _ in found]
         _, first, _ = found[0]
@@ -56,7 +56,7 @@ def export_hf_peft(request: ExportRequest) -> str:
                 "lora_alpha": first.scale * first.a.shape[0],
                 "lora_dropout": getattr(adapted.method, "dropout", 0.0),
                 "use_dora": first.magnitude is not None,
-                "target_modules": _targets(modules, weights),
+                "target_modules": _target_modules(modules, weights),
                 "bias": "none",
                 "inference_mode": True,
             },
@@ -64,7 +64,7 @@ def export_hf_peft(request: ExportRequest) -> str:
     return f"adapters of {len(modules)} layers, rank {first.a.shape[0]}"
 
 
-def _in_modules(
+def _modules_of_update(
     layer: AdaptedLayer, update: LowRankUpdate, weights: Mapping[str, ExportedWeight]
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yield peft's modules that an update changes, each with its rows of B (None: all).
@@ -86,24 +86,24 @@ def _in_modules(
             yield module, None
 
 
-def _tensors(
+def _low_rank_tensors(
     found: list[tuple[str, LowRankUpdate, torch.Tensor | None]], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for module, update, rows in found:
-        parts = {"lora_A.weight": update.a, "lora_B.weight": _rows(update.b, rows)}
+        parts = {"lora_A.weight": update.a, "lora_B.weight": _select_rows(update.b, rows)}
         if update.magnitude is not None:
-            parts["lora_magnitude_vector"] = _rows(update.magnitude, rows)
+            parts["lora_magnitude_vector"] = _select_rows(update.magnitude, rows)
         for name, tensor in parts.items():
             # A copy, because safetensors rejects tensors that share memory, as an A here may.
             copied = tensor.detach().to(dtype or tensor.dtype, copy=True)
             yield f"{_PREFIX}{module}.{name}", copied.contiguous()
 
 
-def _rows(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+def _select_rows(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     return tensor if rows is None else tensor[rows]
 
 
-def _targets(modules: list[str], weights: Mapping[str, ExportedWeight]) -> list[str]:
+def _target_modules(modules: list[str], weights: Mapping[str, ExportedWeight]) -> list[str]:
     """Return the modules' last names, or their full names where a last name means others too."""
     names = [name for weight in weights.values() for name in weight.parts]
     everywhere = {name.removesuffix(".weight") for name in names}

@@ -18,6 +18,7 @@ from bridge.gpt.data.text.documents import read_documents
 from bridge.gpt.data.text.sources import TextFile
 from bridge.gpt.data.tokenization.document_encoder import DocumentEncoder
 from bridge.gpt.data.tokenization.tokenizers import Tokenizer
+from bridge.gpt.name_lists import join_first
 from bridge.training.durable_files import (
     abandoned_folders,
     sync_directory,
@@ -62,10 +63,8 @@ class TokenCounts:
             )
         if not self.skipped:
             return lines
-        shown, more = self.skipped[:3], len(self.skipped) - 3
         what = "1 file is" if len(self.skipped) == 1 else f"{len(self.skipped)} files are"
-        listed = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-        return [*lines, f"{what} not text and skipped: {listed}"]
+        return [*lines, f"{what} not text and skipped: {join_first(self.skipped, 3)}"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from bridge.gpt.data.text.not_text import conversion_of_folder, reject_not_text
 from bridge.gpt.data.text.text_files import open_text, text_suffix
+from bridge.gpt.name_lists import join_first
 from bridge.training.usage_error import UsageError
 
 _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -185,9 +186,8 @@ def _source_of_many(
 
 
 def _listed(paths: Sequence[Path], noun: str) -> str:
-    shown, more = ", ".join(map(str, paths[:3])), len(paths) - 3
     counted = f"1 {noun} is" if len(paths) == 1 else f"{len(paths)} {noun}s are"
-    return f"{counted} not read: {shown}" + (f" and {more} more" if more > 0 else "") + ","
+    return f"{counted} not read: {join_first([str(path) for path in paths], 3)},"
 
 
 def _source_of_files(
