@@ -46,7 +46,7 @@ def test_every_sample_counts_once_and_a_microbatch_counts_whole_or_not(num_sampl
                 assert len(drawn) == call.microbatches
                 for positions in drawn[: call.counted(replica, replicas)]:
                     of_each = Counter(positions)
-                    assert set(of_each.values()) == {call.copies}
+                    assert set(of_each.values()) == {call.repeats}
                     assert len(of_each) == call.weight
                     seen.update(of_each.keys())
                 # A repeated sample is one of the evaluation.
@@ -62,7 +62,7 @@ def test_whole_batches_are_those_of_training_and_a_last_one_takes_three_calls_mo
         whole, part = divmod(num_samples, 2 * replicas * group * micro)
         assert len(batches) == whole + (part > 0)
         for [call] in batches[:whole]:
-            assert (call.size, call.microbatches, call.copies) == (micro, 2 * group, 1)
+            assert (call.size, call.microbatches, call.repeats) == (micro, 2 * group, 1)
         for calls in batches[whole:]:
             assert len(calls) <= 3 + (smallest > 1)
             assert sum(call.microbatches for call in calls[1:]) <= group * (2 + smallest)
@@ -73,6 +73,6 @@ def test_parts_of_a_microbatch_read_the_samples_of_the_whole() -> None:
     [[*_, last]] = plan_evaluation(
         7, BatchSizes(global_batch=8, micro_batch=4, replicas=1), smallest=2
     )
-    assert (last.first, last.samples, last.size, last.copies) == (6, 1, 2, 2)
+    assert (last.first, last.samples, last.size, last.repeats) == (6, 1, 2, 2)
     for rank in (0, 1):
         assert list(last.positions(DataShard(rank=rank, size=2, samples=1))) == [[6]]

@@ -108,7 +108,7 @@ def evaluate(  # noqa: PLR0913  # as `train_step` takes them
         ranks=ranks,
         config=state.cfg,
     )
-    # A reducer of its own: what an evaluation that raises leaves in it must reach no training step.
+    # A fresh reducer: records of an evaluation that raises must not reach a training step.
     reducer = reducer.fresh()
     collected: list[Any] = []
     if not collect_non_loss_data:
@@ -127,13 +127,7 @@ def evaluate(  # noqa: PLR0913  # as `train_step` takes them
     is_complete, batches = done == len(batches), batches[:done]
     samples = sum(call.samples for batch in batches for call in batch)
     reduced = _reduce(reducer, iterators, _microbatches(batches))
-    # Context-parallel ranks share a microbatch and report it each.
-    observed = reduced.samples / ranks.groups.cp.size()
-    if observed != samples:
-        raise RuntimeError(
-            f"evaluate: {observed:g} samples were observed and {samples} planned; the ranks that "
-            "the reducer reduces over are not those that the data is divided over"
-        )
+    _check_observed(samples, reduced, ranks)
     if not collect_non_loss_data:
         state.train_state.consumed_validation_samples += samples
     return EvaluationResult(
@@ -149,7 +143,7 @@ def evaluate(  # noqa: PLR0913  # as `train_step` takes them
 def _reject_repeated_samples(
     batches: Sequence[Sequence[EvaluationCall]], num_samples: int, ranks: ModelRanks
 ) -> None:
-    if all(call.copies == 1 for batch in batches for call in batch):
+    if all(call.repeats == 1 for batch in batches for call in batch):
         return
     unit = ranks.smallest_microbatch
     raise UsageError(
@@ -162,7 +156,7 @@ def _reject_repeated_samples(
 def _evaluate(schedule: Schedule, call: EvaluationCall, reducer: MetricReducer) -> None:
     """Run one call of the schedule, and add the records of its microbatches to the reducer."""
     records = _run(schedule, call)
-    reducer.accumulate(records, weight=call.weight, copies=call.copies)
+    reducer.accumulate(records, weight=call.weight, repeats=call.repeats)
 
 
 def _collect(schedule: Schedule, call: EvaluationCall, reducer: MetricReducer) -> list[Any]:
@@ -203,6 +197,17 @@ def _reduce(
             f"{planned} planned microbatches; draw one with each call, or none on this rank at all"
         )
     return reduced
+
+
+def _check_observed(samples: int, reduced: ReducedMetrics, ranks: ModelRanks) -> None:
+    """Raise if the reduced microbatches have another number of samples than was planned."""
+    # Context-parallel ranks share a microbatch, and each reports it.
+    observed = reduced.samples / ranks.groups.cp.size()
+    if observed != samples:
+        raise RuntimeError(
+            f"evaluate: {observed:g} samples were observed and {samples} planned; the ranks that "
+            "the reducer reduces over are not those that the data is divided over"
+        )
 
 
 def _microbatches(batches: Sequence[Sequence[EvaluationCall]]) -> int:

@@ -40,7 +40,7 @@ from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.model.frozen import (
     ModelSize,
     gradients_reach_recomputed_layers,
-    size_of_whole_model,
+    measure_model,
 )
 from bridge.training.model.hooks import attach_hooks, detach_hooks
 from bridge.training.optimizer.building import build_optimizer
@@ -203,7 +203,7 @@ def _built(
             stack.enter_context(gradients_reach_recomputed_layers(model))
         size = None
         if adapters is not None:
-            size = size_of_whole_model(model, ranks.model.groups)
+            size = measure_model(model, ranks.model.groups)
             for line in describe_adapters(adapters, size, ranks):
                 progress.note(line)
         with progress.phase("optimizer"):

@@ -99,8 +99,8 @@ def describe_adapters(adapters: Adapters, size: ModelSize, ranks: Ranks) -> Iter
         f"{method} adapts {len(names)} layers: "
         + ", ".join(f"{number} {kind}" for kind, number in kinds.items())
     )
-    percent = 100 * size.trained / size.whole
-    yield f"{method} trains {size.trained:,} of {size.whole:,} parameters ({percent:.3g} %)"
+    percent = 100 * size.trained / size.total
+    yield f"{method} trains {size.trained:,} of {size.total:,} parameters ({percent:.3g} %)"
     yield f"on top of {adapters.base.place}"
     if adapters.base.is_random:
         yield (

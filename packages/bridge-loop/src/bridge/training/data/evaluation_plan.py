@@ -37,13 +37,13 @@ class EvaluationCall:
     """Samples of a microbatch of one replica, repetitions included."""
     microbatches: int
     """On every rank."""
-    copies: int = 1
+    repeats: int = 1
     """Number of times that each sample is in its microbatch."""
 
     @property
     def weight(self) -> int:
         """Samples that a microbatch counts for."""
-        return self.size // self.copies
+        return self.size // self.repeats
 
     def counted(self, replica: int, replicas: int) -> int:
         """Return the number of a replica's microbatches that count: the first ones.
@@ -64,8 +64,8 @@ class EvaluationCall:
         last = self.first + self.samples - 1
         for number in range(self.microbatches):
             start = (number * shard.size + shard.rank) * shard.samples
-            places = range(start, start + shard.samples)
-            yield [min(self.first + place // self.copies, last) for place in places]
+            offsets = range(start, start + shard.samples)
+            yield [min(self.first + offset // self.repeats, last) for offset in offsets]
 
 
 def plan_evaluation(
@@ -101,17 +101,17 @@ def _calls_of_batch(
     """Divide the samples from first to end; `lane` microbatches run in a group, on all ranks."""
     calls: list[EvaluationCall] = []
 
-    def add(samples: int, size: int, copies: int = 1) -> None:
+    def add(samples: int, size: int, repeats: int = 1) -> None:
         nonlocal first
         if samples:
-            groups = -(-samples * copies // (lane * size))
+            groups = -(-samples * repeats // (lane * size))
             calls.append(
                 EvaluationCall(
                     first=first,
                     samples=samples,
                     size=size,
                     microbatches=groups * group,
-                    copies=copies,
+                    repeats=repeats,
                 )
             )
             first += samples
@@ -120,7 +120,7 @@ def _calls_of_batch(
     if smaller := (end - first) // (lane * unit) * unit:
         add(lane * smaller, smaller)
     add((end - first) // unit * unit, unit)
-    add(end - first, unit, copies=unit)
+    add(end - first, unit, repeats=unit)
     return calls
 
 
@@ -135,7 +135,7 @@ def plan_of_run(
 
     Args:
         config: The run's configuration, resolved.
-        ranks: How the model is divided over the ranks.
+        ranks: The division of the model over the ranks.
         num_samples: Samples from the set's beginning.
         is_interleaved: Whether each rank has several model chunks.
     """

@@ -79,7 +79,7 @@ class EvaluationSampler(Sampler[list[int]]):
 
     Args:
         batches: The calls of `bridge.training.data.evaluation_plan.plan_of_run`.
-        ranks: How the model is divided over the ranks.
+        ranks: The division of the model over the ranks.
     """
 
     def __init__(self, batches: Sequence[Sequence[EvaluationCall]], ranks: ModelRanks) -> None:

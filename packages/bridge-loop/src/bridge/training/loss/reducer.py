@@ -98,7 +98,7 @@ class MetricReducer:
             context_parallel_group=context_parallel_group,
         )
         self._registered: dict[str, Kind] = {}
-        # The current step's blocks and weights of microbatches, then whole steps.
+        # The current step's blocks and weights of its microbatches, then complete steps.
         self._open: list[Block] = []
         self._open_weights: list[int] = []
         self._is_open = False
@@ -120,7 +120,7 @@ class MetricReducer:
         return reducer
 
     def accumulate(
-        self, records: Iterable[MicrobatchRecord], *, weight: int = 1, copies: int = 1
+        self, records: Iterable[MicrobatchRecord], *, weight: int = 1, repeats: int = 1
     ) -> None:
         """Add microbatches to the current step; no collective, no host-device sync.
 
@@ -128,7 +128,7 @@ class MetricReducer:
             records: The records of the microbatches.
             weight: The weight of each in a mean over microbatches: its samples, where microbatches
                 have several sizes.
-            copies: Number of times that each sample is in its microbatch; sums are divided by it.
+            repeats: Number of times that each sample is in its microbatch; sums are divided by it.
         """
         records = list(records)
         kinds: dict[str, Kind] = {}
@@ -142,15 +142,15 @@ class MetricReducer:
                     self._conflicts.add(f"{key!r} ({kinds[key]} and {metric.kind})")
         if kinds:
             block = self._stack([record.metrics for record in records], kinds)
-            block = self._weighted(block, weight, copies)
+            block = self._weight(block, weight, repeats)
             self._open.append(replace(block, column=len(self._open_weights)))
         self._open_weights += [weight] * len(records)
         self._is_open = True
         self.count(len(records), weight=weight)
         if self._contributes:
             counts = [record.count for record in records if record.count is not None]
-            if counts and copies > 1:
-                counts = [torch.stack(counts).sum() // copies]
+            if counts and repeats > 1:
+                counts = [torch.stack(counts).sum() // repeats]
             self._counts += counts
             if len(self._counts) >= FOLD_AT:
                 self._counts = [torch.stack(self._counts).sum()]
@@ -297,13 +297,13 @@ class MetricReducer:
         # Lists, as writing to single elements of a tensor takes microseconds each.
         cells, host, present = [self._zero] * (2 * half), [0.0] * (2 * half), [0.0] * half
         for row, (key, kind) in enumerate(keys):
-            for place, record in enumerate(records, row * width):
+            for cell, record in enumerate(records, row * width):
                 metric = record.get(key)
                 if metric is None:
-                    host[place] = -math.inf if kind == "maximum" else 0.0
+                    host[cell] = -math.inf if kind == "maximum" else 0.0
                     continue
-                present[place] = 1.0
-                for index, number in ((place, metric.value), (half + place, metric.count)):
+                present[cell] = 1.0
+                for index, number in ((cell, metric.value), (half + cell, metric.count)):
                     if isinstance(number, torch.Tensor):
                         cells[index] = number
                     else:
@@ -314,12 +314,12 @@ class MetricReducer:
             values += to_device(of_host, self._device)
         return Block(keys, values, torch.tensor(present, dtype=torch.float64).view(-1, width))
 
-    def _weighted(self, block: Block, weight: int, copies: int) -> Block:
+    def _weight(self, block: Block, weight: int, repeats: int) -> Block:
         """Multiply a block by the microbatches' weights in means, and count their samples once."""
-        if weight == copies == 1:
+        if weight == repeats == 1:
             return block
         factors = [
-            1.0 if kind == "maximum" else weight if kind in ("mean", "local") else 1 / copies
+            1.0 if kind == "maximum" else weight if kind in ("mean", "local") else 1 / repeats
             for _, kind in block.keys
         ]
         factor = to_device(torch.tensor(factors, dtype=torch.float64), self._device)

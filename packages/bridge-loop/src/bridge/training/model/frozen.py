@@ -60,13 +60,13 @@ def load_trained(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
 class ModelSize:
     """Parameters of the model over all ranks; those that several ranks have count once."""
 
-    whole: int
+    total: int
     trained: int
     trained_per_token: float
     """Parameters that train and process one token: of experts, as many as it is routed to."""
 
 
-def size_of_whole_model(
+def measure_model(
     model: Sequence[torch.nn.Module], pg_collection: ProcessGroupCollection
 ) -> ModelSize:
     """Count the parameters of all ranks; a collective."""
@@ -80,8 +80,8 @@ def size_of_whole_model(
                 counts += torch.tensor([parameter.numel(), trained, met], dtype=torch.float64)
     counts = counts.to(next(model[0].parameters()).device)
     dist.all_reduce(counts)
-    whole, trained, met = counts.tolist()
-    return ModelSize(whole=round(whole), trained=round(trained), trained_per_token=met)
+    total, trained, met = counts.tolist()
+    return ModelSize(total=round(total), trained=round(trained), trained_per_token=met)
 
 
 def _fractions_of_experts(chunk: torch.nn.Module) -> dict[int, float]:

@@ -31,7 +31,7 @@ class LanguageModelSection(TransformerSection):
     seq_length: int = model_field("extensible", default=1024)
     """Tokens of a sample; also the number of learned positions."""
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
-    """How the model knows positions."""
+    """The kind of position embedding."""
     rotary_base: int = model_field("extensible", default=10000)
     """Base period of the rotary embedding."""
     rotary_percent: float = 1.0

@@ -143,7 +143,7 @@ class LocalAttention(torch.nn.Module):
             value: As `key`; its d may differ.
             attention_mask: Boolean, True where a key is masked (megatron-core's convention),
                 broadcastable to ``[b, n, s, s]``. Causal attention stays causal.
-            attn_mask_type: In place of the constructor's.
+            attn_mask_type: Replaces that of the constructor.
             attention_bias: Not supported.
             packed_seq_params: Ends of the sequences of a pack; each attends only to itself.
 
@@ -286,7 +286,7 @@ class LocalAttention(torch.nn.Module):
         visible = self._position_mask(*positions, causal)
         if ends is None:
             return visible
-        queries, keys = (_documents(ends, places) for places in positions)
+        queries, keys = (_documents(ends, of_side) for of_side in positions)
         same = queries[:, None] == keys[None, :]
         return same if visible is None else same & visible
 

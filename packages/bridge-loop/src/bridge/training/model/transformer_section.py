@@ -68,8 +68,8 @@ class TransformerSection(TransformerConfig):
     """Free a pipeline stage's output once it was sent. None: under pipeline parallelism."""
 
     cuda_graph_modules: list[str] = field(default_factory=list)
-    """What per-layer CUDA graphs capture; empty for whole layers (megatron-core's own default
-    says the same in a deprecated word)."""
+    """Modules that per-layer CUDA graphs capture; empty for full layers (megatron-core's own
+    default says the same in a deprecated word)."""
 
     @override
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class TransformerSection(TransformerConfig):
         """Return the value that each open field takes where it was left at its default.
 
         Args:
-            device: Where the run will take place.
+            device: The device of the run.
         """
         gpu = device == "cuda"
         layer_spec = self.layer_spec

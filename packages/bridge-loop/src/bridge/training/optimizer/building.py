@@ -22,7 +22,7 @@ def build_optimizer(
     Args:
         config: A resolved configuration.
         model: This rank's model chunks.
-        ranks: How the model is divided over the ranks.
+        ranks: The division of the model over the ranks.
         timers: megatron-core's.
     """
     from megatron.core.optimizer.optimizer_config import OptimizerConfig

@@ -64,7 +64,7 @@ class Ranks:
     device: Device
     layout: Layout
     model: ModelRanks
-    """How the model is divided over the ranks."""
+    """The division of the model over the ranks."""
     control_group: dist.ProcessGroup
     """All ranks over gloo: for what the hosts agree on without a host-device sync."""
 

@@ -1,4 +1,4 @@
-"""How a model is divided over the ranks: `ModelRanks` from process groups of either kind."""
+"""The division of a model over the ranks (`ModelRanks`), from process groups of either kind."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def to_model_ranks(pg_collection: "ProcessGroupCollection | ModelRanks") -> ModelRanks:
-    """Return how the model is divided over ranks, from process groups that a caller passed.
+    """Return the division of the model over the ranks, from a caller's process groups.
 
     Args:
-        pg_collection: megatron-core's, or what `PlacesModules.module_ranks` gave.
+        pg_collection: megatron-core's, or the object of `PlacesModules.module_ranks`.
     """
     return pg_collection if isinstance(pg_collection, ModelRanks) else SharedRanks(pg_collection)
 
@@ -102,7 +102,7 @@ class SharedRanks:
         )
 
     def sum_tokens(self, num_tokens: torch.Tensor) -> None:
-        """Take the last stage's count to its pipeline, and sum over replicas and their shards."""
+        """Sum the last stages' counts over data- and context-parallel ranks, for all stages."""
         pipeline = self.groups.pp
         last_stage = dist.get_process_group_ranks(pipeline)[-1]
         dist.broadcast(num_tokens, src=last_stage, group=pipeline)

@@ -20,7 +20,7 @@ class Schedule:
     model: list[Any]
     """This rank's model chunks."""
     ranks: ModelRanks
-    """How the model is divided over the ranks."""
+    """The division of the model over the ranks."""
     config: ConfigContainer
     """The run's configuration."""
 

@@ -157,19 +157,19 @@ def train_step(  # noqa: PLR0913  # as megatron-core's own loops take them
             gather_gradients(model)
             before_optimizer_step()
         stepped = step_optimizer(optimizer)
-    succeeded = stepped.succeeded
-    if succeeded:
+    is_skipped = not stepped.succeeded
+    if not is_skipped:
         scheduler.step(increment=samples)
 
     counters.step += 1
     counters.consumed_train_samples += samples
-    counters.skipped_train_samples += 0 if succeeded else samples
+    counters.skipped_train_samples += samples if is_skipped else 0
     reduced = None
     if reducer is not None:
-        of_all_ranks = None
+        auxiliary_losses = None
         if is_logged or reducer.average == "interval":
-            of_all_ranks = auxiliary.metrics(model, num_microbatches, ranks.groups)
-        reducer.add_step(records, of_all_ranks=of_all_ranks, is_skipped=not succeeded)
+            auxiliary_losses = auxiliary.metrics(model, num_microbatches, ranks.groups)
+        reducer.add_step(records, of_all_ranks=auxiliary_losses, is_skipped=is_skipped)
         if is_logged:
             reduced = reducer.reduce(anomaly_flag=watch.anomaly_flag())
     state.token_counter.add_step(
@@ -182,7 +182,7 @@ def train_step(  # noqa: PLR0913  # as megatron-core's own loops take them
         learning_rate=rate,
         grad_norm=stepped.grad_norm,
         zeros_in_grad=stepped.zeros,
-        skipped=not succeeded,
+        skipped=is_skipped,
         samples=samples,
         padded_tokens=padded_tokens if has_sequences(state.cfg.model) else None,
         reduced=reduced,

@@ -6,7 +6,6 @@ module, dataset and forward step make a run.
 
 from bridge.training.contracts.data import (
     TOKENS,
-    DataIterator,
     DataRequest,
     DatasetConfig,
     DataShard,
@@ -34,7 +33,6 @@ __all__ = [
     "AdaptedLayer",
     "ArrangesRanks",
     "ChecksItself",
-    "DataIterator",
     "DataRequest",
     "DataShard",
     "DataSplits",

@@ -1,6 +1,6 @@
 """The data of a run: the interface of a dataset section, and the data that it builds."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -123,6 +123,3 @@ class DataShard:
     size: int
     samples: int
     """Samples of the shard."""
-
-
-type DataIterator = Iterator[Any]

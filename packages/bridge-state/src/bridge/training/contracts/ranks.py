@@ -1,4 +1,4 @@
-"""How a model is divided over the ranks of a run: what the loop asks about it."""
+"""The division of a model over the ranks of a run."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class ModelRanks(Protocol):
-    """How a model is divided over the ranks, as seen from this rank.
+    """The division of a model over the ranks, as seen from this rank.
 
     There are two ways. Either every rank holds a part of every module, in megatron-core's own
     groups (`bridge.training.ranks.model_ranks`). Or each module has ranks of its own, and the model
-    section brings the object along (`PlacesModules`).
+    section provides the object (`PlacesModules`).
     """
 
     @property
