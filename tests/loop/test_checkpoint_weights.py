@@ -11,6 +11,7 @@ import torch
 from bridge.training.checkpoint.safe_loading import RejectedType
 from bridge.training.checkpoint.single_weights import SavedWeights, saved_config, write_weights
 from bridge.training.config import CheckpointConfig
+from bridge.training.config.model_identity import model_field
 from bridge.training.pretrain import pretrain
 from bridge.training.ranks.groups import one_process
 from bridge.training.run_files.directory import find_checkpoint, new_folder
@@ -119,7 +120,7 @@ class ModuleWithExtraState(OwnModule):
 
 @dataclass(kw_only=True)
 class ModelWithExtraState(OwnModel):
-    extra: str = "own"
+    extra: str = model_field("training", default="own")
     """An absolute path replaces it by poison that creates that folder."""
 
     @override
