@@ -145,33 +145,14 @@ def set_up(
             writing_run_files(parts.directory),
         ):
             messages = _prepare_directory(config, parts, ranks)
-            parts.state.open_loggers(parts.state.train_state.step)
             run = Run(
                 parts,
                 callbacks=callbacks,
                 progress=progress,
-                training_log=TrainingLog(
-                    config=config,
-                    state=parts.state,
-                    progress=progress,
-                    total_steps=parts.data.train_iters,
-                    device=ranks.device,
-                    world_size=ranks.layout.world_size,
-                    loss_scale=(
-                        (lambda: float(parts.optimizer.get_loss_scale()))
-                        if config.mixed_precision.precision == "fp16"
-                        else None
-                    ),
-                    flops_per_token=parts.state.token_counter.flops_per_token,
-                ),
+                training_log=_open_training_log(parts, progress),
                 stop=stack.enter_context(stop_signals(ends_at)),
             )
-            counters, last_step = parts.state.train_state, parts.data.train_iters
-            for line in (
-                *describe_run(config, ranks, parts.model, parts.data, counters),
-                *describe_start(config, parts.restored_from, parts.changes, counters, last_step),
-                *messages,
-            ):
+            for line in (*_describe(parts), *messages):
                 progress.note(line)
         yield run
 
@@ -188,13 +169,10 @@ def _built(
     start = _find_starting_point(config, ranks, directory)
     with contextlib.ExitStack() as stack:
         verification = stack.enter_context(Verification(start.checkpoints, ranks.control_group))
-        stack.enter_context(expected_messages_held_back())
-        restore_random_streams_at_exit(stack)
-        stack.enter_context(deterministic_algorithms(config))
+        stack.enter_context(_own_global_state(config, ranks))
         state = GlobalState(config)
         stack.push(lambda kind, *_: state.close(failed=kind is not None))
         forward_step = adapt_forward_step(forward_step_func, state, ranks)
-        _start_megatron_globals(config, ranks, stack)
         with progress.phase("data"):
             data = _build_data(config, ranks, start, verification)
             stack.push(lambda kind, *_: data.workers.close(at_once=kind is not None))
@@ -226,12 +204,10 @@ def _built(
         )
         checkpointer = Checkpointer(saved_run, directory, ranks)
         changes: list[str] = []
-        if start.resumed is not None:
+        # The base of adapters is loaded with the model.
+        if start.resumed is not None or (start.pretrained is not None and adapters is None):
             with progress.phase("checkpoint"), verification.explaining_errors():
-                changes = checkpointer.restore(start.resumed)
-        elif start.pretrained is not None and adapters is None:
-            with progress.phase("checkpoint"), verification.explaining_errors():
-                checkpointer.load_weights(start.pretrained)
+                changes = _load_checkpoint(checkpointer, start)
         verification.finish()
         yield TrainingParts(
             config=config,
@@ -296,6 +272,15 @@ def _build_model(
     return build_model(config, ranks, adapt, loaded_next=loaded is not None), adapters
 
 
+def _load_checkpoint(checkpointer: Checkpointer, start: StartingPoint) -> list[str]:
+    """Load the checkpoint that the run starts from; return a line for each rate that jumps."""
+    if start.resumed is not None:
+        return checkpointer.restore(start.resumed)
+    if start.pretrained is not None:
+        checkpointer.load_weights(start.pretrained)
+    return []
+
+
 def _build_token_counter(
     state: GlobalState, data: RunData, reducer: MetricReducer, size: ModelSize | None
 ) -> TokenCounter:
@@ -345,22 +330,52 @@ def build_reducer(config: ConfigContainer, ranks: Ranks) -> MetricReducer:
     )
 
 
-def _start_megatron_globals(
-    config: ConfigContainer, ranks: Ranks, stack: contextlib.ExitStack
-) -> None:
+@contextlib.contextmanager
+def _own_global_state(config: ConfigContainer, ranks: Ranks) -> Iterator[None]:
+    """Give the run random streams, torch settings and megatron-core globals of its own."""
     from megatron.core import num_microbatches_calculator as calculator
 
-    # The program's own is put back with the process groups.
-    calculator.unset_num_microbatches_calculator()
-    calculator.init_num_microbatches_calculator(
-        # Rank 0 would log its constant at every start.
-        rank=1,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        data_parallel_size=ranks.layout.data,
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(expected_messages_held_back())
+        restore_random_streams_at_exit(stack)
+        stack.enter_context(deterministic_algorithms(config))
+        # The program's own calculator is put back with the process groups.
+        calculator.unset_num_microbatches_calculator()
+        calculator.init_num_microbatches_calculator(
+            # Rank 0 would log its constant at every start.
+            rank=1,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            data_parallel_size=ranks.layout.data,
+        )
+        stack.enter_context(own_loss_trackers())
+        rerun.start_rerun_machine(config)
+        yield
+
+
+def _open_training_log(parts: TrainingParts, progress: Progress) -> TrainingLog:
+    """Open the metric loggers, and the log that writes to them."""
+    config, state = parts.config, parts.state
+    state.open_loggers(state.train_state.step)
+    has_loss_scale = config.mixed_precision.precision == "fp16"
+    return TrainingLog(
+        config=config,
+        state=state,
+        progress=progress,
+        total_steps=parts.data.train_iters,
+        device=parts.ranks.device,
+        world_size=parts.ranks.layout.world_size,
+        loss_scale=(lambda: float(parts.optimizer.get_loss_scale())) if has_loss_scale else None,
+        flops_per_token=state.token_counter.flops_per_token,
     )
-    stack.enter_context(own_loss_trackers())
-    rerun.start_rerun_machine(config)
+
+
+def _describe(parts: TrainingParts) -> Iterator[str]:
+    """Yield the startup messages about the run and where it continues."""
+    config, counters = parts.config, parts.state.train_state
+    yield from describe_run(config, parts.ranks, parts.model, parts.data, counters)
+    last_step = parts.data.train_iters
+    yield from describe_start(config, parts.restored_from, parts.changes, counters, last_step)
 
 
 def _timers(config: ConfigContainer, state: GlobalState) -> Any:
