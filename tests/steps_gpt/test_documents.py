@@ -8,7 +8,7 @@ from bridge.gpt.data.text.documents import (
     LARGEST_TARGET_BYTES,
     SMALLEST_TARGET_BYTES,
     cut_text,
-    read_documents,
+    read_text_documents,
     target_bytes,
 )
 from bridge.gpt.data.text.sources import find_source, python_standard_library
@@ -88,7 +88,7 @@ def test_empty_files_are_an_error_only_if_all_are_empty(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="empty"):
             find_source(str(entry))
     (tmp_path / "full.txt").write_text("text")
-    assert list(read_documents(find_source(str(tmp_path)).files)) == [b"text"]
+    assert list(read_text_documents(find_source(str(tmp_path)).files)) == [b"text"]
 
 
 def test_files_of_a_directory_that_are_not_text_are_skipped_and_named(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_files_of_a_directory_that_are_not_text_are_skipped_and_named(tmp_path: 
     (tmp_path / "raw").write_bytes(b"x" * 10_000_000 + b"\0")
     (tmp_path / "story.txt").write_text("text")
     skipped: list[str] = []
-    documents = list(read_documents(find_source(str(tmp_path)).files, skipped=skipped))
+    documents = list(read_text_documents(find_source(str(tmp_path)).files, skipped=skipped))
     assert documents == [b"text"]
     assert skipped == [
         f"{tmp_path}/image.png (a PNG image)",
@@ -139,7 +139,7 @@ def test_each_line_of_json_lines_is_a_document(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     texts = ["first", "long " * 10_000, "\u00e9\u20ac"]
     path.write_text("\n\n".join(json.dumps({"text": text}) for text in [*texts, ""]))
-    documents = list(read_documents(find_source(str(path)).files))
+    documents = list(read_text_documents(find_source(str(path)).files))
     assert documents == [text.encode() for text in texts]
 
 
@@ -158,7 +158,7 @@ def test_a_wrong_line_of_json_lines_is_named(line: str, message: str, tmp_path: 
     path = tmp_path / "data.jsonl"
     path.write_text(f'{{"text": "x"}}\n{line}\n')
     with pytest.raises(ValueError, match=message):
-        list(read_documents(find_source(str(path)).files))
+        list(read_text_documents(find_source(str(path)).files))
 
 
 def test_the_standard_library_is_sorted_real_source_without_installed_packages() -> None:

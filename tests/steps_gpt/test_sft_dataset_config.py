@@ -10,7 +10,7 @@ from bridge.gpt.data.sft.dataset_config import SFTDatasetConfig
 from bridge.gpt.data.sft.packing import plan_packing
 from bridge.gpt.data.sft.rows.docstring_rows import held_out_modules, instructions
 from bridge.gpt.data.split_plan import parse_split
-from bridge.gpt.data.text.documents import read_documents
+from bridge.gpt.data.text.documents import read_text_documents
 from bridge.gpt.data.text.sources import find_source
 from bridge.training.config import ConfigError, TokenizerConfig, resolve
 from bridge.training.contracts import DataRequest, DataSplits
@@ -278,7 +278,7 @@ def test_gpt_tiny_is_trained_on_nothing_of_the_held_out_modules(
     for n, path in enumerate(paths):
         path.write_text(f"# {n:03}\n" * (4000 if n % 3 == 0 else 20 * (n % 5)))
     files = find_source(str(tmp_path)).files
-    documents = list(read_documents(files))
+    documents = list(read_text_documents(files))
     parsed = parse_split("98,2,0")[0]
     assert parsed is not None
     trained_on = {document[2:5] for document in documents[: round(parsed[1] * len(documents))]}

@@ -23,7 +23,7 @@ import pytest
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.gpt.data.sft.rows.conversations import RowKeys
 from bridge.gpt.data.sft.rows.row_files import find_rows
-from bridge.gpt.data.text.documents import read_documents
+from bridge.gpt.data.text.documents import read_text_documents
 from bridge.gpt.data.text.not_text import check_text
 from bridge.gpt.data.text.sources import find_source
 from bridge.training import file_kinds
@@ -117,7 +117,7 @@ def test_the_first_wrong_byte_is_found_far_within_a_file(tmp_path: Path) -> None
     assert check_text(path) is None  # only cut off
     path.write_bytes(b"line\n" * 500_000 + b"ab\xe9!" + b"line\n" * 500_000)
     with pytest.raises(ValueError, match=r"a.txt: is not text in UTF-8 .byte 2500002, in line 500"):
-        list(read_documents(find_source(str(path)).files))
+        list(read_text_documents(find_source(str(path)).files))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -135,7 +135,7 @@ def test_text_of_another_encoding_is_read_after_the_command_that_is_advised(
         find_source(str(path))
     subprocess.run(re.split(r"as with: |of it: ", str(error.value))[-1], shell=True, check=True)
     made = find_source("it's a file-utf8.jsonl")
-    assert list(read_documents(made.files)) == ["Grüße".encode()]
+    assert list(read_text_documents(made.files)) == ["Grüße".encode()]
 
 
 @pytest.mark.parametrize("chunk", range(1, 9))
@@ -159,7 +159,7 @@ def test_compressed_text_is_read(suffix: str, compress: Any, tmp_path: Path) -> 
     (tmp_path / f"a.jsonl.{suffix}").write_bytes(compress(lines.encode()))
     (tmp_path / f"b.json.{suffix}").write_bytes(compress(lines.encode()))
     (tmp_path / f"c.txt.{suffix}").write_bytes(compress(TEXT.encode()))
-    documents = list(read_documents(find_source(str(tmp_path)).files))
+    documents = list(read_text_documents(find_source(str(tmp_path)).files))
     assert documents[:6] == [b"0", b"1", b"2"] * 2
     assert b"".join(documents[6:]).decode() == TEXT
     assert len(documents) > 10
@@ -167,19 +167,19 @@ def test_compressed_text_is_read(suffix: str, compress: Any, tmp_path: Path) -> 
     assert len(list(rows.conversations())) == 3
     (tmp_path / f"a.jsonl.{suffix}").write_bytes(compress(lines.encode() * 999)[:-20])
     with pytest.raises(ValueError, match=rf"a.jsonl.{suffix}: is an? .* cannot be decompressed"):
-        list(read_documents(find_source(str(tmp_path)).files))
+        list(read_text_documents(find_source(str(tmp_path)).files))
 
 
 def test_a_json_file_is_read_line_by_line_or_rejected(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert list(read_documents(find_source(str(path)).files)) == [b"one", b"two"]
-    assert list(read_documents(find_source(str(tmp_path)).files)) == [b"one", b"two"]
+    assert list(read_text_documents(find_source(str(path)).files)) == [b"one", b"two"]
+    assert list(read_text_documents(find_source(str(tmp_path)).files)) == [b"one", b"two"]
     path.write_text(json.dumps([ROW, ROW], indent=1))
     with pytest.raises(ValueError, match="is JSON and not JSON Lines.*jq -c"):
         find_source(str(path))
     # In a directory of sources, such a file is text like any other.
-    assert b"".join(read_documents(find_source(str(tmp_path)).files)) == path.read_bytes()
+    assert b"".join(read_text_documents(find_source(str(tmp_path)).files)) == path.read_bytes()
     rows = find_rows(str(path), "dataset.path", KEYS)["train"]
     assert [row.place for row in rows.conversations()] == [f"{path}, item {n}" for n in (1, 2)]
     path.write_text("[1]")
@@ -248,8 +248,8 @@ def test_tables_are_rejected_with_a_command_that_makes_json_lines_of_them(
     entries = [folder] if "split" in kind else [folder, named]
     for entry in entries:
         with pytest.raises(ValueError, match="dataset.path='.*': .*convert it") as error:
-            list(read_documents(find_source(str(entry)).files))
+            list(read_text_documents(find_source(str(entry)).files))
     run_conversion(str(error.value))
     [made] = tmp_path.glob("*.jsonl")
-    documents = list(read_documents(find_source(str(made)).files))
+    documents = list(read_text_documents(find_source(str(made)).files))
     assert documents == ["eins ü".encode(), b"zwei"]

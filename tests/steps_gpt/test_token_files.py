@@ -11,7 +11,7 @@ import pytest
 
 from bridge.gpt.data.cache import published
 from bridge.gpt.data.corpora import cached_tokens
-from bridge.gpt.data.text.documents import read_documents
+from bridge.gpt.data.text.documents import read_text_documents
 from bridge.gpt.data.text.sources import find_source
 from bridge.gpt.data.token_files import build_token_files, write_tokens
 from bridge.gpt.data.tokenization.tokenizers import ByteTokenizer
@@ -31,7 +31,7 @@ def test_token_files_hold_the_text_with_an_end_after_each_document(tmp_path: Pat
     files = find_source(str(story)).files
     counts = build_token_files(files, ByteTokenizer(), str(tmp_path / "out"))
 
-    documents = list(read_documents(files))
+    documents = list(read_text_documents(files))
     assert len(documents) > 10
     assert read_pair(tmp_path / "out") == [[*document, 256] for document in documents]
     assert counts.documents == len(documents)

@@ -61,7 +61,7 @@ class PackedDocuments:
         elif "cu_seqlens_unpadded" in given:
             real, padded = _read_boundaries(sample, "cu_seqlens_unpadded"), real
         layout = real if padded is None else padded
-        _check_layout(layout, sample, shards)
+        _check_boundaries(layout, sample, shards)
         if padded is not None:
             _check_tokens(real, padded)
         else:
@@ -122,7 +122,7 @@ def _read_boundaries(sample: Mapping[str, Any], name: str) -> torch.Tensor:
     return value.to(torch.int32)
 
 
-def _check_layout(layout: torch.Tensor, sample: Mapping[str, Any], shards: int) -> None:
+def _check_boundaries(layout: torch.Tensor, sample: Mapping[str, Any], shards: int) -> None:
     """Reject boundaries that do not cover the sequence or cannot be cut for context parallelism."""
     lengths = layout[1:] - layout[:-1]
     if len(layout) < 2 or int(layout[0]) != 0 or bool((lengths < 0).any()):

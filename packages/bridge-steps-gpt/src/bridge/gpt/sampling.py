@@ -63,7 +63,7 @@ def sample_text(
     try:
         for _ in range(num_tokens):
             logits = _next_token_logits(model, chunk, ids, tokenizer.vocab_size)
-            token = _draw(logits, temperature, generator)
+            token = _draw_token(logits, temperature, generator)
             if token == tokenizer.eod:
                 break
             ids.append(token)
@@ -94,7 +94,7 @@ def _next_token_logits(
     return last.float().cpu()
 
 
-def _draw(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
+def _draw_token(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
     probabilities = torch.softmax(logits / temperature, dim=0)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bridge.gpt.data.cache import digest, published
-from bridge.gpt.data.text.documents import read_documents
+from bridge.gpt.data.text.documents import read_text_documents
 from bridge.gpt.data.text.sources import Source, TextFile
 from bridge.gpt.data.token_files import (
     TokenCounts,
@@ -158,7 +158,7 @@ def _tokenize_into(
     start = time.monotonic()
     tokenizer = build_tokenizer(tokenizer_config)
     skipped: list[str] = []
-    documents = read_documents(files, json_key=json_key, skipped=skipped)
+    documents = read_text_documents(files, json_key=json_key, skipped=skipped)
     counts = write_tokens(documents, tokenizer, str(prefix), skipped=skipped)
     prefix.with_suffix(".json").write_text(json.dumps(asdict(counts)))
     logger.info(

@@ -36,10 +36,10 @@ def register(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--samples", type=int, metavar="N", help="how many (default: one microbatch)"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_show_batch)
 
 
-def run(options: argparse.Namespace) -> int:
+def run_show_batch(options: argparse.Namespace) -> int:
     """Run ``bridge show-batch`` and return the exit code.
 
     Raises:
@@ -132,9 +132,9 @@ def describe_sample(sample: "Batch", number: int, tokenizer: "Tokenizer | None")
             (
                 str(int(sample["position_ids"][index])),
                 str(token),
-                _text(token, tokenizer),
+                _token_text(token, tokenizer),
                 str(label),
-                _text(label, tokenizer),
+                _token_text(label, tokenizer),
                 f"{float(mask[index]):g}",
             )
         )
@@ -153,7 +153,7 @@ def _samples_of(batch: "Batch") -> Iterator["Batch"]:
         yield {name: values[row] for name, values in batch.items()}
 
 
-def _text(token: int, tokenizer: "Tokenizer | None") -> str:
+def _token_text(token: int, tokenizer: "Tokenizer | None") -> str:
     """Return the text of a token in quotes, or its name if it has no text."""
     if tokenizer is None:
         return ""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.gpt.data.cache import reject_full_disk
-from bridge.gpt.data.text.documents import read_documents
+from bridge.gpt.data.text.documents import read_text_documents
 from bridge.gpt.data.text.sources import TextFile
 from bridge.gpt.data.tokenization.document_encoder import DocumentEncoder
 from bridge.gpt.data.tokenization.tokenizers import Tokenizer
@@ -174,7 +174,7 @@ def build_token_files(
     with full_disk, temporary_folder(target) as parts:
         skipped: list[str] = []
         counts = write_tokens(
-            read_documents(files, json_key=json_key, skipped=skipped),
+            read_text_documents(files, json_key=json_key, skipped=skipped),
             tokenizer,
             str(parts / _TOKENS),
             append_eod=append_eod,

@@ -74,11 +74,11 @@ class LlamaLike:
         return all(getattr(model, name) == value for name, value in self.own_fields.items())
 
     def problems_of_model(self, model: "GPTModelConfig") -> Iterator[str]:
-        """Yield a line for each field of a model that no model of the family has so."""
+        """Yield a line for each field whose value no model of the family has."""
         for name, wanted in (_COMMON | _UNCHANGED | dict(self.own_fields)).items():
             found = getattr(model, name)
             if found != wanted:
-                yield f"model.{name}: {_shown(found)}; these families have {_shown(wanted)}"
+                yield f"model.{name}: {_name_of(found)}; these families have {_name_of(wanted)}"
         if model.add_bias_linear and not self.may_have_biases:
             yield f"model.add_bias_linear: True; {self.architecture} has no biases in its MLP"
 
@@ -195,5 +195,5 @@ def _positive_int(values: Mapping[str, Any], name: str, path: Path, default: int
     return value
 
 
-def _shown(value: Any) -> str:
+def _name_of(value: Any) -> str:
     return getattr(value, "__name__", repr(value))

@@ -37,7 +37,7 @@ from bridge.gpt.data.sft.sample_lengths import (
     multiple_of_layout,
     needs_equal_lengths,
     packing_problems,
-    sequence_length,
+    sample_length,
 )
 from bridge.gpt.data.sft.startup_messages import collect_notes, collect_warnings
 from bridge.gpt.data.tokenization.tokenizers import build_tokenizer, tokenizer_identity
@@ -134,7 +134,7 @@ class SFTDatasetConfig:
         }
         multiple = lcm(self.pad_to_multiple_of, multiple_of_layout(config, packed=self.packing))
         padding = build_tokenizer(_tokenizer_of(config)).eod
-        length = sequence_length(config)
+        length = sample_length(config)
         sets: dict[str, SizedDataset] = {}
         sequences: dict[str, int] = {}
         collate: PaddedBatch | None = None
@@ -226,7 +226,7 @@ class SFTDatasetConfig:
                 "files": [[str(f), status.st_size, status.st_mtime_ns] for f, status in files],
                 "tokenizer": tokenizer_identity(_tokenizer_of(config)),
                 "rendered": [self.chat_template, self.loss_on],
-                "cut": [self.truncation, sequence_length(config)],
+                "cut": [self.truncation, sample_length(config)],
             }
         )
 
@@ -239,12 +239,12 @@ class SFTDatasetConfig:
             template=self.chat_template,
             loss_on=self.loss_on,
         )
-        writer = CorpusWriter(sequence_length(config), self.truncation)
+        writer = CorpusWriter(sample_length(config), self.truncation)
         writer.report.ignored_keys = source.check()
         for conversation in source.conversations():
             writer.add(render(conversation))
         if writer.report.samples == 0:
-            raise UsageError(_nothing_left(source, writer.report, sequence_length(config)))
+            raise UsageError(_nothing_left(source, writer.report, sample_length(config)))
         writer.write(directory)
 
     def _fingerprint(
@@ -253,7 +253,7 @@ class SFTDatasetConfig:
         """Return a name for the order of the training samples, wherever their files are."""
         described = {
             "corpus": corpus.digest,
-            "packed": [sequence_length(config), multiple] if self.packing else None,
+            "packed": [sample_length(config), multiple] if self.packing else None,
             "seed": config.rng.seed,
         }
         kind = "packed sequences" if self.packing else "samples"
@@ -261,7 +261,7 @@ class SFTDatasetConfig:
 
     def _length_problems(self, config: "ConfigContainer") -> Iterator[str]:
         try:
-            length = sequence_length(config)
+            length = sample_length(config)
         except UsageError as error:
             yield str(error)
             return

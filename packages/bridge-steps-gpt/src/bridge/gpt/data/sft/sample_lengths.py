@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bridge.training.config import ConfigContainer
 
 
-def sequence_length(config: "ConfigContainer") -> int:
+def sample_length(config: "ConfigContainer") -> int:
     """Return the number of tokens of the longest sample.
 
     Raises:

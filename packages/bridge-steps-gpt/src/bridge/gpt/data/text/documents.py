@@ -25,7 +25,7 @@ DOCUMENTS_WANTED = 200
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 
 
-def read_documents(
+def read_text_documents(
     files: Sequence[TextFile], *, json_key: str = "text", skipped: list[str] | None = None
 ) -> Iterator[bytes]:
     """Read files one after the other and yield their documents; none is empty.
@@ -56,14 +56,15 @@ def read_documents(
         elif has_lines:
             yield from _read_json_lines(file.path, json_key)
         else:
-            yield from _read_text(file.path, target)
+            yield from _read_plain_text(file.path, target)
 
 
 def count_documents(files: Sequence[TextFile]) -> list[int]:
-    """Return the number of documents that `read_documents` makes of each file of text."""
+    """Return the number of documents in each file of text."""
     target = target_bytes(sum(file.size for file in files))
     return [
-        0 if file.size == 0 else sum(1 for _ in _read_text(file.path, target)) for file in files
+        0 if file.size == 0 else sum(1 for _ in _read_plain_text(file.path, target))
+        for file in files
     ]
 
 
@@ -98,7 +99,7 @@ def _cut_position(text: bytes | mmap.mmap, start: int, target: int) -> int:
     return stop
 
 
-def _read_text(path: Path, target: int) -> Iterator[bytes]:
+def _read_plain_text(path: Path, target: int) -> Iterator[bytes]:
     with mapped_text(path) as text:
         yield from cut_text(text, target)
 
