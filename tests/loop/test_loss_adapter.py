@@ -1,4 +1,7 @@
-"""The adapter by itself, and its gradients through megatron-core's schedules, DDP and finalizer."""
+"""The adapter by itself, and with megatron-core's own schedules, DDP and finalizer.
+
+test_oracles.py has its losses and gradients in whole runs.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +18,6 @@ from bridge.training.losses import masked_token_loss
 from loss_cells import (
     CASES,
     SLOTS,
-    TOKEN_MEAN,
     Cells,
     Normalization,
     microbatches_of,
@@ -62,7 +64,6 @@ def run_schedule(
     loss_func: Callable[..., Any],
     *,
     pipeline: int = 1,
-    forward_only: bool = False,
 ) -> Outcome:
     """Take a step of a model with one weight a stage: output = product of weights * losses."""
     from megatron.core import parallel_state
@@ -139,7 +140,7 @@ def run_schedule(
         num_microbatches=len(mine),
         seq_length=SLOTS * context,
         micro_batch_size=1,
-        forward_only=forward_only,
+        forward_only=False,
         pg_collection=groups,
         p2p_communicator=P2PCommunicator(groups.pp, config) if pipeline > 1 else None,
     )
@@ -156,33 +157,6 @@ def run_schedule(
 
 
 LOSS_FUNCS = {1: own_mean, 2: sum_and_count}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_gradient_and_logged_loss_are_the_token_mean(case: str) -> None:
-    cells, want = CASES[case], TOKEN_MEAN[case]
-    for outcome in run_ranks(world_size(cells), run_schedule, cells, "token", sum_and_count):
-        assert outcome.gradients == [pytest.approx(float(want or 0), rel=1e-6)]
-        logged = None if want is None else pytest.approx(WEIGHT * float(want), rel=1e-6)
-        assert outcome.values == {"lm loss": logged}
-        assert not outcome.flag
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("normalization", "pattern"), [("microbatch", 2), ("microbatch", 1), ("token", 1)]
-)
-def test_the_porting_mode_and_means_give_the_mean_over_microbatches(
-    case: str, normalization: Normalization, pattern: int
-) -> None:
-    cells = CASES[case]
-    want = float(objective(microbatches_of(cells), normalization, pattern))
-    no_tokens = case == "nothing anywhere" and pattern == 2
-    logged = None if no_tokens else pytest.approx(WEIGHT * want, rel=1e-6)
-    outcomes = run_ranks(world_size(cells), run_schedule, cells, normalization, LOSS_FUNCS[pattern])
-    for outcome in outcomes:
-        assert outcome.gradients == [pytest.approx(want, rel=1e-6)]
-        assert outcome.values == {"lm loss": logged}
 
 
 @pytest.mark.parametrize("normalization", ["token", "microbatch"])
@@ -202,23 +176,11 @@ def test_every_pipeline_stage_gets_its_gradient_and_learns_the_loss(
         assert outcome.values == {"lm loss": pytest.approx(WEIGHT * want, rel=1e-6)}
 
 
-@pytest.mark.parametrize("normalization", ["token", "microbatch"])
-def test_evaluation_logs_the_same_values(normalization: Normalization) -> None:
-    cells = CASES["D"]
-    want = float(objective(microbatches_of(cells), normalization, 2))
-    outcomes = run_ranks(
-        4, partial(run_schedule, forward_only=True), cells, normalization, sum_and_count
-    )
-    for outcome in outcomes:
-        assert outcome.values == {"lm loss": pytest.approx(WEIGHT * want, rel=1e-6)}
-        assert outcome.gradients == [0.0]
-
-
 def _many_cells(trials: Sequence[tuple[Cells, Normalization, int]]) -> list[Outcome]:
     return [run_schedule(cells, mode, LOSS_FUNCS[pattern]) for cells, mode, pattern in trials]
 
 
-@pytest.mark.parametrize(("data", "context"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)])
+@pytest.mark.parametrize(("data", "context"), [(4, 1), (1, 4)])
 def test_random_cells_give_the_objective(data: int, context: int) -> None:
     modes: list[tuple[Normalization, int]] = [("token", 2), ("token", 1), ("microbatch", 2)]
     trials: list[tuple[Cells, Normalization, int]] = [
