@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from bridge.cli import main
-from bridge.mimo.placement import ModulePlacement, draw_placement, place_modules
+from bridge.mimo.ranks.picture import draw_placement
+from bridge.mimo.ranks.placement import ModulePlacement, place_modules
 from bridge.mimo.recipes import mimo_digits
 from bridge.mimo.sections import ModuleParallelism
 from bridge.training.config import (
@@ -83,11 +84,11 @@ class TestDefaults:
         (
             5,
             {"language": {"data_parallel": 3}, "vision": {"data_parallel": 2}},
-            "vision.data_parallel_size: 2 is neither a multiple nor a divisor",
+            "vision.data_parallel_size=2: is neither a multiple nor a divisor",
         ),
-        (2, {"vision": {"data_parallel": 0}}, "vision.data_parallel_size: 0; give a number of at"),
-        (2, {"vision": {"tensor_model_parallel": 0}}, "vision.tensor_model_parallel_size: 0; give"),
-        (2, {"language": {"rank_offset": -1}}, "language.rank_offset: -1; give a number of at lea"),
+        (2, {"vision": {"data_parallel": 0}}, "vision.data_parallel_size=0: must be at least 1"),
+        (2, {"vision": {"tensor_model_parallel": 0}}, "vision.tensor_model_parallel_size=0: must"),
+        (2, {"language": {"rank_offset": -1}}, "language.rank_offset=-1: must be at least 0"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_rejected(

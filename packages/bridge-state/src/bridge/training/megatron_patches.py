@@ -23,10 +23,10 @@ Our subclasses of megatron-core's classes override private methods, with ``typin
   a sequence-parallel rank. No upstream issue known.
 - `bridge.mimo.model.MultimodalModel._forward_encoders`: an encoder on ranks of its own sends each
   replica of the language model the embeddings of its samples (`mark_split_sizes`).
-- `bridge.mimo.communicator.ModuleCommunicator._build_bridge_comms`: bridges between modules are
-  ours.
-- `bridge.mimo.communicator._Bridge._communicate_shapes`: notes the number of embeddings from each
-  rank, whose gradients go back to it. No upstream issue known.
+- `bridge.mimo.ranks.communicator.ModuleCommunicator._build_bridge_comms`: bridges between modules
+  are ours.
+- `bridge.mimo.ranks.communicator._Bridge._communicate_shapes`: notes the number of embeddings from
+  each rank, whose gradients go back to it. No upstream issue known.
 
 And some of megatron-core's errors are corrected by public names alone:
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from bridge.mimo.model import MultimodalModel
-from bridge.mimo.placement import LANGUAGE
+from bridge.mimo.ranks.placement import LANGUAGE
 from bridge.mimo.sections import LanguageModelConfig, ProjectionConfig, VisionEncoderConfig
 from bridge.mimo.vision import ENCODER, ImageModality
 from bridge.training.megatron_import import expected_messages_held_back, quiet_import

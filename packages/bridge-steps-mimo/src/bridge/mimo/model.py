@@ -7,7 +7,7 @@ from typing import Any, override
 import torch
 import torch.distributed as dist
 
-from bridge.mimo.placement import LANGUAGE
+from bridge.mimo.ranks.placement import LANGUAGE
 from bridge.mimo.vision import ENCODER
 from bridge.training.megatron_import import quiet_import
 from bridge.training.megatron_patches import assert_on_device, mark_split_sizes

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.mimo.assembly import assemble_model
 from bridge.mimo.model import MultimodalModel
-from bridge.mimo.module_ranks import SeparateRanks, module_ranks_of
-from bridge.mimo.placement import LANGUAGE, ModulePlacement, draw_placement, place_modules
+from bridge.mimo.ranks.picture import draw_placement
+from bridge.mimo.ranks.placement import LANGUAGE, ModulePlacement, place_modules
+from bridge.mimo.ranks.process_groups import open_process_groups
+from bridge.mimo.ranks.separate_ranks import SeparateRanks
 from bridge.mimo.sections import (
     LanguageModelConfig,
     ModuleParallelism,
@@ -202,10 +204,10 @@ class MultimodalModelConfig:
     def module_ranks(
         self, *, world_size: int, timeout: timedelta
     ) -> AbstractContextManager[SeparateRanks] | None:
-        """Return what brings up the modules' process groups, for modules on separate ranks."""
+        """Return a context with the modules' process groups, for modules on separate ranks."""
         if self.placement == "colocated":
             return None
-        return module_ranks_of(self.places(world_size)[0], timeout)
+        return open_process_groups(self.places(world_size)[0], timeout)
 
     def layout_problems(self, world_size: int) -> Iterator[str]:
         """Yield the reasons why the modules do not fit on `world_size` ranks."""

@@ -1,4 +1,4 @@
-"""The ranks of each module of a multimodal model, and a picture of them."""
+"""The placement of a multimodal model: the ranks of each module."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,9 +7,6 @@ from bridge.mimo.sections import ModuleParallelism
 
 LANGUAGE = "language"
 """The name of the language model among the modules, in megatron-core too."""
-
-_COLUMNS, _MOST_COLUMNS = 8, 32
-"""Ranks in a line of a picture, and in the largest picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +52,13 @@ def place_modules(
         each.
     """
     problems = [
-        f"model.parallelism.{name}.{field}: {value}; give a number of at least {low}"
-        for name, asked in modules.items()
+        f"model.parallelism.{name}.{field}={value}: must be at least {low}; raise it"
+        for name, given in modules.items()
         for field, value, low in (
-            ("tensor_model_parallel_size", asked.tensor_model_parallel_size, 1),
-            ("pipeline_model_parallel_size", asked.pipeline_model_parallel_size, 1),
-            ("data_parallel_size", asked.data_parallel_size, 1),
-            ("rank_offset", asked.rank_offset, 0),
+            ("tensor_model_parallel_size", given.tensor_model_parallel_size, 1),
+            ("pipeline_model_parallel_size", given.pipeline_model_parallel_size, 1),
+            ("data_parallel_size", given.data_parallel_size, 1),
+            ("rank_offset", given.rank_offset, 0),
         )
         if value is not None and value < low
     ]
@@ -70,14 +67,14 @@ def place_modules(
     replicas = _derive_replicas(modules, world_size)
     if isinstance(replicas, str):
         problems.append(replicas)
-        replicas = {name: asked.data_parallel_size or 1 for name, asked in modules.items()}
+        replicas = {name: given.data_parallel_size or 1 for name, given in modules.items()}
     placements, end = {}, 0
-    for name, asked in modules.items():
-        offset = end if asked.rank_offset is None else asked.rank_offset
+    for name, given in modules.items():
+        offset = end if given.rank_offset is None else given.rank_offset
         placements[name] = ModulePlacement(
             offset=offset,
-            tensor=asked.tensor_model_parallel_size or 1,
-            pipeline=asked.pipeline_model_parallel_size,
+            tensor=given.tensor_model_parallel_size or 1,
+            pipeline=given.pipeline_model_parallel_size,
             data=replicas[name],
         )
         end = offset + placements[name].size
@@ -87,8 +84,8 @@ def place_modules(
     return placements, problems
 
 
-def _ranks_of_replica(asked: ModuleParallelism) -> int:
-    return (asked.tensor_model_parallel_size or 1) * asked.pipeline_model_parallel_size
+def _ranks_of_replica(given: ModuleParallelism) -> int:
+    return (given.tensor_model_parallel_size or 1) * given.pipeline_model_parallel_size
 
 
 def _derive_replicas(
@@ -96,9 +93,9 @@ def _derive_replicas(
 ) -> dict[str, int] | str:
     """Return the number of replicas of each module, or the problem if they cannot be derived."""
     known = {
-        name: asked.data_parallel_size
-        for name, asked in modules.items()
-        if asked.data_parallel_size is not None
+        name: given.data_parallel_size
+        for name, given in modules.items()
+        if given.data_parallel_size is not None
     }
     taken = sum(_ranks_of_replica(modules[name]) * replicas for name, replicas in known.items())
     open_names = [name for name in modules if name not in known]
@@ -108,9 +105,9 @@ def _derive_replicas(
     each = sum(_ranks_of_replica(modules[name]) for name in open_names)
     if left < each or left % each:
         return (
-            f"model.parallelism.{open_names[-1]}.data_parallel_size: {left} of the {world_size} "
-            f"ranks are left for {' and '.join(open_names)}, whose replicas take {each} together; "
-            "give data_parallel_size of each, or another number of ranks"
+            f"model.parallelism.{open_names[-1]}.data_parallel_size=null: {left} of the "
+            f"{world_size} ranks are left for {' and '.join(open_names)}, whose replicas take "
+            f"{each} together; give data_parallel_size of each, or another number of ranks"
         )
     return {**known, **dict.fromkeys(open_names, left // each)}
 
@@ -126,21 +123,21 @@ def _tiling_problems(placements: Mapping[str, ModulePlacement], world_size: int)
     idle = [rank for rank, names in holders.items() if not names and rank < world_size]
     if idle:
         yield (
-            f"model.parallelism: no module is on {_ranks(idle)} of {world_size}; raise a "
+            f"model.parallelism: no module is on {name_ranks(idle)} of {world_size}; raise a "
             "data_parallel_size, change a rank_offset, or start fewer ranks"
         )
     for pair in dict.fromkeys(tuple(names) for names in holders.values() if len(names) > 1):
         shared = [rank for rank, names in holders.items() if tuple(names) == pair]
         yield (
-            f"model.parallelism: {' and '.join(pair)} are both on {_ranks(shared)}; change "
+            f"model.parallelism: {' and '.join(pair)} are both on {name_ranks(shared)}; change "
             f"model.parallelism.{pair[-1]}.rank_offset, or set model.placement=colocated"
         )
     absent = [rank for rank, names in holders.items() if names and rank >= world_size]
     if absent:
         names = " and ".join(dict.fromkeys(name for rank in absent for name in holders[rank]))
         yield (
-            f"model.parallelism: {names} would be on {_ranks(absent)}, and there are {world_size} "
-            f"ranks; start {absent[-1] + 1}, or lower the sizes"
+            f"model.parallelism: {names} would be on {name_ranks(absent)}, and there are "
+            f"{world_size} ranks; start {absent[-1] + 1}, or lower the sizes"
         )
 
 
@@ -149,46 +146,16 @@ def _replica_problems(placements: Mapping[str, ModulePlacement]) -> Iterator[str
     for name, placement in placements.items():
         if language % placement.data and placement.data % language:
             yield (
-                f"model.parallelism.{name}.data_parallel_size: {placement.data} is neither a "
-                f"multiple nor a divisor of the language model's {language}, between whose "
+                f"model.parallelism.{name}.data_parallel_size={placement.data}: is neither a "
+                f"multiple nor a divisor of the language model's {language}, over whose "
                 "replicas the samples are divided; change one of them"
             )
 
 
-def _ranks(ranks: list[int]) -> str:
+def name_ranks(ranks: list[int]) -> str:
+    """Return ranks as text, such as "ranks 0 to 3"."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if ranks == list(range(ranks[0], ranks[-1] + 1)):
         return f"ranks {ranks[0]} to {ranks[-1]}"
     return f"ranks {', '.join(map(str, ranks))}"
-
-
-def draw_placement(placements: Mapping[str, ModulePlacement], world_size: int) -> str:
-    """Draw stage, replica and tensor-parallel rank of each rank, one column a rank.
-
-    Ranks that do not exist are in brackets. For many ranks it is one line a module instead.
-    """
-    number = max(world_size, *(placement.ranks.stop for placement in placements.values()))
-    if number > _MOST_COLUMNS:
-        return "\n".join(
-            f"{name}  {_ranks(list(placement.ranks))}: {placement.tensor} tensor-parallel x "
-            f"{placement.pipeline} stages x {placement.data} replicas"
-            for name, placement in placements.items()
-        )
-    blocks = [
-        _block(placements, range(first, min(first + _COLUMNS, number)), world_size)
-        for first in range(0, number, _COLUMNS)
-    ]
-    return "\n".join([*blocks, "(s pipeline stage, r replica, t tensor-parallel rank)"])
-
-
-def _block(placements: Mapping[str, ModulePlacement], ranks: range, world_size: int) -> str:
-    rows = [["rank", *(str(rank) if rank < world_size else f"({rank})" for rank in ranks)]]
-    for name, placement in placements.items():
-        cells = [placement.label(rank) if rank in placement.ranks else "." for rank in ranks]
-        rows.append([name, *cells])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )

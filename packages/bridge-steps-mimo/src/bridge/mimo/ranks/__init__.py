@@ -1,0 +1,1 @@
+"""Modules on ranks of their own: placement, process groups, communication, optimizer."""
