@@ -192,8 +192,8 @@ def test_wrong_values_and_contradictions_are_one_report_without_echoes() -> None
     assert error.value.problems == [
         "train.train_iter: unknown key; did you mean train.train_iters?",
         "train.micro_batch_size: expected an integer, got 'two'",
-        "model.hidden_size=9 is not a multiple of model.num_attention_heads=4; "
-        "or give model.kv_channels",
+        "model.hidden_size=9: is not a multiple of model.num_attention_heads=4; "
+        "change one, or give model.kv_channels",
     ]
 
 
@@ -244,5 +244,5 @@ def test_a_saved_config_follows_an_override_of_the_value_it_was_derived_from(
 
 def test_an_override_that_contradicts_a_saved_config_is_rejected() -> None:
     saved = ConfigContainer.from_yaml(resolve(tiny_config(), device="cuda", world_size=1).to_yaml())
-    with pytest.raises(ConfigError, match=r"model.bf16=false contradicts mixed_precision"):
+    with pytest.raises(ConfigError, match=r"model.bf16=false: contradicts mixed_precision"):
         configure(saved, ["model.bf16=false"], device="cuda", world_size=1)

@@ -169,8 +169,8 @@ def test_a_derived_value_in_a_part_follows_when_a_saved_config_is_changed() -> N
 
 def test_a_contradiction_in_a_part_is_reported_with_both_fields() -> None:
     assert problems_of("model.language.tensor_model_parallel_size=2") == [
-        "model.language.tensor_model_parallel_size=2 contradicts "
-        "model.spread.tensor_model_parallel_size=1, from which 1 follows: remove the one or "
+        "model.language.tensor_model_parallel_size=2: contradicts "
+        "model.spread.tensor_model_parallel_size=1, from which 1 follows; remove the one or "
         "change the other"
     ]
 
@@ -187,8 +187,9 @@ def test_the_layout_is_the_sections_own() -> None:
 
 def test_each_transformer_is_checked_by_its_own_sizes() -> None:
     assert problems_of("model.encoders.vision.hidden_size=9") == [
-        "model.encoders.vision.hidden_size=9 is not a multiple of "
-        "model.encoders.vision.num_attention_heads=4; or give model.encoders.vision.kv_channels"
+        "model.encoders.vision.hidden_size=9: is not a multiple of "
+        "model.encoders.vision.num_attention_heads=4; change one, "
+        "or give model.encoders.vision.kv_channels"
     ]
     (problem,) = problems_of("model.encoders.vision.recompute_granularity=full")
     assert problem.startswith("model.encoders.vision.recompute_granularity=full: ")

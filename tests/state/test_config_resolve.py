@@ -220,7 +220,7 @@ def test_everything_wrong_is_one_report() -> None:
         "dataset.size=1 is less than one global batch",
     ):
         assert line in problems
-    assert any(line.startswith("model.bf16=true contradicts") for line in problems)
+    assert any(line.startswith("model.bf16=true: contradicts") for line in problems)
     assert any(line.startswith("model.hidden_size=7") for line in problems)
     assert any(line.startswith("train.global_batch_size=8") for line in problems)
     assert len(problems) == 9
@@ -239,23 +239,23 @@ def transformer(**values: Any) -> Any:
             1,
             "got train.train_iters=1 and train.epochs=2",
         ),
-        (tiny_config(train=TrainConfig(train_iters=0)), 1, "train.train_iters=0 must be positive"),
+        (tiny_config(train=TrainConfig(train_iters=0)), 1, "train.train_iters=0: must be positive"),
         (
             tiny_config(train=TrainConfig(train_samples=10, global_batch_size=8)),
             1,
-            "train.train_samples=10 is not a multiple of train.global_batch_size=8; the nearest",
+            "train.train_samples=10: is not a multiple of train.global_batch_size=8; the nearest",
         ),
         (tiny_config(), 3, "train.micro_batch_size=2 times 3 data-parallel ranks"),
         (
             tiny_config(scheduler=SchedulerConfig(lr_warmup_fraction=0.1, lr_warmup_iters=1)),
             1,
-            "exclude each other",
+            "excludes scheduler.lr_warmup_iters",
         ),
         (tiny_config(scheduler=SchedulerConfig(lr_warmup_fraction=1.0)), 1, "below 1"),
         (
             tiny_config(scheduler=SchedulerConfig(lr_warmup_iters=8)),
             1,
-            "scheduler.lr_warmup_iters=8 must be below train.train_iters=8",
+            "scheduler.lr_warmup_iters=8: must be below train.train_iters=8",
         ),
         (
             tiny_config(scheduler=SchedulerConfig(lr_warmup_iters=4, lr_decay_iters=3)),
@@ -267,31 +267,31 @@ def transformer(**values: Any) -> Any:
             1,
             "needs scheduler.lr_wsd_decay_iters",
         ),
-        (tiny_config(optimizer=OptimizerConfig()), 1, "optimizer.lr has no value"),
+        (tiny_config(optimizer=OptimizerConfig()), 1, "optimizer.lr: has no value"),
         (
             tiny_config(scheduler=SchedulerConfig(start_weight_decay=0.3, end_weight_decay=0.1)),
             1,
-            "scheduler.start_weight_decay=0.3 and scheduler.end_weight_decay=0.1 do not fit",
+            "scheduler.start_weight_decay=0.3: does not fit scheduler.end_weight_decay=0.1",
         ),
         (
             tiny_config(optimizer=OptimizerConfig(lr=1e-4, min_lr=1e-3)),
             1,
-            "optimizer.min_lr=0.001 is above optimizer.lr=0.0001",
+            "optimizer.min_lr=0.001: is above optimizer.lr=0.0001",
         ),
-        (changed(tiny_config(), validation__eval_interval=0), 1, "eval_interval=0 must be pos"),
-        (changed(tiny_config(), logger__log_interval=0), 1, "log_interval=0 must be positive"),
-        (changed(tiny_config(), checkpoint__keep_last=-1), 1, "keep_last=-1 must not be neg"),
+        (changed(tiny_config(), validation__eval_interval=0), 1, "eval_interval=0: must be pos"),
+        (changed(tiny_config(), logger__log_interval=0), 1, "log_interval=0: must be positive"),
+        (changed(tiny_config(), checkpoint__keep_last=-1), 1, "keep_last=-1: must not be neg"),
         (changed(tiny_config(), dist__timeout_minutes=0.0), 1, "timeout_minutes"),
         (
             changed(tiny_config(), ddp__use_distributed_optimizer=False),
             1,
-            "ddp.overlap_param_gather=true needs ddp.use_distributed_optimizer=true",
+            "ddp.overlap_param_gather=true: needs ddp.use_distributed_optimizer=true",
         ),
         (changed(tiny_config(), ddp__overlap_grad_reduce=False), 1, "overlap_grad_reduce=true"),
         (
             tiny_config(optimizer=OptimizerConfig(optimizer="sgd", lr=1.0)),
             1,
-            "optimizer.optimizer=sgd cannot be distributed",
+            "optimizer.optimizer=sgd: cannot be distributed",
         ),
         (
             changed(tiny_config(), ddp__check_for_nan_in_grad=True, train__nan_action="skip"),
@@ -305,7 +305,7 @@ def transformer(**values: Any) -> Any:
                 ddp=DistributedDataParallelConfig(),
             ),
             1,
-            "optimizer.use_distributed_optimizer=true contradicts ddp.use_distributed_opt",
+            "optimizer.use_distributed_optimizer=true: contradicts ddp.use_distributed_opt",
         ),
         (
             changed(tiny_config(), optimizer__exp_avg_dtype=torch.bfloat16),
@@ -343,11 +343,11 @@ def transformer(**values: Any) -> Any:
         ),
         (transformer(tensor_model_parallel_size=2), 1, "1 ranks are not a multiple of"),
         (transformer(tensor_model_parallel_size=0), 1, "must be positive"),
-        (transformer(tensor_model_parallel_size=8), 8, "model.num_attention_heads=4 is not a"),
-        (transformer(num_query_groups=3), 1, "model.num_query_groups=3 does not divide"),
-        (transformer(hidden_size=0), 1, "model.hidden_size=0 must be positive"),
-        (transformer(sequence_parallel=True), 1, "model.sequence_parallel=true needs"),
-        (transformer(context_parallel_size=3), 3, "model.seq_length=16 is not a multiple of 2 x"),
+        (transformer(tensor_model_parallel_size=8), 8, "model.num_attention_heads=4: is not a"),
+        (transformer(num_query_groups=3), 1, "model.num_query_groups=3: does not divide"),
+        (transformer(hidden_size=0), 1, "model.hidden_size=0: must be positive"),
+        (transformer(sequence_parallel=True), 1, "model.sequence_parallel=true: needs"),
+        (transformer(context_parallel_size=3), 3, "model.seq_length=16: is not a multiple of 2 x"),
         (
             transformer(tensor_model_parallel_size=2, sequence_parallel=True, seq_length=15),
             2,
@@ -377,7 +377,7 @@ def transformer(**values: Any) -> Any:
             "model.pipeline_model_parallel_layout: the stage of the multi-token prediction layers "
             "(m) is on the rank of the embedding (E)",
         ),
-        (transformer(pipeline_model_parallel_size=3), 3, "model.num_layers=4 is not a multiple"),
+        (transformer(pipeline_model_parallel_size=3), 3, "model.num_layers=4: is not a multiple"),
         (
             transformer(
                 pipeline_model_parallel_size=2,
@@ -385,13 +385,13 @@ def transformer(**values: Any) -> Any:
                 microbatch_group_size_per_vp_stage=8,
             ),
             2,
-            "4 microbatches a step do not fill an interleaved pipeline",
+            "4 microbatches a step, which do not fill an interleaved pipeline",
         ),
         (transformer(expert_model_parallel_size=2), 2, "give model.num_moe_experts"),
         (
             transformer(expert_model_parallel_size=2, num_moe_experts=3),
             2,
-            "model.num_moe_experts=3 is not a multiple of model.expert_model_parallel_size=2",
+            "model.num_moe_experts=3: is not a multiple of model.expert_model_parallel_size=2",
         ),
         (
             transformer(expert_model_parallel_size=4, num_moe_experts=4),
@@ -401,7 +401,7 @@ def transformer(**values: Any) -> Any:
         (
             transformer(overlap_moe_expert_parallel_comm=True, num_moe_experts=2),
             1,
-            "model.overlap_moe_expert_parallel_comm=true needs",
+            "model.overlap_moe_expert_parallel_comm=true: needs",
         ),
         (
             transformer(
@@ -410,32 +410,32 @@ def transformer(**values: Any) -> Any:
                 moe_router_load_balancing_type="none",
             ),
             2,
-            "model.num_moe_experts=2 on model.tensor_model_parallel_size=2 needs model.sequence_",
+            "model.num_moe_experts=2: on model.tensor_model_parallel_size=2 needs model.sequence_",
         ),
         (
             transformer(num_moe_experts=2, expert_tensor_parallel_size=2),
             2,
-            "model.add_bias_linear=true on model.expert_tensor_parallel_size=2 would add each bias",
+            "model.add_bias_linear=true: on model.expert_tensor_parallel_size=2 would add each",
         ),
         (
             transformer(num_moe_experts=2, moe_z_loss_coeff=0.0),
             1,
-            "model.moe_z_loss_coeff=0 gives a z-loss whose value megatron-core divides by it",
+            "model.moe_z_loss_coeff=0: gives a z-loss whose value megatron-core divides by it",
         ),
         (
             transformer(num_moe_experts=2, mlp_chunks_for_training=2),
             1,
-            "model.mlp_chunks_for_training=2 would take each chunk",
+            "model.mlp_chunks_for_training=2: would take each chunk",
         ),
         (
             transformer(tensor_model_parallel_size=4, ffn_hidden_size=10),
             4,
-            "model.ffn_hidden_size=10 is not a multiple of model.tensor_model_parallel_size=4",
+            "model.ffn_hidden_size=10: is not a multiple of model.tensor_model_parallel_size=4",
         ),
         (
             transformer(num_moe_experts=2, expert_tensor_parallel_size=2, moe_ffn_hidden_size=5),
             2,
-            "model.moe_ffn_hidden_size=5 is not a multiple of model.expert_tensor_parallel_size=2",
+            "model.moe_ffn_hidden_size=5: is not a multiple of model.expert_tensor_parallel_size=2",
         ),
         (
             transformer(
@@ -445,23 +445,23 @@ def transformer(**values: Any) -> Any:
                 moe_shared_expert_intermediate_size=7,
             ),
             2,
-            "model.moe_shared_expert_intermediate_size=7 is not a multiple of model.tensor_model",
+            "model.moe_shared_expert_intermediate_size=7: is not a multiple of model.tensor_model",
         ),
         (
             transformer(
                 pipeline_model_parallel_size=2, overlap_p2p_comm=True, batch_p2p_comm=False
             ),
             2,
-            "model.overlap_p2p_comm=true needs model.virtual_pipeline_model_parallel_size above 1",
+            "model.overlap_p2p_comm=true: needs model.virtual_pipeline_model_parallel_size above 1",
         ),
         (transformer(use_ring_exchange_p2p=True), 1, "model.use_ring_exchange_p2p=true: needs"),
         (transformer(tp_comm_overlap=True), 1, "model.tp_comm_overlap=true: is not supported"),
         (
             changed(tiny_config(), ddp__num_distributed_optimizer_instances=2),
             2,
-            "ddp.num_distributed_optimizer_instances=2 is not supported",
+            "ddp.num_distributed_optimizer_instances=2: is not supported",
         ),
-        (changed(tiny_config(), ddp__nccl_ub=True), 1, "ddp.nccl_ub=true needs NCCL"),
+        (changed(tiny_config(), ddp__nccl_ub=True), 1, "ddp.nccl_ub=true: needs NCCL"),
         (
             transformer(fp8_param=True),
             1,
@@ -472,12 +472,12 @@ def transformer(**values: Any) -> Any:
                 transformer(calculate_per_token_loss=True), train__loss_normalization="microbatch"
             ),
             1,
-            "model.calculate_per_token_loss=true contradicts train.loss_normalization=microbatch",
+            "model.calculate_per_token_loss=true: contradicts train.loss_normalization=microbatch",
         ),
         (
             transformer(params_dtype=torch.bfloat16),
             1,
-            "model.params_dtype=bfloat16 contradicts mixed_precision.precision=fp32",
+            "model.params_dtype=bfloat16: contradicts mixed_precision.precision=fp32",
         ),
         (tiny_config(dataset=TinyData(size=4)), 1, "dataset.size=4 is less than one global batch"),
         (tiny_config(dataset=None), 1, "dataset: expected a DatasetConfig, got None"),
@@ -496,7 +496,7 @@ def test_two_interleaved_stages_never_exchange_in_batches() -> None:
         with pytest.raises(ConfigError) as error:
             configure(tiny_config(model=model), [given], device="cpu", world_size=2)
         (line,) = error.value.problems
-        assert line.startswith(f"{given} contradicts model.virtual_pipeline_model_parallel_size=2")
+        assert line.startswith(f"{given}: contradicts model.virtual_pipeline_model_parallel_size=2")
 
 
 def test_widths_that_no_layer_has_may_be_odd() -> None:

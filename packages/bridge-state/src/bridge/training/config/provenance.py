@@ -104,8 +104,8 @@ class Provenance:
                     problems.append(
                         Problem(
                             (path, derived.source),
-                            f"{path}={_text(present)} contradicts {derived.reason}, from which "
-                            f"{_text(derived.value)} follows: remove the one or change the other",
+                            f"{path}={_text(present)}: contradicts {derived.reason}, from which "
+                            f"{_text(derived.value)} follows; remove the one or change the other",
                         )
                     )
             object.__setattr__(holder, name, derived.value)

@@ -28,7 +28,7 @@ def batch_problems(config: ConfigContainer, layout: Layout) -> Iterator[Problem]
     if not sizes.is_divisible:
         yield Problem(
             ("train.global_batch_size", "train.micro_batch_size"),
-            f"train.global_batch_size={batch} is not a multiple of train.micro_batch_size={micro} "
+            f"train.global_batch_size={batch}: is not a multiple of train.micro_batch_size={micro} "
             f"times {layout.data} data-parallel ranks ({layout.world_size} ranks in all); the "
             f"nearest is {_nearest_multiple(batch, step)}",
         )
@@ -37,13 +37,13 @@ def batch_problems(config: ConfigContainer, layout: Layout) -> Iterator[Problem]
     if step % parts:
         yield Problem(
             ("train.micro_batch_size",),
-            f"train.micro_batch_size={micro} times {layout.data} copies of the whole model are "
+            f"train.micro_batch_size={micro}: on {layout.data} replicas of the model these are "
             f"{step} samples, which do not make {parts} equal parts for the module that has "
-            f"{parts} copies; change train.micro_batch_size, or the copies",
+            f"{parts} replicas; change it, or the replicas",
         )
     model = config.model
     if isinstance(model, ModelParallelConfig) and (layout.virtual_pipeline or 1) > 1:
-        yield from _interleaved_microbatches(model, layout, sizes.microbatches)
+        yield from _interleaved_microbatches(model, layout, sizes)
 
 
 def positive(config: ConfigContainer, section: str, *names: str) -> Iterator[Problem]:
@@ -51,14 +51,16 @@ def positive(config: ConfigContainer, section: str, *names: str) -> Iterator[Pro
     for name in names:
         value = getattr(getattr(config, section), name)
         if value is not None and value <= 0:
-            yield Problem((f"{section}.{name}",), f"{section}.{name}={value} must be positive")
+            yield Problem(
+                (f"{section}.{name}",), f"{section}.{name}={value}: must be positive; raise it"
+            )
 
 
 def _not_negative(config: ConfigContainer, section: str, *names: str) -> Iterator[Problem]:
     for name in names:
         value = getattr(getattr(config, section), name)
         if value is not None and value < 0:
-            text = f"{section}.{name}={value} must not be negative"
+            text = f"{section}.{name}={value}: must not be negative; raise it"
             yield Problem((f"{section}.{name}",), text)
 
 
@@ -82,15 +84,15 @@ def _train(config: ConfigContainer) -> Iterator[Problem]:
     if train.spike_factor is not None and train.spike_factor <= 1:
         yield Problem(
             ("train.spike_factor",),
-            f"train.spike_factor={train.spike_factor} must be above 1: it is a multiple of the "
-            "mean of recent losses",
+            f"train.spike_factor={train.spike_factor}: must be above 1, as a multiple of the mean "
+            "of recent losses; raise it",
         )
     batch, samples = train.global_batch_size, train.train_samples
     # Of a resumed run the rest has to be one (bridge.training.data.run_length).
     if batch > 0 and samples is not None and samples % batch and not config.checkpoint.resume:
         yield Problem(
             ("train.train_samples", "train.global_batch_size"),
-            f"train.train_samples={samples} is not a multiple of "
+            f"train.train_samples={samples}: is not a multiple of "
             f"train.global_batch_size={batch}; the nearest is {_nearest_multiple(samples, batch)}",
         )
 
@@ -108,7 +110,7 @@ def _validation(config: ConfigContainer) -> Iterator[Problem]:
 def _schedule(config: ConfigContainer) -> Iterator[Problem]:
     yield from _warmup_and_decay(config)
     if config.optimizer.lr is None:
-        yield Problem(("optimizer.lr",), "optimizer.lr has no value; give the peak learning rate")
+        yield Problem(("optimizer.lr",), "optimizer.lr: has no value; give the peak learning rate")
         return
     yield from _not_negative(config, "optimizer", "lr", "min_lr", "weight_decay", "clip_grad")
     yield from _learning_rates(config, config.optimizer.lr)
@@ -121,13 +123,14 @@ def _warmup_and_decay(config: ConfigContainer) -> Iterator[Problem]:
     if fraction is not None and warmup is not None:
         yield Problem(
             ("scheduler.lr_warmup_fraction", "scheduler.lr_warmup_iters"),
-            f"scheduler.lr_warmup_fraction={fraction} and scheduler.lr_warmup_iters={warmup} "
-            "exclude each other: remove one",
+            f"scheduler.lr_warmup_fraction={fraction}: excludes "
+            f"scheduler.lr_warmup_iters={warmup}; "
+            "remove one",
         )
     if fraction is not None and not 0 <= fraction < 1:
         yield Problem(
             ("scheduler.lr_warmup_fraction",),
-            f"scheduler.lr_warmup_fraction={fraction} must be at least 0 and below 1",
+            f"scheduler.lr_warmup_fraction={fraction}: must be at least 0 and below 1; change it",
         )
     yield from positive(config, "scheduler", "lr_decay_iters", "lr_wsd_decay_iters")
     yield from _not_negative(
@@ -138,21 +141,21 @@ def _warmup_and_decay(config: ConfigContainer) -> Iterator[Problem]:
     if horizon and warmup is not None and warmup >= horizon:
         yield Problem(
             ("scheduler.lr_warmup_iters", horizon_name, "scheduler.lr_warmup_fraction"),
-            f"scheduler.lr_warmup_iters={warmup} must be below {horizon_name}={horizon}; "
-            "scheduler.lr_warmup_fraction fits a run of any length",
+            f"scheduler.lr_warmup_iters={warmup}: must be below {horizon_name}={horizon}; lower "
+            "it, or give scheduler.lr_warmup_fraction, which fits a run of any length",
         )
     decay = scheduler.lr_wsd_decay_iters
     if scheduler.lr_decay_style == "WSD":
         if decay is None:
             yield Problem(
                 ("scheduler.lr_decay_style", "scheduler.lr_wsd_decay_iters"),
-                "scheduler.lr_decay_style=WSD needs scheduler.lr_wsd_decay_iters",
+                "scheduler.lr_decay_style=WSD: needs scheduler.lr_wsd_decay_iters; give it",
             )
         elif horizon and decay + (warmup or 0) > horizon:
             yield Problem(
                 ("scheduler.lr_wsd_decay_iters", horizon_name),
-                f"scheduler.lr_wsd_decay_iters={decay} and the warm-up are longer than "
-                f"{horizon_name}={horizon}",
+                f"scheduler.lr_wsd_decay_iters={decay}: is with the warm-up longer than "
+                f"{horizon_name}={horizon}; lower it",
             )
 
 
@@ -161,12 +164,13 @@ def _learning_rates(config: ConfigContainer, peak: float) -> Iterator[Problem]:
     if lowest is not None and lowest > peak:
         yield Problem(
             ("optimizer.min_lr", "optimizer.lr"),
-            f"optimizer.min_lr={lowest} is above optimizer.lr={peak}",
+            f"optimizer.min_lr={lowest}: is above optimizer.lr={peak}; lower it",
         )
     if not 0 <= first <= peak:
         yield Problem(
             ("scheduler.lr_warmup_init", "optimizer.lr"),
-            f"scheduler.lr_warmup_init={first} must be between 0 and optimizer.lr={peak}",
+            f"scheduler.lr_warmup_init={first}: must be between 0 and optimizer.lr={peak}; change "
+            "it",
         )
 
 
@@ -183,9 +187,9 @@ def _weight_decay(config: ConfigContainer) -> Iterator[Problem]:
                 f"scheduler.{name}"
                 for name in ("start_weight_decay", "end_weight_decay", "weight_decay_incr_style")
             ),
-            f"scheduler.start_weight_decay={start} and scheduler.end_weight_decay={end} do not fit "
-            f"scheduler.weight_decay_incr_style={style}: the decay may rise, with the style linear "
-            "or cosine, and not fall",
+            f"scheduler.start_weight_decay={start}: does not fit scheduler.end_weight_decay={end} "
+            f"and scheduler.weight_decay_incr_style={style}; let the decay rise, with the style "
+            "linear or cosine, or stay",
         )
 
 
@@ -194,48 +198,51 @@ def _ddp(config: ConfigContainer) -> Iterator[Problem]:
     if ddp.overlap_param_gather and not ddp.use_distributed_optimizer:
         yield Problem(
             ("ddp.overlap_param_gather", "ddp.use_distributed_optimizer"),
-            "ddp.overlap_param_gather=true needs ddp.use_distributed_optimizer=true: only the "
-            "distributed optimizer gathers parameters",
+            "ddp.overlap_param_gather=true: needs ddp.use_distributed_optimizer=true, as only the "
+            "distributed optimizer gathers parameters; set that, or this to false",
         )
     if config.optimizer.optimizer == "sgd" and ddp.use_distributed_optimizer:
         yield Problem(
             ("optimizer.optimizer", "ddp.use_distributed_optimizer", "ddp.overlap_param_gather"),
-            "optimizer.optimizer=sgd cannot be distributed, as megatron-core saves no such state: "
+            "optimizer.optimizer=sgd: cannot be distributed, as megatron-core saves no such state; "
             "set ddp.use_distributed_optimizer=false and ddp.overlap_param_gather=false",
         )
     if ddp.check_for_nan_in_grad and config.train.nan_action in ("skip", "log"):
         yield Problem(
             ("ddp.check_for_nan_in_grad", "train.nan_action"),
-            "ddp.check_for_nan_in_grad=true raises at gradients that are NaN, which "
-            f"train.nan_action={config.train.nan_action} lets pass: set it to false, or "
+            "ddp.check_for_nan_in_grad=true: raises at gradients that are NaN, which "
+            f"train.nan_action={config.train.nan_action} lets pass; set it to false, or "
             "train.nan_action=raise_at_once",
         )
     if ddp.overlap_param_gather and not ddp.overlap_grad_reduce:
         yield Problem(
             ("ddp.overlap_param_gather", "ddp.overlap_grad_reduce"),
-            "ddp.overlap_param_gather=true needs ddp.overlap_grad_reduce=true",
+            "ddp.overlap_param_gather=true: needs ddp.overlap_grad_reduce=true; set that, or this "
+            "to false",
         )
     if ddp.average_in_collective and config.train.loss_normalization == "token":
         yield Problem(
             ("ddp.average_in_collective", "train.loss_normalization"),
-            "ddp.average_in_collective=true would divide by the ranks what "
-            "train.loss_normalization=token divides by the tokens: set it to false, or "
+            "ddp.average_in_collective=true: would divide by the ranks what "
+            "train.loss_normalization=token divides by the tokens; set it to false, or "
             "train.loss_normalization=microbatch",
         )
     if (instances := ddp.num_distributed_optimizer_instances) > 1:
         yield Problem(
             ("ddp.num_distributed_optimizer_instances",),
-            f"ddp.num_distributed_optimizer_instances={instances} is not supported: the "
-            "optimizer's state is spread over all data-parallel ranks; set it to 1",
+            f"ddp.num_distributed_optimizer_instances={instances}: is not supported, as "
+            "the optimizer's state is sharded over all data-parallel ranks; set it to 1",
         )
     if ddp.nccl_ub and config.dist.device == "cpu":
         yield Problem(
             ("ddp.nccl_ub", "dist.device"),
-            "ddp.nccl_ub=true needs NCCL, which dist.device=cpu has not: set it to false",
+            "ddp.nccl_ub=true: needs NCCL, which dist.device=cpu does not have; set it to false",
         )
     for name in ("use_megatron_fsdp", "use_custom_fsdp"):
         if getattr(ddp, name):
-            text = f"ddp.{name}=true is not supported: the loop uses the DDP wrapper; leave it out"
+            text = (
+                f"ddp.{name}=true: is not supported, as the loop uses the DDP wrapper; leave it out"
+            )
             yield Problem((f"ddp.{name}",), text)
 
 
@@ -244,14 +251,15 @@ def _others(config: ConfigContainer) -> Iterator[Problem]:
     if config.logger.timing_log_level not in (0, 1, 2):
         yield Problem(
             ("logger.timing_log_level",),
-            f"logger.timing_log_level={config.logger.timing_log_level} must be 0, 1 or 2",
+            f"logger.timing_log_level={config.logger.timing_log_level}: must be 0, 1 or 2; change "
+            "it",
         )
     yield from positive(config, "checkpoint", "save_interval")
     yield from _not_negative(config, "checkpoint", "keep_last")
     if config.checkpoint.step is not None and not config.checkpoint.resume:
         yield Problem(
             ("checkpoint.step", "checkpoint.resume"),
-            f"checkpoint.step={config.checkpoint.step} is that of a run to continue: add --resume "
+            f"checkpoint.step={config.checkpoint.step}: is that of a run to continue; add --resume "
             "(checkpoint.resume=true), or leave it out and give the checkpoint's own path",
         )
     yield from positive(config, "dist", "timeout_minutes")
@@ -259,18 +267,19 @@ def _others(config: ConfigContainer) -> Iterator[Problem]:
 
 
 def _interleaved_microbatches(
-    model: ModelParallelConfig, layout: Layout, microbatches: int
+    model: ModelParallelConfig, layout: Layout, sizes: BatchSizes
 ) -> Iterator[Problem]:
+    batch, microbatches = sizes.global_batch, sizes.microbatches
     group = model.microbatch_group_size_per_vp_stage or layout.pipeline
     if group < layout.pipeline:
         yield Problem(
             ("model.microbatch_group_size_per_vp_stage", "model.pipeline_model_parallel_size"),
-            f"model.microbatch_group_size_per_vp_stage={group} must be at least "
-            f"model.pipeline_model_parallel_size={layout.pipeline}",
+            f"model.microbatch_group_size_per_vp_stage={group}: must be at least "
+            f"model.pipeline_model_parallel_size={layout.pipeline}; raise it",
         )
     elif group > microbatches or 0 < microbatches % group < layout.pipeline:
         yield Problem(
             ("train.global_batch_size",),
-            f"{microbatches} microbatches a step do not fill an interleaved pipeline: change "
-            f"train.global_batch_size to make it a multiple of {group} microbatches",
+            f"train.global_batch_size={batch}: makes {microbatches} microbatches a step, which do "
+            f"not fill an interleaved pipeline; make it a multiple of {group} microbatches",
         )

@@ -101,14 +101,14 @@ def _rank_problems(model: ModelParallelConfig, layout: Layout) -> Iterator[Probl
     if model.sequence_parallel and layout.tensor == 1:
         yield Problem(
             ("model.sequence_parallel", "model.tensor_model_parallel_size"),
-            "model.sequence_parallel=true needs model.tensor_model_parallel_size above 1; "
+            "model.sequence_parallel=true: needs model.tensor_model_parallel_size above 1; "
             "set it to false",
         )
     if model.overlap_moe_expert_parallel_comm and layout.expert == 1:
         yield Problem(
             ("model.overlap_moe_expert_parallel_comm", "model.expert_model_parallel_size"),
-            "model.overlap_moe_expert_parallel_comm=true needs model.expert_model_parallel_size "
-            "above 1",
+            "model.overlap_moe_expert_parallel_comm=true: needs model.expert_model_parallel_size "
+            "above 1; set it to false",
         )
 
 
@@ -117,19 +117,19 @@ def _pipeline_problems(model: ModelParallelConfig, layout: Layout) -> Iterator[P
     if virtual is not None and virtual > 1 and layout.pipeline == 1:
         yield Problem(
             ("model.virtual_pipeline_model_parallel_size", "model.pipeline_model_parallel_size"),
-            f"model.virtual_pipeline_model_parallel_size={virtual} needs "
-            "model.pipeline_model_parallel_size above 1",
+            f"model.virtual_pipeline_model_parallel_size={virtual}: needs "
+            "model.pipeline_model_parallel_size above 1; leave it out",
         )
     if model.overlap_p2p_comm and model.batch_p2p_comm:
         yield Problem(
             ("model.overlap_p2p_comm", "model.batch_p2p_comm"),
-            "model.overlap_p2p_comm=true needs model.batch_p2p_comm=false",
+            "model.overlap_p2p_comm=true: needs model.batch_p2p_comm=false; set that",
         )
     if model.overlap_p2p_comm and layout.pipeline > 1 and (virtual or 1) == 1:
         yield Problem(
             ("model.overlap_p2p_comm", "model.virtual_pipeline_model_parallel_size"),
-            "model.overlap_p2p_comm=true needs model.virtual_pipeline_model_parallel_size above 1: "
-            "only the interleaved schedule overlaps",
+            "model.overlap_p2p_comm=true: needs model.virtual_pipeline_model_parallel_size above "
+            "1, as only the interleaved schedule overlaps; leave it out",
         )
     if isinstance(model, TransformerConfig):
         yield from _placement_problems(model)
@@ -152,7 +152,7 @@ def _placement_problems(model: TransformerConfig) -> Iterator[Problem]:
                 "model.virtual_pipeline_model_parallel_size",
             ),
             f"{field}: {chunks * ranks} stages on model.pipeline_model_parallel_size={ranks} ranks "
-            f"need model.virtual_pipeline_model_parallel_size={chunks}",
+            f"need model.virtual_pipeline_model_parallel_size={chunks}; set that",
         )
     if chunks > 1 and LayerType.mtp in placed.layout[0][-1]:
         yield Problem(
@@ -181,8 +181,9 @@ def _even_stage_problems(model: TransformerConfig, layout: Layout) -> Iterator[P
             times = f" x model.virtual_pipeline_model_parallel_size={virtual}"
         yield Problem(
             tuple(fields),
-            f"model.num_layers={model.num_layers} is not a multiple of "
-            f"model.pipeline_model_parallel_size={layout.pipeline}{times} = {stages} stages",
+            f"model.num_layers={model.num_layers}: is not a multiple of "
+            f"model.pipeline_model_parallel_size={layout.pipeline}{times} = {stages} stages; "
+            "change one",
         )
 
 
@@ -191,17 +192,20 @@ def _sequence_problems(model: ModelParallelConfig, layout: Layout) -> Iterator[P
         return
     length, context, tensor = model.seq_length, layout.context, layout.tensor
     if not isinstance(length, int) or length < 1:
-        yield Problem(("model.seq_length",), f"model.seq_length={length} must be positive")
+        yield Problem(
+            ("model.seq_length",), f"model.seq_length={length}: must be positive; raise it"
+        )
         return
     if context > 1 and length % (2 * context):
         yield Problem(
             ("model.seq_length", "model.context_parallel_size"),
-            f"model.seq_length={length} is not a multiple of 2 x model.context_parallel_size="
-            f"{context}: each rank takes two blocks, for balance",
+            f"model.seq_length={length}: is not a multiple of 2 x model.context_parallel_size="
+            f"{context}, as each rank takes two blocks, for balance; change one",
         )
     elif model.sequence_parallel and (length // context) % tensor:
         yield Problem(
             ("model.seq_length", "model.tensor_model_parallel_size", "model.sequence_parallel"),
-            f"model.seq_length={length} on {context} context-parallel ranks is not a multiple of "
-            f"model.tensor_model_parallel_size={tensor}, which model.sequence_parallel=true needs",
+            f"model.seq_length={length}: on {context} context-parallel ranks is not a multiple of "
+            f"model.tensor_model_parallel_size={tensor}, which model.sequence_parallel=true needs; "
+            "change one",
         )

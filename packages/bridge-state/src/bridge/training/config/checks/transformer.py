@@ -35,7 +35,7 @@ def _heads(
     sizes = [(named(name), getattr(model, name)) for name in _POSITIVE]
     for field, value in sizes:
         if value < 1:
-            yield Problem((field,), f"{field}={value} must be positive")
+            yield Problem((field,), f"{field}={value}: must be positive; raise it")
     if any(value < 1 for _, value in sizes):
         return
     heads_field, tensor_field = named("num_attention_heads"), named("tensor_model_parallel_size")
@@ -43,13 +43,14 @@ def _heads(
         hidden_field, width_field = named("hidden_size"), named("kv_channels")
         yield Problem(
             (hidden_field, heads_field, width_field),
-            f"{hidden_field}={hidden} is not a multiple of {heads_field}={heads}; "
-            f"or give {width_field}",
+            f"{hidden_field}={hidden}: is not a multiple of {heads_field}={heads}; change one, or "
+            f"give {width_field}",
         )
     if heads % layout.tensor:
         yield Problem(
             (heads_field, tensor_field),
-            f"{heads_field}={heads} is not a multiple of {tensor_field}={layout.tensor}",
+            f"{heads_field}={heads}: is not a multiple of {tensor_field}={layout.tensor}; change "
+            "one",
         )
     if groups is None:
         return
@@ -57,13 +58,13 @@ def _heads(
     if groups < 1 or heads % groups:
         yield Problem(
             (groups_field, heads_field),
-            f"{groups_field}={groups} does not divide {heads_field}={heads}",
+            f"{groups_field}={groups}: does not divide {heads_field}={heads}; change one",
         )
     elif groups % layout.tensor and layout.tensor % groups:
         yield Problem(
             (groups_field, tensor_field),
-            f"{groups_field}={groups} is neither a multiple nor a divisor of "
-            f"{tensor_field}={layout.tensor}",
+            f"{groups_field}={groups}: is neither a multiple nor a divisor of "
+            f"{tensor_field}={layout.tensor}; change one",
         )
 
 
@@ -89,7 +90,7 @@ def _widths(
         if width % ranks:
             yield Problem(
                 (named(name), named(size)),
-                f"{named(name)}={width} is not a multiple of {named(size)}={ranks}",
+                f"{named(name)}={width}: is not a multiple of {named(size)}={ranks}; change one",
             )
 
 
@@ -102,13 +103,14 @@ def _experts(
         if layout.expert > 1:
             yield Problem(
                 (size_field, experts_field),
-                f"{size_field}={layout.expert} needs experts: give {experts_field}",
+                f"{size_field}={layout.expert}: needs experts; give {experts_field}",
             )
         return
     if experts % layout.expert:
         yield Problem(
             (experts_field, size_field),
-            f"{experts_field}={experts} is not a multiple of {size_field}={layout.expert}",
+            f"{experts_field}={experts}: is not a multiple of {size_field}={layout.expert}; change "
+            "one",
         )
     if layout.tensor > 1 and not model.sequence_parallel:
         tensor_field, sequence_field = (
@@ -117,27 +119,27 @@ def _experts(
         )
         yield Problem(
             (experts_field, tensor_field, sequence_field),
-            f"{experts_field}={experts} on {tensor_field}={layout.tensor} needs "
-            f"{sequence_field}=true: without it every rank would route every token",
+            f"{experts_field}={experts}: on {tensor_field}={layout.tensor} needs "
+            f"{sequence_field}=true, without which every rank would route every token; set that",
         )
     if layout.expert_tensor > 1 and model.add_bias_linear:
         bias_field, tensor_field = named("add_bias_linear"), named("expert_tensor_parallel_size")
         yield Problem(
             (bias_field, tensor_field),
-            f"{bias_field}=true on {tensor_field}={layout.expert_tensor} would add each bias of an "
-            f"expert {layout.expert_tensor} times: set the one to false or the other to 1",
+            f"{bias_field}=true: on {tensor_field}={layout.expert_tensor} would add each bias of "
+            f"an expert {layout.expert_tensor} times; set the one to false or the other to 1",
         )
     if model.moe_z_loss_coeff == 0:
         field = named("moe_z_loss_coeff")
         yield Problem(
             (field,),
-            f"{field}=0 gives a z-loss whose value megatron-core divides by it; set it to null for "
-            "none",
+            f"{field}=0: gives a z-loss whose value megatron-core divides by it; set it to null "
+            "for none",
         )
     if (chunks := model.mlp_chunks_for_training) > 1:
         field = named("mlp_chunks_for_training")
         yield Problem(
             (field,),
-            f"{field}={chunks} would take each chunk of the positions for a sequence of the "
+            f"{field}={chunks}: would take each chunk of the positions for a sequence of the "
             "experts' load-balancing losses; set it to 1",
         )
