@@ -35,8 +35,10 @@ def modules(**sizes: dict[str, int]) -> dict[str, ModuleParallelism]:
 def offsets_and_replicas(
     world_size: int, **asked: dict[str, int]
 ) -> dict[str, tuple[int, int]] | list[str]:
-    places, problems = place_modules(modules(**asked), world_size)
-    return problems or {name: (place.offset, place.data) for name, place in places.items()}
+    placements, problems = place_modules(modules(**asked), world_size)
+    return problems or {
+        name: (placement.offset, placement.data) for name, placement in placements.items()
+    }
 
 
 class TestDefaults:
@@ -101,11 +103,11 @@ def test_a_layout_that_does_not_fit_is_rejected(
 
 class TestPicture:
     def test_each_rank_is_a_column(self) -> None:
-        places = {
+        placements = {
             "vision": ModulePlacement(offset=0, tensor=1, pipeline=1, data=1),
             "language": ModulePlacement(offset=1, tensor=2, pipeline=2, data=1),
         }
-        assert draw_placement(places, 4).splitlines() == [
+        assert draw_placement(placements, 4).splitlines() == [
             "rank      0         1         2         3         (4)",
             "vision    s0 r0 t0  .         .         .         .",
             "language  .         s0 r0 t0  s0 r0 t1  s1 r0 t0  s1 r0 t1",
@@ -191,6 +193,6 @@ def test_the_command_shows_the_picture_and_text_that_is_valid_input(
     shown = capsys.readouterr().out
     assert shown.splitlines()[2] == "# language  .         s0 r0 t0  s1 r0 t0"
     fed_back = configure(mimo_digits(), [], yaml_documents=[shown], device="cpu", world_size=3)
-    assert fed_back.model.places(3)[1] == []  # type: ignore[attr-defined]
+    assert fed_back.model.place_modules(3)[1] == []  # type: ignore[attr-defined]
     assert main(["show", "mimo-digits", "--nproc", "3", "model.placement=separate"]) == 2
     assert "language  .         s0 r0 t0  ." in capsys.readouterr().err

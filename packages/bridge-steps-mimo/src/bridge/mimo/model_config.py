@@ -162,7 +162,7 @@ class MultimodalModelConfig:
             return 1
         return self.tensor_parallel_size(LANGUAGE)
 
-    def places(self, world_size: int) -> tuple[dict[str, ModulePlacement], list[str]]:
+    def place_modules(self, world_size: int) -> tuple[dict[str, ModulePlacement], list[str]]:
         """Return the ranks of each module where they are separate, and the problems with them."""
         modules = {
             name: self.parallelism.get(name, ModuleParallelism())
@@ -179,9 +179,9 @@ class MultimodalModelConfig:
         tensor, pipeline = self.tensor_parallel_size(LANGUAGE), 1
         data = most = world_size // tensor
         if self.placement == "separate":
-            places, _ = self.places(world_size)
-            pipeline, data = places[LANGUAGE].pipeline, places[LANGUAGE].data
-            most = max(place.data for place in places.values())
+            placements, _ = self.place_modules(world_size)
+            pipeline, data = placements[LANGUAGE].pipeline, placements[LANGUAGE].data
+            most = max(placement.data for placement in placements.values())
         return Layout(
             tensor=tensor,
             pipeline=pipeline,
@@ -198,8 +198,8 @@ class MultimodalModelConfig:
         """Return a picture of the modules on their ranks; None where all are on all ranks."""
         if self.placement == "colocated":
             return None
-        places, _ = self.places(world_size)
-        return draw_placement(places, world_size) if places else None
+        placements, _ = self.place_modules(world_size)
+        return draw_placement(placements, world_size) if placements else None
 
     def module_ranks(
         self, *, world_size: int, timeout: timedelta
@@ -207,12 +207,12 @@ class MultimodalModelConfig:
         """Return a context with the modules' process groups, for modules on separate ranks."""
         if self.placement == "colocated":
             return None
-        return open_process_groups(self.places(world_size)[0], timeout)
+        return open_process_groups(self.place_modules(world_size)[0], timeout)
 
     def layout_problems(self, world_size: int) -> Iterator[str]:
         """Yield the reasons why the modules do not fit on `world_size` ranks."""
         if self.placement == "separate":
-            yield from self.places(world_size)[1]
+            yield from self.place_modules(world_size)[1]
             yield from self._stage_problems()
             return
         tensor = self.tensor_parallel_size(LANGUAGE)
