@@ -34,7 +34,6 @@ class Log:
         self.state = GlobalState(cfg)
         self.state.open_loggers(0)
         self.log = TrainingLog(
-            config=cfg,
             state=self.state,
             progress=Progress(self.stream),
             total_steps=100,
@@ -162,12 +161,6 @@ def test_the_loss_scale_is_reported_where_there_is_one(open_log: OpenLog) -> Non
     log = open_log(loss_scale=lambda: 65536.0)
     log.step()
     assert log.write({})["loss_scale"] == 65536.0
-
-
-def test_there_is_no_mfu_on_a_cpu_whose_peak_nobody_knows(open_log: OpenLog) -> None:
-    log = open_log(flops_per_token=12.0)
-    log.step()
-    assert "mfu" not in log.write({})
 
 
 def test_what_a_callback_adds_is_written_and_shown(open_log: OpenLog) -> None:

@@ -291,7 +291,7 @@ def _build_token_counter(
         flops_per_token=model_flops_per_token(state.cfg.model, adapter_weights=adapter_weights),
         sources=CountSources(
             has_data_tokens=TOKENS in data.splits.items,
-            take_data_counts=data.take_items,
+            take_data_counts=data.take_counts,
             take_loss_tokens=reducer.take_tokens,
         ),
     )
@@ -359,14 +359,12 @@ def _open_training_log(parts: TrainingParts, progress: Progress) -> TrainingLog:
     state.open_loggers(state.train_state.step)
     has_loss_scale = config.mixed_precision.precision == "fp16"
     return TrainingLog(
-        config=config,
         state=state,
         progress=progress,
         total_steps=parts.data.train_iters,
         device=parts.ranks.device,
         world_size=parts.ranks.layout.world_size,
         loss_scale=(lambda: float(parts.optimizer.get_loss_scale())) if has_loss_scale else None,
-        flops_per_token=state.token_counter.flops_per_token,
     )
 
 

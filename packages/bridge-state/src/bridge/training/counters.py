@@ -118,15 +118,15 @@ class TokenCounter:
             has_metrics: Whether the step's metrics went to a reducer, with the tokens of its loss.
             reduced: `ReducedMetrics.token_count` of a reduction after this step.
         """
-        if reduced is not None:
-            self._reduced = reduced if self._reduced is None else self._reduced + reduced
-        sources = self._sources
-        if self._sequence_length and not (sources and sources.has_data_tokens):
+        has_data_tokens = self._sources is not None and self._sources.has_data_tokens
+        if self._sequence_length and not has_data_tokens:
             self._add(samples * self._sequence_length)
-        elif sources is None or not (sources.has_data_tokens or has_metrics):
+        elif self._sources is None or not (has_data_tokens or has_metrics):
             self._add(samples)
         else:
             self._open_samples += samples
+            if reduced is not None:
+                self._reduced = reduced if self._reduced is None else self._reduced + reduced
 
     def gather(self, *, is_reduced: bool = False) -> None:
         """Count the open steps, over all ranks; a collective that waits for the device.

@@ -144,32 +144,6 @@ class Checkpointer:
         self._last_saved = step
         return final
 
-    def _prepare(self, partial: Path) -> None:
-        if self.before_first_save is not None:
-            self.before_first_save()
-            self.before_first_save = None
-        with saving(self._directory):
-            self._directory.checkpoints.mkdir(parents=True, exist_ok=True)
-            for leftover in self._directory.checkpoints.glob(f"*{_PARTIAL}"):
-                shutil.rmtree(leftover)
-            partial.mkdir()
-
-    def _publish(self, partial: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
-        run = self._directory
-        with saving(run):
-            write_config(partial / "config.yaml", self._run.config)
-            (partial / RUN_STATE).write_text(json.dumps(self._run_state(), indent=2) + "\n")
-            write_manifest(partial, step=step_of(final), metrics=run.metrics, known=records)
-            sync_tree(partial)
-            if final.exists():
-                # Left by a run that died after the rename and before `latest` was replaced.
-                shutil.rmtree(final)
-            partial.rename(final)
-            for folder in (run.checkpoints, run.path, run.path.parent):
-                sync_directory(folder)
-            run.publish(final)
-            self._remove_old()
-
     def save_evaluations(self) -> None:
         """Add the newest evaluations to the checkpoint of this step, if it is saved already.
 
@@ -184,10 +158,6 @@ class Checkpointer:
                 write_evaluations(path, self._run.state.results)
 
         on_first_rank(write, self._ranks.control_group)
-
-    @property
-    def _step(self) -> int:
-        return self._run.state.train_state.step
 
     def restore(self, checkpoint: Path) -> list[str]:
         """Continue from a checkpoint of this run: everything that `save` wrote comes back.
@@ -234,6 +204,36 @@ class Checkpointer:
             [without_ddp(chunk) for chunk in self._run.model], checkpoint, self._ranks
         )
         self._run.optimizer.reload_model_params()
+
+    @property
+    def _step(self) -> int:
+        return self._run.state.train_state.step
+
+    def _prepare(self, partial: Path) -> None:
+        if self.before_first_save is not None:
+            self.before_first_save()
+            self.before_first_save = None
+        with saving(self._directory):
+            self._directory.checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in self._directory.checkpoints.glob(f"*{_PARTIAL}"):
+                shutil.rmtree(leftover)
+            partial.mkdir()
+
+    def _publish(self, partial: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
+        run = self._directory
+        with saving(run):
+            write_config(partial / "config.yaml", self._run.config)
+            (partial / RUN_STATE).write_text(json.dumps(self._run_state(), indent=2) + "\n")
+            write_manifest(partial, step=step_of(final), metrics=run.metrics, known=records)
+            sync_tree(partial)
+            if final.exists():
+                # Left by a run that died after the rename and before `latest` was replaced.
+                shutil.rmtree(final)
+            partial.rename(final)
+            for folder in (run.checkpoints, run.path, run.path.parent):
+                sync_directory(folder)
+            run.publish(final)
+            self._remove_old()
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
         for index, chunk in enumerate(self._run.model):

@@ -79,7 +79,7 @@ class RunData:
         done, size = done or TrainState(), len(splits.train)
         self.train_iters = last_step(config.train, size, done)
         self.schedule_samples = schedule_samples(config.train, size, done)
-        self._items = dict.fromkeys(splits.items, 0)
+        self._counts = dict.fromkeys(splits.items, 0)
         self._check_sets()
 
     @property
@@ -106,22 +106,22 @@ class RunData:
             self._iterator(self.splits.train, sampler, consumed_samples)
             for _ in range(self._ranks.layout.virtual_pipeline or 1)
         ]
-        if self._items and self._counts_items():
+        if self._counts and self._is_counting_rank():
             iterators[-1] = self._count(iterators[-1])
         return iterators
 
-    def take_items(self) -> dict[str, int]:
+    def take_counts(self) -> dict[str, int]:
         """Return the counts of `DataSplits.items` since the last call, over all ranks.
 
         A collective of the hosts where the data counts anything.
         """
-        if not self._items:
+        if not self._counts:
             return {}
-        counts = sum_of_all(list(self._items.values()), self._ranks.control_group)
-        self._items = dict.fromkeys(self._items, 0)
-        return dict(zip(self._items, counts, strict=True))
+        counts = sum_of_all(list(self._counts.values()), self._ranks.control_group)
+        self._counts = dict.fromkeys(self._counts, 0)
+        return dict(zip(self._counts, counts, strict=True))
 
-    def _counts_items(self) -> bool:
+    def _is_counting_rank(self) -> bool:
         """Whether this rank counts, one of those that read the same samples."""
         groups = self._ranks.model.groups
         return self._ranks.model.is_last_stage and groups.tp.rank() == 0 and groups.cp.rank() == 0
@@ -130,7 +130,7 @@ class RunData:
         """Yield the microbatches, and count their items."""
         for microbatch in iterator:
             for name, count in self.splits.items.items():
-                self._items[name] += count(microbatch)
+                self._counts[name] += count(microbatch)
             yield microbatch
 
     def sets(self, split: str) -> dict[str, SizedDataset]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from bridge.training.config import ConfigContainer
 from bridge.training.megatron_patches import slowest_times
 from bridge.training.reporting.progress import Progress
 from bridge.training.reporting.throughput import Throughput, peak_bf16_flops
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 type Record = dict[str, float | None]
 
 # Every timer that megatron-core's schedules, gradient reduction and optimizers may start. Reading
-# them is a collective in which all ranks must name the same ones, so those of this rank won't do.
+# them is a collective in which all ranks must name the same ones, not those that they started.
 _TIMERS = [
     "forward-backward",
     "forward-compute",
@@ -66,35 +65,30 @@ class TrainingLog:
     def __init__(
         self,
         *,
-        config: ConfigContainer,
         state: GlobalState,
         progress: Progress,
         total_steps: int,
         device: Literal["cuda", "cpu"],
         world_size: int,
         loss_scale: Callable[[], float] | None = None,
-        flops_per_token: float | None = None,
     ) -> None:
         """Start the clock of the first step.
 
         Args:
-            config: The resolved configuration.
             state: The run's state, whose loggers are open.
             progress: Shows the records.
             total_steps: The run's last step.
             device: Where the run computes.
             world_size: Number of ranks.
             loss_scale: Reads the optimizer's loss scale, where it has one (fp16).
-            flops_per_token: As `bridge.training.reporting.throughput.model_flops_per_token` says.
         """
-        self._config = config
         self._state = state
         self._progress = progress
         self._total_steps = total_steps
         self._on_gpu = device == "cuda"
         self._loss_scale = loss_scale
         self._throughput = Throughput(
-            flops_per_token=flops_per_token,
+            flops_per_token=state.token_counter.flops_per_token,
             peak_flops=peak_bf16_flops(torch.cuda.get_device_name()) if self._on_gpu else None,
             world_size=world_size,
         )
@@ -193,7 +187,7 @@ class TrainingLog:
         values |= self._throughput.rates(samples=self._samples, seconds=seconds, counts=counts)
         if self._on_gpu:
             values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        if self._config.logger.timing_log_level > 0:
+        if self._state.cfg.logger.timing_log_level > 0:
             times = slowest_times(self._state.timers, _TIMERS, steps=self._steps)
             values |= {f"{name}-time": seconds for name, seconds in times.items()}
         return values
