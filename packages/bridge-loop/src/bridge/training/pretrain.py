@@ -91,30 +91,30 @@ def carry_out(
         on_failure: As for `pretrain`.
         resume_line: As for `pretrain`.
     """
-    with FailureWatch(on_failure) as peers, contextlib.ExitStack() as stack:
+    with FailureWatch(on_failure) as failure_watch, contextlib.ExitStack() as stack:
         # The live line ends before a failure is reported.
-        with peers.reporting(), Progress(enabled=is_logging_rank()) as progress:
+        with failure_watch.reporting(), Progress(enabled=is_logging_rank()) as progress:
             if (message := rank_environment().note) is not None:
                 progress.note(message)
             device = choose_device(config.dist.device)
             config = resolve(config, device=device, world_size=world_size())
             config.command = command
-            peers.timeout_minutes = config.dist.timeout_minutes
+            failure_watch.timeout_minutes = config.dist.timeout_minutes
             with progress.phase("process groups"):
-                peers.join()
+                failure_watch.join()
                 ranks = stack.enter_context(ranks_of(config, device))
             run = stack.enter_context(set_up(config, ranks, forward_step_func, callbacks, progress))
-        peers.phase = lambda: run.phase
-        peers.last_agreement = lambda: run.stop.agreed_at
-        return _run(run, peers, resume_line or _start_again)
+        failure_watch.phase = lambda: run.phase
+        failure_watch.last_agreement = lambda: run.stop.agreed_at
+        return _run(run, failure_watch, resume_line or _start_again)
 
 
-def _run(run: Run, peers: FailureWatch, resume_line: Callable[[Path], str]) -> TrainResult:
+def _run(run: Run, failure_watch: FailureWatch, resume_line: Callable[[Path], str]) -> TrainResult:
     with (
-        peers.reporting(),
+        failure_watch.reporting(),
         run.callbacks.training(run.context),
         # Before on_train_end, which may wait for other ranks.
-        peers.reporting(),
+        failure_watch.reporting(),
         run.progress,
         run.data.workers.explained(),
     ):
@@ -126,7 +126,7 @@ def _run(run: Run, peers: FailureWatch, resume_line: Callable[[Path], str]) -> T
             reason = run.stop.cause or reason
         run.evaluations.hide_outdated_validation()
         run.check_directory()
-        peers.accept_loss_of_store()
+        failure_watch.accept_loss_of_store()
     run.progress.summary(_summary(run, reason, resume_line))
     counters = run.state.train_state
     return TrainResult(

@@ -5,8 +5,9 @@ control of its process groups, its data and its end (`bridge.training.setup.trai
 the arguments). `train` is our loop around it.
 """
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from bridge.training.ranks.stop_request import StopCause
@@ -71,27 +72,24 @@ def _is_due(step: int, interval: int | None, last: int | None = None) -> bool:
     return step == last or (interval is not None and step % interval == 0)
 
 
-class _manual_garbage_collection:
+@contextlib.contextmanager
+def _manual_garbage_collection(interval: int) -> Iterator[Callable[[int], None]]:
     """Collect Python's garbage every `interval` steps instead of when Python does.
 
     A collection takes tens of milliseconds. When ranks collect at different steps, all of them wait
     for each. With an interval of 0 Python collects by itself.
     """
 
-    def __init__(self, interval: int) -> None:
-        self._interval = interval
-        self._was_enabled = gc.isenabled()
-
-    def __enter__(self) -> Callable[[int], None]:
-        if self._interval:
-            gc.disable()
+    def collect_garbage(step: int) -> None:
+        if interval and step % interval == 0:
             gc.collect()
-        return self._step
 
-    def __exit__(self, *exception: object) -> None:
-        if self._interval and self._was_enabled:
+    was_enabled = gc.isenabled()
+    if interval:
+        gc.disable()
+        gc.collect()
+    try:
+        yield collect_garbage
+    finally:
+        if interval and was_enabled:
             gc.enable()
-
-    def _step(self, step: int) -> None:
-        if self._interval and step % self._interval == 0:
-            gc.collect()

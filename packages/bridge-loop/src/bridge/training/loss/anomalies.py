@@ -101,15 +101,15 @@ class LossWatch:
         None on a rank that saw no loss. `MetricReducer.reduce` reduces it with the metrics, and
         `ReducedMetrics.has_anomaly` is then the same on every rank.
         """
-        rows = self._rows()
+        losses = self._all_losses()
         self._inspected = self._seen
-        return None if rows is None else _anomalies(rows).any().to(torch.float64)
+        return None if losses is None else _anomalies(losses).any().to(torch.float64)
 
     def clear(self) -> None:
         """Forget the losses of the last `anomaly_flag`, after it was 0 on every rank."""
-        rows = self._rows()
+        losses = self._all_losses()
         later = self._seen - self._inspected
-        self._blocks = [rows[:, -later:]] if rows is not None and later else []
+        self._blocks = [losses[:, -later:]] if losses is not None and later else []
         self._first = self._inspected
         current = max(index for index, mark in enumerate(self._marks) if mark[0] <= self._first)
         del self._marks[:current]
@@ -127,8 +127,8 @@ class LossWatch:
                 message has each rank's first step and microbatch.
         """
         actions = actions_of(train)
-        rows = self._rows() if any(actions) else None
-        mine = (None, None) if rows is None else self._describe(rows.tolist())
+        losses = self._all_losses() if any(actions) else None
+        mine = (None, None) if losses is None else self._describe(losses.tolist())
         self._inspected = self._seen
         self.clear()
         if not any(actions):
@@ -167,9 +167,9 @@ class LossWatch:
             return False
         # NaN or Inf, spike, and any anomaly that is not reported yet, of this step or before it.
         flags = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-        rows = self._rows()
-        if rows is not None:
-            anomalies = _anomalies(rows)
+        losses = self._all_losses()
+        if losses is not None:
+            anomalies = _anomalies(losses)
             flags[:2] = anomalies[:, self._marks[-1][0] - self._first :].any(dim=1)
             flags[2] = anomalies.any()
         if dist.is_initialized():
@@ -206,7 +206,7 @@ class LossWatch:
             block = self._compare(losses, torch.stack(counts) if counts else None)
         self._blocks.append(block)
         if len(self._blocks) == self._FOLD_AT:
-            self._rows()
+            self._all_losses()
 
     def _compare(self, losses: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
         """Return the block of losses that are compared with the mean, and add them to the step."""
@@ -226,16 +226,16 @@ class LossWatch:
         self._of_step = self._of_step + sums
         return torch.stack((losses, mean.expand_as(losses), spikes))
 
-    def _rows(self) -> torch.Tensor | None:
+    def _all_losses(self) -> torch.Tensor | None:
         self._fold()
         if len(self._blocks) > 1:
             self._blocks = [torch.cat(self._blocks, dim=1)]
         return self._blocks[0] if self._blocks else None
 
-    def _describe(self, rows: list[list[float]]) -> tuple[str | None, str | None]:
+    def _describe(self, losses: list[list[float]]) -> tuple[str | None, str | None]:
         """Describe the first loss that is not finite and the first spike."""
         not_finite, spikes = [], []
-        for position, (loss, mean, is_spike) in enumerate(zip(*rows, strict=True), self._first):
+        for position, (loss, mean, is_spike) in enumerate(zip(*losses, strict=True), self._first):
             if not math.isfinite(loss):
                 not_finite.append((position, f"{loss}", ""))
             elif is_spike:
@@ -259,6 +259,6 @@ def actions_of(train: "TrainConfig") -> "tuple[AnomalyAction | None, AnomalyActi
     )
 
 
-def _anomalies(rows: torch.Tensor) -> torch.Tensor:
+def _anomalies(losses: torch.Tensor) -> torch.Tensor:
     """Return bool [2, n]: whether each loss is NaN or infinite, and whether it is a spike."""
-    return torch.stack((~torch.isfinite(rows[0]), rows[2] > 0))
+    return torch.stack((~torch.isfinite(losses[0]), losses[2] > 0))

@@ -31,7 +31,7 @@ def build_model(
 
     Args:
         config: A resolved configuration.
-        ranks: The process groups.
+        ranks: The ranks of the run.
         adapt: Changes the chunks before DDP wraps the parameters that train.
         loaded_next: As for `build_chunks`.
     """
@@ -46,7 +46,7 @@ def build_chunks(config: ConfigContainer, ranks: Ranks, *, loaded_next: bool = F
 
     Args:
         config: A resolved configuration.
-        ranks: The process groups.
+        ranks: The ranks of the run.
         loaded_next: Whether a checkpoint of all weights is loaded next. Then they need no initial
             values, which take five seconds for each billion.
     """

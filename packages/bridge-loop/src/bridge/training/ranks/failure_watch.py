@@ -63,7 +63,7 @@ class FailureWatch:
         """Prepare the watch of one run.
 
         Args:
-            on_failure: What `bridge.training.pretrain.pretrain` takes.
+            on_failure: As for `bridge.training.pretrain.pretrain`.
         """
         self.phase: Callable[[], str] = lambda: "set-up"
         """Returns the phase of the run on this rank."""
@@ -117,7 +117,7 @@ class FailureWatch:
         """Meet the other ranks, unless they have met, and wait for their messages from now on.
 
         Args:
-            patience: How long to wait for the others.
+            patience: Longest time to wait for them.
         """
         if self._world_size == 1 or self._store is not None:
             return
@@ -139,7 +139,7 @@ class FailureWatch:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """Post an exception in this block before it makes anything be taken down."""
+        """Post an exception of this block before its cleanup, which may wait for other ranks."""
         try:
             yield
         except BaseException as error:
