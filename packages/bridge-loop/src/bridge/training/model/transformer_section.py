@@ -11,6 +11,7 @@ from torch.nn import functional
 from bridge.training.config import ConfigContainer, Problem
 from bridge.training.config.checks.unsupported import rejections_in
 from bridge.training.config.model_identity import model_field
+from bridge.training.config.schema.to_plain import text_of
 from bridge.training.megatron_import import quiet_import
 from bridge.training.megatron_patches import has_fused_gradient_accumulation
 from bridge.training.model.transformer_limits import LAYERS
@@ -151,7 +152,7 @@ class TransformerSection(TransformerConfig):
             for linear in linears:
                 linear.fuse_wgrad_accumulation = True
 
-    def feature_problems(self, path: str, config: ConfigContainer) -> Iterator[str | Problem]:
+    def feature_problems(self, path: str, config: ConfigContainer) -> Iterator[Problem]:
         """Yield problems that megatron-core would find only while it builds, or not at all.
 
         Args:
@@ -160,52 +161,60 @@ class TransformerSection(TransformerConfig):
         """
         yield from rejections_in(self, path, config, LAYERS)
         if self.transformer_impl != "transformer_engine":
-            yield (
-                f"{path}.transformer_impl: {self.transformer_impl!r}; the modules are chosen by "
-                f"{path}.layer_spec (auto, transformer_engine or local), set that"
+            yield Problem(
+                (f"{path}.transformer_impl", f"{path}.layer_spec"),
+                f"{path}.transformer_impl={self.transformer_impl}: the modules are chosen by "
+                f"{path}.layer_spec (auto, transformer_engine or local); set that",
             )
-        if self.multi_latent_attention:
-            yield f"{path}.multi_latent_attention: True is not supported; set False"
-        if self.experimental_attention_variant is not None:
-            yield (
-                f"{path}.experimental_attention_variant: {self.experimental_attention_variant!r} "
-                "is not supported; leave it out"
-            )
-        if self.heterogeneous_block_specs:
-            yield f"{path}.heterogeneous_block_specs: True is not supported; set False"
-        if self.layer_spec == "transformer_engine" and not has_transformer_engine():
-            yield (
-                f"{path}.layer_spec: 'transformer_engine' was asked for and megatron-core found no "
-                "Transformer Engine; use auto or local, or see `bridge doctor`"
-            )
+        for name in (
+            "multi_latent_attention",
+            "experimental_attention_variant",
+            "heterogeneous_block_specs",
+        ):
+            if value := getattr(self, name):
+                text = f"{path}.{name}={text_of(value)}: is not supported; leave it out"
+                yield Problem((f"{path}.{name}",), text)
         if not has_transformer_engine():
             yield from self._problems_without_engine(path)
         if self.layer_spec == "local":
-            if self.num_moe_experts is not None and self.add_bias_linear:
-                yield (
-                    f"{path}.add_bias_linear: True gives the experts biases, with which "
-                    f"megatron-core's local ones ({path}.layer_spec is local) fail in their first "
-                    "step; set False"
-                )
-            if self.apply_rope_fusion:
-                yield (
-                    f"{path}.apply_rope_fusion: True needs Transformer Engine, and "
-                    f"{path}.layer_spec is local (auto chooses it where there is no GPU or no "
-                    "Transformer Engine); leave it out"
-                )
-            if self.gradient_accumulation_fusion and not has_fused_gradient_accumulation():
-                yield (
-                    f"{path}.gradient_accumulation_fusion: true needs Transformer Engine or Apex's "
-                    "extension fused_weight_gradient_mlp_cuda, and neither serves this run; leave "
-                    "it out"
-                )
+            yield from self._problems_of_local_layers(path)
 
-    def _problems_without_engine(self, path: str) -> Iterator[str]:
+    def _problems_without_engine(self, path: str) -> Iterator[Problem]:
+        if self.layer_spec == "transformer_engine":
+            yield Problem(
+                (f"{path}.layer_spec",),
+                f"{path}.layer_spec=transformer_engine: megatron-core found no Transformer Engine; "
+                "use auto or local, or see `bridge doctor`",
+            )
         recomputed = (self.recompute_modules or []) if self.recompute_granularity else []
         if "layernorm" in recomputed:
-            yield (
-                f"{path}.recompute_modules: recomputing 'layernorm' needs Transformer Engine, "
-                "which megatron-core did not find; leave it out of the list"
+            yield Problem(
+                (f"{path}.recompute_modules",),
+                f"{path}.recompute_modules={text_of(recomputed)}: recomputing layernorm needs "
+                "Transformer Engine, which megatron-core did not find; leave it out of the list",
+            )
+
+    def _problems_of_local_layers(self, path: str) -> Iterator[Problem]:
+        if self.num_moe_experts is not None and self.add_bias_linear:
+            yield Problem(
+                (f"{path}.add_bias_linear", f"{path}.layer_spec"),
+                f"{path}.add_bias_linear=true: gives the experts biases, with which "
+                f"megatron-core's local ones ({path}.layer_spec is local) fail in their first "
+                "step; set it to false",
+            )
+        if self.apply_rope_fusion:
+            yield Problem(
+                (f"{path}.apply_rope_fusion", f"{path}.layer_spec"),
+                f"{path}.apply_rope_fusion=true: needs Transformer Engine, and {path}.layer_spec "
+                "is local (auto chooses it where there is no GPU or no Transformer Engine); leave "
+                "it out",
+            )
+        if self.gradient_accumulation_fusion and not has_fused_gradient_accumulation():
+            yield Problem(
+                (f"{path}.gradient_accumulation_fusion",),
+                f"{path}.gradient_accumulation_fusion=true: needs Transformer Engine or Apex's "
+                "extension fused_weight_gradient_mlp_cuda, and neither serves this run; leave it "
+                "out",
             )
 
     def _has_fused_activation(self) -> bool:
