@@ -294,9 +294,10 @@ def test_a_finished_run_takes_its_metrics_from_the_checkpoint_and_is_not_evaluat
     change(tmp_path / "run")
     assert run_ranks(2, body, True, timeout=120) == [(first[0][0], [])] * 2
     (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
-    (saved / "evaluations.json").write_text("{")
-    with pytest.raises(RankFailure, match="remove it to evaluate again"):
-        run_ranks(2, body, True, timeout=120)
+    for damaged in ("{", '{"validation": {"step": 5}}'):
+        (saved / "evaluations.json").write_text(damaged)
+        with pytest.raises(RankFailure, match="remove it to evaluate again"):
+            run_ranks(2, body, True, timeout=120)
 
 
 def test_a_checkpoint_without_metrics_recalls_none_and_says_nothing(

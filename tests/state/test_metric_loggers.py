@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
 )
+from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 from bridge.training.metric_loggers import (
     JsonlLogger,
@@ -157,7 +158,11 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_install_line(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_tensorboard_resumed_at_a_step_hides_the_points_from_there_on(tmp_path: Path) -> None:
+def test_a_tensorboard_resumed_at_a_step_hides_the_points_from_there_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one second are read in the order of this number, as text: 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     first = TensorBoardLogger(tmp_path)
     for step in range(1, 7):
         first.log({"lm loss": 1.0}, step)

@@ -28,6 +28,8 @@ EVALUATIONS = "evaluations.json"
 """The file of evaluations that came after the checkpoint was saved. The manifest does not have it.
 """
 
+_REMEDY = "remove it to evaluate again"
+
 
 def counters_of(checkpoint: Path) -> TrainState:
     """Return the counters of a run at a checkpoint."""
@@ -70,11 +72,12 @@ def saved_results(checkpoint: Path, common: Mapping[str, Any]) -> Results:
     evaluations = dict(saved.get("evaluations", {}))
     later = checkpoint / EVALUATIONS
     if later.exists():
-        evaluations |= _read_json(later, "remove it to evaluate again")
-    return Results(
-        logged=dict(saved.get("logged", {})),
-        evaluations={split: Evaluation(**newest) for split, newest in evaluations.items()},
-    )
+        evaluations |= _read_json(later, _REMEDY)
+    try:
+        newest = {split: Evaluation(**found) for split, found in evaluations.items()}
+    except TypeError as error:
+        raise UsageError(f"{later}: holds no evaluations ({error}); {_REMEDY}") from error
+    return Results(logged=dict(saved.get("logged", {})), evaluations=newest)
 
 
 def write_evaluations(path: Path, results: Results) -> None:
