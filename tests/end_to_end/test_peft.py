@@ -52,8 +52,8 @@ def commands(folder: Path) -> None:
     write_rows(folder / "rows.jsonl", rows)
 
     wrong = ("finetune", "gpt-tiny-lora", "--from", "B", *TUNE, "--run-dir", "L")
-    told = bridge(*wrong, "peft.target_modules=[linear_qkw]", code=2)
-    assert "peft.target_modules: 'linear_qkw' matches no layer; did you mean 'linear_q" in told
+    error = bridge(*wrong, "peft.target_modules=[linear_qkw]", code=2)
+    assert "peft.target_modules: 'linear_qkw' matches no layer; did you mean 'linear_q" in error
     assert not (folder / "L").exists()
 
     out = bridge("finetune", "gpt-tiny-lora", "--from", "B", *TUNE, "--run-dir", "L")
@@ -68,8 +68,8 @@ def commands(folder: Path) -> None:
     os.rename(folder / "B", folder / "moved")
     resume = ("finetune", "gpt-tiny-lora", "--run-dir", "C", "--resume")
     assert "checkpoint.pretrained_checkpoint" in bridge(*resume, code=2)
-    told = bridge(*resume, "peft.dim=4", "checkpoint.pretrained_checkpoint=moved", code=2)
-    assert "peft.dim: the run was started with 16, and 4 would make another model" in told
+    error = bridge(*resume, "peft.dim=4", "checkpoint.pretrained_checkpoint=moved", code=2)
+    assert "peft.dim: the run was started with 16, and 4 would make another model" in error
     bridge(*resume, "checkpoint.pretrained_checkpoint=moved")
     assert trajectory(folder / "C") == trajectory(folder / "L")
 

@@ -119,7 +119,7 @@ def test_the_dry_run_rejects_what_the_table_says_by_field_and_reason(
             assert not re.search(r" --\w|Error\b", line), line
         for override in overrides:
             path = override.partition("=")[0]
-            told = re.compile(rf"{re.escape(path)}(?![\w.])")
+            pattern = re.compile(rf"{re.escape(path)}(?![\w.])")
             # megatron-core stops at the first of its own errors.
-            alone = told.search("\n".join(problems)) or rejection(run, override)
+            alone = pattern.search("\n".join(problems)) or rejection(run, override)
             assert alone, path

@@ -67,10 +67,10 @@ def test_a_damaged_configuration_is_not_replaced_by_the_recipes_defaults(
     command = ["pretrain", "sine", "--run-dir", "R", "--resume", "--dry-run"]
     damage(work / "R" / "config.yaml")
     assert main(command) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"bridge: R/config.yaml: {cause}")
-    assert told.endswith(f"{ADVICE}\n")
-    assert told.count("\n") == 1
+    text = capsys.readouterr().err
+    assert text.startswith(f"bridge: R/config.yaml: {cause}")
+    assert text.endswith(f"{ADVICE}\n")
+    assert text.count("\n") == 1
     shutil.copy("R/checkpoints/step-0000006/config.yaml", "R/config.yaml")
     assert main(command) == 0
 
@@ -142,9 +142,9 @@ def test_missing_records_are_reported(work: Path, kind: str) -> None:
         assert "R/metrics.jsonl, line 4 is not a record of metrics" in ended.err
         return
     assert ended.code == 0, ended.err
-    told = "was cut off" if kind == "cut" else "is gone"
+    text = "was cut off" if kind == "cut" else "is gone"
     last = 3 if kind == "cut" else 0
-    assert f"warning: R/metrics.jsonl {told}: records between step {last} and step 6" in ended.out
+    assert f"warning: R/metrics.jsonl {text}: records between step {last} and step 6" in ended.out
     assert ("to write them again, --resume --step 2" in ended.out) == (kind == "cut")
 
 
@@ -152,7 +152,7 @@ def test_a_run_directory_that_is_deleted_during_the_run_is_an_error(
     tmp_path: Path,
 ) -> None:
     slow = ("dataset.seconds_per_sample=0.03", "train.train_iters=30", "--run-dir", "R")
-    for interval, told in ((1, "metrics.jsonl"), (100, "R was deleted or moved while")):
+    for interval, text in ((1, "metrics.jsonl"), (100, "R was deleted or moved while")):
         folder = tmp_path / str(interval)
         more = (f"logger.log_interval={interval}", "checkpoint.save_at_end=false")
         command = start("pretrain", "sine", *slow, *more, folder=folder)
@@ -160,7 +160,7 @@ def test_a_run_directory_that_is_deleted_during_the_run_is_an_error(
         shutil.rmtree(folder / "R", ignore_errors=True)
         ended = command.wait()
         assert ended.code == 1, ended.out
-        assert told in ended.err
+        assert text in ended.err
         assert "finished" not in ended.out
 
 

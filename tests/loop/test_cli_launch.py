@@ -131,8 +131,8 @@ def test_a_signal_lets_the_step_end_and_save_and_the_run_continues_bit_for_bit(
     assert _latest(tmp_path) == f"step-{step:07d}"
     assert not any(psutil.pid_exists(pid) for pid in processes)
 
-    told = next(line for line in ended.out.splitlines() if line.startswith("resume "))
-    program, *arguments = shlex.split(told.removeprefix("resume "))
+    resume_line = next(line for line in ended.out.splitlines() if line.startswith("resume "))
+    program, *arguments = shlex.split(resume_line.removeprefix("resume "))
     assert program == "bridge"
     resumed = run(*arguments, folder=tmp_path)
     assert resumed.code == 0

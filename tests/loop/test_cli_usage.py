@@ -140,8 +140,8 @@ def test_a_run_starts_with_the_configuration_of_another_and_not_in_its_directory
     (work / "R" / "config.yaml").write_text(capsys.readouterr().out)
     again = ("pretrain", "sine", "--config", "R/config.yaml", "--dry-run")
     assert bridge(*again, "--nproc", "2") == 0
-    told, ready = capsys.readouterr().out.splitlines()
-    assert told == "--config R/config.yaml: taken but for checkpoint.run_dir, of that run alone"
+    note, ready = capsys.readouterr().out.splitlines()
+    assert note == "--config R/config.yaml: taken but for checkpoint.run_dir, of that run alone"
     assert ready == "dry run: sine is ready for 2 ranks"
     assert bridge("show", "sine", "--config", "R/config.yaml") == 0
     shown = capsys.readouterr().out

@@ -125,11 +125,11 @@ def test_the_start_says_how_many_samples_are_evaluated_of_how_many(
     assert "evaluates validation 27 of 27, test 8 of 8 samples\n" in capfd.readouterr().out
     named = NamedData(validation={"wiki": 24, "code": 7})
     run_ranks(2, body, "named", named, timeout=120)
-    told = "evaluates validation/wiki 24 of 24, validation/code 7 of 7 samples\n"
-    assert told in capfd.readouterr().out
+    expected = "evaluates validation/wiki 24 of 24, validation/code 7 of 7 samples\n"
+    assert expected in capfd.readouterr().out
     run_ranks(1, body, "part", named, 1, timeout=120)
-    told = "evaluates validation/wiki 8 of 24, validation/code 7 of 7 samples\n"
-    assert told in capfd.readouterr().out
+    expected = "evaluates validation/wiki 8 of 24, validation/code 7 of 7 samples\n"
+    assert expected in capfd.readouterr().out
     run_ranks(1, body, "off", named, 0, timeout=120)
     assert "evaluates" not in capfd.readouterr().out
     assert series(tmp_path / "part", "validation/wiki/error") != []
@@ -187,5 +187,5 @@ def test_data_that_only_one_rank_has_is_an_error_on_every_rank(tmp_path: Path) -
             pretrain(config, token_step)
         return str(error.value)
 
-    told = "dataset: validation data has 0 samples on rank 1 and 8 on rank 0; build the same"
-    assert all(message.startswith(told) for message in run_ranks(2, body, timeout=120))
+    expected = "dataset: validation data has 0 samples on rank 1 and 8 on rank 0; build the same"
+    assert all(message.startswith(expected) for message in run_ranks(2, body, timeout=120))

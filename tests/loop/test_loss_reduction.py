@@ -521,7 +521,7 @@ def test_an_interval_is_the_mean_of_its_steps_in_one_collective(normalization: s
         shares_microbatches = normalization == "microbatch" and rank < 2
         assert calls == ["all_reduce"] * (2 if shares_microbatches else 1)
         assert counted_ == tokens  # of the skipped step too
-        # A step that is reduced alone is told, skipped or not.
+        # A step that is reduced alone is reported, skipped or not.
         assert alone_["t"] == 3.0
         assert math.isnan(alone_["m"])
 

@@ -202,8 +202,8 @@ def test_a_rank_that_waits_for_a_failed_one_ends(
                 config.dataset = DataOfOneRank()
         return survived(config, *callbacks)
 
-    told, ended = ends_the_others(body, capfd)
-    assert told == f"rank 1, in {phase}: {what}"
+    report, ended = ends_the_others(body, capfd)
+    assert report == f"rank 1, in {phase}: {what}"
     assert ended.startswith("rank 0, in ")
     assert ended.endswith(f": ends, since rank 1 failed in {phase}: {what}")
 
@@ -241,8 +241,8 @@ def test_a_rank_that_waits_for_another_in_the_last_callback_ends(
         callbacks = [Trouble("end", wait, on_rank=0), Trouble("end", fail)]
         return survived(own_run(tmp_path / "run"), *callbacks)
 
-    told, ended = ends_the_others(body, capfd)
-    assert told == "rank 1, in final evaluation: ValueError: a shape does not fit"
+    report, ended = ends_the_others(body, capfd)
+    assert report == "rank 1, in final evaluation: ValueError: a shape does not fit"
     assert "rank 0, in final evaluation: ends, since rank 1 failed" in ended
 
 
@@ -310,7 +310,7 @@ def test_a_rank_that_waits_too_long_for_another_names_the_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(failure_watch, "SECONDS_TO_NOTICE", 30.0)
-    told: list[str] = []
+    reports: list[str] = []
 
     def step(state: Any, data_iterator: Iterator[Any], model: Any) -> Any:
         if state.train_state.step == 2 and rank() == 1:
@@ -322,10 +322,10 @@ def test_a_rank_that_waits_too_long_for_another_names_the_setting(
         config.dist.timeout_minutes = 0.03
         began = time.monotonic()
         try:
-            pretrain(config, step, on_failure=lambda error, line: told.append(line))
+            pretrain(config, step, on_failure=lambda error, line: reports.append(line))
         except RuntimeError as error:
             _kept.append(error)
-            return time.monotonic() - began, error.__notes__, told
+            return time.monotonic() - began, error.__notes__, reports
         raise AssertionError("no rank waited too long")
 
     seconds, notes, lines = run_ranks(2, body)[0]
@@ -362,18 +362,18 @@ def test_a_caller_can_get_the_report_instead_of_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def body() -> Any:
-        told: list[tuple[str, str]] = []
+        reports: list[tuple[str, str]] = []
 
         def tell(error: BaseException, line: str) -> None:
-            told.append((type(error).__name__, line))
+            reports.append((type(error).__name__, line))
 
         callbacks = [Trouble("step", fail, on_rank=rank())]
         survived(own_run(tmp_path / str(dist.get_world_size())), *callbacks, on_failure=tell)
-        return told
+        return reports
 
     for world_size in (1, 2):
-        for number, told in enumerate(run_ranks(world_size, body, timeout=40)):
-            assert told == [
+        for number, reports in enumerate(run_ranks(world_size, body, timeout=40)):
+            assert reports == [
                 ("ValueError", f"rank {number}, in step 2: ValueError: a shape does not fit")
             ]
     assert "a shape does not fit" not in capfd.readouterr().err

@@ -106,15 +106,15 @@ def test_a_continued_run_ends_where_it_should_and_its_rate_does_not_jump_unsaid(
 
     assert run_ranks(1, whole_and_cut, timeout=120) == [samples]
     rates = [[row["learning_rate"] for row in rows(tmp_path / name)] for name in ("whole", "cut")]
-    told = re.findall(
+    printed = re.findall(
         r"warning: the learning rate of step 3 is (\S+), and was to be (\S+) when",
         capfd.readouterr().out,
     )
     if jumps:
-        assert told == [(f"{rates[1][2]:.6g}", f"{rates[0][2]:.6g}")]
+        assert printed == [(f"{rates[1][2]:.6g}", f"{rates[0][2]:.6g}")]
         assert rates[1][2] != rates[0][2]
     else:
-        assert told == []
+        assert printed == []
         assert rates[1][2] == pytest.approx(rates[0][2], rel=1e-6)
     # The rate after the last step would be the lowest.
     assert rates[1][-1] < 0.02

@@ -108,11 +108,11 @@ def test_an_evaluation_under_way_when_the_runs_time_is_over_is_discarded(
     ended: Any = ("time limit", 0, {}, ["start", [], ("end", {}, "NoneType")])
     assert run_ranks(2, limited, timeout=120) == [ended] * 2
     assert rows(tmp_path / "run") == []
-    told = (
+    expected = (
         "validation at step 0 was cut short by time limit after 8 of 24 samples of "
         "validation/wiki, 0 of 16 samples of validation/code; its metrics are discarded\n"
     )
-    assert told in capfd.readouterr().out
+    assert expected in capfd.readouterr().out
     assert run_ranks(2, rest, timeout=120) == [("finished", 5)] * 2
     wanted = plain_torch(own_run(tmp_path), pattern=2, steps=5)
     assert series(tmp_path / "run", "error") == pytest.approx(wanted.losses, rel=2e-6)
@@ -183,11 +183,11 @@ def test_an_evaluation_has_the_metrics_of_what_it_saw_in_time(
     found = series(tmp_path / "run", "validation/error")
     assert found[0] == pytest.approx(error_of(7, FIRST["wiki"], 8), rel=1e-6)
     assert len(found) == 4
-    told = (
+    expected = (
         "validation at step 0 was cut short by validation.time_limit_minutes after 8 of 24 samples "
         "of validation\n"
     )
-    assert told in capfd.readouterr().out
+    assert expected in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

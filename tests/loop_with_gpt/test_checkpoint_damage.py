@@ -144,7 +144,7 @@ BY_READING: dict[str, Callable[[RunDirectory], str]] = {
 REMEDY = "continue from it with --resume --step 2 (checkpoint.step=2)"
 
 
-def told(run: RunDirectory, name: str, message: str) -> bool:
+def is_reported(run: RunDirectory, name: str, message: str) -> bool:
     """Whether a message names file, cause and the older checkpoint, in one line."""
     first = f"{run.checkpoint(4) / name}: "
     return (
@@ -165,7 +165,7 @@ def test_damage_is_reported_by_file_and_cause_with_the_older_checkpoint(
     name = AT_ONCE[kind](run)
     with pytest.raises(UsageError) as error:
         reject_damaged(run.checkpoint(4))
-    assert told(run, name, str(error.value)), str(error.value)
+    assert is_reported(run, name, str(error.value)), str(error.value)
 
 
 @pytest.mark.parametrize("kind", BY_READING)
@@ -188,7 +188,7 @@ def test_changed_bytes_are_found_on_every_rank_before_a_step_is_taken(
         return found
 
     for messages in run_ranks(RANKS, body, timeout=120):
-        assert all(told(run, name, message) for message in messages), messages
+        assert all(is_reported(run, name, message) for message in messages), messages
     assert run.metrics.read_bytes() == rows
 
 
@@ -234,7 +234,7 @@ def test_what_is_read_outside_of_a_run_is_verified_too(run: RunDirectory) -> Non
         return str(error.value)
 
     [message] = run_ranks(1, body, process_group=False)
-    assert told(run, name, message), message
+    assert is_reported(run, name, message), message
 
 
 def test_a_block_of_a_large_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,7 @@ def test_a_format_version_that_has_manifests_does_without_none(run: RunDirectory
         return str(error.value)
 
     [message] = run_ranks(1, body, process_group=False)
-    assert told(run, "manifest.json", message), message
+    assert is_reported(run, "manifest.json", message), message
 
 
 def test_a_checkpoint_of_an_older_version_is_read_and_reported_as_unverified(

@@ -165,7 +165,7 @@ def test_a_run_that_dies_before_latest_is_replaced_continues_from_the_one_before
         with pytest.raises(Killed):
             pretrain(saving_run(run), token_step)
 
-    def goes_on() -> list[Any]:
+    def continues() -> list[Any]:
         config = saving_run(run, resume=True, save_interval=1, keep_last=1)
         seen = []
 
@@ -184,7 +184,7 @@ def test_a_run_that_dies_before_latest_is_replaced_continues_from_the_one_before
     assert names(run) == ["latest", "step-0000002", "step-0000004"]
     (run / "checkpoints" / "step-0000003.partial").mkdir()
     (run / "checkpoints" / "step-0000003.partial" / "torn").touch()
-    assert run_ranks(1, goes_on, timeout=120) == [
+    assert run_ranks(1, continues, timeout=120) == [
         [2, ("step-0000003", True), ("step-0000004", True), ("step-0000005", True)]
     ]
     assert names(run) == ["latest", "step-0000005"]

@@ -228,7 +228,7 @@ def strictly(text: str) -> Any:
     return json.loads(text, parse_constant=reject)
 
 
-def told(body: Callable[[], Any]) -> tuple[Any, str]:
+def with_output(body: Callable[[], Any]) -> tuple[Any, str]:
     """Return the result of `body` and its output for the user."""
     with contextlib.redirect_stdout(io.StringIO()) as stream:
         return body(), stream.getvalue()
@@ -243,7 +243,7 @@ def test_a_skipped_step_is_reported_and_leaves_nothing_behind_in_the_run(tmp_pat
         config.dataset = OwnData(validation=8)
         config.checkpoint.save_at_end = True
         config.checkpoint.resume = resume
-        result, text = told(lambda: pretrain(config, a_step(None, {3: NAN, 4: INF, 6: NAN})))
+        result, text = with_output(lambda: pretrain(config, a_step(None, {3: NAN, 4: INF, 6: NAN})))
         return result.step, result.validation["error"], text
 
     first = on_two_ranks(partial(body, 4, False))
@@ -338,7 +338,7 @@ def test_a_checkpoint_follows_the_warning(tmp_path: Path) -> None:
         config = a_config(tmp_path / "run", None, nan_action="log", train_iters=4)
         config.logger.log_interval = 4
         config.checkpoint.save_interval = 2
-        lines = told(lambda: pretrain(config, a_step(None, {2: NAN})))[1].splitlines()
+        lines = with_output(lambda: pretrain(config, a_step(None, {2: NAN})))[1].splitlines()
         return [line.split()[0] for line in lines if line.startswith(("warning", "saved"))]
 
     # Step 4 and its checkpoint have NaN losses of their own: the weights are spoilt.
@@ -370,7 +370,7 @@ def test_a_bad_loss_of_an_evaluation_is_an_error_or_a_warning(tmp_path: Path, ac
             except FloatingPointError as error:
                 raised = str(error)
 
-        text = told(run)[1]
+        text = with_output(run)[1]
         return raised, [line for line in text.splitlines() if line.startswith("warning")]
 
     found = on_two_ranks(body)

@@ -180,16 +180,16 @@ def test_flops_are_what_torch_counts_of_a_frozen_model(
                 run.model[0](tokens, tokens, None, labels=tokens).sum().backward()
             counts = counter.get_flop_counts()["Global"]
             products = sum(n for op, n in counts.items() if "mm" in str(op))
-            told = model_flops_per_token(
+            computed = model_flops_per_token(
                 run.config.model, adapter_weights=run.parts.size.trained_per_token
             )
-            return products / tokens.numel(), told
+            return products / tokens.numel(), computed
 
-    [(counted, told)] = run_ranks(1, count)
+    [(counted, computed)] = run_ranks(1, count)
     attention = 6.0 * 2 * SEQUENCE * 32
     # Behind the frozen embedding the first layer's input gets no gradient: 2 for each weight of
     # its linear_qkv, [64, 32], and of the A of its adapter, [4, 32].
-    assert told == counted + attention + 2 * (64 + 4) * 32
+    assert computed == counted + attention + 2 * (64 + 4) * 32
 
 
 def test_an_experts_adapter_counts_as_often_as_a_token_meets_it(

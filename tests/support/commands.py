@@ -5,7 +5,6 @@ streams and its own process group, so that signals have the same effect as for a
 """
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import os
@@ -21,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ranks import import_megatron_once
+from ranks import die_with_parent, import_megatron_once
 
 _WARM_MODULES = (
     "bridge.cli",
@@ -171,7 +170,7 @@ def _be_command(
     gc.freeze()
     try:
         os.setpgid(0, 0)
-        _die_with_parent()
+        die_with_parent()
         _take_streams(folder, output)
         os.chdir(folder)
         of_slurm = [name for name in os.environ if name.startswith("SLURM_")]
@@ -210,9 +209,3 @@ def _take_streams(folder: Path, output: int | None) -> None:
         os.dup2(output, 1)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

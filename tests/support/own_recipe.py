@@ -184,7 +184,7 @@ heckled = Recipe(
 
 faulty = Recipe(
     name="faulty",
-    summary="fails where it is told to",
+    summary="fails where it is asked to",
     make_config=lambda: dataclasses.replace(
         _make_config(), model=FaultyPerceptron(), dataset=Faulty()
     ),

@@ -129,7 +129,7 @@ class _Family:
         try:
             # A collection would copy every page that megatron-core's objects are on, in each rank.
             gc.freeze()
-            _die_with_parent()
+            die_with_parent()
             with open(self.directory / f"stack-{rank}", "w") as stack:
                 faulthandler.register(signal.SIGUSR2, file=stack, all_threads=True)
                 report = self._run(rank, function, args)
@@ -226,7 +226,8 @@ def _enter_environment(rank: int, world_size: int, port: int) -> None:
     cpu.enable()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends; on Linux alone."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
