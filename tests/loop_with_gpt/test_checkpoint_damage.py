@@ -263,8 +263,8 @@ def test_a_block_of_a_large_file_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         ({"files": {"a": {"size": "1", "crc32": [1]}}}, "the record of 'a' has no size"),
         ({"files": {"a": {"size": 9, "crc32": []}}}, "the record of 'a' has no size"),
         ({"files": {}}, "it lacks .metadata"),
-        ({"files": []}, "is no whole manifest"),
-        ({"saved_at": "now"}, "is no whole manifest"),
+        ({"files": []}, "is no complete manifest"),
+        ({"saved_at": "now"}, "is no complete manifest"),
         ({"step": "8"}, "'8' is no number"),
     ],
 )
