@@ -24,9 +24,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from bridge.training.checkpoint.base import Base
 from bridge.training.checkpoint.manifest import (
     FileRecord,
@@ -62,7 +59,7 @@ from bridge.training.optimizer.saved_state import (
     take_saved_rates,
 )
 from bridge.training.optimizer.scheduler import resume_scheduler, scheduler_state
-from bridge.training.ranks.collectives import from_every_rank, on_first_rank
+from bridge.training.ranks.collectives import from_every_rank, largest_of_all, on_first_rank
 from bridge.training.ranks.groups import Ranks
 from bridge.training.ranks.launcher_store import is_logging_rank, rank, world_size
 from bridge.training.ranks.seeding import random_state, restore_random_state
@@ -250,11 +247,9 @@ class Checkpointer:
             self._run.watch.load_state_dict(state["loss_watch"])
 
     def _reject_shifted_optimizer(self, checkpoint: Path, state: Any) -> None:
-        shifted = torch.tensor(
-            is_shifted(self._run.optimizer, fitted_to(self._run.optimizer, state))
-        )
-        dist.all_reduce(shifted, op=dist.ReduceOp.MAX, group=self._ranks.control_group)
-        if shifted:
+        optimizer = self._run.optimizer
+        shifted = is_shifted(optimizer, fitted_to(optimizer, state))
+        if largest_of_all(int(shifted), self._ranks.control_group):
             raise UsageError(
                 f"{checkpoint}: its optimizer state belongs to other weights, as it was once saved "
                 "where gradient buckets have padding; its weights are whole: start a new run from "

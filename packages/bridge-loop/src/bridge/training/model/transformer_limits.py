@@ -17,10 +17,6 @@ def _engine(section: Any, _: ConfigContainer) -> bool:
     return bool(section.layer_spec == "transformer_engine")
 
 
-def _local(section: Any, config: ConfigContainer) -> bool:
-    return not _engine(section, config)
-
-
 def _set(*names: str) -> Condition:
     return lambda section, _: any(getattr(section, name) not in (None, False, 0) for name in names)
 
