@@ -322,7 +322,7 @@ def build_reducer(config: ConfigContainer, ranks: Ranks) -> MetricReducer:
     groups = ranks.model.groups
     return MetricReducer(
         normalization=config.train.loss_normalization,
-        contributes=ranks.model.is_last_stage and groups.tp.rank() == 0,
+        contributes=ranks.model.reports_losses,
         device=torch.device(ranks.device),
         context_parallel_size=ranks.layout.context,
         context_parallel_group=groups.cp,

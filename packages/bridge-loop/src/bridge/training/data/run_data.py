@@ -123,8 +123,8 @@ class RunData:
 
     def _is_counting_rank(self) -> bool:
         """Whether this rank counts, one of those that read the same samples."""
-        groups = self._ranks.model.groups
-        return self._ranks.model.is_last_stage and groups.tp.rank() == 0 and groups.cp.rank() == 0
+        ranks = self._ranks.model
+        return ranks.reports_losses and ranks.groups.cp.rank() == 0
 
     def _count(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """Yield the microbatches, and count their items."""

@@ -55,6 +55,11 @@ class SharedRanks:
         """Whether this rank holds the end of the pipeline."""
         return bool(self.groups.pp.rank() == self.groups.pp.size() - 1)
 
+    @property
+    def reports_losses(self) -> bool:
+        """Whether this is the first tensor-parallel rank of the last stage."""
+        return self.is_last_stage and self.groups.tp.rank() == 0
+
     def shard(self, micro_batch_size: int) -> DataShard:
         """Return this replica's microbatch."""
         replicas = self.groups.dp

@@ -48,6 +48,11 @@ class ModelRanks(Protocol):
         ...
 
     @property
+    def reports_losses(self) -> bool:
+        """Whether this rank's losses and tokens count: no two such ranks have the same tokens."""
+        ...
+
+    @property
     def modules_with_inputs(self) -> frozenset[str] | None:
         """The modules whose inputs this rank reads; None for all."""
         ...

@@ -80,6 +80,11 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
         return self.name == LANGUAGE and bool(pipeline.rank() == pipeline.size() - 1)
 
     @property
+    def reports_losses(self) -> bool:
+        """Whether this is the first tensor-parallel rank of the last stage."""
+        return self.is_last_stage and self.groups.tp.rank() == 0
+
+    @property
     def modules_with_inputs(self) -> frozenset[str]:
         """The module on this rank, if this is its first stage."""
         return frozenset({self.name} if self.groups.pp.rank() == 0 else ())
@@ -155,7 +160,7 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
 
     def sum_tokens(self, num_tokens: torch.Tensor) -> None:
         """Sum the token counts of the ranks where the language model ends, on every rank."""
-        if not (self.is_last_stage and self.groups.tp.rank() == 0):
+        if not self.reports_losses:
             # Tensor-parallel ranks have the same tokens.
             num_tokens.zero_()
         dist.all_reduce(num_tokens)
