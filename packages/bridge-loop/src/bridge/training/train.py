@@ -1,4 +1,4 @@
-"""The training loop, and one step of it.
+"""The training loop.
 
 `train_step` needs no loop of ours: a program with its own loop calls it step by step, and keeps
 control of its process groups, its data and its end (`bridge.training.setup.training_parts` builds

@@ -28,7 +28,7 @@ _SOCKET_NAME = "/pymp-xxxxxxxx/listener-xxxxxxxx"
 
 
 class WorkerDied(RuntimeError):
-    """A data loading process was killed, or ended by itself."""
+    """The death of a data loading process, which was killed or ended by itself."""
 
 
 class LoaderWorkers:

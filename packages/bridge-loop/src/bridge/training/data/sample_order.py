@@ -53,7 +53,7 @@ class SampleOrder:
 
 
 class MicrobatchSampler(Sampler[list[int]]):
-    """Yields the indices of this rank's training microbatches, endlessly.
+    """A sampler of the indices of this rank's training microbatches, endless.
 
     Args:
         order: The order of the samples.
@@ -75,7 +75,7 @@ class MicrobatchSampler(Sampler[list[int]]):
 
 
 class EvaluationSampler(Sampler[list[int]]):
-    """Yields the indices of this rank's microbatches of an evaluation.
+    """A sampler of the indices of this rank's microbatches of an evaluation.
 
     Args:
         batches: The calls of `bridge.training.data.evaluation_plan.plan_of_run`.

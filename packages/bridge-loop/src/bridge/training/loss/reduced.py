@@ -9,7 +9,7 @@ from bridge.training.loss.vector import VectorLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Read:
+class _Numbers:
     """A reduction's result on the host."""
 
     values: dict[str, float | None]
@@ -27,7 +27,7 @@ class ReducedMetrics:
     _vector: torch.Tensor
     _rank: int
     _repeat: Callable[[], "ReducedMetrics"]
-    _read: "_Read | None" = field(default=None, init=False)
+    _read: "_Numbers | None" = field(default=None, init=False)
 
     def to_dict(self) -> dict[str, float | None]:
         """Return each metric's value, equal on every rank; a host-device sync.
@@ -70,14 +70,14 @@ class ReducedMetrics:
         """The number of ranks that count tokens and their tokens, on the device."""
         return self._vector[VectorLayout.COUNTED : VectorLayout.TOKENS + 1]
 
-    def _resolve(self) -> "_Read":
+    def _resolve(self) -> "_Numbers":
         if self._read is None:
             vector = self._vector.cpu()
             header = vector[: VectorLayout.FIRST_KEY].tolist()
             if header[VectorLayout.CHANGED]:
                 self._read = self._repeat()._resolve()
             else:
-                self._read = _Read(
+                self._read = _Numbers(
                     values=self._values(vector),
                     has_anomaly=header[VectorLayout.ANOMALY] != 0,
                     microbatches=int(header[VectorLayout.MICROBATCHES]),

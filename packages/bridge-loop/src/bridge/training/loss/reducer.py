@@ -1,4 +1,4 @@
-"""Reduces metrics over microbatches, ranks and steps, in one collective.
+"""The reduction of metrics over microbatches, ranks and steps, in one collective.
 
 Each metric declares how it is reduced. The value v_s of a step s over its microbatches m and the
 contributing ranks r is
@@ -46,7 +46,7 @@ from bridge.training.usage_error import UsageError
 
 
 class MetricReducer:
-    """Reduces the records of one step or several to numbers that are equal on every rank.
+    """A reducer of the records of one step or several to numbers that are equal on every rank.
 
     All ranks of the group call the same methods, also ranks without a record. A program's loop
     calls `add_step` after each step and `reduce` where it logs. An evaluation calls `accumulate`

@@ -79,7 +79,7 @@ class VectorLayout:
 
 
 class VectorPacker:
-    """Packs this rank's part of a reduction into a vector.
+    """A packer of this rank's part of a reduction into a vector.
 
     Args:
         rank: This rank in the group.

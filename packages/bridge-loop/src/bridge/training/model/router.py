@@ -29,7 +29,7 @@ with quiet_import():
 
 
 class Router(TopKRouter):
-    """Routes each token to its experts (see the module)."""
+    """megatron-core's top-k router with the auxiliary losses of the module's docstring."""
 
     _padding: torch.Tensor | None = None
     """True at padding, [sequence * batch], while a microbatch with a mask is trained."""

@@ -1,4 +1,4 @@
-"""megatron-core's optimizer over what is trained on a rank."""
+"""megatron-core's optimizer over the trained weights of a rank."""
 
 from typing import TYPE_CHECKING, Any
 

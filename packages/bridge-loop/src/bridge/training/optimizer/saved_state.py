@@ -1,4 +1,4 @@
-"""The optimizer's part of a checkpoint: corrections to what megatron-core saves, and resharding.
+"""The optimizer's part of a checkpoint: corrections to megatron-core's state, and resharding.
 
 megatron-core has one optimizer for all weights, and a second one for the experts under expert
 parallelism. The tensors of a checkpoint are found by the names of their weights. The settings of

@@ -1,4 +1,4 @@
-"""The launcher's store, through which ranks find each other, and its number of this rank."""
+"""The launcher's store, through which ranks find each other, and this rank's number."""
 
 import datetime
 import os
