@@ -69,7 +69,7 @@ def main() -> int:
             problems += alone_problems(
                 members, name, wheels, contents[name], temporary / name, tests=not args.no_tests
             )
-    print("\n".join(problems) or f"{len(args.members or members)} wheels stand alone")
+    print("\n".join(problems) or f"{len(args.members or members)} wheels work alone")
     return bool(problems)
 
 
