@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from bridge.training.batch_sizes import BatchSizes
 from bridge.training.callbacks import CallbackContext, Callbacks
 from bridge.training.evaluations import Evaluations
 from bridge.training.parts import TrainingParts
@@ -84,7 +83,7 @@ class Run:
 
     def num_microbatches(self) -> int:
         """Return this rank's microbatches of the coming step."""
-        return BatchSizes.of(self.config.train, self.ranks.model.replicas).microbatches
+        return self.config.train.batch_sizes(self.ranks.model.replicas).microbatches
 
     @property
     def before_optimizer_step(self) -> Callable[[], None] | None:

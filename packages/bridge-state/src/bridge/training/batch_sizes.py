@@ -1,10 +1,6 @@
 """Batch sizes: how the samples of a step are divided over replicas and microbatches."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
-
-if TYPE_CHECKING:
-    from bridge.training.config.sections import TrainConfig
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -23,20 +19,6 @@ class BatchSizes:
     """Samples that one replica runs at once."""
     replicas: int
     """Data-parallel replicas of the model."""
-
-    @classmethod
-    def of(cls, train: "TrainConfig", replicas: int) -> Self:
-        """Return the sizes of a run's steps.
-
-        Args:
-            train: The section train.
-            replicas: Data-parallel replicas of the model.
-        """
-        return cls(
-            global_batch=train.global_batch_size,
-            micro_batch=train.micro_batch_size,
-            replicas=replicas,
-        )
 
     @property
     def global_microbatch(self) -> int:

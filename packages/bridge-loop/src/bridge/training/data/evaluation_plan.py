@@ -145,7 +145,7 @@ def plan_of_run(
         group = group or int(ranks.groups.pp.size())
     return plan_evaluation(
         num_samples,
-        BatchSizes.of(config.train, ranks.replicas),
+        config.train.batch_sizes(ranks.replicas),
         group=group,
         smallest=ranks.smallest_microbatch,
     )

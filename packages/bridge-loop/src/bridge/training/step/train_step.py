@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bridge.training.batch_sizes import BatchSizes
 from bridge.training.contracts import ModelRanks
 from bridge.training.loss import auxiliary
 from bridge.training.loss.adapter import LossAdapter
@@ -126,7 +125,7 @@ def train_step(  # noqa: PLR0913  # as megatron-core's own loops take them
     """
     train, counters = state.cfg.train, state.train_state
     ranks = to_model_ranks(pg_collection)
-    sizes = BatchSizes.of(train, ranks.replicas)
+    sizes = train.batch_sizes(ranks.replicas)
     if num_microbatches is None:
         num_microbatches = sizes.microbatches
     samples = num_microbatches * sizes.global_microbatch

@@ -7,6 +7,7 @@ dataclasses (optimizer, DDP, model) are used as they are.
 from dataclasses import dataclass
 from typing import Literal
 
+from bridge.training.batch_sizes import BatchSizes
 from bridge.training.local_paths import local_path
 
 type AnomalyAction = Literal["raise", "raise_at_once", "skip", "log"]
@@ -48,6 +49,14 @@ class TrainConfig:
     manual_gc_interval: int = 100
     """Steps between Python garbage collections, at the same step on every rank; 0 leaves them to
     Python, which then stalls ranks at different times."""
+
+    def batch_sizes(self, replicas: int) -> BatchSizes:
+        """Return the sizes of a step's batch on this number of data-parallel replicas."""
+        return BatchSizes(
+            global_batch=self.global_batch_size,
+            micro_batch=self.micro_batch_size,
+            replicas=replicas,
+        )
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,7 @@ def contradictions(config: ConfigContainer) -> Iterator[Problem]:
 
 def batch_problems(config: ConfigContainer, layout: Layout) -> Iterator[Problem]:
     """Yield the reasons why the global batch does not divide into microbatches on `layout`."""
-    sizes = BatchSizes.of(config.train, layout.data)
+    sizes = config.train.batch_sizes(layout.data)
     micro, batch, step = sizes.micro_batch, sizes.global_batch, sizes.global_microbatch
     if micro < 1 or batch < 1 or layout.data < 1:
         return
