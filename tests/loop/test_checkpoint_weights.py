@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bridge.training.checkpoint.safe_loading import RejectedType
-from bridge.training.checkpoint.single_weights import SavedWeights, saved_config, write_weights
+from bridge.training.checkpoint_weights import SavedWeights, saved_config, write_weights
 from bridge.training.config import CheckpointConfig
 from bridge.training.config.model_identity import model_field
 from bridge.training.pretrain import pretrain

@@ -294,8 +294,18 @@ def test_a_finished_run_takes_its_metrics_from_the_checkpoint_and_is_not_evaluat
     change(tmp_path / "run")
     assert run_ranks(2, body, True, timeout=120) == [(first[0][0], [])] * 2
     (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
-    for damaged in ("{", '{"validation": {"step": 5}}'):
-        (saved / "evaluations.json").write_text(damaged)
+    for damaged in (
+        "{",
+        "[" * 100_000,
+        "\udcff\udcfe",
+        "null",
+        '{"validation": {"step": 5}}',
+        '{"validation": {"step": "5", "metrics": {}}}',
+        '{"validation": {"step": 5, "metrics": [1]}}',
+        '{"validation": {"step": 5, "metrics": {"lm loss": "low"}}}',
+        '{"validation": {"step": 6, "metrics": {"lm loss": 0.0}}}',
+    ):
+        (saved / "evaluations.json").write_text(damaged, errors="surrogateescape")
         with pytest.raises(RankFailure, match="remove it to evaluate again"):
             run_ranks(2, body, True, timeout=120)
 

@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from bridge.training.checkpoint import manifest as checkpoint_manifest
 from bridge.training.checkpoint import megatron_io
 from bridge.training.checkpoint.base import reject_another_base
-from bridge.training.checkpoint.manifest import Manifest, reject_damaged, verified, write_manifest
-from bridge.training.checkpoint.single_weights import SavedWeights
+from bridge.training.checkpoint.manifest import Manifest, write_manifest
+from bridge.training.checkpoint.verification import reject_damaged, verified
+from bridge.training.checkpoint_weights import SavedWeights
 from bridge.training.pretrain import pretrain
 from bridge.training.ranks.groups import one_process
 from bridge.training.run_files.directory import RunDirectory
@@ -263,8 +264,8 @@ def test_a_block_of_a_large_file_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         ({"files": {"a": {"size": "1", "crc32": [1]}}}, "the record of 'a' has no size"),
         ({"files": {"a": {"size": 9, "crc32": []}}}, "the record of 'a' has no size"),
         ({"files": {}}, "it lacks .metadata"),
-        ({"files": []}, "is no complete manifest"),
-        ({"saved_at": "now"}, "is no complete manifest"),
+        ({"files": []}, "is no whole manifest"),
+        ({"saved_at": "now"}, "is no whole manifest"),
         ({"step": "8"}, "'8' is no number"),
     ],
 )

@@ -19,7 +19,7 @@ from bridge.gpt.conversion.hf_import import import_hf, read_weights
 from bridge.gpt.conversion.safetensors_files import TensorFolder, write_tensors
 from bridge.gpt.conversion.tokenizer_files import copy_tokenizer
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
-from bridge.training.checkpoint.single_weights import saved_config, write_weights
+from bridge.training.checkpoint_weights import saved_config, write_weights
 from bridge.training.config import ConfigContainer, TokenizerConfig, resolve
 from bridge.training.contracts import ExportRequest
 from bridge.training.ranks.groups import one_process

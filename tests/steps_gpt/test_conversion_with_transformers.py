@@ -10,7 +10,7 @@ import torch
 
 from bridge.gpt.conversion.hf_export import export_hf
 from bridge.gpt.conversion.hf_import import import_hf
-from bridge.training.checkpoint.single_weights import saved_config
+from bridge.training.checkpoint_weights import saved_config
 from bridge.training.contracts import ExportRequest
 from bridge.training.gpt_step import forward_step
 from bridge.training.setup import training_parts

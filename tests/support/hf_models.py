@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from bridge.gpt.conversion.hf_config import read_model_config
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.gpt.model_config import GPTModelConfig
-from bridge.training.checkpoint.single_weights import saved_config
+from bridge.training.checkpoint_weights import saved_config
 from bridge.training.config import (
     CheckpointConfig,
     ConfigContainer,

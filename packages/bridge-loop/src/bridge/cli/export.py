@@ -57,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
     exporter = find_exporter(options.to)
     size = parse_size(options.max_shard_size)
 
-    from bridge.training.checkpoint.manifest import verified
-    from bridge.training.checkpoint.single_weights import saved_config
+    from bridge.training.checkpoint.verification import verified
+    from bridge.training.checkpoint_weights import saved_config
     from bridge.training.config.schema.importable_names import dtype_from_name
     from bridge.training.contracts import ExportRequest
     from bridge.training.run_files.directory import find_checkpoint, new_folder

@@ -42,8 +42,8 @@ def run(options: argparse.Namespace) -> int:
     """
     # Merging is done on the CPU: hide the GPUs before torch looks for them.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from bridge.training.adapters.merging import merge
-    from bridge.training.checkpoint.single_weights import saved_config
+    from bridge.training.checkpoint_weights import saved_config
+    from bridge.training.merging import merge
     from bridge.training.run_files.directory import find_checkpoint, new_folder
 
     checkpoint = find_checkpoint(options.checkpoint, "RUN_OR_CHECKPOINT")

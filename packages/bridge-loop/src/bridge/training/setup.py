@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bridge.training.adapters.attaching import (
+from bridge.training.adapters import (
     Adapters,
     attach_adapters,
     describe_adapters,
@@ -21,9 +21,9 @@ from bridge.training.adapters.attaching import (
 from bridge.training.callbacks import Callbacks
 from bridge.training.checkpoint.base import reject_another_base
 from bridge.training.checkpoint.checkpointer import Checkpointer, SavedRun
-from bridge.training.checkpoint.manifest import Verification, missing_records
 from bridge.training.checkpoint.resume_rules import reject_another_model, reject_another_run
 from bridge.training.checkpoint.run_state import counters_of
+from bridge.training.checkpoint.verification import Verification, missing_records
 from bridge.training.config import ConfigContainer, resolve
 from bridge.training.contracts import TOKENS
 from bridge.training.counters import CountSources, TokenCounter
@@ -168,7 +168,9 @@ def _built(
     """Build the components that train, with a checkpoint loaded; writes nothing to disk."""
     start = _find_starting_point(config, ranks, directory)
     with contextlib.ExitStack() as stack:
-        verification = stack.enter_context(Verification(start.checkpoints, ranks.control_group))
+        verification = stack.enter_context(
+            contextlib.closing(Verification(start.checkpoints, ranks.control_group))
+        )
         stack.enter_context(_own_global_state(config, ranks))
         state = GlobalState(config)
         stack.push(lambda kind, *_: state.close(failed=kind is not None))

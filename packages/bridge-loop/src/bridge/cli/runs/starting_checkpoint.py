@@ -45,8 +45,8 @@ def find_starting_checkpoint(source: str, recipe: "Recipe") -> StartingCheckpoin
     Raises:
         UsageError: There is none, or it is of another kind of model than the recipe's.
     """
-    from bridge.training.checkpoint.manifest import reject_damaged
     from bridge.training.checkpoint.resume_rules import decided_by_checkpoint
+    from bridge.training.checkpoint.verification import reject_damaged
     from bridge.training.config.model_identity import field_kinds
     from bridge.training.config.schema.fields import TARGET, class_name
     from bridge.training.run_files.configuration import read_config

@@ -212,8 +212,8 @@ def _saved_configuration(options: argparse.Namespace) -> list[str]:
 
 def _check_directory(config: "ConfigContainer") -> None:
     """Reject a run's directory that does not fit this start, as the ranks would."""
-    from bridge.training.checkpoint.manifest import reject_damaged
     from bridge.training.checkpoint.resume_rules import reject_another_run
+    from bridge.training.checkpoint.verification import reject_damaged
     from bridge.training.run_files.directory import RunDirectory, reject_wrong_directory
 
     if config.checkpoint.run_dir is None:

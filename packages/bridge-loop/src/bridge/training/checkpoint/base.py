@@ -69,8 +69,10 @@ def fingerprint(checkpoint: Path) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(checkpoint.rglob("*")):
-        # The manifest has the configuration's checksum, and evaluations may come later.
-        if not path.is_file() or path.name in ("config.yaml", MANIFEST, EVALUATIONS):
+        # The manifest has the configuration's checksum, and evaluations may come later; a process
+        # that was killed may have left them under a temporary name.
+        is_left_out = path.name in ("config.yaml", MANIFEST) or path.name.startswith(EVALUATIONS)
+        if is_left_out or not path.is_file():
             continue
         size = path.stat().st_size
         digest.update(f"{path.relative_to(checkpoint)} {size} ".encode())

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from bridge.training.checkpoint.manifest import reject_missing_manifest
 from bridge.training.checkpoint.megatron_io import reading
+from bridge.training.checkpoint.verification import reject_missing_manifest
 from bridge.training.durable_files import replace_durably
 from bridge.training.state import Evaluation, Results, TrainState
 from bridge.training.usage_error import UsageError
@@ -25,8 +25,7 @@ FORMAT_VERSION = 2
 RUN_STATE = "run_state.json"
 
 EVALUATIONS = "evaluations.json"
-"""The file of evaluations that came after the checkpoint was saved. The manifest does not have it.
-"""
+"""The file of the evaluations that came after the checkpoint was saved, outside of the manifest."""
 
 _REMEDY = "remove it to evaluate again"
 
@@ -73,9 +72,10 @@ def saved_results(checkpoint: Path, common: Mapping[str, Any]) -> Results:
     later = checkpoint / EVALUATIONS
     if later.exists():
         evaluations |= _read_json(later, _REMEDY)
+    step = int(common["train_state"]["step"])
     try:
-        newest = {split: Evaluation(**found) for split, found in evaluations.items()}
-    except TypeError as error:
+        newest = {split: _evaluation(content, step) for split, content in evaluations.items()}
+    except (TypeError, ValueError) as error:
         raise UsageError(f"{later}: holds no evaluations ({error}); {_REMEDY}") from error
     return Results(logged=dict(saved.get("logged", {})), evaluations=newest)
 
@@ -91,10 +91,29 @@ def format_version(common: Mapping[str, Any]) -> int:
     return int(common.get("format_version", 1))
 
 
+def _evaluation(content: Any, last_step: int) -> Evaluation:
+    """Return an evaluation that was saved; its file may be damaged, or of another checkpoint.
+
+    Raises:
+        TypeError: It is no evaluation.
+        ValueError: It is of a step after the checkpoint.
+    """
+    evaluation = Evaluation(**content)
+    step, metrics = evaluation.step, evaluation.metrics
+    if not isinstance(step, int) or not isinstance(metrics, dict):
+        raise TypeError("it has no step with metrics")
+    for name, value in metrics.items():
+        if not isinstance(value, int | float | None):
+            raise TypeError(f"{name!r} is no number")
+    if step > last_step:
+        raise ValueError(f"it is of step {step}, and the checkpoint of step {last_step}")
+    return evaluation
+
+
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{path}: cannot be read ({type(error).__name__}: {error}); the file is damaged, "
             f"{remedy}"

@@ -10,7 +10,7 @@ from bridge.gpt.conversion.json_files import read_json, write_json
 from bridge.gpt.conversion.safetensors_files import write_tensors
 from bridge.gpt.conversion.tokenizer_files import copy_tokenizer, tokenizer_folder
 from bridge.gpt.model_config import GPTModelConfig
-from bridge.training.checkpoint.single_weights import SavedWeights
+from bridge.training.checkpoint_weights import SavedWeights
 from bridge.training.contracts import ExportedWeight, ExportRequest
 from bridge.training.ranks.groups import one_process
 from bridge.training.usage_error import UsageError

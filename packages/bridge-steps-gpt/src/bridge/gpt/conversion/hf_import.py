@@ -11,7 +11,7 @@ from bridge.gpt.conversion.tokenizer_files import has_tokenizer
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.gpt.model_config import GPTModelConfig
 from bridge.gpt.name_lists import join_first
-from bridge.training.checkpoint.single_weights import write_weights
+from bridge.training.checkpoint_weights import write_weights
 from bridge.training.config import ConfigContainer, TokenizerConfig
 from bridge.training.contracts import ExportedWeight
 from bridge.training.ranks.groups import one_process

@@ -8,8 +8,8 @@ import torch
 from bridge.gpt.conversion.json_files import write_json
 from bridge.gpt.conversion.safetensors_files import write_file
 from bridge.gpt.model_config import GPTModelConfig
-from bridge.training.adapters.merging import adapted_model
 from bridge.training.contracts import AdaptedLayer, ExportedWeight, ExportRequest, LowRankUpdate
+from bridge.training.merging import adapted_model
 from bridge.training.usage_error import UsageError
 
 _PREFIX = "base_model.model."

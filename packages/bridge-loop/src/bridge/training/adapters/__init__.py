@@ -1,1 +1,0 @@
-"""Parameter-efficient fine-tuning: attaching adapters, and merging them into the base."""
