@@ -161,7 +161,7 @@ def test_a_step_that_fails_leaves_the_model_as_it_was(tmp_path: Path) -> None:
         with a_run(own_run(tmp_path / "run", dataset=OwnData(validation=8)), token_step) as run:
             with pytest.raises(ZeroDivisionError):
                 run.context.collect_non_loss_data(failing)
-            assert run.model[0].training
+            assert run.parts.model[0].training
             # The loop would continue here.
             assert len(run.context.collect_non_loss_data()) == 2
 

@@ -44,7 +44,7 @@ def test_every_sample_of_the_set_counts_once_for_any_batch_size_and_number_of_ra
         )
         with a_run(config, token_step) as run:
             result = evaluated(run)
-            assert run.state.train_state.consumed_validation_samples == samples
+            assert run.parts.state.train_state.consumed_validation_samples == samples
             return [
                 result.metrics["error"],
                 result.tokens,
@@ -90,7 +90,7 @@ def test_every_kind_of_metric_is_that_of_the_samples(
         with a_run(config, metrics_step) as run:
             with torch.no_grad():
                 inputs = [Samples(1, WIKI + index)[0]["x"][None] for index in range(17)]
-                outputs = [float(run.model[0](x).mean()) for x in inputs]
+                outputs = [float(run.parts.model[0](x).mean()) for x in inputs]
             return outputs, evaluated(run).metrics
 
     ((outputs, first), (_, second)) = run_ranks(2, body, timeout=120)
@@ -137,7 +137,7 @@ def test_what_does_not_count_is_neither_watched_nor_collected(tmp_path: Path) ->
         )
         with a_run(config, step) as run:
             result = evaluated(run)
-            warnings = run.forward_step.watch.check(config.train, run.ranks.control_group)
+            warnings = run.parts.check_losses()
             collected = run.context.collect_non_loss_data(numbers_step)
             return result.metrics["error"], warnings, collected
 
@@ -323,8 +323,8 @@ def test_an_evaluation_that_raises_leaves_nothing_in_a_training_step(tmp_path: P
                 if calls:
                     with pytest.raises(ZeroDivisionError):
                         evaluated(run)
-                    assert run.state.train_state.consumed_validation_samples == 0
-                reduced = one_step(run, reducer=run.reducer).reduced
+                    assert run.parts.state.train_state.consumed_validation_samples == 0
+                reduced = one_step(run, reducer=run.parts.reducer).reduced
                 assert reduced is not None
                 found.append((reduced.to_dict(), reduced.microbatches, reduced.tokens))
         return found

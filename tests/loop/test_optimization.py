@@ -21,10 +21,10 @@ def rates(directory: Path, scheduler: SchedulerConfig, optimizer: OptimizerConfi
         config = own_run(directory, scheduler=scheduler, optimizer=optimizer)
         config.train = TrainConfig(train_iters=10, global_batch_size=8, micro_batch_size=8)
         with a_run(config, token_step) as run:
-            found = [learning_rate(run.optimizer, run.scheduler)]
+            found = [learning_rate(run.parts.optimizer, run.parts.scheduler)]
             for _ in range(10):
-                run.scheduler.step(increment=8)
-                found.append(learning_rate(run.optimizer, run.scheduler))
+                run.parts.scheduler.step(increment=8)
+                found.append(learning_rate(run.parts.optimizer, run.parts.scheduler))
             return found
 
     return run_ranks(1, body, timeout=120)[0]
@@ -69,7 +69,7 @@ def test_the_users_optimizer_section_is_not_written_to(tmp_path: Path) -> None:
     def body() -> Any:
         config = own_run(tmp_path / "run", optimizer=OptimizerConfig(lr=1.0))
         with a_run(config, token_step) as run:
-            return run.config.optimizer.min_lr, config.optimizer.min_lr
+            return run.parts.config.optimizer.min_lr, config.optimizer.min_lr
 
     assert run_ranks(1, body, timeout=120) == [(None, None)]
 
@@ -98,14 +98,14 @@ def test_a_model_may_have_a_rate_for_each_of_its_parameters(
         config.ddp.use_distributed_optimizer = distributed
         config.ddp.overlap_param_gather = distributed
         with a_run(config, token_step) as run:
-            before = parameters_of(run.model)
+            before = parameters_of(run.parts.model)
             result = one_step(run)
             moved = {
                 name: float((after - before[name]).abs().median())
-                for name, after in parameters_of(run.model).items()
+                for name, after in parameters_of(run.parts.model).items()
             }
-            run.scheduler.step(increment=10**6)
-            return result.learning_rate, moved, {g["lr"] for g in run.optimizer.param_groups}
+            run.parts.scheduler.step(increment=10**6)
+            return result.learning_rate, moved, {g["lr"] for g in run.parts.optimizer.param_groups}
 
     rate, moved, last = run_ranks(1, body, timeout=120)[0]
     assert rate == 0.5
@@ -133,8 +133,8 @@ def test_a_run_with_several_rates_continues_at_another_rate_or_is_rejected_in_ou
         with a_run(config, token_step) as run:
             if not changes:
                 one_step(run)
-                run.checkpointer.save()
-            return sorted({group["max_lr"] for group in run.optimizer.param_groups})
+                run.parts.checkpointer.save()
+            return sorted({group["max_lr"] for group in run.parts.optimizer.param_groups})
 
     class ThreeRates(TwoRates):
         @override

@@ -280,24 +280,24 @@ def many_steps(
     seen = Seen()
     step = partial(forward_step, LOSS_FUNCTIONS[pattern])
     with a_run(config, step, [seen]) as run:
-        data_iterator = run.data.training(0)
+        data_iterator = run.parts.data.training(0)
         for cells in steps:
             result = one_step(
                 run,
                 data_iterator=data_iterator,
                 num_microbatches=len(cells[0]),
-                reducer=run.reducer,
+                reducer=run.parts.reducer,
                 before_optimizer_step=run.before_optimizer_step,
             )
             seen.on_step_end(run.context, result)
         evaluated = evaluate(
-            run.forward_step,
-            run.data.training(0),
-            run.model,
-            run.state,
+            run.parts.forward_step,
+            run.parts.data.training(0),
+            run.parts.model,
+            run.parts.state,
             num_samples=len(microbatches),
-            pg_collection=run.ranks.pg_collection,
-            reducer=run.reducer,
+            pg_collection=run.parts.ranks.pg_collection,
+            reducer=run.parts.reducer,
         )
     return seen, dict(evaluated.metrics)
 

@@ -34,7 +34,7 @@ def on_a_terminal(write: Callable[[Progress], None], columns: int = 200) -> str:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(theirs, "w") as stream:
-        with Progress(stream) as progress:
+        with contextlib.closing(Progress(stream)) as progress:
             write(progress)
     output = b""
     with contextlib.suppress(OSError):  # Linux's way to say that the other side is closed.
@@ -58,7 +58,7 @@ def on_a_screen(output: str) -> list[str]:
 
 def in_a_pipe(write: Callable[[Progress], None]) -> list[str]:
     reader, writer = os.pipe()
-    with os.fdopen(writer, "w") as stream, Progress(stream) as progress:
+    with os.fdopen(writer, "w") as stream, contextlib.closing(Progress(stream)) as progress:
         write(progress)
     with os.fdopen(reader) as result:
         return result.read().splitlines()
@@ -181,7 +181,8 @@ def test_the_summary_is_below_the_last_step() -> None:
 
 def test_ranks_that_do_not_speak_write_nothing() -> None:
     stream = io.StringIO()
-    with Progress(stream, enabled=False, is_terminal=True) as progress, progress.phase("model"):
+    progress = Progress(stream, enabled=False, is_terminal=True)
+    with contextlib.closing(progress), progress.phase("model"):
         progress.step(10, 100, ROW)
         progress.tick(20, 100)
         progress.evaluation("validation", 10, {})

@@ -68,7 +68,7 @@ def test_a_latest_that_names_no_checkpoint_is_an_error_that_lists_the_steps(
         f"{directory.checkpoint(100)}"
     )
     with pytest.raises(UsageError, match=r"holds a run already; .* steps 3, 20, 100: continue"):
-        reject_wrong_directory(directory, resume=False, holds_a_run=True)
+        reject_wrong_directory(directory, resume=False)
     assert directory.checkpoint_to_resume(20) == directory.checkpoint(20)
     with pytest.raises(UsageError, match=r"checkpoint\.step=4: .* steps 3, 20, 100"):
         directory.checkpoint_to_resume(4)

@@ -223,13 +223,13 @@ def test_all_ranks_end_an_evaluation_when_one_has_to(tmp_path: Path) -> None:
 
         config = own_run(tmp_path / "run", dataset=OwnData(validation=27))
         with a_run(config, token_step) as run:
-            cut = evaluated(run, stop=stop, control_group=run.ranks.control_group)
+            cut = evaluated(run, stop=stop, control_group=run.parts.ranks.control_group)
             whole = evaluated(run, stop=lambda: len(asked) > 9)
             return (
                 (cut.samples, cut.planned_samples, cut.complete, cut.tokens),
                 cut.metrics["error"],
                 (whole.samples, whole.complete),
-                run.state.train_state.consumed_validation_samples,
+                run.parts.state.train_state.consumed_validation_samples,
                 len(asked),
             )
 

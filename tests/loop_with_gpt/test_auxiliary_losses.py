@@ -204,7 +204,7 @@ def test_a_logged_step_has_the_mean_of_its_interval_or_its_own_values(tmp_path: 
 def test_a_model_without_auxiliary_losses_logs_none(tmp_path: Path) -> None:
     def body() -> set[str]:
         with a_run(gpt_run(tmp_path / "run", tiny_gpt()), forward_step) as run:
-            return set(one_step(run, reducer=run.reducer).metrics)
+            return set(one_step(run, reducer=run.parts.reducer).metrics)
 
     assert run_ranks(1, body) == [{"lm loss"}]
 

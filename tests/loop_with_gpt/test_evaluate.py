@@ -57,7 +57,7 @@ def test_the_value_is_the_sum_over_the_set_by_the_tokens_of_the_set(
             )
             with a_run(config, token_step) as run:
                 result = evaluated(run)
-                counted = run.state.train_state.consumed_validation_samples
+                counted = run.parts.state.train_state.consumed_validation_samples
                 assert counted == result.samples
                 found.append((result.samples, result.metrics["error"]))
         return found
@@ -96,7 +96,7 @@ def test_every_module_is_back_in_its_mode_after_an_exception(tmp_path: Path) -> 
     def body() -> None:
         config = own_run(tmp_path / "run", dataset=OwnData(validation=8))
         with a_run(config, failing) as run:
-            module: Any = run.model[0]
+            module: Any = run.parts.model[0]
             module.module.module.dropout.eval()
             hooks = list(module.remove_forward_pre_hook_handles)
             with pytest.raises(ZeroDivisionError):
@@ -106,7 +106,7 @@ def test_every_module_is_back_in_its_mode_after_an_exception(tmp_path: Path) -> 
             assert module.training
             assert module.module.module.inner.training
             assert not module.module.module.dropout.training
-            assert run.state.train_state.consumed_validation_samples == 0
+            assert run.parts.state.train_state.consumed_validation_samples == 0
 
     run_ranks(2, body, timeout=120)
 
@@ -189,7 +189,7 @@ def test_metrics_reduced_without_the_context_parallel_ranks_are_rejected(tmp_pat
         config = gpt_run(tmp_path / "run", tiny_gpt(context_parallel_size=2))
         config.dataset = TokenData(validation=8)
         with a_run(config, gpt_forward_step) as run:
-            groups = run.ranks.model.groups
+            groups = run.parts.ranks.model.groups
             without = MetricReducer(
                 normalization="token",
                 contributes=True,
@@ -234,7 +234,7 @@ def test_the_last_stage_collects_one_item_a_microbatch_in_the_order_of_the_data(
         with a_run(config, predictions_step) as run:
             public = evaluated(run, samples=8, collect_non_loss_data=True)
             assert (public.metrics, public.tokens, public.samples) == ({}, None, 8)
-            assert run.state.train_state.consumed_validation_samples == 0
+            assert run.parts.state.train_state.consumed_validation_samples == 0
         return [
             [(tokens, logits.tolist()) for tokens, logits in items]
             for items in (collector.found, public.non_loss_data)
@@ -261,7 +261,7 @@ def test_stages_of_a_pipeline_end_an_evaluation_together(tmp_path: Path) -> None
         config = gpt_run(tmp_path / "run", tiny_gpt(pipeline_model_parallel_size=2))
         config.dataset = TokenData(validation=12)
         with a_run(config, gpt_forward_step) as run:
-            control = run.ranks.control_group
+            control = run.parts.ranks.control_group
             result = evaluated(run, stop=lambda: dist.get_rank() == 0, control_group=control)
             again = evaluated(run)
             return result.samples, result.complete, result.metrics, again.samples, again.complete

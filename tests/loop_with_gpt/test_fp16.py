@@ -48,7 +48,7 @@ def run_of(directory: Path, layout: str) -> ConfigContainer:
 
 
 def scales_of(run: Run) -> list[float]:
-    return [float(part.get_loss_scale()) for part in run.optimizer.chained_optimizers]
+    return [float(part.get_loss_scale()) for part in run.parts.optimizer.chained_optimizers]
 
 
 def overflow(run: Run) -> Callable[[], None]:
@@ -59,16 +59,16 @@ def overflow(run: Run) -> Callable[[], None]:
     """
     if dist.get_rank() != 1:
         return lambda: None
-    names = [name for name, _ in run.model[0].named_parameters()]
+    names = [name for name, _ in run.parts.model[0].named_parameters()]
     chosen = [name for name in names if "experts" in name] or names
-    parameter = run.model[0].get_parameter(chosen[0])
+    parameter = run.parts.model[0].get_parameter(chosen[0])
     handle: Any = parameter.register_hook(lambda gradient: gradient * float("inf"))
     return lambda: handle.remove()
 
 
 def weights_of(run: Run) -> dict[str, torch.Tensor]:
-    with parameters_in_sync(run.model):
-        return parameters_of(run.model)
+    with parameters_in_sync(run.parts.model):
+        return parameters_of(run.parts.model)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -78,11 +78,11 @@ def test_an_overflow_on_one_rank_lowers_every_scale_and_the_run_recovers(
     def body() -> Any:
         found = []
         with a_run(run_of(tmp_path / "run", layout), forward_step) as run:
-            data_iterator = run.data.training(0)
+            data_iterator = run.parts.data.training(0)
             for step in range(1, 9):
                 before = weights_of(run)
                 end = overflow(run) if step in (2, 4) else lambda: None
-                result = one_step(run, data_iterator=data_iterator, reducer=run.reducer)
+                result = one_step(run, data_iterator=data_iterator, reducer=run.parts.reducer)
                 end()
                 after = weights_of(run)
                 changed = [name for name in before if not torch.equal(before[name], after[name])]
@@ -90,7 +90,7 @@ def test_an_overflow_on_one_rank_lowers_every_scale_and_the_run_recovers(
                 assert result.skipped == (result.grad_norm is None)
                 assert result.metrics["lm loss"] is not None
                 found.append((result.skipped, scales_of(run), result.learning_rate))
-            counters = run.state.train_state
+            counters = run.parts.state.train_state
             assert counters.skipped_train_samples == 2 * 4
             return found, {name: value for name, value in after.items() if "experts" not in name}
 
@@ -114,7 +114,7 @@ def test_an_overflow_on_one_rank_lowers_every_scale_and_the_run_recovers(
 def test_a_loss_scale_survives_a_resume(tmp_path: Path) -> None:
     def state_of(run: Run) -> list[Any]:
         found = []
-        for part in run.optimizer.chained_optimizers:
+        for part in run.parts.optimizer.chained_optimizers:
             state = part.grad_scaler.state_dict()
             found.append([float(state["scale"]), *(v for k, v in state.items() if k != "scale")])
         return found
@@ -126,13 +126,13 @@ def test_a_loss_scale_survives_a_resume(tmp_path: Path) -> None:
             config.checkpoint.resume = resume
             with a_run(config, forward_step) as run:
                 if resume:
-                    found.append((run.state.train_state.step, state_of(run)))
+                    found.append((run.parts.state.train_state.step, state_of(run)))
                 for step in range(3):
                     end = overflow(run) if step < 2 else lambda: None
                     one_step(run)
                     end()
                 run.save()
-                found.append((run.state.train_state.step, state_of(run)))
+                found.append((run.parts.state.train_state.step, state_of(run)))
         return found
 
     for first, restored, _ in run_ranks(2, body, timeout=120):

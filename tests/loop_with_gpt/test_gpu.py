@@ -120,10 +120,12 @@ def test_a_step_that_is_not_logged_waits_for_nothing(tmp_path: Path, layer_spec:
     config = run_of(tmp_path / "run", layer_spec)
     config.train.spike_factor = 3.0
     with a_run(config, forward_step) as run:
-        data_iterator = run.data.training(0)
+        data_iterator = run.parts.data.training(0)
 
         def step(**arguments: Any) -> StepResult:
-            return one_step(run, data_iterator=data_iterator, reducer=run.reducer, **arguments)
+            return one_step(
+                run, data_iterator=data_iterator, reducer=run.parts.reducer, **arguments
+            )
 
         for _ in range(2):  # Code that runs once may wait for the device.
             step()
@@ -143,7 +145,7 @@ def weights(directory: Path, layer_spec: str) -> list[torch.Tensor]:
     Names differ where Transformer Engine holds a norm and a matrix in one module.
     """
     with a_run(run_of(directory, layer_spec, "fp32"), forward_step) as run:
-        values = [value.cpu() for value in parameters_of(run.model).values()]
+        values = [value.cpu() for value in parameters_of(run.parts.model).values()]
     return sorted(values, key=lambda value: (tuple(value.shape), value.flatten().tolist()))
 
 

@@ -135,17 +135,17 @@ def observed(overrides: tuple[str, ...], directory: str) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     kernels: collections.Counter[str] = collections.Counter()
     with a_run(config, forward_step) as run:
-        data, losses = run.data.training(0), []
+        data, losses = run.parts.data.training(0), []
         for step in range(STEPS):
             if step == STEPS - 1:
                 with torch.profiler.profile(
                     activities=[torch.profiler.ProfilerActivity.CUDA]
                 ) as seen:
-                    result = one_step(run, data_iterator=data, reducer=run.reducer)
+                    result = one_step(run, data_iterator=data, reducer=run.parts.reducer)
                     torch.cuda.synchronize()
                 kernels.update({e.key: e.count for e in seen.key_averages()})
             else:
-                result = one_step(run, data_iterator=data, reducer=run.reducer)
+                result = one_step(run, data_iterator=data, reducer=run.parts.reducer)
             losses.append(result.metrics["lm loss"])
     return {
         "losses": losses,

@@ -172,9 +172,9 @@ def test_an_update_is_as_long_as_the_clipping_allows(layouts: list[str]) -> None
         )
         trace = RankTrace()
         with a_run(config, forward_step) as run:
-            trace.first = pieces_of(run.model, run.ranks.pg_collection)
+            trace.first = pieces_of(run.parts.model, run.parts.ranks.pg_collection)
             trace.grad_norms.append(float(one_step(run).grad_norm or 0.0))
-            trace.last = pieces_of(run.model, run.ranks.pg_collection)
+            trace.last = pieces_of(run.parts.model, run.parts.ranks.pg_collection)
         return trace
 
     cases = [case_of("gpt2", layout) for layout in layouts]
@@ -193,7 +193,7 @@ def test_a_short_window_is_a_smaller_global_batch(tmp_path: Path) -> None:
         config = config_of(case_of("llama", layout), tmp_path / f"{layout} {batch}")
         config.train.global_batch_size = batch
         with a_run(config, forward_step) as run:
-            result = one_step(run, num_microbatches=microbatches, reducer=run.reducer)
+            result = one_step(run, num_microbatches=microbatches, reducer=run.parts.reducer)
             return result.metrics["lm loss"] or 0.0, float(result.grad_norm or 0.0)
 
     def steps(windows: dict[str, int]) -> list[tuple[float, float]]:

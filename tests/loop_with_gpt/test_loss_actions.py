@@ -92,15 +92,15 @@ def warmed_up(config: ConfigContainer, layout: Any, bad: Bad) -> Iterator[Run]:
     """Set up a run whose mean is that of enough steps, with losses as they are at the start."""
     with a_run(config, a_step(layout, bad)) as run:
         mean = 2.0 if layout is None else 4.2
-        run.forward_step.watch.load_state_dict({"mean": mean, "steps": float(WINDOW)})
+        run.parts.forward_step.watch.load_state_dict({"mean": mean, "steps": float(WINDOW)})
         yield run
 
 
 def everything_of(run: Run) -> dict[str, torch.Tensor]:
     """Return copies of the parameters and of the optimizer's state of each."""
-    with parameters_in_sync(run.model):
-        found = parameters_of(run.model)
-    for index, part in enumerate(run.optimizer.chained_optimizers):
+    with parameters_in_sync(run.parts.model):
+        found = parameters_of(run.parts.model)
+    for index, part in enumerate(run.parts.optimizer.chained_optimizers):
         for number, (main, state) in enumerate(part.optimizer.state.items()):
             found[f"{index}.{number}"] = main.detach().clone()
             for name, value in state.items():
@@ -133,8 +133,10 @@ def test_a_run_with_skipped_steps_is_the_run_that_never_saw_their_batches(
         batch = config.train.global_batch_size
         with warmed_up(config, sizes, {2: NAN, 3: INF, 5: SPIKE}) as run:
             arguments: dict[str, Any] = {
-                "data_iterator": run.data.training(0),
-                "before_optimizer_step": lambda: stepped.append(run.state.train_state.step + 1),
+                "data_iterator": run.parts.data.training(0),
+                "before_optimizer_step": lambda: stepped.append(
+                    run.parts.state.train_state.step + 1
+                ),
             }
             stepped: list[int] = []
             results = []
@@ -145,14 +147,15 @@ def test_a_run_with_skipped_steps_is_the_run_that_never_saw_their_batches(
                     assert_equal(before, everything_of(run))
             assert stepped == [1, 4, 6]
             found = everything_of(run)
-            counters = run.state.train_state
+            counters = run.parts.state.train_state
             assert counters.step == 6
             assert counters.consumed_train_samples == 6 * batch
             assert counters.skipped_train_samples == 3 * batch
-            warnings = run.forward_step.watch.check(config.train)
+            warnings = run.parts.forward_step.watch.check(config.train)
         with a_run(a_config(tmp_path / "never", sizes, **skip), a_step(sizes, {})) as run:
             wanted = [
-                one_step(run, data_iterator=run.data.training(index * batch)) for index in (0, 3, 5)
+                one_step(run, data_iterator=run.parts.data.training(index * batch))
+                for index in (0, 3, 5)
             ]
             assert_equal(found, everything_of(run))
         assert [result.skipped for result in results] == [False, True, True, False, True, False]
@@ -210,7 +213,7 @@ def test_a_skipped_step_leaves_no_trace_in_the_buffers(tmp_path: Path, kind: str
             states = []
             for _ in range(3):
                 one_step(run)
-                buffers = run.model[0].named_buffers()
+                buffers = run.parts.model[0].named_buffers()
                 states.append({name: value.clone() for name, value in buffers})
             assert_equal(states[0], states[1])
             last = ("running_mean", "expert_bias")
@@ -289,7 +292,7 @@ def test_an_error_comes_on_every_rank_at_its_time(tmp_path: Path, layout: str, a
             with warmed_up(config, sizes, {3: factor}) as run:
                 with pytest.raises(FloatingPointError) as error:
                     train(run)
-                found.append((kind, run.phase, run.state.train_state.step, str(error.value)))
+                found.append((kind, run.phase, run.parts.state.train_state.step, str(error.value)))
         return found
 
     one, other = on_two_ranks(body)
@@ -321,8 +324,10 @@ def test_a_logged_anomaly_is_a_warning_and_the_step_is_taken(tmp_path: Path, lay
         with warmed_up(config, sizes, {1: SPIKE, 4: NAN}) as run:
             run.progress.note = lines.append  # type: ignore[assignment,method-assign]
             assert train(run) == "finished"
-            with parameters_in_sync(run.model):
-                spoilt = any(value.isnan().any() for value in parameters_of(run.model).values())
+            with parameters_in_sync(run.parts.model):
+                spoilt = any(
+                    value.isnan().any() for value in parameters_of(run.parts.model).values()
+                )
         return [line for line in lines if line.startswith("warning")], spoilt
 
     for warnings, spoilt in on_two_ranks(body):
@@ -401,7 +406,7 @@ def long_run(directory: Path, until: int, *, resume: bool, forget: bool = False)
     lines: list[str] = []
     with a_run(config, a_step(None, {CUT + 2: SPIKE})) as run:
         if forget:
-            save = run.checkpointer._sharded_state
+            save = run.parts.checkpointer._sharded_state
 
             def in_the_older_form(**arguments: Any) -> Any:
                 state = save(**arguments)
@@ -409,9 +414,9 @@ def long_run(directory: Path, until: int, *, resume: bool, forget: bool = False)
                     del state[key].data["loss_watch"]
                 return state
 
-            run.checkpointer._sharded_state = in_the_older_form  # type: ignore[method-assign]
+            run.parts.checkpointer._sharded_state = in_the_older_form  # type: ignore[method-assign]
         run.progress.note = lines.append  # type: ignore[assignment,method-assign]
-        run.data.train_iters = until
+        run.parts.data.train_iters = until
         train(run)
     return [line for line in lines if line.startswith("warning")]
 

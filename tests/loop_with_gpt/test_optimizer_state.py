@@ -67,9 +67,9 @@ def expected(name: str, key: str, shape: torch.Size) -> torch.Tensor:
 
 def states_of(run: Any) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
     """Yield name, key, this rank's shard of the state and the expected one."""
-    for single in run.optimizer.chained_optimizers:
+    for single in run.parts.optimizer.chained_optimizers:
         for parameter in single.model_param_gbuf_map:
-            name = next(n for n, p in run.model[0].named_parameters() if p is parameter)
+            name = next(n for n, p in run.parts.model[0].named_parameters() if p is parameter)
             part = single._get_model_param_range_map(parameter)["param"]
             group, order = single.model_param_group_index_map[parameter]
             main = single.optimizer.param_groups[group]["params"][order]
@@ -84,7 +84,7 @@ def save(directory: Path, seeds: Iterable[int], ranks: int) -> list[int]:
     padded = []
     for seed in seeds:
         with a_run(run_of(directory, seed, ranks, resume=False), token_step) as run:
-            for single in run.optimizer.chained_optimizers:
+            for single in run.parts.optimizer.chained_optimizers:
                 single.init_state_fn(single.optimizer, single.config)
                 if any(
                     bucket.grad_data.numel() > bucket.numel_unpadded
@@ -93,13 +93,13 @@ def save(directory: Path, seeds: Iterable[int], ranks: int) -> list[int]:
                 ):
                     padded.append(seed)
             with torch.no_grad():
-                for name, parameter in run.model[0].named_parameters():
+                for name, parameter in run.parts.model[0].named_parameters():
                     name = name.rpartition(".")[2]
                     parameter.copy_(expected(name, "param", parameter.shape).view_as(parameter))
                 for _, _, tensor, wanted in states_of(run):
                     tensor.copy_(wanted)
-            run.state.train_state.step = 1
-            run.checkpointer.save()
+            run.parts.state.train_state.step = 1
+            run.parts.checkpointer.save()
     return padded
 
 

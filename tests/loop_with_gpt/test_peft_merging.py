@@ -33,8 +33,8 @@ def logits(config: ConfigContainer) -> torch.Tensor:
     """Return the logits of a run's model for some tokens, before its first step here."""
     batch = microbatch(3)
     with a_run(config, forward_step) as run, torch.no_grad():
-        run.model[0].eval()
-        output: torch.Tensor = run.model[0](batch["tokens"], batch["position_ids"], None)
+        run.parts.model[0].eval()
+        output: torch.Tensor = run.parts.model[0](batch["tokens"], batch["position_ids"], None)
         return output[..., :VOCABULARY].clone()
 
 

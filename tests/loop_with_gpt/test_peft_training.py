@@ -139,7 +139,7 @@ def test_the_base_stays_as_it_was_and_dropout_and_dtype_are_obeyed(
 
     def base_before_and_after() -> tuple[bool, set[torch.dtype], bool]:
         with a_run(config, forward_step) as run:
-            [chunk] = run.model
+            [chunk] = run.parts.model
             frozen = {n: p for n, p in chunk.named_parameters() if not p.requires_grad}
             added = dict(trained_parameters(chunk))
             before = {name: parameter.clone() for name, parameter in frozen.items()}
@@ -177,11 +177,11 @@ def test_flops_are_what_torch_counts_of_a_frozen_model(
             assert run.parts.size is not None
             tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
             with FlopCounterMode(display=False) as counter:
-                run.model[0](tokens, tokens, None, labels=tokens).sum().backward()
+                run.parts.model[0](tokens, tokens, None, labels=tokens).sum().backward()
             counts = counter.get_flop_counts()["Global"]
             products = sum(n for op, n in counts.items() if "mm" in str(op))
             computed = model_flops_per_token(
-                run.config.model, adapter_weights=run.parts.size.trained_per_token
+                run.parts.config.model, adapter_weights=run.parts.size.trained_per_token
             )
             return products / tokens.numel(), computed
 
@@ -220,7 +220,7 @@ def test_the_bias_that_balances_experts_stays_as_it_was(tmp_path: Path) -> None:
     def biases_after_a_step() -> list[torch.Tensor]:
         with a_run(config, forward_step) as run:
             one_step(run)
-            buffers = run.model[0].named_buffers()
+            buffers = run.parts.model[0].named_buffers()
             return [buffer for name, buffer in buffers if name.endswith("expert_bias")]
 
     [biases] = run_ranks(1, biases_after_a_step)

@@ -78,13 +78,13 @@ def test_the_loss_falls_alike_with_every_switch_of_optimizer_and_ddp(
                 tiny_run(tmp_path / name), [f"mixed_precision.precision={precision}", *switches]
             )
             with a_run(config, forward_step) as run:
-                data = run.data.training(0)
+                data = run.parts.data.training(0)
                 steps = [
-                    one_step(run, data_iterator=data, reducer=run.reducer).metrics["lm loss"]
+                    one_step(run, data_iterator=data, reducer=run.parts.reducer).metrics["lm loss"]
                     for _ in range(3)
                 ]
                 losses[name] = [loss for loss in steps if loss is not None]
-                buckets = len(ddp_parts(run.model)[0].bucket_groups)
+                buckets = len(ddp_parts(run.parts.model)[0].bucket_groups)
                 assert (buckets > 1) == (name == "collectives")
         return losses
 
@@ -104,10 +104,10 @@ def test_the_zeros_of_all_gradients_are_counted_and_logged(tmp_path: Path) -> No
             counted = []
 
             def count() -> None:
-                parameters: list[Any] = [p for part in run.model for p in part.parameters()]
+                parameters: list[Any] = [p for part in run.parts.model for p in part.parameters()]
                 counted.append(sum(int((p.main_grad == 0).sum()) for p in parameters))
 
-            result = one_step(run, before_optimizer_step=count, reducer=run.reducer)
+            result = one_step(run, before_optimizer_step=count, reducer=run.parts.reducer)
             run.log(result)
             return result.zeros_in_grad, counted[0]
 
@@ -121,10 +121,10 @@ def test_mup_divides_the_rates_of_matrices_by_the_width(tmp_path: Path) -> None:
     def body() -> dict[str, float]:
         config = tiny_run(tmp_path / "run", use_mup=True, mup_base_hidden_size=8)
         with a_run(config, forward_step) as run:
-            before = {n: p.detach().clone() for n, p in run.model[0].named_parameters()}
+            before = {n: p.detach().clone() for n, p in run.parts.model[0].named_parameters()}
             one_step(run)
             with torch.no_grad():
-                parameters = dict(run.model[0].named_parameters())
+                parameters = dict(run.parts.model[0].named_parameters())
                 return {n: float((p - before[n]).abs().max()) for n, p in parameters.items()}
 
     (moved,) = run_ranks(1, body)
@@ -140,7 +140,7 @@ def test_losses_of_routers_are_logged_by_layer_under_a_pipeline(tmp_path: Path) 
             tmp_path / "run", **EXPERTS, moe_per_layer_logging=True, pipeline_model_parallel_size=2
         )
         with a_run(config, forward_step) as run:
-            return dict(one_step(run, reducer=run.reducer).metrics)
+            return dict(one_step(run, reducer=run.parts.reducer).metrics)
 
     first, second = run_ranks(2, body)
     assert first == second

@@ -59,8 +59,8 @@ def test_a_program_with_its_own_loop_gets_all_it_needs_from_the_result(tmp_path:
     def body() -> list[Any]:
         with a_run(own_run(tmp_path / "run"), token_step) as run:
             silent = one_step(run)
-            spoken = one_step(run, reducer=run.reducer)
-            counters = run.state.train_state
+            spoken = one_step(run, reducer=run.parts.reducer)
+            counters = run.parts.state.train_state
             done = (counters.step, counters.consumed_train_samples, counters.consumed_tokens)
             return [silent.metrics, dict(spoken.metrics), float(spoken.grad_norm or 0), done]
 
@@ -105,11 +105,13 @@ def test_the_tokens_of_a_model_without_sequences_are_those_that_its_loss_counts(
         pretrain(config_of("run", resume=True), token_step, [flops])
         pretrain(config_of("means"), mean_step)
         with a_run(config_of("own loop"), token_step) as run:
-            data = run.data.training(0)
-            results = [one_step(run, data_iterator=data, reducer=run.reducer) for _ in range(2)]
+            data = run.parts.data.training(0)
+            results = [
+                one_step(run, data_iterator=data, reducer=run.parts.reducer) for _ in range(2)
+            ]
             silent = one_step(run, data_iterator=data)
-            run.checkpointer.save()
-            counters = run.state.train_state
+            run.parts.checkpointer.save()
+            counters = run.parts.state.train_state
             own = counters.consumed_tokens, counters.floating_point_operations_so_far
             return [[result.tokens for result in results], silent.tokens, flops.number, own]
 
@@ -150,16 +152,16 @@ def test_a_skipped_step_counts_its_samples_and_leaves_the_rate_alone(
 ) -> None:
     def body() -> list[Any]:
         with a_run(own_run(tmp_path / "run"), token_step) as run:
-            before = parameters_of(run.model)
+            before = parameters_of(run.parts.model)
             one_step(run)
-            rates = [one_step(run, optimizer=Overflows(run.optimizer)).learning_rate]
-            unchanged = parameters_of(run.model)
-            result = one_step(run, optimizer=Overflows(run.optimizer))
+            rates = [one_step(run, optimizer=Overflows(run.parts.optimizer)).learning_rate]
+            unchanged = parameters_of(run.parts.model)
+            result = one_step(run, optimizer=Overflows(run.parts.optimizer))
             rates.append(result.learning_rate)
-            for name, value in parameters_of(run.model).items():
+            for name, value in parameters_of(run.parts.model).items():
                 assert torch.equal(value, unchanged[name]), name
             assert before.keys() == unchanged.keys()
-            counters = run.state.train_state
+            counters = run.parts.state.train_state
             return [
                 rates,
                 (result.skipped, result.grad_norm),
@@ -183,7 +185,7 @@ def test_gradients_that_are_not_finalized_exactly_once_are_an_error(
 
     def body() -> str:
         with a_run(own_run(tmp_path / "run"), token_step) as run:
-            get_model_config(run.model[0]).finalize_model_grads_func = Finalizer()
+            get_model_config(run.parts.model[0]).finalize_model_grads_func = Finalizer()
             with pytest.raises(RuntimeError) as error:
                 one_step(run)
             return str(error.value)
@@ -194,7 +196,7 @@ def test_gradients_that_are_not_finalized_exactly_once_are_an_error(
 def test_a_model_without_the_hooks_is_rejected(tmp_path: Path) -> None:
     def body() -> None:
         with a_run(own_run(tmp_path / "run"), token_step) as run:
-            get_model_config(run.model[0]).finalize_model_grads_func = None
+            get_model_config(run.parts.model[0]).finalize_model_grads_func = None
             with pytest.raises(ValueError, match="attach_hooks"):
                 one_step(run)
 

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -59,7 +60,7 @@ def test_every_backend_has_the_same_names_and_values(tmp_path: Path) -> None:
             WandbLogger(tmp_path, project="unit", config={"seed": 1}),
         ]
     )
-    with loggers:
+    with contextlib.closing(loggers):
         loggers.log(TRAIN, 10)
         loggers.log(VALIDATION, 10)
         loggers.log({**TRAIN, "lm loss": 2.0, "accuracy": None}, 20)
@@ -219,7 +220,7 @@ def test_opening_a_file_whose_writer_was_killed_drops_the_torn_line(tmp_path: Pa
 
 
 def test_a_step_may_have_several_rows_but_a_name_once(tmp_path: Path) -> None:
-    with MetricLoggers([JsonlLogger(tmp_path / "metrics.jsonl")]) as loggers:
+    with contextlib.closing(MetricLoggers([JsonlLogger(tmp_path / "metrics.jsonl")])) as loggers:
         loggers.log(TRAIN, 10)
         loggers.log(VALIDATION, 10)
         with pytest.raises(ValueError, match="step 10 already has a value for 'lm loss'"):

@@ -29,11 +29,11 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, int, fl
         found = []
         directory = tmp_path_factory.mktemp("by hand")
         with a_run(config(directory / "run", ALONE), forward_step) as run, torch.no_grad():
-            run.model[0].eval()
+            run.parts.model[0].eval()
             for number, images in enumerate(IMAGES):
                 one = microbatch(sample(images, 4 + (number % 4) * (images == 0), seed=number))
                 inputs = {key: value for key, value in one.items() if key != "item_counts"}
-                logits, _ = run.model[0](**(inputs | {"labels": None}))
+                logits, _ = run.parts.model[0](**(inputs | {"labels": None}))
                 counts = one["loss_mask"] != 0
                 right = int(((logits.argmax(-1) == one["labels"]) & counts).sum())
                 losses = functional.cross_entropy(

@@ -207,14 +207,14 @@ def test_frozen_modules_stay_and_others_learn_at_their_rates(
         )
         config.scheduler.lr_warmup_fraction = None
         with a_run(config, forward_step) as run:
-            before = parameters_of(run.model)
+            before = parameters_of(run.parts.model)
             # A step whose gradients are too large is skipped on every rank.
-            run.optimizer.config.grad_norm_skip_threshold = 1e-9
+            run.parts.optimizer.config.grad_norm_skip_threshold = 1e-9
             assert one_step(run).skipped
-            run.optimizer.config.grad_norm_skip_threshold = math.inf
+            run.parts.optimizer.config.grad_norm_skip_threshold = math.inf
             result = one_step(run)
-            with parameters_in_sync(run.model):
-                after = parameters_of(run.model)
+            with parameters_in_sync(run.parts.model):
+                after = parameters_of(run.parts.model)
         moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
         return result.learning_rate, moved
 
@@ -262,7 +262,7 @@ def test_a_run_resumes_bit_for_bit_and_its_weights_load_under_the_other_placemen
             tmp_path / "uninterrupted" / "checkpoints" / "step-0000004"
         )
         with a_run(made, forward_step) as run:
-            return parameters_of(run.model)
+            return parameters_of(run.parts.model)
 
     everyone = run_ranks(layout.ranks, twice, timeout=120)
     for uninterrupted, continued in everyone:

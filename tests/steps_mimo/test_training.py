@@ -66,7 +66,7 @@ def test_an_unused_encoder_has_gradients_of_zero(tmp_path: Path) -> None:
             gradients: dict[str, torch.Tensor] = {}
 
             def remember() -> None:
-                for name, parameter in run.model[0].named_parameters():
+                for name, parameter in run.parts.model[0].named_parameters():
                     gradients[name] = parameter.main_grad.clone()  # type: ignore[attr-defined]
 
             result = one_step(run, before_optimizer_step=remember)
@@ -116,13 +116,13 @@ def test_frozen_weights_stay_bit_for_bit(
         config = mimo_run(tmp_path / "run", tiny_mimo(freeze=frozen))
         config.train.train_iters = 2
         with a_run(config, forward_step) as run:
-            before = parameters_of(run.model)
+            before = parameters_of(run.parts.model)
             for _ in range(2):
                 one_step(run)
             from bridge.training.model.ddp import parameters_in_sync
 
-            with parameters_in_sync(run.model):
-                after = parameters_of(run.model)
+            with parameters_in_sync(run.parts.model):
+                after = parameters_of(run.parts.model)
             return {name for name in before if torch.equal(before[name], after[name])}, set(before)
 
     for unchanged, names in run_ranks(2, body, timeout=120):
@@ -142,11 +142,11 @@ def test_each_module_learns_at_its_own_rate(tmp_path: Path) -> None:
         )
         config.scheduler.lr_warmup_fraction = None
         with a_run(config, forward_step) as run:
-            before = parameters_of(run.model)
+            before = parameters_of(run.parts.model)
             one_step(run)
             return {
                 name: float((after - before[name]).abs().max())
-                for name, after in parameters_of(run.model).items()
+                for name, after in parameters_of(run.parts.model).items()
             }
 
     moved = run_ranks(1, body, timeout=120)[0]

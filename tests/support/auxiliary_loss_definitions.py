@@ -160,7 +160,7 @@ def step_of_ours(objective: Objective, **layout: Any) -> Found:
         tempfile.TemporaryDirectory() as directory,
         a_run(objective.run(Path(directory) / "run", **layout), objective.forward_step) as run,
     ):
-        groups = run.ranks.model.groups
+        groups = run.parts.ranks.model.groups
         numbers = range(
             groups.dp.rank(),
             objective.global_batch_size // objective.micro_batch_size,
@@ -170,10 +170,10 @@ def step_of_ours(objective: Objective, **layout: Any) -> Found:
         gradients: list[Gradients] = []
         result = one_step(
             run,
-            data_iterator=[iter(batches) for _ in run.model],
-            reducer=run.reducer,
+            data_iterator=[iter(batches) for _ in run.parts.model],
+            reducer=run.parts.reducer,
             before_optimizer_step=lambda: gradients.append(
-                unsharded_gradients(run.model, groups, lambda parameter: parameter.main_grad)
+                unsharded_gradients(run.parts.model, groups, lambda parameter: parameter.main_grad)
             ),
         )
         metrics, norm = dict(result.metrics), float(result.grad_norm or 0.0)

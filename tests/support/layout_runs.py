@@ -200,15 +200,15 @@ def traced(config: ConfigContainer, pattern: int) -> RankTrace:
         run.validate()
         trace.validation = run.evaluations.validation["lm loss"] or 0.0
         trace.collected = _collected(run, pattern)
-        groups = run.ranks.model.groups
+        groups = run.parts.ranks.model.groups
         trace.replica = (groups.dp.rank(), groups.dp.size())
-        trace.last = pieces_of(run.model, groups)
+        trace.last = pieces_of(run.parts.model, groups)
     return trace
 
 
 def _collected(run: Run, pattern: int) -> list[float]:
     collected = run.context.collect_non_loss_data()
-    groups = run.ranks.model.groups
+    groups = run.parts.ranks.model.groups
     if groups.tp.rank() > 0:
         return []
     # Ranks that share a microbatch return parts of a sum, or means that are averaged.

@@ -173,14 +173,14 @@ def train_steps(config: ConfigContainer, steps: int = 3) -> Steps:
         if not gradients:
             gradients.append(
                 unsharded_gradients(
-                    run.model, run.ranks.model.groups, lambda weight: weight.main_grad
+                    run.parts.model, run.parts.ranks.model.groups, lambda weight: weight.main_grad
                 )
             )
 
     found = Steps(losses=[], grad_norms=[], gradients={})
     with a_run(config, forward_step) as run:
         for _ in range(steps):
-            result = one_step(run, reducer=run.reducer, before_optimizer_step=keep)
+            result = one_step(run, reducer=run.parts.reducer, before_optimizer_step=keep)
             found.losses.append(result.metrics["lm loss"] or 0.0)
             found.grad_norms.append(float(result.grad_norm or 0.0))
     [found.gradients] = gradients

@@ -139,21 +139,21 @@ def observed(trial: Trial, overrides: tuple[str, ...]) -> dict[str, Any]:
         config = apply_overrides(start, texts)
         config.checkpoint.run_dir = f"{directory}/run"
         found: dict[str, Any] = {}
-        with a_run(config, step_function) as run, _transfers(run.model) as transfers:
-            found["model"] = _text(_model(run.model))
-            found["optimizer"] = _text(_optimizer(run.optimizer))
-            found["hooks"] = _text(_hooks(run.model))
-            data, operations = run.data.training(0), _Operations()
+        with a_run(config, step_function) as run, _transfers(run.parts.model) as transfers:
+            found["model"] = _text(_model(run.parts.model))
+            found["optimizer"] = _text(_optimizer(run.parts.optimizer))
+            found["hooks"] = _text(_hooks(run.parts.model))
+            data, operations = run.parts.data.training(0), _Operations()
             steps = []
             for step in range(STEPS):
                 with operations if step == TRACED else contextlib.nullcontext():
-                    steps.append(one_step(run, data_iterator=data, reducer=run.reducer))
+                    steps.append(one_step(run, data_iterator=data, reducer=run.parts.reducer))
             found["losses"] = [dict(step.metrics) for step in steps]
             found["metrics"] = sorted(found["losses"][0])
             norms = [None if s.grad_norm is None else float(s.grad_norm) for s in steps]
             found["gradient norm"] = norms
             found["zeros"] = [step.zeros_in_grad for step in steps]
-            found["scale"] = _text(_optimizer(run.optimizer))
+            found["scale"] = _text(_optimizer(run.parts.optimizer))
         found["operations"] = hashlib.sha256(_text(sorted(operations.counts.items())).encode())
         found["operations"] = found["operations"].hexdigest()
         found["order of transfers"] = [*transfers, *operations.transfers]

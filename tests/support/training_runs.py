@@ -253,12 +253,17 @@ def a_run(
 
 def one_step(run: Run, **arguments: Any) -> StepResult:
     """Call `train_step` as a program with its own loop does."""
+    parts = run.parts
     values: dict[str, Any] = {
-        "data_iterator": run.data.training(run.state.train_state.consumed_train_samples),
-        "optimizer": run.optimizer,
-        "pg_collection": run.ranks.pg_collection,
+        "data_iterator": parts.data.training(parts.state.train_state.consumed_train_samples),
+        "optimizer": parts.optimizer,
+        "pg_collection": parts.ranks.pg_collection,
     }
     values |= arguments
     return train_step(
-        run.forward_step, model=run.model, scheduler=run.scheduler, state=run.state, **values
+        parts.forward_step,
+        model=parts.model,
+        scheduler=parts.scheduler,
+        state=parts.state,
+        **values,
     )

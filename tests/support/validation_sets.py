@@ -53,13 +53,14 @@ def evaluated(
     run: Run, samples: int | None = None, *, name: str = "validation", **arguments: Any
 ) -> EvaluationResult:
     """Evaluate a set as the run would, or the first `samples` of it."""
-    iterators, drawn = run.data.evaluation(run.data.set_named(name), samples)
+    parts = run.parts
+    iterators, drawn = parts.data.evaluation(parts.data.set_named(name), samples)
     values: dict[str, Any] = {
         "num_samples": drawn,
-        "pg_collection": run.ranks.pg_collection,
-        "reducer": run.reducer,
+        "pg_collection": parts.ranks.pg_collection,
+        "reducer": parts.reducer,
     }
-    return evaluate(run.forward_step, iterators, run.model, run.state, **(values | arguments))
+    return evaluate(parts.forward_step, iterators, parts.model, parts.state, **(values | arguments))
 
 
 def error_of(seed: int, first: int, samples: int, *, valid_only: bool = True) -> float:

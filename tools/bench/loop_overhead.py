@@ -144,7 +144,7 @@ def measure(config: ConfigContainer, steps: int) -> Alternate:
         ranks_of(config, "cpu") as ranks,
         set_up(config, ranks, forward_step, Callbacks([alternate]), Progress(enabled=False)) as run,
     ):
-        alternate.bare_loop = BareLoop(config, ranks, run.data)
+        alternate.bare_loop = BareLoop(config, ranks, run.parts.data)
         with run.callbacks.training(run.context):
             train(run)
     return alternate

@@ -82,7 +82,7 @@ class Evaluations:
             self._callbacks.fire("on_evaluate_start", self._context)
             with self._training_log.pause():
                 results = self._evaluate_sets(sets)
-            self._check_losses()
+            self._progress.warn(self._parts.check_losses())
             is_cut = not all(name in results and results[name].complete for name in sets)
             is_stopping = self._stop.agreed(self._parts.ranks.control_group) is not None
             if is_cut:
@@ -161,10 +161,6 @@ class Evaluations:
             if not results[name].complete:
                 break
         return results
-
-    def _check_losses(self) -> None:
-        watch, train = self._parts.forward_step.watch, self._parts.config.train
-        self._progress.warn(watch.check(train, self._parts.ranks.control_group))
 
     def _report_cut(
         self,

@@ -50,3 +50,13 @@ class TrainingParts:
     """Parameters of the model on all ranks, where the run trains adapters."""
     changes: list[str] = field(default_factory=list)
     """A line for each rate that jumps where the run continues, as its configuration changed."""
+
+    def check_losses(self) -> list[str]:
+        """Check the losses since the last check; return warnings, the same on every rank.
+
+        A collective and a host-device sync.
+
+        Raises:
+            FloatingPointError: The action of an anomaly is to raise; on every rank.
+        """
+        return self.forward_step.watch.check(self.config.train, self.ranks.control_group)

@@ -93,7 +93,10 @@ def carry_out(
     """
     with FailureWatch(on_failure) as failure_watch, contextlib.ExitStack() as stack:
         # The live line ends before a failure is reported.
-        with failure_watch.reporting(), Progress(enabled=is_logging_rank()) as progress:
+        with (
+            failure_watch.reporting(),
+            contextlib.closing(Progress(enabled=is_logging_rank())) as progress,
+        ):
             if (message := rank_environment().note) is not None:
                 progress.note(message)
             device = choose_device(config.dist.device)
@@ -115,8 +118,8 @@ def _run(run: Run, failure_watch: FailureWatch, resume_line: Callable[[Path], st
         run.callbacks.training(run.context),
         # Before on_train_end, which may wait for other ranks.
         failure_watch.reporting(),
-        run.progress,
-        run.data.workers.explained(),
+        contextlib.closing(run.progress),
+        run.parts.data.workers.explained(),
     ):
         reason = train(run)
         if reason == "finished":
@@ -128,14 +131,14 @@ def _run(run: Run, failure_watch: FailureWatch, resume_line: Callable[[Path], st
         run.check_directory()
         failure_watch.accept_loss_of_store()
     run.progress.summary(_summary(run, reason, resume_line))
-    counters = run.state.train_state
+    counters = run.parts.state.train_state
     return TrainResult(
         reason=reason,
         step=counters.step,
         consumed_samples=counters.consumed_train_samples,
-        metrics=run.state.results.logged,
+        metrics=run.parts.state.results.logged,
         validation=run.evaluations.validation,
-        run_dir=run.directory.path,
+        run_dir=run.parts.directory.path,
     )
 
 
@@ -144,17 +147,17 @@ def _start_again(run_dir: Path) -> str:
 
 
 def _summary(run: Run, reason: StopReason, resume_line: Callable[[Path], str]) -> list[str]:
-    place, step, last = run.directory.path, run.state.train_state.step, run.data.train_iters
+    parts, directory = run.parts, run.parts.directory
+    end = "finished" if reason == "finished" else f"stopped by {reason}"
     lines = [
-        f"{'finished' if reason == 'finished' else 'stopped by ' + reason} at step {step}/{last}"
+        f"{end} at step {parts.state.train_state.step}/{parts.data.train_iters}",
+        f"run         {directory.path}",
+        f"metrics     {directory.metrics}",
     ]
-    lines.append(f"run         {place}")
-    lines.append(f"metrics     {run.directory.metrics}")
-    latest = run.directory.latest()
-    if latest is not None:
+    if (latest := directory.latest()) is not None:
         lines.append(f"checkpoint  {latest}")
-    lines.append(f"resume      {resume_line(place)}")
-    if run.config.logger.tensorboard:
-        curves = shlex.join(["tensorboard", "--logdir", str(run.directory.tensorboard)])
+    lines.append(f"resume      {resume_line(directory.path)}")
+    if parts.config.logger.tensorboard:
+        curves = shlex.join(["tensorboard", "--logdir", str(directory.tensorboard)])
         lines.append(f"curves      {curves}")
     return lines + run.context.summary

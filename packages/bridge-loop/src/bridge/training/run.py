@@ -31,24 +31,13 @@ class Run:
         """Compose a run.
 
         Args:
-            parts: The components that train; each is an attribute of the run too.
+            parts: The components that train.
             callbacks: The user's callbacks.
             progress: Shows the user how the run goes.
             training_log: Writes the metrics.
             stop: Whether the run is to stop.
         """
         self.parts = parts
-        self.config = parts.config
-        self.ranks = parts.ranks
-        self.state = parts.state
-        self.data = parts.data
-        self.model = parts.model
-        self.optimizer = parts.optimizer
-        self.scheduler = parts.scheduler
-        self.forward_step = parts.forward_step
-        self.reducer = parts.reducer
-        self.directory = parts.directory
-        self.checkpointer = parts.checkpointer
         self.callbacks = callbacks
         self.progress = progress
         self.training_log = training_log
@@ -81,10 +70,6 @@ class Run:
         yield
         self.phase = before
 
-    def num_microbatches(self) -> int:
-        """Return this rank's microbatches of the coming step."""
-        return self.config.train.batch_sizes(self.ranks.model.replicas).microbatches
-
     @property
     def before_optimizer_step(self) -> Callable[[], None] | None:
         """Fires the callbacks that look at gradients, if there are any."""
@@ -98,15 +83,15 @@ class Run:
         reduced = result.reduced
         if reduced is None:
             return
-        self.state.token_counter.gather(is_reduced=True)
+        self.parts.state.token_counter.gather(is_reduced=True)
         metrics = reduced.to_dict()
         if reduced.has_anomaly:
-            self._check_losses()
+            self.progress.warn(self.parts.check_losses())
         else:
-            self.forward_step.watch.clear()
-        self.state.results.logged = self.training_log.write(
+            self.parts.forward_step.watch.clear()
+        self.parts.state.results.logged = self.training_log.write(
             metrics,
-            self.state.token_counter.take_interval(),
+            self.parts.state.token_counter.take_interval(),
             on_record=lambda record: self.callbacks.fire("on_log", self.context, record),
         )
 
@@ -121,12 +106,12 @@ class Run:
     def save(self) -> None:
         """Save a checkpoint of this step, unless it has one; never after an unread loss."""
         self.check_directory()
-        self._check_losses()
-        with self.during(f"checkpoint at step {self.state.train_state.step}"):
+        self.progress.warn(self.parts.check_losses())
+        with self.during(f"checkpoint at step {self.parts.state.train_state.step}"):
             with self.training_log.pause():
                 # The records of a step that is saved are durable.
-                self.state.metric_loggers.sync()
-                path = self.checkpointer.save()
+                self.parts.state.metric_loggers.sync()
+                path = self.parts.checkpointer.save()
             if path is not None:
                 self.progress.note(f"saved {path}")
                 self.callbacks.fire("on_checkpoint_save", self.context, path)
@@ -137,7 +122,7 @@ class Run:
         Raises:
             FileNotFoundError: It was deleted or moved; on every rank.
         """
-        on_first_rank(self.directory.check_presence, self.ranks.control_group)
+        on_first_rank(self.parts.directory.check_presence, self.parts.ranks.control_group)
 
     @contextlib.contextmanager
     def saved_before_a_suspicious_step(self) -> Iterator[None]:
@@ -148,7 +133,3 @@ class Run:
             if request.checkpoint:
                 self.save()
             raise
-
-    def _check_losses(self) -> None:
-        group = self.ranks.control_group
-        self.progress.warn(self.forward_step.watch.check(self.config.train, group))

@@ -144,7 +144,7 @@ def set_up(
             # The loggers open their files here.
             writing_run_files(parts.directory),
         ):
-            messages = _prepare_directory(config, parts, ranks)
+            messages = _prepare_directory(parts)
             run = Run(
                 parts,
                 callbacks=callbacks,
@@ -383,9 +383,7 @@ def _timers(config: ConfigContainer, state: GlobalState) -> Any:
     return state.timers if config.logger.timing_log_level > 0 else None
 
 
-def _prepare_directory(
-    config: ConfigContainer, parts: TrainingParts, ranks: Ranks
-) -> Sequence[str]:
+def _prepare_directory(parts: TrainingParts) -> Sequence[str]:
     """Write the configuration, and make the directory's files those of the checkpoint.
 
     Returns:
@@ -394,7 +392,7 @@ def _prepare_directory(
     Raises:
         UsageError: The directory cannot be written; on every rank.
     """
-    directory, restored = parts.directory, parts.restored_from
+    config, directory, restored = parts.config, parts.directory, parts.restored_from
 
     def prepare() -> list[str]:
         with writing_run_files(directory):
@@ -408,4 +406,4 @@ def _prepare_directory(
                 return [f"the records of its earlier start are in {aside}"]
         return []
 
-    return on_first_rank(prepare, ranks.control_group)
+    return on_first_rank(prepare, parts.ranks.control_group)

@@ -28,35 +28,34 @@ def train(run: "Run") -> StopReason:
     Returns:
         The reason of the end: "finished", the name of the signal, or "time limit".
     """
-    settings, counters = run.config, run.state.train_state
+    parts, settings, counters = run.parts, run.parts.config, run.parts.state.train_state
     if settings.validation.eval_at_start and counters.step == 0:
         run.validate()
-    data_iterator = rerun.rewindable(settings, run.data.training(counters.consumed_train_samples))
+    data_iterator = rerun.rewindable(settings, parts.data.training(counters.consumed_train_samples))
     with _manual_garbage_collection(settings.train.manual_gc_interval) as collect_garbage:
-        while counters.step < run.data.train_iters and run.stop.cause is None:
+        while counters.step < parts.data.train_iters and run.stop.cause is None:
             run.phase = f"step {counters.step + 1}"
             is_logged = _is_due(
-                counters.step + 1, settings.logger.log_interval, run.data.train_iters
+                counters.step + 1, settings.logger.log_interval, parts.data.train_iters
             )
             run.callbacks.fire("on_step_start", run.context)
             with run.saved_before_a_suspicious_step():
                 result = train_step(
-                    run.forward_step,
+                    parts.forward_step,
                     data_iterator,
-                    run.model,
-                    run.optimizer,
-                    run.scheduler,
-                    run.state,
-                    pg_collection=run.ranks.pg_collection,
-                    num_microbatches=run.num_microbatches(),
-                    reducer=run.reducer,
+                    parts.model,
+                    parts.optimizer,
+                    parts.scheduler,
+                    parts.state,
+                    pg_collection=parts.ranks.pg_collection,
+                    reducer=parts.reducer,
                     is_logged=is_logged,
                     before_optimizer_step=run.before_optimizer_step,
                 )
             run.callbacks.fire("on_step_end", run.context, result)
             run.log(result)
             collect_garbage(counters.step)
-            if run.stop.agreed(run.ranks.control_group):
+            if run.stop.agreed(parts.ranks.control_group):
                 break
             if _is_due(counters.step, settings.validation.eval_interval):
                 run.validate()

@@ -206,7 +206,7 @@ def _saved_configuration(options: argparse.Namespace) -> list[str]:
     from bridge.training.run_files.directory import RunDirectory, reject_wrong_directory
 
     directory = RunDirectory(Path(options.run_dir))
-    reject_wrong_directory(directory, resume=True, holds_a_run=directory.holds_a_run())
+    reject_wrong_directory(directory, resume=True)
     return [directory.saved_config()]
 
 
@@ -219,9 +219,7 @@ def _check_directory(config: "ConfigContainer") -> None:
     if config.checkpoint.run_dir is None:
         return
     directory = RunDirectory(Path(config.checkpoint.run_dir))
-    reject_wrong_directory(
-        directory, resume=config.checkpoint.resume, holds_a_run=directory.holds_a_run()
-    )
+    reject_wrong_directory(directory, resume=config.checkpoint.resume)
     reject_another_run(directory, config)
     if config.checkpoint.resume:
         checkpoint = directory.checkpoint_to_resume(config.checkpoint.step)

@@ -33,7 +33,7 @@ from bridge.training.checkpoint.manifest import (
     written_by,
 )
 from bridge.training.checkpoint.megatron_io import extra_states, load_sharded, save_sharded, saving
-from bridge.training.checkpoint.model_weights import chunk_name, load_model_weights
+from bridge.training.checkpoint.model_weights import load_model_weights, named_chunks
 from bridge.training.checkpoint.run_state import (
     EVALUATIONS,
     FORMAT_VERSION,
@@ -233,12 +233,11 @@ class Checkpointer:
             self._remove_old()
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
-        for index, chunk in enumerate(self._run.model):
-            name, inner = self._chunk_name(index), without_ddp(chunk)
+        for name, chunk in self._named_chunks().items():
             if self._run.base is None:
-                inner.load_state_dict(state[name])
+                chunk.load_state_dict(state[name])
             else:
-                load_trained(inner, state.get(name, {}))
+                load_trained(chunk, state.get(name, {}))
 
     def _restore_state_of_rank(self, state: Mapping[str, Any]) -> None:
         restore_random_state(state)
@@ -274,8 +273,8 @@ class Checkpointer:
                 (name, value) for name, value in settings.items() if name not in ("params", "step")
             )
 
-    def _chunk_name(self, index: int) -> str:
-        return chunk_name(index, len(self._run.model))
+    def _named_chunks(self) -> dict[str, Any]:
+        return named_chunks([without_ddp(chunk) for chunk in self._run.model])
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -291,10 +290,8 @@ class Checkpointer:
 
     def _model_state(self) -> dict[str, Any]:
         states = {
-            self._chunk_name(index): without_ddp(chunk).sharded_state_dict(
-                metadata=self._metadata()
-            )
-            for index, chunk in enumerate(self._run.model)
+            name: chunk.sharded_state_dict(metadata=self._metadata())
+            for name, chunk in self._named_chunks().items()
         }
         if self._run.base is not None:
             return {name: only_trained(state) for name, state in states.items()}

@@ -38,16 +38,13 @@ def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> Non
             f"both first: bridge merge {checkpoint} --output DIR"
         )
     metadata = {"singleton_local_shards": False, "dp_cp_group": ranks.model.groups.dp_cp}
-    names = [chunk_name(index, len(chunks)) for index in range(len(chunks))]
-    wanted = {
-        name: chunk.sharded_state_dict(metadata=metadata)
-        for name, chunk in zip(names, chunks, strict=True)
-    }
+    named = named_chunks(chunks)
+    wanted = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in named.items()}
     for entries in wanted.values():
         keep_extra_states(entries, checkpoint)
     state = load_sharded(checkpoint, wanted)
     with restricted_loading(checkpoint, extra_states(state)):
-        for name, chunk in zip(names, chunks, strict=True):
+        for name, chunk in named.items():
             chunk.load_state_dict(state[name])
 
 
@@ -69,16 +66,16 @@ def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks:
     if base is not None:
         base.reject_other_weights(saved, checkpoint)
     metadata = {"singleton_local_shards": True, "dp_cp_group": ranks.model.groups.dp_cp}
-    names = [chunk_name(index, len(chunks)) for index in range(len(chunks))]
+    named = named_chunks(chunks)
     state = load_sharded(
         checkpoint,
         {
             name: only_trained(chunk.sharded_state_dict(metadata=metadata))
-            for name, chunk in zip(names, chunks, strict=True)
+            for name, chunk in named.items()
         },
     )
     with restricted_loading(checkpoint, extra_states(state)):
-        for name, chunk in zip(names, chunks, strict=True):
+        for name, chunk in named.items():
             load_trained(chunk, state.get(name, {}))
     return str(saved["place"])
 
@@ -99,8 +96,8 @@ def save_model_weights(
     state = {
         "format_version": FORMAT_VERSION,
         **{
-            chunk_name(index, len(chunks)): chunk.sharded_state_dict(metadata=metadata)
-            for index, chunk in enumerate(chunks)
+            name: chunk.sharded_state_dict(metadata=metadata)
+            for name, chunk in named_chunks(chunks).items()
         },
     }
     save_sharded(state, checkpoint, content, ranks.control_group)
@@ -109,6 +106,8 @@ def save_model_weights(
         write_manifest(checkpoint)
 
 
-def chunk_name(index: int, chunks: int) -> str:
-    """Return the key of a model chunk in a checkpoint."""
-    return "model" if chunks == 1 else f"model{index}"
+def named_chunks(chunks: list[Any]) -> dict[str, Any]:
+    """Return model chunks by their keys in a checkpoint."""
+    if len(chunks) == 1:
+        return {"model": chunks[0]}
+    return {f"model{index}": chunk for index, chunk in enumerate(chunks)}

@@ -1,7 +1,6 @@
 """CUDA streams and events on a CPU, where all work is done immediately."""
 
 import time
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,12 +21,7 @@ class Stream:
     def __enter__(self) -> "Stream":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         pass
 
     def wait_stream(self, stream: "Stream") -> None:

@@ -18,7 +18,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Self
 
 import torch.distributed as dist
@@ -90,12 +89,7 @@ class FailureWatch:
             self.join()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Post the exception that ended the run, unless it is posted, and end the thread."""
         rejection = None if error is None else self._report(error)
         with self._ending:

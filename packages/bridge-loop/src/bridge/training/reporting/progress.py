@@ -6,8 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import TracebackType
-from typing import Self, TextIO
+from typing import TextIO
 
 type Record = Mapping[str, float | None]
 
@@ -33,7 +32,7 @@ _REDRAW_SECONDS = 0.1
 
 
 class Progress:
-    """Writes the run's progress; a context, so that the live line ends before what follows."""
+    """Writes the run's progress; `close` ends the live line before other output."""
 
     def __init__(
         self,
@@ -145,19 +144,6 @@ class Progress:
         if self._live:
             self._write("\n")
             self._live = False
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the live line."""
-        self.close()
 
     def _step_line(self, step: int, total_steps: int) -> str:
         parts = [f"step {step}/{total_steps}"]

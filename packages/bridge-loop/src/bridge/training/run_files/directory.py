@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bridge.training.durable_files import (
     make_directory,
@@ -29,9 +29,6 @@ from bridge.training.file_kinds import head_of, kind_of
 from bridge.training.metric_loggers import read_records
 from bridge.training.run_files.configuration import cause_of, read_config, read_config_text
 from bridge.training.usage_error import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 _STEP = re.compile(r"step-(\d{7,})")
 
@@ -235,18 +232,17 @@ class RunDirectory:
         return read_records(self.metrics)
 
 
-def reject_wrong_directory(directory: RunDirectory, *, resume: bool, holds_a_run: bool) -> None:
+def reject_wrong_directory(directory: RunDirectory, *, resume: bool) -> None:
     """Reject a new run where there is one, and the continuation of one that is not there.
 
     Args:
         directory: Where the run is to live.
         resume: Whether a run is to be continued.
-        holds_a_run: What `RunDirectory.holds_a_run` said, on the rank that looked.
 
     Raises:
         UsageError: With the remedy.
     """
-    place = str(directory.path)
+    place, holds_a_run = str(directory.path), directory.holds_a_run()
     if holds_a_run and not resume:
         _, problem = directory.look_up_latest()
         how = (

@@ -39,9 +39,7 @@ def chosen_directory(
         def lock_and_check() -> None:
             if is_locked:
                 stack.enter_context(directory_lock(directory.path))
-            reject_wrong_directory(
-                directory, resume=config.checkpoint.resume, holds_a_run=directory.holds_a_run()
-            )
+            reject_wrong_directory(directory, resume=config.checkpoint.resume)
 
         # Other ranks may see a shared file system a moment later.
         on_first_rank(lock_and_check, control_group)

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from bridge.training.usage_error import UsageError
 
@@ -69,16 +68,3 @@ class MetricLoggers:
         with ExitStack() as stack:
             for logger in reversed(self.loggers):
                 stack.callback(logger.close)
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close every logger."""
-        self.close()
