@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Bound:
     """A range of valid numbers for some fields, also within lists. None is always valid."""
 
-    fields: tuple[str, ...]
+    fields: str
+    """Their names, separated by spaces."""
     contains: Callable[[float], bool]
     wanted: str
     """The text after "must be "."""
@@ -35,50 +36,35 @@ _POSITIVE: tuple[Callable[[float], bool], str] = (lambda x: x > 0, "positive")
 _NOT_NEGATIVE: tuple[Callable[[float], bool], str] = (lambda x: x >= 0, "at least 0")
 
 OPTIMIZER = (
+    Bound("adam_beta1 adam_beta2 sgd_momentum muon_momentum lion_beta1 lion_beta2", *_FRACTION),
+    Bound("adam_eps decoupled_lr decoupled_min_lr", *_NOT_NEGATIVE),
     Bound(
-        (
-            *("adam_beta1", "adam_beta2", "sgd_momentum", "muon_momentum"),
-            *("lion_beta1", "lion_beta2"),
-        ),
-        *_FRACTION,
-    ),
-    Bound(("adam_eps", "decoupled_lr", "decoupled_min_lr"), *_NOT_NEGATIVE),
-    Bound(
-        (
-            *("grad_norm_skip_threshold", "loss_scale", "initial_loss_scale", "min_loss_scale"),
-            *("loss_scale_window", "hysteresis", "muon_num_ns_steps"),
-        ),
+        "grad_norm_skip_threshold loss_scale initial_loss_scale min_loss_scale loss_scale_window "
+        "hysteresis muon_num_ns_steps",
         *_POSITIVE,
     ),
 )
-DDP = (Bound(("bucket_size",), *_POSITIVE),)
+DDP = (Bound("bucket_size", *_POSITIVE),)
 MODEL = (
     # A rotary embedding turns all channels for more than 1.
-    Bound(("rotary_percent",), lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    Bound(("hidden_dropout", "attention_dropout"), *_FRACTION),
+    Bound("rotary_percent", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    Bound("hidden_dropout attention_dropout", *_FRACTION),
     Bound(
-        (
-            *("init_method_std", "embedding_init_method_std", "layernorm_epsilon"),
-            *("mtp_num_layers", "mtp_loss_scaling_factor", "moe_router_bias_update_rate"),
-            *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_input_jitter_eps"),
-        ),
+        "init_method_std embedding_init_method_std layernorm_epsilon mtp_num_layers "
+        "mtp_loss_scaling_factor moe_router_bias_update_rate moe_aux_loss_coeff moe_z_loss_coeff "
+        "moe_input_jitter_eps",
         *_NOT_NEGATIVE,
     ),
     Bound(
-        (
-            *("ffn_hidden_size", "kv_channels", "recompute_num_layers", "mlp_chunks_for_training"),
-            *("mup_base_hidden_size", "mup_base_head_dim", "moe_expert_capacity_factor"),
-            *("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk"),
-            *("activation_func_clamp_value", "rotary_base"),
-        ),
+        "ffn_hidden_size kv_channels recompute_num_layers mlp_chunks_for_training "
+        "mup_base_hidden_size mup_base_head_dim moe_expert_capacity_factor moe_ffn_hidden_size "
+        "moe_shared_expert_intermediate_size moe_router_topk activation_func_clamp_value "
+        "rotary_base",
         *_POSITIVE,
     ),
 )
 
-BALANCING = (
-    *("aux_loss", "seq_aux_loss", "global_aux_loss"),
-    *("sinkhorn", "quantile_balancing", "none"),
-)
+BALANCING = "aux_loss seq_aux_loss global_aux_loss sinkhorn quantile_balancing none".split()
 """Values of moe_router_load_balancing_type; megatron-core balances nothing for another one."""
 
 
@@ -95,7 +81,7 @@ def problems_of_bounds(config: "ConfigContainer") -> Iterator[Problem]:
 def _outside(section: Any, path: str, bounds: tuple[Bound, ...]) -> Iterator[Problem]:
     fields = fields_of(section)
     for bound in bounds:
-        for name in bound.fields:
+        for name in bound.fields.split():
             value = getattr(section, name) if name in fields else None
             numbers = [v for v in _items(value) if isinstance(v, int | float)]
             if not all(map(bound.contains, numbers)):
