@@ -35,7 +35,7 @@ class Campaign:
     test: str
     """By its path in the checkout, or by its id."""
     options: dict[str, Any]
-    """What the test is asked for."""
+    """The options that the test gets."""
     timeout: float = 0
     """Seconds for one test; 0 for any number."""
     on_gpu: bool = False

@@ -43,7 +43,7 @@ def test_every_field_is_in_the_table_with_a_class(table: dict[str, str]) -> None
 
 
 ASKED = options_of("settings")
-"""What tools/settings_audit.py asks for; None in the suite."""
+"""The options of tools/settings_audit.py; None in the suite."""
 IN_THE_SUITE = [
     "model.language.ffn_hidden_size",
     "optimizer.fp8_recipe",

@@ -349,10 +349,10 @@ def test_low_precision_losses_are_scaled_in_float32(dtype: torch.dtype) -> None:
     output = torch.tensor([256.0, 0.0], dtype=dtype, requires_grad=True)
     adapter, run = adapter_of(lambda o: (o.sum(), {}), output=output)
     adapter.padded_tokens = 2**20
-    loss, slots, record = run()
+    loss, tokens, record = run()
     assert loss.dtype == record.loss.dtype == torch.float32
     assert loss.item() == 2.0**28
-    assert slots.item() == 2**20
+    assert tokens.item() == 2**20
 
 
 def test_a_microbatch_without_tokens_is_not_divided_by_its_count() -> None:

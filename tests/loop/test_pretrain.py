@@ -275,7 +275,7 @@ def edit_records(run: Path) -> None:
 def test_a_finished_run_takes_its_metrics_from_the_checkpoint_and_is_not_evaluated_again(
     tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
-    """What is in metrics.jsonl does not matter."""
+    """The content of metrics.jsonl does not matter."""
 
     def body(resume: bool) -> Any:
         evaluated = []

@@ -1,4 +1,4 @@
-"""What a program may change when it resumes a run, or starts from the weights of another."""
+"""Rules for changes when a run is resumed, or starts from the weights of another."""
 
 from collections.abc import Callable
 from pathlib import Path

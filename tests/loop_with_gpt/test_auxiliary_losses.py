@@ -35,7 +35,7 @@ from training_runs import TokenData, Weights, a_run, gpt_run, one_step, rows
 ALL = Objective(z=0.5, sequence=1.0, ahead=2, padded=True, micro_batch_size=2)
 PRECISE = 2e-6
 ASKED = options_of("auxiliary_losses")
-"""What tools/auxiliary_losses.py asks for; None in the suite."""
+"""The options of tools/auxiliary_losses.py; None in the suite."""
 
 
 @pytest.fixture(scope="module")

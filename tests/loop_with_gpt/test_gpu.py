@@ -115,7 +115,7 @@ def test_three_steps_in_bf16(tmp_path: Path, layer_spec: str) -> None:
 @needs_engine
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("layer_spec", ["local", "transformer_engine"])
-def test_a_step_that_is_not_logged_waits_for_nothing(tmp_path: Path, layer_spec: str) -> None:
+def test_a_step_that_is_not_logged_has_no_host_device_sync(tmp_path: Path, layer_spec: str) -> None:
     """Without Transformer Engine's kernels megatron-core reads the gradients' norm to clip them."""
     config = run_of(tmp_path / "run", layer_spec)
     config.train.spike_factor = 3.0
@@ -127,7 +127,7 @@ def test_a_step_that_is_not_logged_waits_for_nothing(tmp_path: Path, layer_spec:
                 run, data_iterator=data_iterator, reducer=run.parts.reducer, **arguments
             )
 
-        for _ in range(2):  # Code that runs once may wait for the device.
+        for _ in range(2):  # Code that runs once may have a host-device sync.
             step()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

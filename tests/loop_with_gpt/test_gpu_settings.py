@@ -22,7 +22,7 @@ from settings_trials import EXPERTS
 from training_runs import TokenData, a_run, gpt_run, one_step
 
 ASKED = options_of("settings_gpu")
-"""What tools/settings_gpu.py asks for; None in the suite."""
+"""The options of tools/settings_gpu.py; None in the suite."""
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 STEPS = 6
 MOE = (*EXPERTS, "model.moe_ffn_hidden_size=64")

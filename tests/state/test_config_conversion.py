@@ -21,7 +21,7 @@ from bridge.training.config.schema.yaml12 import dump_yaml, load_yaml
 from tiny_configs import Augmentation, TinyModel
 
 
-class Colour(enum.Enum):
+class Color(enum.Enum):
     RED = 1
     GREEN = 2
 
@@ -49,7 +49,7 @@ class Colour(enum.Enum):
         ([1, 2], Sequence[int], [1, 2]),
         ({"a": 1}, dict[str, float], {"a": 1.0}),
         ({"a": 1}, Mapping[str, int], {"a": 1}),
-        ("RED", Colour, Colour.RED),
+        ("RED", Color, Color.RED),
         ("flash", AttnBackend, AttnBackend.flash),
         ("bfloat16", torch.dtype, torch.bfloat16),
         ("bf16", torch.dtype, torch.bfloat16),
@@ -91,7 +91,7 @@ def test_a_value_is_converted_to_its_annotated_type(
         (True, Literal[1, 2], "one of 1, 2"),
         ([1, "a"], list[int], "x[1]"),
         ([1, 2, 3], tuple[int, int], "a list of 2"),
-        ("RAD", Colour, "one of RED, GREEN"),
+        ("RAD", Color, "one of RED, GREEN"),
         ("bfloat17", torch.dtype, "did you mean 'bfloat16'"),
         ("gleu", Callable, "did you mean 'gelu'"),
         ("torch.nn.init.zeross_", Callable, "does not exist"),
@@ -130,9 +130,9 @@ class Everything:
     table: dict[str, float] = field(default_factory=lambda: {"a": 0.1})
     dtype: torch.dtype = torch.bfloat16
     activation: Callable[..., Any] = quick_gelu
-    initialiser: Callable[..., Any] = torch.nn.init.normal_
+    initializer: Callable[..., Any] = torch.nn.init.normal_
     other: Callable[..., Any] = torch.nn.functional.softplus
-    colour: AttnBackend = AttnBackend.fused
+    color: AttnBackend = AttnBackend.fused
     place: pathlib.Path = pathlib.Path("a/b")
     kind: type = torch.nn.Linear
     part: Augmentation = field(default_factory=lambda: Augmentation(flip=True))

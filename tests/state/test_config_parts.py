@@ -24,7 +24,7 @@ from tiny_configs import TinyTransformer, tiny_config
 
 @dataclass(kw_only=True)
 class Spread:
-    """How one module is spread."""
+    """The parallel layout of one module."""
 
     tensor_model_parallel_size: int = 1
 

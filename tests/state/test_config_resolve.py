@@ -196,7 +196,7 @@ def test_the_layout_says_how_ranks_are_arranged() -> None:
     assert layout_of(TinyModel(), 6).data == 6
 
 
-# --- what is refused
+# --- rejected values
 
 
 def test_everything_wrong_is_one_report() -> None:

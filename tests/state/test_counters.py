@@ -9,7 +9,7 @@ SEQUENCES = SimpleNamespace(seq_length=64)
 
 
 class Sources:
-    """What the data and the losses have counted on all ranks."""
+    """Counts of the data and of the losses, over all ranks."""
 
     def __init__(self, *names: str) -> None:
         self.data = dict.fromkeys(names, 0)

@@ -310,13 +310,11 @@ class WrongFunctor:
         (max, "has no signature|does not tell"),
     ],
 )
-def test_a_form_that_cannot_be_told_is_refused_with_the_accepted_ones(
-    step: Any, problem: str
-) -> None:
-    with pytest.raises(ValueError, match=problem) as refusal:
+def test_an_unclear_form_is_rejected_with_the_accepted_ones(step: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem) as error:
         prepare_forward_step_func(step, STATE)
-    assert "seen: " in str(refusal.value)
-    assert all(form in str(refusal.value) for form in ACCEPTED_FORMS)
+    assert "seen: " in str(error.value)
+    assert all(form in str(error.value) for form in ACCEPTED_FORMS)
 
 
 def test_preparing_twice_gives_the_same_step() -> None:

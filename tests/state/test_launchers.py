@@ -90,13 +90,13 @@ def test_the_tasks_of_slurm_meet_at_the_first_host(nodes: str, host: str) -> Non
     assert first_host(nodes) == host
 
 
-def test_steps_meet_at_ports_of_their_own_unless_they_are_told() -> None:
+def test_steps_meet_at_ports_of_their_own_unless_they_are_given() -> None:
     urls = {rendezvous_url({**STEP, "SLURM_STEP_ID": str(step)}) for step in range(3)}
     urls |= {rendezvous_url({**STEP, "SLURM_JOB_ID": "8"})}
     assert len(urls) == 4
     assert all(re.fullmatch(r"tcp://gpu03:[12]\d{4}", url) for url in urls)
-    told = {**STEP, "MASTER_ADDR": "b", "MASTER_PORT": "5"}
-    assert rendezvous_url(told) == "tcp://b:5"
+    given = {**STEP, "MASTER_ADDR": "b", "MASTER_PORT": "5"}
+    assert rendezvous_url(given) == "tcp://b:5"
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,10 @@ VALIDATION = {"validation/lm loss": 2.25}
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    def refuse(constant: str) -> None:
+    def reject(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    return [json.loads(line, parse_constant=reject) for line in path.read_text().splitlines()]
 
 
 def read_tensorboard(directory: Path) -> dict[str, dict[int, float]]:

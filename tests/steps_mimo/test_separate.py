@@ -65,7 +65,7 @@ IN_THE_SUITE: list[tuple[MimoLayout, Any, dict[str, Any]]] = [
 
 
 ASKED = options_of("mimo_layouts")
-"""What tools/mimo_layouts.py asks for; None in the suite."""
+"""The options of tools/mimo_layouts.py; None in the suite."""
 
 
 def cases() -> list[tuple[MimoLayout, Any, dict[str, Any]]]:

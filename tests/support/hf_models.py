@@ -100,8 +100,8 @@ def write_with_transformers(folder: Path, config: dict[str, Any], dtype: torch.d
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name else 0.0
-            parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
+            center = 1.0 if "norm" in name else 0.0
+            parameter.copy_(center + 0.2 * torch.randn(parameter.shape, generator=generator))
             # Not model.to: that would round the rotary frequencies as well.
             parameter.data = parameter.data.to(dtype)
         model.save_pretrained(folder)

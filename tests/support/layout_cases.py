@@ -39,7 +39,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a model is spread over ranks, or over microbatches."""
+    """The division of a model over ranks, or of a batch over microbatches."""
 
     name: str
     kind: str

@@ -106,7 +106,7 @@ def _matrix() -> Iterator[MimoLayout]:
 
 
 MATRIX = tuple(_matrix())
-"""What tools/mimo_layouts.py tries."""
+"""The layouts that tools/mimo_layouts.py tries."""
 
 
 @dataclass

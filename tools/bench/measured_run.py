@@ -37,7 +37,7 @@ class Process:
     seconds: float
     error: str | None
     first_written_s: float | None
-    """When the watched file held its first line."""
+    """Seconds until the watched file had its first line."""
 
     def tail(self, count: int = 25) -> str:
         """Return its last lines."""
@@ -46,7 +46,7 @@ class Process:
 
 @dataclass(kw_only=True)
 class Measured:
-    """What one run of one side showed."""
+    """The measurements of one run of one side."""
 
     side: str
     windows: list[Window] = field(default_factory=list)

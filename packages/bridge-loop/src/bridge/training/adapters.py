@@ -48,7 +48,7 @@ def find_base(config: ConfigContainer, ranks: Ranks, checkpoint: Path | None) ->
     if checkpoint is None and not config.rng.layout_invariant_init:
         raise UsageError(
             "checkpoint.pretrained_checkpoint: adapters need base weights; give a run's directory "
-            " or one of its checkpoints (initial weights serve for trying out, with "
+            "or one of its checkpoints (initial weights serve for trying out, with "
             "rng.layout_invariant_init=true)"
         )
     if checkpoint is not None:

@@ -115,9 +115,9 @@ class Callback:
         """
 
     def on_before_optimizer_step(self, context: CallbackContext) -> None:
-        """When the reduced gradients are in ``main_grad``, before clipping and the update.
+        """Before the optimizer's step: the reduced gradients are in ``main_grad``, not yet clipped.
 
-        They are those of the whole step, divided by its tokens, and whole on every rank; in fp16
+        They are those of the whole step, divided by its tokens, unsharded on every rank; in fp16
         they are multiplied by the loss scale.
         """
 

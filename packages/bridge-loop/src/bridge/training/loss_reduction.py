@@ -1,4 +1,4 @@
-"""How metrics are reduced: their declarations, and the reducer (`bridge.training.loss`)."""
+"""The reduction of metrics: their declarations, and the reducer (`bridge.training.loss`)."""
 
 from bridge.training.loss.metrics import (
     Metric,

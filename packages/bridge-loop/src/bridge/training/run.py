@@ -43,7 +43,7 @@ class Run:
         self.training_log = training_log
         self.stop = stop
         self.phase = "set-up"
-        """What the run is doing, for error messages."""
+        """The present activity of the run, for error messages."""
         self.context = CallbackContext(
             state=parts.state,
             model=parts.model,

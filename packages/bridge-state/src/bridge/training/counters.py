@@ -12,7 +12,7 @@ from bridge.training.usage_error import UsageError
 
 @dataclass(kw_only=True)
 class TrainState:
-    """How far a run has come; saved with every checkpoint. Counts are over all ranks."""
+    """The counters of a run, saved with every checkpoint. Counts are over all ranks."""
 
     step: int = 0
     """Optimizer steps done, skipped ones included."""
@@ -57,7 +57,7 @@ class TrainState:
 
 @dataclass(kw_only=True, frozen=True)
 class CountSources:
-    """Where a run's numbers come from that are not known on the host as a step is taken."""
+    """The sources of the counts that the host does not know when a step is taken."""
 
     has_data_tokens: bool
     """Whether the data counts tokens (`DataSplits.items`)."""

@@ -177,7 +177,7 @@ class _Form:
     """The names of the data iterator and the model, or of the model alone, if they must be passed
     by name. A partial that holds the state by name leaves no other way for its other parameters."""
     plan: Literal["by name", "by position"] | None
-    """How the step takes `return_schedule_plan`, if it does."""
+    """The way in which the step takes `return_schedule_plan`; None if it does not."""
     needs_plan: bool
     """Whether `return_schedule_plan` has no default."""
     takes_checkpoint: bool

@@ -79,21 +79,21 @@ class GPT(GPTModel):
         everywhere = torch.ones_like(labels, dtype=torch.float32)
         mask = everywhere if loss_mask is None else loss_mask.float()
         moved = torch.stack((mask, everywhere))
-        masks, labelled, counts = [], [], []
+        masks, labeled, counts = [], [], []
         for _ in range(self.config.mtp_num_layers or 0):
             moved, _ = roll_tensor(moved, cp_group=cp_group)
             masks.append(moved[0])
-            labelled.append(moved[1].sum())
+            labeled.append(moved[1].sum())
             counts.append((moved[0] != 0).sum().float())
         if per_token:
             self._track_targets(torch.stack(counts) / positions)
-            return [m * n / positions for m, n in zip(masks, labelled, strict=True)]
+            return [m * n / positions for m, n in zip(masks, labeled, strict=True)]
         total = torch.stack(counts)
         if cp_group.size() > 1:
             dist.all_reduce(total, group=cp_group)
         # The gradients are averaged over the context-parallel ranks.
         scales = cp_group.size() / total.clamp(min=1)
-        return [m * n * s for m, n, s in zip(masks, labelled, scales, strict=True)]
+        return [m * n * s for m, n, s in zip(masks, labeled, scales, strict=True)]
 
     def _track_targets(self, parts: torch.Tensor) -> None:
         if not self.training:

@@ -29,9 +29,9 @@ class Launcher:
 
     pid: int
     folder: Path
-    """Where ranks write the reports of their failures."""
+    """The folder in which ranks write the reports of their failures."""
     start: "StartCommand"
-    """How the command was started."""
+    """The words that started the command, to continue the run with."""
     signals: list[int] = field(default_factory=list)
     """Those that asked to stop: in the launcher all that it passed on, in a forked rank those that
     came before its handlers were set."""

@@ -82,7 +82,7 @@ def _of_routers(
     names = tracked.keys() - {PADDING, TARGETS}
     if not names:
         return {}
-    copies = groups.tp_dp_cp.size()
+    num_ranks = groups.tp_dp_cp.size()
     routers: list[Any] = [m for chunk in model for m in chunk.modules() if isinstance(m, Router)]
     count: Any = num_microbatches * len(routers)
     if PADDING in tracked:
@@ -96,11 +96,11 @@ def _of_routers(
             weight = 1 / entry.avg_group.size()
         elif entry.needs_dp_avg:
             weight = 1 / groups.dp.size()
-        found[name] = ratio(entry.values.sum() * weight, count / copies)
+        found[name] = ratio(entry.values.sum() * weight, count / num_ranks)
         for layer in sorted(r.layer_number for r in routers if r.config.moe_per_layer_logging):
             padding = tracked[PADDING].values[layer - 1] if PADDING in tracked else 0
             found[f"{name}/layer_{layer}"] = ratio(
-                entry.values[layer - 1] * weight, (num_microbatches - padding) / copies
+                entry.values[layer - 1] * weight, (num_microbatches - padding) / num_ranks
             )
     return found
 

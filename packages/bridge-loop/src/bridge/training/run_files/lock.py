@@ -63,7 +63,7 @@ class Owner:
     process: int
     host: str
     since: str
-    """When it locked the directory, local time."""
+    """The time at which it locked the directory, local time."""
 
     @classmethod
     def this_process(cls) -> Self:

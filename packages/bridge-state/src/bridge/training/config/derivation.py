@@ -35,7 +35,7 @@ class Derived:
 def derived_values(config: "ConfigContainer") -> dict[str, Derived]:
     """Return the values that follow from the other values, by path.
 
-    Values that depend on a precision or a device that is not known yet are left out.
+    Values that depend on a precision or a device that is not known yet are skipped.
     """
     transformers = {
         path: part

@@ -101,10 +101,10 @@ def embedding_stages(model: Any) -> list[int]:
     placed = placed_layers(model) if isinstance(model, TransformerConfig) else None
     if placed is None or not model.mtp_num_layers:
         return sorted({0, ranks - 1})
-    copies = {
+    mtp_stages = {
         rank
         for rank, chunks in enumerate(placed.layout)
         if any(LayerType.mtp in layers for layers in chunks)
     }
     tied = getattr(model, "share_embeddings_and_output_weights", False)
-    return sorted({0} | copies | ({ranks - 1} if tied else set()))
+    return sorted({0} | mtp_stages | ({ranks - 1} if tied else set()))

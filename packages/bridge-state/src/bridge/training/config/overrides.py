@@ -48,7 +48,7 @@ class YamlText:
     text: str
     source: str
     not_taken: tuple[str, ...] = ()
-    """Fields of the file that `of_a_new_run` has left out."""
+    """Fields of the file that `of_a_new_run` has removed."""
 
     def of_a_new_run(self) -> "YamlText":
         """Return the document without the fields of one run alone, if it is a run's config.yaml.
@@ -117,7 +117,7 @@ def configure(
 
     Raises:
         ConfigError: With every problem of either. A contradiction that involves a value which was
-            rejected is left out: it would speak of a value that nobody gave.
+            rejected is not reported: its message would name a value that nobody gave.
     """
     merge = _Merge(config.copy())
     merge.everything(overrides, yaml_documents)

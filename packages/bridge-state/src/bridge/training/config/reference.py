@@ -43,7 +43,7 @@ class Key:
 def describe(config: ConfigContainer) -> list[Key]:
     """Return every key of `config`, the model's and the dataset's too, section by section.
 
-    Fields that only a running loop sets (megatron-core's hooks) are left out. A section that is
+    Fields that only a running loop sets (megatron-core's hooks) are skipped. A section that is
     None is listed with its class's defaults.
     """
     keys: list[Key] = []

@@ -1,7 +1,7 @@
-"""What a run asks of the pieces that it does not own: a model, its data, a recipe.
+"""The contracts between a run and the pieces that it does not own: a model, its data, a recipe.
 
-The loop knows no model family. Whatever satisfies these Protocols can be trained, so one's own
-module, dataset and forward step make a run.
+The loop knows no model family. Whatever satisfies these Protocols can be trained, so a module, a
+dataset and a forward step of your own make a run.
 """
 
 from bridge.training.contracts.data import (

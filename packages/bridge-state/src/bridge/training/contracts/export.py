@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, frozen=True)
 class ExportedWeight:
-    """How one weight of a model stands in another format: whole, or its rows in several tensors."""
+    """A weight of a model in another format: as one tensor, or with its rows in several."""
 
     shape: tuple[int, ...]
     """The weight's shape over all ranks, without rows that pad it."""
@@ -25,7 +25,7 @@ class ExportedWeight:
 
         Args:
             weight: The weight, or whatever has its rows, such as the output side of an adapter:
-                ``[rows, ...]``, rows that pad it at the end are left out.
+                ``[rows, ...]``; rows that pad it at the end are skipped.
         """
         weight = weight[: self.shape[0]]
         return {name: weight if rows is None else weight[rows] for name, rows in self.parts.items()}
@@ -51,7 +51,7 @@ class ExportedWeight:
 
 @runtime_checkable
 class NamesWeights(Protocol):
-    """A model section that knows how its weights stand in the format in which others share them."""
+    """A model section that knows its weights in the format in which others share them."""
 
     def exported_weights(self) -> Mapping[str, ExportedWeight]:
         """Return every weight of the model by its name here, in the order of the layers.
@@ -69,7 +69,7 @@ class NamesWeights(Protocol):
 
 @dataclass(kw_only=True, frozen=True)
 class ExportRequest:
-    """What ``bridge export`` asks of the package that knows the target."""
+    """A request of ``bridge export`` to the package that knows the target."""
 
     checkpoint: Path
     """The folder of the checkpoint."""

@@ -111,7 +111,7 @@ class ChecksItself(Protocol):
     def problems(self, config: "ConfigContainer") -> "Iterable[str | Problem]":
         """Yield one line for each problem, ``section.field=value: why; what to do``.
 
-        A line is left out of the report if it names a field whose value was rejected before. A
+        A line is not reported if it names a field whose value was rejected before. A
         `Problem` says itself which fields it is about. The check must build nothing.
         """
         ...

@@ -1,19 +1,16 @@
-"""Parameter-efficient fine-tuning: what a method does to a model, and how it is read out."""
+"""The contract of methods of parameter-efficient fine-tuning, and of the layers they adapt."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-if TYPE_CHECKING:
-    pass
-
 
 class LowRankUpdate(Protocol):
-    """What a method of parameter-efficient fine-tuning does to some rows of a weight W.
+    """The update that a method of parameter-efficient fine-tuning adds to some rows of a weight W.
 
-    The rows become W + scale * B A; with `magnitude`, each of those is then brought to the length
-    that it says.
+    The rows become W + scale * B A; with `magnitude`, each of them is then scaled to have that
+    norm.
     """
 
     @property
@@ -30,7 +27,7 @@ class LowRankUpdate(Protocol):
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied with."""
+        """The factor of B A."""
 
     @property
     def magnitude(self) -> torch.Tensor | None:
@@ -38,20 +35,20 @@ class LowRankUpdate(Protocol):
 
 
 class AdaptedLayer(Protocol):
-    """A layer beside which a method of parameter-efficient fine-tuning has put what it trains."""
+    """A layer to which a method of parameter-efficient fine-tuning has added parameters."""
 
     @property
     def name(self) -> str:
         """In the whole model, the same under every parallel layout."""
 
     def low_rank_updates(self) -> Sequence[LowRankUpdate]:
-        """Return what the layer's weight is changed by, as far as this rank holds it."""
+        """Return this rank's shards of the updates of the layer's weight."""
         ...
 
 
 @runtime_checkable
 class PEFTMethod(Protocol):
-    """Trains few parameters beside a frozen model: the section ``peft`` of a run.
+    """A method that trains few parameters on top of a frozen model: the section ``peft`` of a run.
 
     The loop loads the model's weights, lets the method attach, wraps the result in DDP, and loads
     the state of what was attached. It trains and saves what requires gradients then. A new
@@ -70,7 +67,7 @@ class PEFTMethod(Protocol):
     def attach(
         self, model_chunks: Sequence[torch.nn.Module], group: Any = None
     ) -> "Sequence[AdaptedLayer]":
-        """Freeze the model and put the parameters that train beside its layers.
+        """Freeze the model and add the parameters that train to its layers.
 
         Args:
             model_chunks: This rank's part of the model with its weights, wrapped for 16 bits or

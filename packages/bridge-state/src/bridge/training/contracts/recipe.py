@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, frozen=True)
 class Recipe:
-    """A named run: calling it gives a fresh configuration, beside it the step that goes with it."""
+    """A named run: its forward step, and a fresh configuration with each call."""
 
     name: str
     summary: str

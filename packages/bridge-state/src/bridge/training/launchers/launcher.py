@@ -13,11 +13,11 @@ class RankEnvironment:
     """The position of this process among the ranks that were started together."""
 
     launcher: str | None = None
-    """Who started the ranks, "torchrun" or "Slurm"; None for a process that is the only rank."""
+    """The launcher of the ranks, "torchrun" or "Slurm"; None for a process that has no others."""
     rank: int = 0
     world_size: int = 1
     local_rank: int | None = None
-    """The rank among those of this machine; None if nothing says."""
+    """The rank among those of this machine; None if it is not known."""
     start_words: tuple[str, ...] = ()
     """The words that a user types before a command to start it on all ranks, such as srun."""
     may_see_own_gpu_alone: bool = False

@@ -99,7 +99,7 @@ class JsonlLogger:
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the records of a metrics.jsonl as they were logged; none if there is no file.
 
-    A torn last line is left out.
+    A torn last line is skipped.
 
     Raises:
         UsageError: The file cannot be read, or a line other than the last one is no record.

@@ -33,7 +33,7 @@ class WandbRow:
 def written_rows(folder: Path) -> list[WandbRow]:
     """Return the rows in the files of all starts below ``folder``, in the order of their numbers.
 
-    A record that is damaged is left out with a warning.
+    A record that is damaged is skipped with a warning.
 
     Args:
         folder: ``run_dir/wandb``, of one W&B run.
