@@ -48,8 +48,8 @@ def resolve_collecting(
         config: As for `resolve`.
         device: As for `resolve`.
         world_size: As for `resolve`.
-        rejected: Fields whose values were rejected before. A problem about one of them is left
-            out, since it would speak of a value that nobody gave.
+        rejected: Fields whose values were rejected before. A problem about one of them is not
+            reported, since it would name a value that nobody gave.
     """
     resolved = config.copy()
     problems, wrong_types = check_types(resolved)
