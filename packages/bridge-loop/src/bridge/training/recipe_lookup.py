@@ -94,12 +94,12 @@ def configure(
     )
 
 
-def checked_ranks(nproc: int | None, default: int = 1) -> int:
-    """Return the number of ranks that ``--nproc`` asks for.
+def checked_ranks(nproc: int | None) -> int:
+    """Return the number of ranks that ``--nproc`` asks for; 1 where it is not given.
 
     Raises:
         UsageError: It is less than 1.
     """
     if nproc is not None and nproc < 1:
         raise UsageError(f"--nproc: {nproc} ranks cannot train; give 1 or more")
-    return default if nproc is None else nproc
+    return 1 if nproc is None else nproc

@@ -51,16 +51,13 @@ from bridge.training.ranks.groups import Ranks, choose_device, ranks_of
 from bridge.training.ranks.launcher_store import world_size
 from bridge.training.ranks.seeding import restore_random_streams_at_exit, seed_all, seed_stage
 from bridge.training.ranks.stop_request import stop_signals
-from bridge.training.reporting.introduction import describe_run, describe_start
+from bridge.training.reporting.introduction import describe_run
 from bridge.training.reporting.progress import Progress
 from bridge.training.reporting.throughput import model_flops_per_token
 from bridge.training.reporting.training_log import TrainingLog
 from bridge.training.run import Run, TrainingParts
 from bridge.training.run_files.configuration import write_config
-from bridge.training.run_files.directory import (
-    RunDirectory,
-    writing_run_files,
-)
+from bridge.training.run_files.directory import RunDirectory, writing_run_files
 from bridge.training.run_files.lock import directory_lock
 from bridge.training.run_files.start import (
     StartingPoint,
@@ -152,7 +149,7 @@ def set_up(
                 training_log=_open_training_log(parts, progress),
                 stop=stack.enter_context(stop_signals(ends_at)),
             )
-            for line in (*_describe(parts), *messages):
+            for line in (*describe_run(parts), *messages):
                 progress.note(line)
         yield run
 
@@ -187,7 +184,8 @@ def _built(
             for line in describe_adapters(adapters, size, ranks):
                 progress.note(line)
         with progress.phase("optimizer"):
-            timers = _timers(config, state)
+            # The schedules start and stop a dozen timers a step: without a reader they only cost.
+            timers = state.timers if config.logger.timing_log_level > 0 else None
             optimizer = build_optimizer(config, model, ranks.model, timers=timers)
             scheduler = build_scheduler(config, optimizer, data.schedule_samples)
             attach_hooks(config, model, optimizer, timers)
@@ -368,19 +366,6 @@ def _open_training_log(parts: TrainingParts, progress: Progress) -> TrainingLog:
         world_size=parts.ranks.layout.world_size,
         loss_scale=(lambda: float(parts.optimizer.get_loss_scale())) if has_loss_scale else None,
     )
-
-
-def _describe(parts: TrainingParts) -> Iterator[str]:
-    """Yield the startup messages about the run and where it continues."""
-    config, counters = parts.config, parts.state.train_state
-    yield from describe_run(config, parts.ranks, parts.model, parts.data, counters)
-    last_step = parts.data.train_iters
-    yield from describe_start(config, parts.restored_from, parts.changes, counters, last_step)
-
-
-def _timers(config: ConfigContainer, state: GlobalState) -> Any:
-    # megatron-core's schedules start and stop a dozen timers a step; without a reader they cost.
-    return state.timers if config.logger.timing_log_level > 0 else None
 
 
 def _prepare_directory(parts: TrainingParts) -> Sequence[str]:

@@ -21,7 +21,12 @@ def samples_to_draw(train: TrainConfig, done: TrainState) -> int | None:
         return train.train_samples
     if train.train_iters is None:
         return None
-    return done.consumed_train_samples + _steps_left(train, done) * train.global_batch_size
+    return samples_until(_reachable_step(train, done), train, done)
+
+
+def samples_until(step: int, train: TrainConfig, done: TrainState) -> int:
+    """Return the samples that a run draws from its beginning to a step that is not done yet."""
+    return done.consumed_train_samples + (step - done.step) * train.global_batch_size
 
 
 def last_step(train: TrainConfig, size: int, done: TrainState) -> int:
@@ -37,7 +42,7 @@ def last_step(train: TrainConfig, size: int, done: TrainState) -> int:
             global batch size.
     """
     if train.train_iters is not None:
-        return done.step + _steps_left(train, done)
+        return _reachable_step(train, done)
     drawn, batch = done.consumed_train_samples, train.global_batch_size
     if train.train_samples is not None:
         left = train.train_samples - drawn
@@ -75,18 +80,17 @@ def schedule_samples(train: TrainConfig, size: int, done: TrainState) -> int:
     (`bridge.training.optimizer.scheduler.resume_scheduler`), otherwise those that are drawn from
     beginning to end.
     """
-    batch = train.global_batch_size
     if train.train_iters is not None:
-        return train.train_iters * batch
-    left = last_step(train, size, done) - done.step
-    return done.consumed_train_samples + left * batch
+        return train.train_iters * train.global_batch_size
+    return samples_until(last_step(train, size, done), train, done)
 
 
-def _steps_left(train: TrainConfig, done: TrainState) -> int:
+def _reachable_step(train: TrainConfig, done: TrainState) -> int:
+    """Return train.train_iters, unless the run has come further already."""
     assert train.train_iters is not None
     if done.step > train.train_iters:
         raise UsageError(
             f"train.train_iters={train.train_iters}: the run has taken {done.step} steps already; "
             f"give at least {done.step}"
         )
-    return train.train_iters - done.step
+    return train.train_iters

@@ -1,39 +1,28 @@
 """The lines that introduce a run: ranks, layout, model, data, where it continues."""
 
 from collections.abc import Iterator
-from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DrawsLayout
 from bridge.training.data.run_data import RunData
+from bridge.training.data.run_length import samples_until
 from bridge.training.model.building import count_parameters
 from bridge.training.ranks.groups import Ranks
 from bridge.training.state import TrainState
 
+if TYPE_CHECKING:
+    from bridge.training.parts import TrainingParts
 
-def describe_run(
-    config: ConfigContainer,
-    ranks: Ranks,
-    model: list[torch.nn.Module],
-    data: RunData,
-    counters: TrainState,
-) -> Iterator[str]:
-    """Yield lines that say what the run trains, on which ranks and with which data.
 
-    Args:
-        config: The resolved configuration.
-        ranks: The process groups.
-        model: This rank's model chunks.
-        data: The run's data.
-        counters: The counters at the run's start.
-    """
+def describe_run(parts: "TrainingParts") -> Iterator[str]:
+    """Yield lines that say what a run trains, on which ranks, with which data, and from where."""
+    config, ranks, data, counters = parts.config, parts.ranks, parts.data, parts.state.train_state
     yield _describe_ranks(config, ranks)
     if isinstance(config.model, DrawsLayout):
         picture = config.model.layout_picture(ranks.layout.world_size)
         yield from [] if picture is None else picture.splitlines()
-    yield f"model {count_parameters(model):,} parameters on this rank"
+    yield f"model {count_parameters(parts.model):,} parameters on this rank"
     yield _describe_training_data(config, data, counters)
     yield from data.warnings
     sets = {**data.sets("validation"), **data.sets("test")}
@@ -43,29 +32,11 @@ def describe_run(
             for name, dataset in sets.items()
         )
         yield f"evaluates {drawn} samples"
-
-
-def describe_start(
-    config: ConfigContainer,
-    restored_from: Path | None,
-    changes: list[str],
-    counters: TrainState,
-    last_step: int,
-) -> Iterator[str]:
-    """Yield lines that say where a run continues; none for a new run.
-
-    Args:
-        config: The resolved configuration.
-        restored_from: The checkpoint that the run continues from.
-        changes: A line for each rate that jumps there.
-        counters: The counters at the run's start.
-        last_step: The step after which the run ends.
-    """
-    if restored_from is not None:
-        yield f"continues after step {counters.step}, from {restored_from}"
+    if parts.restored_from is not None:
+        yield f"continues after step {counters.step}, from {parts.restored_from}"
         # A run that is finished takes no step at another rate.
-        if counters.step < last_step:
-            yield from (f"warning: {change}" for change in changes)
+        if counters.step < data.train_iters:
+            yield from (f"warning: {change}" for change in parts.changes)
     elif config.checkpoint.resume:
         yield "the run has no checkpoint yet: it starts again at step 0"
 
@@ -93,7 +64,7 @@ def _describe_ranks(config: ConfigContainer, ranks: Ranks) -> str:
 
 def _describe_training_data(config: ConfigContainer, data: RunData, counters: TrainState) -> str:
     batch = config.train.global_batch_size
-    samples = counters.consumed_train_samples + (data.train_iters - counters.step) * batch
+    samples = samples_until(data.train_iters, config.train, counters)
     # Steps of another batch size came before.
     is_changed = counters.consumed_train_samples != counters.step * batch
     notes = "".join(f", {value:,} {key}" for key, value in data.splits.notes.items())
