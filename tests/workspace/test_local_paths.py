@@ -13,8 +13,12 @@ from bridge.gpt.recipes import gpt_tiny, gpt_tiny_sft
 from bridge.mimo.recipes import mimo_digits
 from bridge.training.config import ConfigContainer, ConfigError, resolve
 from bridge.training.config.container import SECTIONS
-from bridge.training.config.schema.fields import annotations_of, describe_annotation, fields_of
-from bridge.training.config.schema.paths import parts_of
+from bridge.training.config.schema.fields import (
+    annotations_of,
+    describe_annotation,
+    fields_of,
+    parts_of,
+)
 from bridge.training.local_paths import holds_local_paths, is_url
 
 URL = "s3://bucket/run"

@@ -13,8 +13,13 @@ from typing import Any
 from bridge.training.config import ConfigContainer, ConfigError, Problem
 from bridge.training.config.model_identity import FieldKind, field_kinds, kind_at
 from bridge.training.config.provenance import DERIVED
-from bridge.training.config.schema.fields import TARGET, fields_of, is_default
-from bridge.training.config.schema.paths import is_dataclass_instance, value_at
+from bridge.training.config.schema.fields import (
+    TARGET,
+    fields_of,
+    is_dataclass_instance,
+    is_default,
+    value_at,
+)
 from bridge.training.config.schema.to_plain import to_plain
 from bridge.training.run_files.configuration import read_config
 from bridge.training.run_files.directory import RunDirectory

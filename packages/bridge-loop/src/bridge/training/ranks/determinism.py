@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from bridge.training.config import ConfigContainer, TransformerConfig
-from bridge.training.config.schema.paths import parts_of
+from bridge.training.config.schema.fields import parts_of
 
 
 @contextlib.contextmanager

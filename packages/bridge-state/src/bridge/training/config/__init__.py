@@ -11,13 +11,12 @@ with quiet_import():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.training.config.container import ConfigContainer, peft_method
-from bridge.training.config.errors import ConfigError
 from bridge.training.config.layout import Layout, layout_of
 from bridge.training.config.model_identity import model_field
 from bridge.training.config.overrides import YamlDocument, YamlText, apply_overrides, configure
 from bridge.training.config.reference import Key, describe, reference_text
 from bridge.training.config.resolution import resolve
-from bridge.training.config.schema.errors import Problem
+from bridge.training.config.schema.errors import ConfigError, Problem
 from bridge.training.config.sections import (
     CheckpointConfig,
     DistConfig,

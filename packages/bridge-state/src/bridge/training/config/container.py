@@ -9,11 +9,10 @@ from typing import Any, Literal, Self
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from bridge.training.config.errors import ConfigError
 from bridge.training.config.provenance import DERIVED, Provenance
 from bridge.training.config.schema.chosen_by_name import METHOD
 from bridge.training.config.schema.convert import build_dataclass, convert
-from bridge.training.config.schema.errors import ConversionError, FieldProblems
+from bridge.training.config.schema.errors import ConfigError, ConversionError, FieldProblems
 from bridge.training.config.schema.import_limits import names_of_a_file
 from bridge.training.config.schema.to_plain import to_plain
 from bridge.training.config.schema.yaml12 import dump_yaml, load_yaml

@@ -8,7 +8,7 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridge.training.config.schema.paths import parts_of
+from bridge.training.config.schema.fields import parts_of
 from bridge.training.contracts import DerivesFields, LeavesFieldsOpen
 
 if TYPE_CHECKING:

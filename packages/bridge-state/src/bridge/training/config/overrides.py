@@ -9,7 +9,6 @@ from typing import Any, Literal
 from bridge.training.config.checks.suggestions import likely_meant, unknown_key
 from bridge.training.config.checks.types import assign
 from bridge.training.config.container import SECTIONS, ConfigContainer
-from bridge.training.config.errors import ConfigError
 from bridge.training.config.provenance import DERIVED
 from bridge.training.config.resolution import resolve_collecting
 from bridge.training.config.schema.chosen_by_name import (
@@ -19,22 +18,25 @@ from bridge.training.config.schema.chosen_by_name import (
     method_names,
 )
 from bridge.training.config.schema.convert import convert, takes_mappings
-from bridge.training.config.schema.errors import ConversionError, FieldProblems, Problem
+from bridge.training.config.schema.errors import (
+    ConfigError,
+    ConversionError,
+    FieldProblems,
+    Problem,
+)
 from bridge.training.config.schema.fields import (
     TARGET,
     annotations_of,
     class_name,
     fields_of,
-    is_runtime_hook,
-    join,
-)
-from bridge.training.config.schema.import_limits import names_of_a_file
-from bridge.training.config.schema.paths import (
     is_dataclass_instance,
+    is_runtime_hook,
     item_annotation,
+    join,
     names_in,
     step_into,
 )
+from bridge.training.config.schema.import_limits import names_of_a_file
 from bridge.training.config.schema.yaml12 import dump_yaml, load_yaml
 
 _METHOD_PATH = f"peft.{METHOD}"

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.training.config.derivation import derived_values
 from bridge.training.config.schema.errors import Problem
-from bridge.training.config.schema.fields import default_of, fields_of
-from bridge.training.config.schema.paths import exists, value_at
+from bridge.training.config.schema.fields import default_of, exists, fields_of, value_at
 
 if TYPE_CHECKING:
     from bridge.training.config.container import ConfigContainer

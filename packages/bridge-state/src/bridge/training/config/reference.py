@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import functools
 import inspect
 import re
 import textwrap
@@ -18,10 +17,10 @@ from bridge.training.config.schema.fields import (
     annotations_of,
     describe_annotation,
     fields_of,
+    is_dataclass_instance,
     is_runtime_hook,
     join,
 )
-from bridge.training.config.schema.paths import is_dataclass_instance
 from bridge.training.config.schema.to_plain import to_plain
 from bridge.training.config.schema.yaml12 import dump_scalar
 
@@ -105,11 +104,6 @@ def _keys(holder: Any, path: str) -> Iterator[Key]:
 
 
 def _meanings_of(cls: type) -> dict[str, str]:
-    return _meanings(cls)
-
-
-@functools.cache
-def _meanings(cls: type) -> dict[str, str]:
     """Return the first sentence of each field's docstring, the nearest class's."""
     meanings: dict[str, str] = {}
     for base in reversed(cls.__mro__):

@@ -11,9 +11,8 @@ from bridge.training.config.checks.parallel_layout import layout_problems
 from bridge.training.config.checks.types import check_types, url_problems
 from bridge.training.config.checks.unsupported import unsupported_settings
 from bridge.training.config.container import ConfigContainer
-from bridge.training.config.errors import ConfigError
-from bridge.training.config.schema.errors import Problem
-from bridge.training.config.schema.paths import is_within
+from bridge.training.config.schema.errors import ConfigError, Problem
+from bridge.training.config.schema.fields import is_within
 
 
 def resolve(

@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 from bridge.training.config.checks.unsupported import unsupported_settings
 from bridge.training.config.container import ConfigContainer
 from bridge.training.config.schema.errors import Problem
+from bridge.training.config.schema.fields import is_within, parts_of
 from bridge.training.config.schema.megatron_errors import ERRORS, is_raised_by_library, problem_of
-from bridge.training.config.schema.paths import is_within, parts_of
 from bridge.training.usage_error import is_usage_error
 
 

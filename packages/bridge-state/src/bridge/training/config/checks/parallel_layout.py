@@ -14,7 +14,7 @@ from bridge.training.config.container import ConfigContainer
 from bridge.training.config.derivation import sources_of
 from bridge.training.config.layout import Layout, layout_of, placed_layers
 from bridge.training.config.schema.errors import Problem
-from bridge.training.config.schema.paths import parts_of
+from bridge.training.config.schema.fields import parts_of
 from bridge.training.contracts import ArrangesRanks, DrawsLayout
 
 

@@ -5,8 +5,13 @@ from typing import Any
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.schema.errors import Problem
-from bridge.training.config.schema.fields import annotations_of, fields_of
-from bridge.training.config.schema.paths import names_in, parts_of, value_at
+from bridge.training.config.schema.fields import (
+    annotations_of,
+    fields_of,
+    names_in,
+    parts_of,
+    value_at,
+)
 from bridge.training.spelling import nearest
 
 

@@ -13,8 +13,8 @@ from bridge.training.config.schema.fields import (
     fields_of,
     is_default,
     join,
+    parts_of,
 )
-from bridge.training.config.schema.paths import parts_of
 from bridge.training.local_paths import holds_local_paths, url_problem, urls_in
 
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.training.config.schema.errors import Problem
-from bridge.training.config.schema.fields import default_of, fields_of
-from bridge.training.config.schema.paths import parts_of
+from bridge.training.config.schema.fields import default_of, fields_of, parts_of
 from bridge.training.config.schema.to_plain import text_of
 from bridge.training.spelling import did_you_mean
 

@@ -1,8 +1,8 @@
-"""Problems of fields, and the errors of single values."""
+"""Problems of a configuration, and the errors that carry them."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
-from typing import override
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, override
 
 from bridge.training.usage_error import UsageError
 
@@ -49,3 +49,19 @@ class FieldProblems(ConversionError):
         """Keep one problem for each field."""
         self.problems = list(problems)
         super().__init__("\n".join(map(str, problems)))
+
+
+class ConfigError(UsageError):
+    """A configuration cannot be used; `problems` has one line for each reason."""
+
+    def __init__(self, problems: Iterable[Problem | str]) -> None:
+        """Collect `problems`, each once."""
+        self.problems = list(dict.fromkeys(map(str, problems)))
+        count = len(self.problems)
+        heading = f"{count} problem{'' if count == 1 else 's'} in the configuration:"
+        super().__init__("\n  - ".join([heading, *self.problems]))
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Other ranks make it again from the problems; pickle would pass the message.
+        return type(self), (self.problems,), self.__dict__

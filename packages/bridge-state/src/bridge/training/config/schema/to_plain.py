@@ -1,6 +1,5 @@
 """Typed fields as plain values, the inverse of `convert`."""
 
-import dataclasses
 import enum
 import functools
 import inspect
@@ -18,12 +17,13 @@ from bridge.training.config.schema.fields import (
     annotations_of,
     class_name,
     fields_of,
+    is_dataclass_instance,
     is_default,
     is_runtime_hook,
+    item_annotation,
     join,
 )
 from bridge.training.config.schema.importable_names import dtype_name, name_of
-from bridge.training.config.schema.paths import item_annotation
 
 
 def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> Any:
@@ -36,7 +36,7 @@ def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> 
     """
     if value is None or isinstance(value, _SCALARS):
         return _scalar_to_plain(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if is_dataclass_instance(value):
         return _dataclass_to_plain(value, annotation, path, brief)
     if isinstance(value, list | tuple | set | frozenset):
         return [to_plain(item, Any, f"{path}[{index}]") for index, item in enumerate(value)]
