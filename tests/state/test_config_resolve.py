@@ -280,7 +280,7 @@ def transformer(**values: Any) -> Any:
         ),
         (changed(tiny_config(), validation__eval_interval=0), 1, "eval_interval=0: must be pos"),
         (changed(tiny_config(), logger__log_interval=0), 1, "log_interval=0: must be positive"),
-        (changed(tiny_config(), checkpoint__keep_last=-1), 1, "keep_last=-1: must not be neg"),
+        (changed(tiny_config(), checkpoint__keep_last=-1), 1, "keep_last=-1: must be at least"),
         (changed(tiny_config(), dist__timeout_minutes=0.0), 1, "timeout_minutes"),
         (
             changed(tiny_config(), ddp__use_distributed_optimizer=False),

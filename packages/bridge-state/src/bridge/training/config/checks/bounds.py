@@ -1,8 +1,8 @@
-"""Values that megatron-core's fields may have, as data.
+"""Ranges of values that fields may have, as data.
 
-megatron-core checks few of them. Others fail in the middle of the setup or of a step, keep a step
-from ever ending (recompute_num_layers=0), or silently train something else: a beta of 1.5, a
-negative rate, experts that get no tokens (moe_router_topk=0).
+megatron-core checks few of its own fields. Wrong values of others fail in the middle of the setup
+or of a step, keep a step from ever ending (recompute_num_layers=0), or silently train something
+else: a beta of 1.5, a negative rate, experts that get no tokens (moe_router_topk=0).
 """
 
 from collections.abc import Callable, Iterator
@@ -34,18 +34,45 @@ _FRACTION: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x < 1, "at leas
 _POSITIVE: tuple[Callable[[float], bool], str] = (lambda x: x > 0, "positive")
 _NOT_NEGATIVE: tuple[Callable[[float], bool], str] = (lambda x: x >= 0, "at least 0")
 
-OPTIMIZER = (
-    Bound("adam_beta1 adam_beta2 sgd_momentum muon_momentum lion_beta1 lion_beta2", *_FRACTION),
-    Bound("adam_eps decoupled_lr decoupled_min_lr", *_NOT_NEGATIVE),
-    Bound(
-        "grad_norm_skip_threshold loss_scale initial_loss_scale min_loss_scale loss_scale_window "
-        "hysteresis muon_num_ns_steps",
-        *_POSITIVE,
+SECTIONS: dict[str, tuple[Bound, ...]] = {
+    "train": (
+        Bound("train_iters train_samples epochs micro_batch_size global_batch_size", *_POSITIVE),
+        Bound("time_limit_minutes", *_POSITIVE),
+        Bound("num_workers manual_gc_interval", *_NOT_NEGATIVE),
+        Bound(
+            "spike_factor", lambda x: x > 1, "above 1, as a multiple of the mean of recent losses"
+        ),
     ),
-)
-DDP = (Bound("bucket_size", *_POSITIVE),)
+    "validation": (
+        Bound("eval_interval time_limit_minutes", *_POSITIVE),
+        Bound("eval_iters", *_NOT_NEGATIVE),
+    ),
+    "optimizer": (
+        Bound("lr min_lr weight_decay clip_grad", *_NOT_NEGATIVE),
+        Bound("adam_beta1 adam_beta2 sgd_momentum muon_momentum lion_beta1 lion_beta2", *_FRACTION),
+        Bound("adam_eps decoupled_lr decoupled_min_lr", *_NOT_NEGATIVE),
+        Bound(
+            "grad_norm_skip_threshold loss_scale initial_loss_scale min_loss_scale "
+            "loss_scale_window hysteresis muon_num_ns_steps",
+            *_POSITIVE,
+        ),
+    ),
+    "scheduler": (
+        Bound("lr_warmup_fraction", *_FRACTION),
+        Bound("lr_decay_iters lr_wsd_decay_iters", *_POSITIVE),
+        Bound("lr_warmup_iters start_weight_decay end_weight_decay", *_NOT_NEGATIVE),
+    ),
+    "ddp": (Bound("bucket_size", *_POSITIVE),),
+    "logger": (
+        Bound("log_interval", *_POSITIVE),
+        Bound("timing_log_level", lambda x: x in (0, 1, 2), "0, 1 or 2"),
+    ),
+    "checkpoint": (Bound("save_interval", *_POSITIVE), Bound("keep_last", *_NOT_NEGATIVE)),
+    "dist": (Bound("timeout_minutes", *_POSITIVE),),
+    "rng": (Bound("seed", *_NOT_NEGATIVE),),
+}
 MODEL = (
-    # A rotary embedding turns all channels for more than 1.
+    # For more than 1 megatron-core rotates all channels, as for 1.
     Bound("rotary_percent", lambda x: 0 < x <= 1, "above 0 and at most 1"),
     Bound("hidden_dropout attention_dropout", *_FRACTION),
     Bound(
@@ -62,6 +89,15 @@ MODEL = (
         *_POSITIVE,
     ),
 )
+PARALLEL_SIZES = (
+    Bound(
+        "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size "
+        "virtual_pipeline_model_parallel_size expert_model_parallel_size "
+        "expert_tensor_parallel_size",
+        *_POSITIVE,
+    ),
+)
+"""Sizes that are checked before the layout is computed from them (`parallel_layout`)."""
 
 BALANCING = "aux_loss seq_aux_loss global_aux_loss sinkhorn quantile_balancing none".split()
 """Values of moe_router_load_balancing_type; megatron-core balances nothing for another one."""
@@ -69,15 +105,16 @@ BALANCING = "aux_loss seq_aux_loss global_aux_loss sinkhorn quantile_balancing n
 
 def problems_of_bounds(config: "ConfigContainer") -> Iterator[Problem]:
     """Yield a problem for each value out of its range."""
-    yield from _outside(config.optimizer, "optimizer", OPTIMIZER)
-    yield from _outside(config.ddp, "ddp", DDP)
+    for name, bounds in SECTIONS.items():
+        yield from values_outside(bounds, getattr(config, name), name)
     for path, part in parts_of(config.model, "model"):
         if isinstance(part, TransformerConfig):
-            yield from _outside(part, path, MODEL)
+            yield from values_outside(MODEL, part, path)
             yield from _experts(part, path)
 
 
-def _outside(section: Any, path: str, bounds: tuple[Bound, ...]) -> Iterator[Problem]:
+def values_outside(bounds: tuple[Bound, ...], section: Any, path: str) -> Iterator[Problem]:
+    """Yield a problem for each field of the section at `path` that is out of its range."""
     fields = fields_of(section)
     for bound in bounds:
         for name in bound.fields.split():

@@ -13,10 +13,9 @@ from bridge.training.config.schema.errors import Problem
 def contradictions(config: ConfigContainer) -> Iterator[Problem]:
     """Yield a problem for each contradiction, of a configuration with its derived values."""
     yield from _train(config)
-    yield from _validation(config)
     yield from _schedule(config)
     yield from _ddp(config)
-    yield from _others(config)
+    yield from _checkpoint(config)
 
 
 def batch_problems(config: ConfigContainer, layout: Layout) -> Iterator[Problem]:
@@ -46,24 +45,6 @@ def batch_problems(config: ConfigContainer, layout: Layout) -> Iterator[Problem]
         yield from _interleaved_microbatches(model, layout, sizes)
 
 
-def positive(config: ConfigContainer, section: str, *names: str) -> Iterator[Problem]:
-    """Yield a problem for each of these fields of a section that is 0 or below."""
-    for name in names:
-        value = getattr(getattr(config, section), name)
-        if value is not None and value <= 0:
-            yield Problem(
-                (f"{section}.{name}",), f"{section}.{name}={value}: must be positive; raise it"
-            )
-
-
-def _not_negative(config: ConfigContainer, section: str, *names: str) -> Iterator[Problem]:
-    for name in names:
-        value = getattr(getattr(config, section), name)
-        if value is not None and value < 0:
-            text = f"{section}.{name}={value}: must not be negative; raise it"
-            yield Problem((f"{section}.{name}",), text)
-
-
 def _train(config: ConfigContainer) -> Iterator[Problem]:
     train = config.train
     lengths = {
@@ -76,16 +57,6 @@ def _train(config: ConfigContainer) -> Iterator[Problem]:
             tuple(lengths),
             "exactly one of train.train_iters, train.train_samples and train.epochs must be "
             f"given, got {what}",
-        )
-    yield from positive(config, "train", "train_iters", "train_samples", "epochs")
-    yield from positive(config, "train", "micro_batch_size", "global_batch_size")
-    yield from _not_negative(config, "train", "num_workers", "manual_gc_interval")
-    yield from positive(config, "train", "time_limit_minutes")
-    if train.spike_factor is not None and train.spike_factor <= 1:
-        yield Problem(
-            ("train.spike_factor",),
-            f"train.spike_factor={train.spike_factor}: must be above 1, as a multiple of the mean "
-            "of recent losses; raise it",
         )
     batch, samples = train.global_batch_size, train.train_samples
     # Of a resumed run the rest has to be one (bridge.training.data.run_length).
@@ -101,18 +72,11 @@ def _nearest_multiple(number: int, base: int) -> int:
     return max(1, round(number / base)) * base
 
 
-def _validation(config: ConfigContainer) -> Iterator[Problem]:
-    yield from positive(config, "validation", "eval_interval")
-    yield from _not_negative(config, "validation", "eval_iters")
-    yield from positive(config, "validation", "time_limit_minutes")
-
-
 def _schedule(config: ConfigContainer) -> Iterator[Problem]:
     yield from _warmup_and_decay(config)
     if config.optimizer.lr is None:
         yield Problem(("optimizer.lr",), "optimizer.lr: has no value; give the peak learning rate")
         return
-    yield from _not_negative(config, "optimizer", "lr", "min_lr", "weight_decay", "clip_grad")
     yield from _learning_rates(config, config.optimizer.lr)
     yield from _weight_decay(config)
 
@@ -124,18 +88,8 @@ def _warmup_and_decay(config: ConfigContainer) -> Iterator[Problem]:
         yield Problem(
             ("scheduler.lr_warmup_fraction", "scheduler.lr_warmup_iters"),
             f"scheduler.lr_warmup_fraction={fraction}: excludes "
-            f"scheduler.lr_warmup_iters={warmup}; "
-            "remove one",
+            f"scheduler.lr_warmup_iters={warmup}; remove one",
         )
-    if fraction is not None and not 0 <= fraction < 1:
-        yield Problem(
-            ("scheduler.lr_warmup_fraction",),
-            f"scheduler.lr_warmup_fraction={fraction}: must be at least 0 and below 1; change it",
-        )
-    yield from positive(config, "scheduler", "lr_decay_iters", "lr_wsd_decay_iters")
-    yield from _not_negative(
-        config, "scheduler", "lr_warmup_iters", "start_weight_decay", "end_weight_decay"
-    )
     horizon_name = "scheduler.lr_decay_iters" if scheduler.lr_decay_iters else "train.train_iters"
     horizon = scheduler.lr_decay_iters or config.train.train_iters
     if horizon and warmup is not None and warmup >= horizon:
@@ -183,9 +137,10 @@ def _weight_decay(config: ConfigContainer) -> Iterator[Problem]:
     style = scheduler.weight_decay_incr_style
     if not 0 <= start <= end or (style == "constant" and start != end):
         yield Problem(
-            tuple(
-                f"scheduler.{name}"
-                for name in ("start_weight_decay", "end_weight_decay", "weight_decay_incr_style")
+            (
+                "scheduler.start_weight_decay",
+                "scheduler.end_weight_decay",
+                "scheduler.weight_decay_incr_style",
             ),
             f"scheduler.start_weight_decay={start}: does not fit scheduler.end_weight_decay={end} "
             f"and scheduler.weight_decay_incr_style={style}; let the decay rise, with the style "
@@ -240,30 +195,20 @@ def _ddp(config: ConfigContainer) -> Iterator[Problem]:
         )
     for name in ("use_megatron_fsdp", "use_custom_fsdp"):
         if getattr(ddp, name):
-            text = (
-                f"ddp.{name}=true: is not supported, as the loop uses the DDP wrapper; leave it out"
+            yield Problem(
+                (f"ddp.{name}",),
+                f"ddp.{name}=true: is not supported, as the loop uses the DDP wrapper; leave it "
+                "out",
             )
-            yield Problem((f"ddp.{name}",), text)
 
 
-def _others(config: ConfigContainer) -> Iterator[Problem]:
-    yield from positive(config, "logger", "log_interval")
-    if config.logger.timing_log_level not in (0, 1, 2):
-        yield Problem(
-            ("logger.timing_log_level",),
-            f"logger.timing_log_level={config.logger.timing_log_level}: must be 0, 1 or 2; change "
-            "it",
-        )
-    yield from positive(config, "checkpoint", "save_interval")
-    yield from _not_negative(config, "checkpoint", "keep_last")
+def _checkpoint(config: ConfigContainer) -> Iterator[Problem]:
     if config.checkpoint.step is not None and not config.checkpoint.resume:
         yield Problem(
             ("checkpoint.step", "checkpoint.resume"),
             f"checkpoint.step={config.checkpoint.step}: is that of a run to continue; add --resume "
             "(checkpoint.resume=true), or leave it out and give the checkpoint's own path",
         )
-    yield from positive(config, "dist", "timeout_minutes")
-    yield from _not_negative(config, "rng", "seed")
 
 
 def _interleaved_microbatches(

@@ -46,12 +46,7 @@ def _heads(
             f"{hidden_field}={hidden}: is not a multiple of {heads_field}={heads}; change one, or "
             f"give {width_field}",
         )
-    if heads % layout.tensor:
-        yield Problem(
-            (heads_field, tensor_field),
-            f"{heads_field}={heads}: is not a multiple of {tensor_field}={layout.tensor}; change "
-            "one",
-        )
+    yield from _not_multiple(heads_field, heads, tensor_field, layout.tensor)
     if groups is None:
         return
     groups_field = named("num_query_groups")
@@ -78,20 +73,14 @@ def _widths(
     dense = model.ffn_hidden_size or 4 * model.hidden_size
     expert = model.moe_ffn_hidden_size or dense
     shared = model.moe_shared_expert_intermediate_size or 0
-    tensor = ("tensor_model_parallel_size", layout.tensor)
-    expert_tensor = ("expert_tensor_parallel_size", layout.expert_tensor)
-    widths = []
+    tensor = (named("tensor_model_parallel_size"), layout.tensor)
+    expert_tensor = (named("expert_tensor_parallel_size"), layout.expert_tensor)
     if model.num_moe_experts is None or model.moe_layer_freq != 1:
-        widths.append(("ffn_hidden_size", dense, *tensor))
+        yield from _not_multiple(named("ffn_hidden_size"), dense, *tensor)
     if model.num_moe_experts is not None:
-        widths.append(("moe_ffn_hidden_size", expert, *expert_tensor))
-        widths.append(("moe_shared_expert_intermediate_size", shared, *tensor))
-    for name, width, size, ranks in widths:
-        if width % ranks:
-            yield Problem(
-                (named(name), named(size)),
-                f"{named(name)}={width}: is not a multiple of {named(size)}={ranks}; change one",
-            )
+        yield from _not_multiple(named("moe_ffn_hidden_size"), expert, *expert_tensor)
+        shared_field = named("moe_shared_expert_intermediate_size")
+        yield from _not_multiple(shared_field, shared, *tensor)
 
 
 def _experts(
@@ -106,17 +95,10 @@ def _experts(
                 f"{size_field}={layout.expert}: needs experts; give {experts_field}",
             )
         return
-    if experts % layout.expert:
-        yield Problem(
-            (experts_field, size_field),
-            f"{experts_field}={experts}: is not a multiple of {size_field}={layout.expert}; change "
-            "one",
-        )
+    yield from _not_multiple(experts_field, experts, size_field, layout.expert)
     if layout.tensor > 1 and not model.sequence_parallel:
-        tensor_field, sequence_field = (
-            named("tensor_model_parallel_size"),
-            named("sequence_parallel"),
-        )
+        tensor_field = named("tensor_model_parallel_size")
+        sequence_field = named("sequence_parallel")
         yield Problem(
             (experts_field, tensor_field, sequence_field),
             f"{experts_field}={experts}: on {tensor_field}={layout.tensor} needs "
@@ -142,4 +124,12 @@ def _experts(
             (field,),
             f"{field}={chunks}: would take each chunk of the positions for a sequence of the "
             "experts' load-balancing losses; set it to 1",
+        )
+
+
+def _not_multiple(field: str, value: int, size_field: str, size: int) -> Iterator[Problem]:
+    if value % size:
+        yield Problem(
+            (field, size_field),
+            f"{field}={value}: is not a multiple of {size_field}={size}; change one",
         )
