@@ -1,7 +1,7 @@
-"""Parameter-efficient fine-tuning: from a built model to one of which only adapters train.
+"""Parameter-efficient fine-tuning: adapters are put on top of a model's frozen base weights.
 
 The order is fixed: the base weights, then the adapters on top of them, then (by the checkpointer)
-the adapters' state. The base stays as it was, and checkpoints do not hold it.
+the adapters' state. The base does not change, and checkpoints do not hold it.
 """
 
 from collections import Counter
@@ -37,8 +37,8 @@ def find_base(config: ConfigContainer, ranks: Ranks, checkpoint: Path | None) ->
     """Identify the base weights of adapters, the same on every rank.
 
     Args:
-        config: The resolved configuration. The exact checkpoint is filled in, as a run that it may
-            name saves newer ones.
+        config: The resolved configuration. The exact checkpoint is filled in: where it names a run,
+            the run may save newer ones.
         ranks: The process groups.
         checkpoint: The checkpoint of the base; None for initial weights.
 

@@ -80,11 +80,11 @@ class CallbackContext:
 
         Returns:
             One item for each microbatch of this rank, in the order of the data, on the last
-            pipeline stage; an empty list on the others. Of the set's microbatches, consecutive
-            samples each, data-parallel rank r of D has numbers r, r + D, r + 2 D and so on. The
-            last ones may hold fewer samples than train.micro_batch_size, and some ranks have one
-            less; each sample is in one of them.
-            Tensor- and context-parallel ranks have an item each for the same microbatch.
+            pipeline stage; an empty list on the others. A microbatch has consecutive samples, and
+            data-parallel rank r of D has the microbatches r, r + D, r + 2 D and so on. The last
+            ones may have fewer samples than train.micro_batch_size, and some ranks have one
+            microbatch less; each sample is in one of them. Tensor- and context-parallel ranks have
+            an item each for the same microbatch.
 
         Raises:
             UsageError: There is no such set, it has fewer samples, or microbatches of the layout
@@ -149,8 +149,8 @@ class Callbacks:
         """Collect the events that each callback defines.
 
         Raises:
-            UsageError: There is no list of callbacks, or a callback is a class, has no event, one
-                with an unknown name, or one that cannot take the event's arguments.
+            UsageError: `callbacks` is no list; or a callback is a class, has no event, has an
+                event of an unknown name, or one that cannot take the event's arguments.
         """
         callbacks = () if callbacks is None else callbacks
         if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):

@@ -111,7 +111,7 @@ def write_weights(
     Args:
         checkpoint: An empty folder.
         weights: Every weight of the model, unsharded; of each block either all layers or none.
-        config: The known configuration of the model; saved with the weights.
+        config: The model's configuration, as far as it is known; saved with the weights.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 

@@ -43,7 +43,7 @@ class Evaluations:
             callbacks: The run's callbacks.
             progress: Shows the metrics.
             training_log: Writes the metrics; the steps' time is without evaluations.
-            stop: Whether the run is to stop.
+            stop: Knows whether the run is to stop.
             during: Names a phase of the run, for error messages.
         """
         self._parts = parts
@@ -63,7 +63,7 @@ class Evaluations:
         return {} if newest is None else newest.metrics
 
     def hide_outdated_validation(self) -> None:
-        """Let callbacks see the newest validation only if it is of the present step's model."""
+        """Hide the newest validation from callbacks unless it is of the present step."""
         self._context.validation = self.validation if self._is_done("validation") else {}
 
     def run(self, split: Split) -> None:
@@ -182,7 +182,7 @@ class Evaluations:
         )
 
     def _adapt_for_collection(self, forward_step_func: Callable[..., Any]) -> LossAdapter:
-        """Adapt a forward step whose data is collected; how it weighs losses has no effect."""
+        """Adapt a forward step whose data is collected; the weights of losses have no effect."""
         return LossAdapter(
             prepare_forward_step_func(forward_step_func, self._parts.state),
             normalization=self._parts.config.train.loss_normalization,

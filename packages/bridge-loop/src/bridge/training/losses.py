@@ -1,7 +1,7 @@
-"""The loss of next-token training: a sum, and a count of the positions that made it.
+"""The loss of next-token training: a sum over positions, and their count.
 
-A loss function hands over a sum and a count, never a mean: whoever holds all microbatches and
-ranks divides once (`bridge.training.loss.adapter`).
+A loss function returns a sum and a count, never a mean: the one division is over all microbatches
+and ranks (`bridge.training.loss.adapter`).
 """
 
 import torch
@@ -16,20 +16,20 @@ def masked_token_loss(
     """Sum per-token losses where the mask is not zero.
 
     With l the losses and w the mask, the sum is ``sum(w * l)`` in float32 and the count is the
-    number of positions with ``w != 0``, whatever w is there. A loss at a masked position takes no
-    part, be it NaN or Inf, and its gradient is exactly 0; without a valid position the sum is 0.
+    number of positions with ``w != 0``. A loss at a masked position does not count, even if it is
+    NaN or Inf, and its gradient is exactly 0. Without a valid position the sum is 0.
 
     Args:
         loss_mask: Bool, integer or float, in the shape of the losses or flattened.
-        output_tensor: Losses in nats, one for each token, such as ``[batch, sequence]``. A pair
-            ``(losses, mask)`` is what a model returns that moved or dropped positions: its mask
-            takes the place of `loss_mask`.
-        check_for_nan_in_loss: Raise at once. This waits for the device on every microbatch; the
-            loop looks for NaN and Inf on its own, at the steps that it logs.
+        output_tensor: Losses in nats, one for each token, such as ``[batch, sequence]``. A model
+            that moves or drops positions returns a pair ``(losses, mask)``; its mask replaces
+            `loss_mask`.
+        check_for_nan_in_loss: Raise at once, by a host-device sync on every microbatch. Without it
+            the loop finds NaN and Inf at the steps that it logs.
 
     Returns:
-        The sum (float32 scalar), the count (int32 scalar) and ``{"lm loss": [sum, count]}``, the
-        two in float64, which counts beyond 2**24.
+        The sum (float32 scalar), the count (int32 scalar) and ``{"lm loss": [sum, count]}``, a
+        float64 tensor, which is exact for counts beyond 2**24.
 
     Raises:
         ValueError: The shapes do not match, or there is no mask.
@@ -53,13 +53,13 @@ def masked_token_loss(
     losses = losses.reshape(-1).float()
     loss_mask = loss_mask.reshape(-1)
     valid = loss_mask != 0
-    # Selecting before the product keeps a masked NaN out of both directions: where() passes a
-    # masked position the constant 0 on the way there and a zero gradient on the way back.
+    # Selecting before the product keeps a masked NaN out of both passes: at a masked position
+    # where() gives the constant 0 in the forward pass and a zero gradient in the backward pass.
     losses = torch.where(valid, losses, torch.zeros_like(losses))
     if loss_mask.is_floating_point():
         losses = losses * loss_mask.float()
     loss_sum = losses.sum()
-    # An integer sum: a float32 one stops counting at 2**24.
+    # An integer sum, as a float32 sum stops counting at 2**24.
     num_tokens = valid.sum().to(torch.int32)
     if check_for_nan_in_loss and not torch.isfinite(loss_sum):
         raise FloatingPointError(f"The sum of the token losses is {loss_sum.item()}.")

@@ -69,7 +69,7 @@ def adapted_model(
         checkpoint: One of that run.
         config: Saved with it.
         base: The run or checkpoint of the base weights; None for their place during training.
-        adapters_alone: Leave the other weights as they come, and look for no base.
+        adapters_alone: Look for no base; the other weights have any values.
 
     Raises:
         UsageError: There are no adapters, or the base is not there or is another one.
@@ -86,8 +86,8 @@ def adapted_model(
         ranks_of(config, "cpu") as ranks,
     ):
         seed_stage(config.rng.seed, ranks)
-        drawn = weights is None and not adapters_alone
-        chunks = build_chunks(config, ranks, loaded_next=not drawn)
+        is_random = weights is None and not adapters_alone
+        chunks = build_chunks(config, ranks, loaded_next=not is_random)
         found = None if adapters_alone else find_base(config, ranks, weights)
         if weights is not None:
             load_model_weights(chunks, weights, ranks)
@@ -136,7 +136,7 @@ def _of_one_rank(config: ConfigContainer) -> ConfigContainer:
             if hasattr(config.model, name):
                 setattr(config.model, name, value)
     resolved, problems = resolve_collecting(config, device="cpu", world_size=1)
-    # Nothing is trained: what stands against the data or the batches does not matter.
+    # Nothing is trained, so problems of the data or of batch sizes do not matter.
     if of_model := [p for p in problems if p.blamed.partition(".")[0] in ("model", "peft")]:
         raise ConfigError(of_model)
     return resolved

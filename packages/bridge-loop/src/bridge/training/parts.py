@@ -28,7 +28,7 @@ class TrainingParts:
     state: GlobalState
     """Counters, which every step advances."""
     data: RunData
-    """The data, of which this rank gets its iterators."""
+    """The data, which gives this rank its iterators."""
     model: list[torch.nn.Module]
     """This rank's model chunks, DDP-wrapped."""
     optimizer: Any

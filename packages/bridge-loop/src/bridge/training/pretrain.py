@@ -48,11 +48,12 @@ def pretrain(
 ) -> TrainResult:
     """Train a model as `config` says.
 
-    Under a launcher (torchrun, Slurm, Kubernetes) every rank calls it; alone it is one rank.
-    Process groups that exist are used and left; others are made and taken down.
-    When it fails on one rank of several, it ends on all within 30 seconds: a rank that does not
-    raise by then, since it waits in a collective, ends as a process with exit code 1. A UsageError
-    of one rank is raised on all, and the exit code is 2 then.
+    Under a launcher (torchrun, Slurm, Kubernetes) every rank calls it; without one it is one rank.
+    Existing process groups are used and kept; missing ones are created and destroyed.
+
+    When one rank of several fails, all end within 30 seconds. A rank that waits in a collective
+    cannot raise by then: its process ends with exit code 1. A UsageError of one rank is raised on
+    all of them, and the exit code is 2.
 
     Args:
         config: The run; it is not changed.
@@ -60,9 +61,9 @@ def pretrain(
             `bridge.training.forward_step.prepare_forward_step_func` accepts.
         callbacks: Callbacks (`bridge.training.callbacks.Callback`), called in this order.
         on_failure: Called when the run fails on this rank, before anything is taken down, with the
-            exception and a line with rank, phase and error; not where it fails since another rank
-            had a UsageError. None writes the line to standard error where there are several ranks.
-        resume_line: Returns from the run's directory the line at the run's end about how to
+            exception and a line with rank, phase and error. A UsageError is reported by the rank
+            that had it alone. None writes the line to standard error where there are several ranks.
+        resume_line: Takes the run's directory and returns the line at the run's end about how to
             continue it. None describes it for a program that calls this function.
 
     Raises:
@@ -81,10 +82,10 @@ def carry_out(
     on_failure: Callable[[BaseException, str], None] | None,
     resume_line: Callable[[Path], str] | None,
 ) -> TrainResult:
-    """Train; `pretrain` and `bridge.training.finetune.finetune` differ in the checks before it.
+    """Train, for `pretrain` and `finetune`, which differ in the checks before it.
 
     Args:
-        command: The one that is called; the command that resumes the run has this name.
+        command: The function that was called; the run is resumed by the command of this name.
         config: As for `pretrain`.
         forward_step_func: As for `pretrain`.
         callbacks: The run's callbacks.

@@ -50,7 +50,7 @@ def find_recipe(name: str) -> "Recipe":
 def read_documents(paths: Sequence[str]) -> "list[YamlText]":
     """Return the text of configuration files, each with its path as its name.
 
-    From a run's own config.yaml everything is taken but the run's directory.
+    A run's own config.yaml gives everything but the run's directory.
 
     Raises:
         UsageError: A file cannot be read.

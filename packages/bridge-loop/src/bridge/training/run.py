@@ -35,7 +35,7 @@ class Run:
             callbacks: The user's callbacks.
             progress: Shows the user how the run goes.
             training_log: Writes the metrics.
-            stop: Whether the run is to stop.
+            stop: Knows whether the run is to stop.
         """
         self.parts = parts
         self.callbacks = callbacks
@@ -104,7 +104,7 @@ class Run:
         self.evaluations.run("test")
 
     def save(self) -> None:
-        """Save a checkpoint of this step, unless it has one; never after an unread loss."""
+        """Check the losses so far, then save a checkpoint of this step unless it has one."""
         self.check_directory()
         self.progress.warn(self.parts.check_losses())
         with self.during(f"checkpoint at step {self.parts.state.train_state.step}"):

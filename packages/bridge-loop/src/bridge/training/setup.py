@@ -77,17 +77,21 @@ def training_parts(
     """Build what `bridge.training.train.train_step` needs, for a program with a loop of its own.
 
     The program keeps everything else: signals, logging, callbacks, when to evaluate and to save.
-    Process groups that exist are used and left, others are made. Nothing is printed. Nothing is
-    written to disk without a call of ``checkpointer.save``, the first of which locks the run's
-    directory (`bridge.training.run_files.lock`) until the block is left, or of
-    ``state.open_loggers(step)``, which a program calls if it logs, or if its forward step uses
-    ``state.tensorboard_logger`` or ``state.wandb_logger``. Within the block torch, numpy and random
-    draw from the run's streams. When it is left, the process is as it was before, and the model
-    remains usable: its parameters are complete on every rank.
+    Existing process groups are used and kept; missing ones are created. Nothing is printed. Only
+    two calls write to disk:
+
+    - ``checkpointer.save``, which locks the run's directory from its first call until the block is
+      left (`bridge.training.run_files.lock`).
+    - ``state.open_loggers(step)``, for a program that logs, or whose forward step uses
+      ``state.tensorboard_logger`` or ``state.wandb_logger``.
+
+    Within the block torch, numpy and random draw from the run's streams. When it is left, the
+    process is as it was before, and the model remains usable: its parameters are complete on every
+    rank.
 
     Args:
-        config: The run; it is not changed. Its validation section is not used, nor its logger
-            section but by ``state.open_loggers``.
+        config: The run; it is not changed. Its validation section is not used, and its logger
+            section by ``state.open_loggers`` alone.
         forward_step_func: The forward step, in any form that
             `bridge.training.forward_step.prepare_forward_step_func` accepts.
 
@@ -300,7 +304,7 @@ def _build_token_counter(
 def adapt_forward_step(
     forward_step_func: Callable[..., Any], state: GlobalState, ranks: Ranks
 ) -> LossAdapter:
-    """Resolve a user's forward step, once, to what megatron-core's schedules call.
+    """Adapt a user's forward step to megatron-core's schedules, once.
 
     Raises:
         UsageError: Its signature is none of the accepted forms.
@@ -369,7 +373,7 @@ def _open_training_log(parts: TrainingParts, progress: Progress) -> TrainingLog:
 
 
 def _prepare_directory(parts: TrainingParts) -> Sequence[str]:
-    """Write the configuration, and make the directory's files those of the checkpoint.
+    """Write the configuration, and make the directory's files fit the checkpoint.
 
     Returns:
         Startup messages, the same on every rank.

@@ -23,8 +23,8 @@ class TrainState:
     consumed_validation_samples: int = 0
     """Validation samples evaluated, over all evaluations."""
     consumed_tokens: int = 0
-    """Tokens trained on; see `TokenCounter`. Those that the data or
-    the loss function counts are of the steps up to the newest that was logged or saved."""
+    """Tokens trained on (`TokenCounter`). Where the data or the loss function counts them, the
+    steps since the newest that was logged or saved are not in it yet."""
     floating_point_operations_so_far: float = 0.0
     """Model FLOPs of the consumed tokens."""
 
@@ -64,7 +64,7 @@ class CountSources:
     take_data_counts: Callable[[], Mapping[str, int]]
     """Return what the data counted since the last call, over all ranks; a collective."""
     take_loss_tokens: Callable[[], int | None]
-    """Return the tokens in losses that no reduction has had yet, over all ranks; a collective.
+    """Return the tokens in losses that no reduction has included yet, over all ranks; a collective.
 
     None if the loss functions count none."""
 
@@ -79,8 +79,9 @@ class TokenCounter:
         those that the loss function returns as num_tokens, else
         its samples.
 
-    The second are known as a step is taken, and the counters advance with it. The others are spread
-    over the ranks, so these steps are open until `gather`.
+    Sequence lengths are known when a step is taken, and the counters advance with it. Tokens that
+    the data or the loss function counts are spread over the ranks: their steps are open until
+    `gather`.
     """
 
     def __init__(

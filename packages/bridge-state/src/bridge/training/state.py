@@ -47,10 +47,10 @@ class Results:
 
 
 class GlobalState:
-    """The state of one run, handed to the forward step; there is one for each run, not process.
+    """The state of one run, which the forward step gets. A process may have several, one a run.
 
-    Rank 0 logs. Other ranks have no trackers, and their loggers write nothing: reduced metrics are
-    equal on every rank.
+    Rank 0 logs, as reduced metrics are equal on every rank. Other ranks have no trackers, and their
+    loggers write nothing.
     """
 
     def __init__(self, cfg: "ConfigContainer") -> None:

@@ -1,6 +1,6 @@
-"""megatron-core's writing and reading of checkpoints, with errors that have the reason.
+"""megatron-core's writing and reading of checkpoints, with errors that give the reason.
 
-Its own errors hold tracebacks of all ranks and not the operating system's reason.
+megatron-core's own errors have the tracebacks of all ranks, but not the operating system's reason.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def _writing_in_this_process(failures: list[str]) -> Iterator[None]:
     """Change megatron-core's writer for one synchronous save.
 
     - It needs no process for its results (`checkpoint_writer_replaced`).
-    - The operating system's reason is kept in `failures`.
+    - `failures` receives the operating system's reason.
     - torch writes a view of a BytesIO. The traceback of an error keeps the view alive in a cycle of
       references, whose collection is a segmentation fault before CPython 3.12.2
       (python/cpython#111211).
@@ -202,12 +202,12 @@ def reading(checkpoint: Path, meaning: str) -> Iterator[None]:
 
     try:
         with warnings.catch_warnings(), restricted_loading(checkpoint):
-            # Of torch, about the way in which megatron-core calls it.
+            # torch warns about how megatron-core calls it.
             for message in _WARNINGS_OF_READING:
                 warnings.filterwarnings("ignore", message)
             yield
     except json.JSONDecodeError as error:
-        # The one such file that megatron-core reads.
+        # megatron-core reads no other file of JSON.
         raise UsageError(
             f"{checkpoint / 'metadata.json'}: is no JSON ({error}); the file is damaged, take "
             "another checkpoint"

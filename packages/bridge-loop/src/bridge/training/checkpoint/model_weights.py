@@ -49,7 +49,7 @@ def load_model_weights(chunks: list[Any], checkpoint: Path, ranks: Ranks) -> Non
 
 
 def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks: Ranks) -> str:
-    """Load the state of adapters from a checkpoint of a run; return the place of their base then.
+    """Load the state of adapters from a run's checkpoint; return the place that their base had.
 
     Args:
         chunks: This rank's model chunks with adapters attached, not in DDP.

@@ -33,7 +33,7 @@ def reject_another_run(directory: RunDirectory, config: ConfigContainer) -> None
     """Reject a start that would continue a run as another one; do nothing for a new run.
 
     Args:
-        directory: Where the run is.
+        directory: The run's files.
         config: The resolved configuration of this start; its `command` is the entry point.
 
     Raises:
@@ -61,7 +61,7 @@ def reject_another_model(checkpoint: Path, config: ConfigContainer) -> None:
     """Reject a configuration whose model is another than that of the weights it starts from.
 
     Args:
-        checkpoint: Its folder. One without a configuration says nothing about its model.
+        checkpoint: Its folder. One without a configuration is not compared.
         config: The resolved configuration.
 
     Raises:
@@ -106,7 +106,7 @@ def decided_by_checkpoint(
     for name, value in section.items():
         if isinstance(value, Mapping):
             decided = decided_by_checkpoint(value, kinds, f"{place}{name}.")
-            # A section of which all is the recipe's is not to be compared as an empty one.
+            # A section without such fields is not to be compared as an empty one.
             kept |= {name: decided} if decided or not value else {}
         elif kind_at(f"{place}{name}", kinds) in ("identity", "extensible"):
             kept[name] = value
@@ -142,7 +142,7 @@ def _consequence(path: str) -> str:
 def _changed_values(
     saved: Mapping[str, Any], config: ConfigContainer
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield path, saved and present value of what must not differ and does."""
+    """Yield path, saved value and present value of each field that differs and must not."""
     kinds = field_kinds(type(config.model))
     listed = saved.get(DERIVED) or []
     for section in ("model", *_FIXED_SECTIONS, "rng"):
@@ -154,7 +154,7 @@ def _changed_values(
             if (
                 old.get(path) != new.get(path)
                 and _is_fixed(path, kinds)
-                # What was filled in before and is now follows from values that are compared.
+                # A value that is derived, and was, follows from values that are compared.
                 and not (path in listed and config.provenance.is_derived(path))
                 and not (path not in old and _is_unset(config, path))
                 and not (path not in new and _lacks_field(config, path))

@@ -79,8 +79,8 @@ def restricted_loading(
 
     Args:
         checkpoint: Its folder, for messages.
-        extra_states: The extra states that modules load within the block; a rejected one gets its
-            name from there, by its content.
+        extra_states: The extra states that modules load within the block, by name. A rejected one
+            is found there by its content, so that the message has its name.
 
     Raises:
         RejectedType: Another type was found. It is raised at the end of the block too, as

@@ -123,7 +123,7 @@ class Progress:
             self.note(self._step_line(step, total_steps))
 
     def tick(self, step: int, total_steps: int) -> None:
-        """Count a step that is not logged, on a terminal."""
+        """Show the number of a step that is not logged, on a terminal."""
         if self._is_terminal and time.monotonic() - self._last_draw > _REDRAW_SECONDS:
             self._draw(self._step_line(step, total_steps))
 

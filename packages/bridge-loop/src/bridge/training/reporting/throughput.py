@@ -1,4 +1,4 @@
-"""Throughput of a run: tokens a second, and the share of the device's peak that they use."""
+"""Throughput of a run: tokens a second, and the fraction of the devices' peak (MFU)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ class Throughput:
         Args:
             samples: Samples trained on in the interval, over all ranks.
             seconds: Length of the interval.
-            counts: "tokens" likewise, and what else the data counts: NAME becomes NAME_per_s.
+            counts: "tokens" and other items of the data in the interval; NAME becomes NAME_per_s.
         """
         rates = {"tokens_per_s": counts[TOKENS] / seconds, "samples_per_s": samples / seconds}
         rates |= {f"{name}_per_s": count / seconds for name, count in counts.items()}

@@ -54,12 +54,12 @@ class TrainingLog:
     metric by its name, as logger.average says; ``learning_rate`` and ``grad_norm`` of the newest
     step (the norm None if it was skipped or nothing clips); ``loss_scale`` (fp16 only);
     ``skipped_steps`` since the record before; ``step_time_s``, the mean over the steps since then;
-    ``tokens_per_s``, ``samples_per_s`` and ``NAME_per_s`` of what else the data counts (images);
+    ``tokens_per_s``, ``samples_per_s`` and ``NAME_per_s`` of other items of the data (images);
     ``mfu`` where the model's FLOPs and the device's peak are known; ``memory_gb`` on a GPU, rank
     0's highest allocation so far in 1e9 bytes; and, with logger.timing_log_level, megatron-core's
     timers as ``NAME-time``: seconds a step, on the slowest rank.
 
-    Steps are timed on the host without waiting for the device; a record's metrics have waited.
+    Steps are timed on the host, without a host-device sync but that of reading a record's metrics.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class TrainingLog:
 
         Args:
             metrics: The step's metrics, already read from the device.
-            counts: Tokens of the interval over all ranks, and what else the data counts in it
+            counts: Tokens of the interval over all ranks, and the other items that the data counts
                 (`TokenCounter.take_interval`).
             on_record: Gets the record before it is written, and may add to it.
 
@@ -155,7 +155,7 @@ class TrainingLog:
         Args:
             name: "validation" or "test".
             metrics: The metrics, reduced over all ranks.
-            samples: How many samples they are of.
+            samples: Samples that were evaluated, over all ranks.
         """
         step = self._state.train_state.step
         record: Record = {f"{name}/{key}": value for key, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""A run on disk: its files by name, of which none is ever overwritten.
+"""A run on disk: its files by name. No file of another run is ever overwritten.
 
 config.yaml          the resolved configuration
 metrics.jsonl        one JSON object a record
@@ -69,7 +69,7 @@ class RunDirectory:
         return self.checkpoints / f"step-{step:07d}"
 
     def holds_a_run(self) -> bool:
-        """Whether something is there already; an empty folder is free, also one that is locked.
+        """Whether anything but the lock is there already.
 
         Raises:
             UsageError: The path is no directory, or it cannot be read.
@@ -127,8 +127,8 @@ class RunDirectory:
             step: That of ``checkpoint.step``; None for the one that `latest` names.
 
         Raises:
-            UsageError: There is no such checkpoint; or there is none at all, and the run has come
-                so far that there was one.
+            UsageError: There is no such checkpoint; or there is none at all, although the run has
+                come far enough to save one.
         """
         if step is not None:
             if not self.checkpoint(step).is_dir():
@@ -233,10 +233,10 @@ class RunDirectory:
 
 
 def reject_wrong_directory(directory: RunDirectory, *, resume: bool) -> None:
-    """Reject a new run where there is one, and the continuation of one that is not there.
+    """Reject a new run in the directory of another, and a resume where there is no run.
 
     Args:
-        directory: Where the run is to live.
+        directory: The run's files.
         resume: Whether a run is to be continued.
 
     Raises:
@@ -326,7 +326,7 @@ def find_checkpoint(path: str | Path, field: str) -> Path:
     reject_non_directory(place, field)
     if not place.exists():
         raise UsageError(f"{field}: {str(path)!r} does not exist; give a run or a checkpoint")
-    # One that lacks its .metadata is a damaged checkpoint, which its reader will say.
+    # A checkpoint without .metadata is damaged, which its reader reports.
     if (place / ".metadata").exists() or _STEP.fullmatch(place.name) or any(place.glob("*.distcp")):
         return place
     directory = RunDirectory(place)

@@ -123,7 +123,7 @@ class WandbLogger:
     def sync(self) -> None:
         """Wait until the rows are in W&B's file, from which ``wandb sync`` can send them."""
         if not self._is_synced:
-            # The answer comes when what was sent before has been taken up.
+            # W&B's process answers after it has taken the rows that were sent before.
             self.run.status()
             time.sleep(2 * self._FLUSH_SECONDS)
             self._is_synced = True

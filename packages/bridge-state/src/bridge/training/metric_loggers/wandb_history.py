@@ -1,8 +1,8 @@
 """Rows of earlier starts of a Weights & Biases run, read from the files that it leaves on disk.
 
 Each start writes ``wandb/*run-TIMESTAMP-ID/run-ID.wandb``: a header of 7 bytes and records in the
-format of LevelDB's log, each a protobuf message of wandb's. A file whose writer was killed ends
-somewhere; the records before that are whole.
+format of LevelDB's log, each a protobuf message of wandb's. Where the writer was killed, the file
+may end within a record; the records before it are complete.
 """
 
 import logging
