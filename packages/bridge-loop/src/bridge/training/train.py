@@ -31,7 +31,9 @@ def train(run: "Run") -> StopReason:
     parts, settings, counters = run.parts, run.parts.config, run.parts.state.train_state
     if settings.validation.eval_at_start and counters.step == 0:
         run.validate()
-    data_iterator = rerun.rewindable(settings, parts.data.training(counters.consumed_train_samples))
+    data_iterator = rerun.make_rewindable(
+        settings, parts.data.training(counters.consumed_train_samples)
+    )
     with _manual_garbage_collection(settings.train.manual_gc_interval) as collect_garbage:
         while counters.step < parts.data.train_iters and run.stop.cause is None:
             run.phase = f"step {counters.step + 1}"

@@ -7,12 +7,13 @@ n its count, over M microbatches, D and C ranks, the objective is
     pattern 2, (l, n, metrics), token:              sum_dmc l / sum_dmc n
     pattern 2, (l, n, metrics), microbatch:         sum_dm (sum_c l / sum_c n) / (D * M)
 
-Next to each conversion below is what the schedules and DDP do to a returned pair or triple, and so
-what the adapter returns.
+A comment at each conversion below says what the schedules and DDP do to a returned pair or triple,
+from which follows what the adapter returns.
 """
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -77,7 +78,7 @@ class LossAdapter:
         self._context_parallel_group = context_parallel_group
         self._on_loss = on_loss
         self._pattern: int | None = None
-        self._left: int | None = None
+        self._left_to_watch = math.inf
 
     @contextlib.contextmanager
     def only_first(self, microbatches: int) -> Iterator[None]:
@@ -85,11 +86,11 @@ class LossAdapter:
 
         The loss functions of the others are called all the same, as they may contain collectives.
         """
-        self._left = microbatches
+        self._left_to_watch = microbatches
         try:
             yield
         finally:
-            self._left = None
+            self._left_to_watch = math.inf
 
     def __call__(
         self,
@@ -135,19 +136,14 @@ class LossAdapter:
             loss=optimized,
             count=count,
         )
-        if self._is_watched():
+        if self._left_to_watch > 0:
+            self._left_to_watch -= 1
             self.watch.add(optimized, count)
             if self._on_loss is not None:
                 self._on_loss(optimized)
         if self.normalization == "token":
             return (*self._for_token_mode(loss, count), record)
         return self._for_microbatch_mode(loss, count), record
-
-    def _is_watched(self) -> bool:
-        if self._left is None:
-            return True
-        self._left -= 1
-        return self._left >= 0
 
     def _for_token_mode(
         self, loss: torch.Tensor, count: torch.Tensor | None

@@ -10,15 +10,15 @@ With N the tokens in the main loss, the objective of a step in ``token`` normali
 so an auxiliary loss is a sum over tokens like the main loss, and all are divided once. Padding is
 excluded. The loss mask does not matter: a prompt's tokens are real, so where N excludes them the
 auxiliary losses weigh more relative to the main loss. In pattern 1, ``(loss, metrics)``, N is the
-number of padded tokens. In
-``microbatch`` normalization each microbatch adds ``coefficient * value``, whatever its masks.
+number of padded tokens. In ``microbatch`` normalization each microbatch adds
+``coefficient * value``, whatever its masks.
 
 The logged value has no coefficient: it is the mean over layers and, in ``token`` normalization,
 over real tokens, else over microbatches.
 
-All are the same under every layout and, except for the balance of a microbatch (aux_loss), under
-every micro batch size. megatron-core's global_aux_loss is not: its mean over earlier microbatches
-depends on their number, and its weight falls with the data-parallel size.
+The values are the same under every layout and, except for the balance of a microbatch (aux_loss),
+under every micro batch size. megatron-core's global_aux_loss is an exception to both: its mean over
+earlier microbatches depends on their number, and its weight falls with the data-parallel size.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,9 @@ PADDING = "padding"
 Its other values are then means over all padded tokens, in which padding counts 0.
 """
 TARGETS = "mtp_targets"
-"""Tracked by a model: by MTP layer, the fraction of a rank's positions that have a target.
+"""Tracked by a model: by MTP layer, the fraction of a rank's padded tokens that have a target.
 
-The losses that megatron-core tracks are then sums over targets / number of positions.
+The losses that megatron-core tracks are then sums over targets / number of padded tokens.
 """
 
 
@@ -55,7 +55,7 @@ def clear() -> None:
 def metrics(
     model: list[Any], num_microbatches: int, pg_collection: "ProcessGroupCollection"
 ) -> dict[str, Metric]:
-    """Return this rank's part of the step's auxiliary losses, without a host-device sync.
+    """Return this rank's part of the step's auxiliary losses; no host-device sync.
 
     The names are megatron-core's: ``z_loss``, ``load_balancing_loss``,
     ``seq_load_balancing_loss``, ``global_load_balancing_loss``, ``mtp_1 loss`` and so on, and with
@@ -116,6 +116,6 @@ def _of_mtp_layers(num_microbatches: int, groups: "ProcessGroupCollection") -> d
     counts = [num_microbatches] * len(losses) if targets is None else targets.values
     # Tensor-parallel ranks all track the same, which cancels.
     return {
-        f"mtp_{depth} loss": ratio(loss, count)
-        for depth, (loss, count) in enumerate(zip(losses, counts, strict=True), start=1)
+        f"mtp_{layer} loss": ratio(loss, count)
+        for layer, (loss, count) in enumerate(zip(losses, counts, strict=True), start=1)
     }

@@ -18,7 +18,7 @@ FOLD_AT = 256
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Metrics of some microbatches of a step, stacked. K keys, M microbatches."""
+    """The metrics of some microbatches of a step, stacked: K keys, M microbatches."""
 
     keys: tuple[tuple[str, Kind], ...]
     values: torch.Tensor
@@ -27,18 +27,18 @@ class Block:
     """float64 [K, M] in host memory: the microbatch's weight in a mean where it reported the key,
     else 0. The values of means are multiplied by it."""
     column: int = 0
-    """Number of the block's first microbatch within its step."""
+    """Index of the block's first microbatch within its step."""
 
 
 @dataclass(slots=True)
 class Group:
-    """Blocks of several steps with the same K keys and M microbatches. N blocks."""
+    """N blocks of several steps, with the same K keys and M microbatches."""
 
     keys: tuple[tuple[str, Kind], ...]
     steps: list[int] = field(default_factory=list)
-    """N numbers of steps."""
+    """Index of each block's step."""
     columns: list[int] = field(default_factory=list)
-    """N numbers of the blocks' first microbatches, counted over all steps (`Steps`)."""
+    """Index of each block's first microbatch, counted over all steps (`Steps`)."""
     _values: list[torch.Tensor] = field(default_factory=list)
     _present: list[torch.Tensor] = field(default_factory=list)
 
@@ -66,9 +66,9 @@ class Steps:
     def __init__(self) -> None:
         self.number = 0
         self.step_of_column: list[int] = []
-        """For each microbatch the number of its step."""
+        """The index of each microbatch's step."""
         self.weights: list[int] = []
-        """For each microbatch its weight in a mean."""
+        """The weight of each microbatch in a mean."""
         self._groups: dict[tuple[Any, int], Group] = {}
 
     @property

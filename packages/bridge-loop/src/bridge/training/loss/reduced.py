@@ -1,5 +1,6 @@
 """The result of a reduction, read from the all-reduced vector."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from bridge.training.loss.vector import VectorLayout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Numbers:
-    """A reduction's result on the host."""
+    """The result of a reduction, on the host."""
 
     values: dict[str, float | None]
     has_anomaly: bool
@@ -21,21 +22,21 @@ class _Numbers:
 
 @dataclass(slots=True)
 class ReducedMetrics:
-    """A reduction's result, on the device until it is read."""
+    """The result of a reduction, on the device until it is read."""
 
     _layout: VectorLayout
     _vector: torch.Tensor
     _rank: int
     _repeat: Callable[[], "ReducedMetrics"]
-    _read: "_Numbers | None" = field(default=None, init=False)
+    _read: _Numbers | None = field(default=None, init=False)
 
     def to_dict(self) -> dict[str, float | None]:
         """Return each metric's value, equal on every rank; a host-device sync.
 
         A collective if some rank reported a new key: call it on all ranks of the group or none.
-        A token mean over no token is None. A NaN was reported by some rank. A key that no rank
-        reported is absent. Only `local` metrics differ: each rank that reported one has its own,
-        the others have that of the first.
+        A token mean over no token is None. A value is NaN if some rank reported NaN. A key that no
+        rank reported is absent. Only `local` metrics differ between ranks: each rank that reported
+        one has its own, the others have that of the first such rank.
 
         Raises:
             UsageError: A metric was declared with different reductions; on every rank.
@@ -49,7 +50,7 @@ class ReducedMetrics:
 
     @property
     def microbatches(self) -> int:
-        """Reduced records of all contributing ranks; a host-device sync.
+        """Number of reduced records, over all contributing ranks; a host-device sync.
 
         Context-parallel ranks share a microbatch and have a record each.
         """
@@ -57,12 +58,12 @@ class ReducedMetrics:
 
     @property
     def samples(self) -> int:
-        """The sum of their weights (`MetricReducer.accumulate`); a host-device sync."""
+        """Sum of the records' weights (`MetricReducer.accumulate`); a host-device sync."""
         return self._resolve().samples
 
     @property
     def tokens(self) -> int | None:
-        """Tokens in their losses, None if loss functions count none; a host-device sync."""
+        """Tokens in the records' losses, None if none has a count; a host-device sync."""
         return self._resolve().tokens
 
     @property
@@ -70,21 +71,20 @@ class ReducedMetrics:
         """The number of ranks that count tokens and their tokens, on the device."""
         return self._vector[VectorLayout.COUNTED : VectorLayout.TOKENS + 1]
 
-    def _resolve(self) -> "_Numbers":
+    def _resolve(self) -> _Numbers:
         if self._read is None:
             vector = self._vector.cpu()
             header = vector[: VectorLayout.FIRST_KEY].tolist()
             if header[VectorLayout.CHANGED]:
                 self._read = self._repeat()._resolve()
             else:
+                counted, tokens = header[VectorLayout.COUNTED], header[VectorLayout.TOKENS]
                 self._read = _Numbers(
                     values=self._values(vector),
                     has_anomaly=header[VectorLayout.ANOMALY] != 0,
                     microbatches=int(header[VectorLayout.MICROBATCHES]),
                     samples=int(header[VectorLayout.SAMPLES]),
-                    tokens=int(header[VectorLayout.TOKENS])
-                    if header[VectorLayout.COUNTED]
-                    else None,
+                    tokens=int(tokens) if counted else None,
                 )
         return self._read
 
@@ -133,4 +133,4 @@ def _mean_over_steps(
 
 
 def _largest(numbers: Sequence[float]) -> float:
-    return float("nan") if any(n != n for n in numbers) else max(numbers)
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers)

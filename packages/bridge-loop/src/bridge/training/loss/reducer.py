@@ -46,9 +46,9 @@ from bridge.training.usage_error import UsageError
 
 
 class MetricReducer:
-    """A reducer of the records of one step or several to numbers that are equal on every rank.
+    """A reducer of the records of one or several steps to numbers that are equal on every rank.
 
-    All ranks of the group call the same methods, also ranks without a record. A program's loop
+    All ranks of the group call the same methods, even those without a record. A training loop
     calls `add_step` after each step and `reduce` where it logs. An evaluation calls `accumulate`
     for each batch, which all belong to one step, and then `reduce`.
 
@@ -75,7 +75,7 @@ class MetricReducer:
             normalization: ``train.loss_normalization``.
             contributes: Whether this rank's records count: true on the last pipeline stage's
                 ranks with tensor-parallel rank 0, of which no two hold the same tokens.
-            device: Where the collective runs.
+            device: The device on which the collective runs.
             group: The ranks that get the result; the default group, or without
                 torch.distributed this process alone, if None.
             context_parallel_size: Ranks that share a microbatch's sequences.
@@ -128,7 +128,7 @@ class MetricReducer:
             records: The records of the microbatches.
             weight: The weight of each in a mean over microbatches: its samples, where microbatches
                 have several sizes.
-            repeats: Number of times that each sample is in its microbatch; sums are divided by it.
+            repeats: How often each sample is in its microbatch; sums are divided by it.
         """
         records = list(records)
         kinds: dict[str, Kind] = {}
@@ -194,11 +194,11 @@ class MetricReducer:
         A collective without a host-device sync.
 
         Args:
-            records: More records of the current step, which is the last one; after `add_step`, of a
-                step of their own. None where no rank has any.
+            records: More records of the current step, which ends here; after `add_step`, they are
+                a step of their own. None where no rank has any.
             anomaly_flag: `LossWatch.anomaly_flag` of this rank.
-            of_all_ranks: Totals and ratios of that step to which every rank that has them
-                contributes, also one whose records do not count.
+            of_all_ranks: Totals and ratios of that step, from every rank that has any: they count
+                even on a rank whose records do not (`contributes`).
         """
         if records is not None:
             self.accumulate(records)

@@ -1,6 +1,6 @@
 """The vector that one all-reduce sums over the ranks: its layout, and each rank's part in it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,13 +64,13 @@ class VectorLayout:
 
     def rows(
         self, keys: Sequence[tuple[str, Kind]], is_wanted: Callable[[Kind], bool]
-    ) -> list[tuple[int, int]]:
-        """Return, of wanted registered keys, the index in `keys` and the registered index."""
-        return [
-            (row, self.index[key])
+    ) -> dict[int, int]:
+        """Return the registered index of each wanted key, by its index in `keys`."""
+        return {
+            row: self.index[key]
             for row, (key, kind) in enumerate(keys)
             if self.kinds.get(key) == kind and is_wanted(kind)
-        ]
+        }
 
     def cells(self, vector: torch.Tensor) -> torch.Tensor:
         """Return the numbers of all steps and keys, [steps, keys, 3]."""
@@ -79,7 +79,7 @@ class VectorLayout:
 
 
 class VectorPacker:
-    """A packer of this rank's part of a reduction into a vector.
+    """The packing of this rank's part of a reduction into a vector.
 
     Args:
         rank: This rank in the group.
@@ -134,10 +134,8 @@ class VectorPacker:
     def _count_reports(self, layout: VectorLayout, group: Group, host: torch.Tensor) -> None:
         reports = group.present().sum(dim=2)
         rows = layout.rows(group.keys, lambda kind: not (layout.by_ratio and kind == "token_mean"))
-        offsets = [layout.offset(step, key) for step in group.steps for _, key in rows]
-        host.index_add_(
-            0, torch.tensor(offsets, dtype=torch.int64), reports[:, _of(rows)].flatten()
-        )
+        offsets = [layout.offset(step, key) for step in group.steps for key in rows.values()]
+        host.index_add_(0, torch.tensor(offsets, dtype=torch.int64), reports[:, [*rows]].flatten())
         for row, (key, kind) in enumerate(group.keys):
             if kind == "local" and key in layout.locals:
                 host[layout.locals[key] + self._rank] += reports[:, row].sum()
@@ -155,9 +153,9 @@ class VectorPacker:
                 layout.offset(step, key) + part
                 for step in group.steps
                 for part in (1, 2)
-                for _, key in rows
+                for key in rows.values()
             ]
-            found = sums if len(rows) == len(group.keys) else sums[:, :, self._index(_of(rows))]
+            found = sums if len(rows) == len(group.keys) else sums[:, :, self._index(rows)]
             vector.index_add_(0, self._index(offsets), found.flatten())
         for row, (key, kind) in enumerate(group.keys):
             if kind == "local" and key in layout.locals:
@@ -182,14 +180,14 @@ class VectorPacker:
             present = group.present()
             columns = [first + m for first in group.columns for m in range(present.shape[2])]
             rows = {key: row for row, (key, kind) in enumerate(group.keys) if kind == "token_mean"}
-            found = [(index, rows[key]) for index, key in enumerate(keys) if key in rows]
+            found = {index: rows[key] for index, key in enumerate(keys) if key in rows}
             if not found:
                 continue
             stacked = torch.cat((group.values(), to_device(present, self._device)[:, None]), dim=1)
-            of_keys = stacked.permute(1, 2, 0, 3).flatten(2)[:, self._index(_of(found, 1))]
+            of_keys = stacked.permute(1, 2, 0, 3).flatten(2)[:, self._index(found.values())]
             part = torch.zeros_like(together[:, : len(found)])
             part.index_copy_(2, self._index(columns), of_keys)
-            together.index_add_(1, self._index(_of(found)), part)
+            together.index_add_(1, self._index(found), part)
         if self._cp_size > 1:
             dist.all_reduce(together, group=self._cp_group)
         sums, counts, present = together
@@ -206,15 +204,11 @@ class VectorPacker:
         ]
         vector.index_add_(0, self._index(offsets), numbers.flatten())
 
-    def _index(self, numbers: Sequence[int]) -> torch.Tensor:
+    def _index(self, numbers: Iterable[int]) -> torch.Tensor:
         key = tuple(numbers)
         if key not in self._indices:
             self._indices[key] = to_device(torch.tensor(key, dtype=torch.int64), self._device)
         return self._indices[key]
-
-
-def _of(pairs: Sequence[tuple[int, int]], part: int = 0) -> list[int]:
-    return [pair[part] for pair in pairs]
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

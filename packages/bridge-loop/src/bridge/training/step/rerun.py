@@ -2,8 +2,8 @@
 
 It is off by default, since validating every loss is a host-device sync. When a validation fails,
 the step is run again on the same data. The machine then asks for a checkpoint and another start on
-other hardware, with an exit code for the launcher (16: continue the run to find out, 17: the result
-is wrong). It does so for a loss that is not finite too, whatever train.nan_action is.
+other hardware, with an exit code for the launcher (16: only a continued run can decide, 17: the
+result is wrong). A loss that is not finite fails the validation too, whatever train.nan_action is.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from bridge.training.config import ConfigContainer
 class RerunRequest(RuntimeError):
     """A request of the rerun state machine to end the run with `exit_code` and start it again.
 
-    The optimizer's step was not taken. `checkpoint` is whether to save the state before it.
+    The optimizer's step was not taken. `checkpoint` says whether to save the state before it.
     """
 
     def __init__(self, exit_code: int, *, checkpoint: bool) -> None:
@@ -43,8 +43,8 @@ def start_rerun_machine(config: ConfigContainer) -> None:
     )
 
 
-def rewindable(config: ConfigContainer, iterators: list[Any]) -> list[Any]:
-    """Return iterators whose data a repeated step can draw again, where steps may be repeated."""
+def make_rewindable(config: ConfigContainer, iterators: list[Any]) -> list[Any]:
+    """Return iterators that let a repeated step draw the same data again, if steps may repeat."""
     from megatron.core.rerun_state_machine import RerunDataIterator
 
     if config.rerun.rerun_mode == "disabled":

@@ -1,6 +1,5 @@
 """One call of megatron-core's schedule: forward and backward passes over microbatches."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,8 @@ class Schedule:
     """megatron-core's schedule for the layout, over one source of microbatches."""
 
     forward_step: LossAdapter
-    """The user's forward step, adapted."""
-    data_iterator: Sequence[Iterator[Any]]
+    """The adapter around the user's forward step."""
+    data_iterator: list[Any]
     """One iterator of this rank's microbatches for each model chunk."""
     model: list[Any]
     """This rank's model chunks."""
@@ -35,14 +34,14 @@ class Schedule:
         """Run the model over one batch.
 
         Args:
-            num_microbatches: On every rank.
+            num_microbatches: Microbatches of each rank.
             micro_batch_size: Samples of a microbatch; train.micro_batch_size if None.
-            forward_only: Without gradients.
+            forward_only: Whether to run without backward passes.
             collect_non_loss_data: As for `evaluate`.
 
         Returns:
-            What the loss functions returned for reporting, one item a microbatch, on the last
-            pipeline stage; an empty list on the others.
+            On the last pipeline stage one item for each microbatch: its `MicrobatchRecord`, or the
+            data that was collected. An empty list on the other stages.
         """
         is_interleaved = len(self.model) > 1
         return self.ranks.schedule(self.model)(

@@ -33,7 +33,7 @@ class StepResult:
     learning_rate: float
     """The learning rate of this step."""
     grad_norm: torch.Tensor | float | None
-    """L2 norm of the gradients of all ranks before clipping; None if the step was skipped or
+    """L2 norm of the gradients of all ranks before clipping; None if the step was skipped, or if
     nothing is clipped."""
     zeros_in_grad: int | None = None
     """Zeros in the gradients of all parameters, with optimizer.log_num_zeros_in_grad; None if the
@@ -46,16 +46,16 @@ class StepResult:
     padded_tokens: int | None
     """Samples times model.seq_length, padding included; None for a model without sequences."""
     reduced: ReducedMetrics | None
-    """The metrics on the device, of this step and of those before it that the reducer has kept;
+    """The metrics of this step and of the steps before it that the reducer has kept, on the device;
     None if the step is not logged."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of the step, over all ranks; 1 per sample where nobody counts them.
+        """Tokens of the step, over all ranks; 1 for each sample where nothing counts them.
 
-        They are `padded_tokens` where the model has sequences. Else they are the sum of the loss
-        function's num_tokens in all steps since the last reduction. Reading them is then a
-        host-device sync, as for `metrics`, and needs a reducer.
+        They are `padded_tokens` where the model has sequences. Otherwise they are the sum of the
+        loss function's num_tokens in all steps since the last reduction: reading them needs a
+        reducer and is a host-device sync, like reading `metrics`.
         """
         if self.padded_tokens is not None:
             return self.padded_tokens
@@ -64,9 +64,9 @@ class StepResult:
 
     @property
     def metrics(self) -> Mapping[str, float | None]:
-        """The metrics by name, equal on every rank; None where no token counted.
+        """The metrics by name, equal on every rank; None for a mean over no token.
 
-        They include the steps before that were called with is_logged=False.
+        They include the steps before this one that were called with is_logged=False.
 
         Reading them is a host-device sync, and a collective when some rank reported a new key: read
         them on every rank or on none.
@@ -90,22 +90,22 @@ def train_step(  # noqa: PLR0913  # as megatron-core's own loops take them
 ) -> StepResult:
     """Train on one global batch; a collective over all ranks.
 
-    For losses that are NaN, infinite or a spike it carries out raise_at_once and skip of
-    train.nan_action and train.spike_action, each with a host-device sync. A program with its own
-    loop calls ``forward_step.watch.check`` where it reads metrics, for the errors and warnings of
-    the other actions.
+    Two actions of train.nan_action and train.spike_action on a loss that is NaN, infinite or a
+    spike are carried out here, each with a host-device sync: raise_at_once and skip. For the errors
+    and warnings of the others, a program with its own loop calls ``forward_step.watch.check`` where
+    it reads metrics.
 
     A skipped step leaves parameters, buffers, optimizer, loss scale and LR scheduler as they were.
-    It counts as a step all the same: its samples and random numbers are consumed, and its losses
-    that are no anomaly are in the mean that later spikes are compared with.
+    It counts as a step all the same: its samples and random numbers are consumed, and those of its
+    losses that are no anomaly enter the mean that later losses are compared with.
 
-    ``state.train_state.consumed_tokens`` and the FLOPs grow with the step where its tokens are
-    model.seq_length of a sample. Tokens that the data or the loss function counts are spread over
-    the ranks: ``state.token_counter.gather()`` adds them, as `train` does where it logs. Saving a
+    ``state.train_state.consumed_tokens`` and the FLOPs grow with each step where a sample has
+    model.seq_length tokens. Tokens that the data or the loss function counts are spread over the
+    ranks: ``state.token_counter.gather()`` adds them, as `train` does where it logs. Saving a
     checkpoint adds them too.
 
     Args:
-        forward_step: The user's forward step, adapted (`bridge.training.setup.adapt_forward_step`).
+        forward_step: The result of `bridge.training.setup.adapt_forward_step`.
         data_iterator: One iterator of this rank's microbatches for each model chunk.
         model: This rank's model chunks, DDP-wrapped.
         optimizer: megatron-core's optimizer.
@@ -114,18 +114,17 @@ def train_step(  # noqa: PLR0913  # as megatron-core's own loops take them
         pg_collection: The process groups.
         num_microbatches: Microbatches of this rank; from the batch sizes if None.
         reducer: Reduces the metrics; None reduces none, which saves the collective.
-        is_logged: Whether to reduce the metrics now. If not, the reducer keeps this step's, with
-            neither a collective nor a host-device sync, and the next logged step's are over both
+        is_logged: Whether to reduce the metrics now. If not, the reducer keeps them, with neither a
+            collective nor a host-device sync, and the next logged step reduces them with its own
             (`bridge.training.loss_reduction`).
         before_optimizer_step: Called when the reduced gradients are in ``main_grad``, unsharded on
-            every rank (by a collective of its own), unless the step is skipped for its losses.
+            every rank (gathered by another collective), unless the step is skipped for its losses.
 
     Raises:
         FloatingPointError: A loss is an anomaly whose action is raise_at_once; on every rank.
     """
-    train, counters = state.cfg.train, state.train_state
     ranks = to_model_ranks(pg_collection)
-    sizes = train.batch_sizes(ranks.replicas)
+    sizes = state.cfg.train.batch_sizes(ranks.replicas)
     if num_microbatches is None:
         num_microbatches = sizes.microbatches
     samples = num_microbatches * sizes.global_microbatch
@@ -137,40 +136,33 @@ def train_step(  # noqa: PLR0913  # as megatron-core's own loops take them
         config=state.cfg,
     )
 
-    watch, buffers = forward_step.watch, _Buffers(model, keep="skip" in actions_of(train))
-    for _ in rerun.attempts(state.cfg, data_iterator):
-        watch.start(f"step {counters.step + 1}", spike_factor=train.spike_factor)
-        if reducer is not None:
-            auxiliary.clear()
-        _zero_gradients(model, optimizer)
-        records = _forward_backward(schedule, num_microbatches)
-    rerun.raise_if_suspicious(state.cfg)
-    watch.end_step()
+    buffers = _Buffers(model, keep="skip" in actions_of(state.cfg.train))
+    records = _compute_gradients(
+        schedule, num_microbatches, optimizer, state, has_metrics=reducer is not None
+    )
 
     rate = learning_rate(optimizer, scheduler)
-    if watch.should_skip_step(train):
-        stepped = OptimizerStep(succeeded=False)
+    if forward_step.watch.should_skip_step(state.cfg.train):
         buffers.restore()
+        update = OptimizerStep(succeeded=False)
     else:
-        if before_optimizer_step is not None:
-            gather_gradients(model)
-            before_optimizer_step()
-        stepped = step_optimizer(optimizer)
-    is_skipped = not stepped.succeeded
-    if not is_skipped:
+        update = _update_weights(model, optimizer, before_optimizer_step)
+    if update.succeeded:
         scheduler.step(increment=samples)
 
-    counters.step += 1
-    counters.consumed_train_samples += samples
-    counters.skipped_train_samples += samples if is_skipped else 0
+    state.train_state.step += 1
+    state.train_state.consumed_train_samples += samples
+    state.train_state.skipped_train_samples += 0 if update.succeeded else samples
     reduced = None
     if reducer is not None:
-        auxiliary_losses = None
-        if is_logged or reducer.average == "interval":
-            auxiliary_losses = auxiliary.metrics(model, num_microbatches, ranks.groups)
-        reducer.add_step(records, of_all_ranks=auxiliary_losses, is_skipped=is_skipped)
-        if is_logged:
-            reduced = reducer.reduce(anomaly_flag=watch.anomaly_flag())
+        reduced = _reduce_metrics(
+            reducer,
+            records,
+            schedule,
+            num_microbatches,
+            is_skipped=not update.succeeded,
+            is_logged=is_logged,
+        )
     state.token_counter.add_step(
         samples,
         has_metrics=reducer is not None,
@@ -179,19 +171,40 @@ def train_step(  # noqa: PLR0913  # as megatron-core's own loops take them
     padded_tokens = samples * sequence_length(state.cfg.model)
     return StepResult(
         learning_rate=rate,
-        grad_norm=stepped.grad_norm,
-        zeros_in_grad=stepped.zeros,
-        skipped=is_skipped,
+        grad_norm=update.grad_norm,
+        zeros_in_grad=update.zeros,
+        skipped=not update.succeeded,
         samples=samples,
         padded_tokens=padded_tokens if has_sequences(state.cfg.model) else None,
         reduced=reduced,
     )
 
 
-def _zero_gradients(model: list[Any], optimizer: Any) -> None:
-    for part in ddp_parts(model):
-        part.zero_grad_buffer()
-    optimizer.zero_grad()
+def _compute_gradients(
+    schedule: Schedule,
+    num_microbatches: int,
+    optimizer: Any,
+    state: GlobalState,
+    *,
+    has_metrics: bool,
+) -> list[Any]:
+    """Fill the gradient buffers, as often as the rerun state machine asks for.
+
+    Returns:
+        The microbatches' records on the last pipeline stage.
+    """
+    config, watch = state.cfg, schedule.forward_step.watch
+    for _ in rerun.attempts(config, schedule.data_iterator):
+        watch.start(f"step {state.train_state.step + 1}", spike_factor=config.train.spike_factor)
+        if has_metrics:
+            auxiliary.clear()
+        for part in ddp_parts(schedule.model):
+            part.zero_grad_buffer()
+        optimizer.zero_grad()
+        records = _forward_backward(schedule, num_microbatches)
+    rerun.raise_if_suspicious(config)
+    watch.end_step()
+    return records
 
 
 def _forward_backward(schedule: Schedule, num_microbatches: int) -> list[Any]:
@@ -213,6 +226,35 @@ def _forward_backward(schedule: Schedule, num_microbatches: int) -> list[Any]:
             "they must be reduced and divided exactly once"
         )
     return records
+
+
+def _update_weights(
+    model: list[Any], optimizer: Any, before_optimizer_step: Callable[[], None] | None
+) -> OptimizerStep:
+    if before_optimizer_step is not None:
+        gather_gradients(model)
+        before_optimizer_step()
+    return step_optimizer(optimizer)
+
+
+def _reduce_metrics(
+    reducer: MetricReducer,
+    records: list[Any],
+    schedule: Schedule,
+    num_microbatches: int,
+    *,
+    is_skipped: bool,
+    is_logged: bool,
+) -> ReducedMetrics | None:
+    """Give the step's metrics to the reducer, and reduce them if the step is logged."""
+    auxiliary_losses = None
+    if is_logged or reducer.average == "interval":
+        groups = schedule.ranks.groups
+        auxiliary_losses = auxiliary.metrics(schedule.model, num_microbatches, groups)
+    reducer.add_step(records, of_all_ranks=auxiliary_losses, is_skipped=is_skipped)
+    if not is_logged:
+        return None
+    return reducer.reduce(anomaly_flag=schedule.forward_step.watch.anomaly_flag())
 
 
 class _Buffers:
