@@ -273,8 +273,8 @@ def test_a_run_of_any_length_has_a_valid_warm_up(
         assert all(0 <= rate <= 0.05 for rate in rates)
 
 
-def test_what_a_callback_puts_to_sleep_stays_asleep(tmp_path: Path) -> None:
-    class Sleep:
+def test_a_module_that_a_callback_sets_to_eval_mode_stays_in_it(tmp_path: Path) -> None:
+    class DropoutOff:
         def on_train_start(self, context: Any) -> None:
             context.model[0].module.module.dropout.eval()
 
@@ -287,7 +287,7 @@ def test_what_a_callback_puts_to_sleep_stays_asleep(tmp_path: Path) -> None:
         config = own_run(tmp_path / "run", model=OwnModel(dropout=0.9))
         config.dataset = OwnData(validation=8)
         config.validation.eval_interval = 1
-        pretrain(config, token_step, [Sleep()])
+        pretrain(config, token_step, [DropoutOff()])
 
     run_ranks(1, body, timeout=120)
     wanted = plain_torch(own_run(tmp_path), pattern=2, steps=5)

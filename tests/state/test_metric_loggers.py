@@ -185,7 +185,7 @@ def test_a_row_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     logger.close()
 
 
-def test_a_value_that_json_does_not_have_is_told_from_none(tmp_path: Path) -> None:
+def test_a_value_that_json_does_not_have_differs_from_none(tmp_path: Path) -> None:
     logger = JsonlLogger(tmp_path / "metrics.jsonl")
     logged = {"a": -math.inf, "b": math.inf, "c": None, "d": 2**60 + 1}
     logger.log({**logged, "e": math.nan}, 1)

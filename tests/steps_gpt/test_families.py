@@ -77,7 +77,7 @@ def test_an_imported_vocabulary_is_padded_only_for_the_ranks(tmp_path: Path) -> 
     assert read_config(tmp_path, vocab_size=128256).make_vocab_size_divisible_by == 128
 
 
-def test_an_absent_head_dim_is_the_family_s_default(tmp_path: Path) -> None:
+def test_an_absent_head_dim_is_the_default_of_the_family(tmp_path: Path) -> None:
     assert read_config(tmp_path, head_dim=None).kv_channels == 8
     assert read_config(tmp_path, architecture="Qwen3ForCausalLM", head_dim=None).kv_channels == 128
 

@@ -121,5 +121,5 @@ def test_every_argument_that_takes_text_is_a_path_or_known_to_be_none(
         *((path, False) for path in ("runs/a", "/a//b", "a:b", "C:/data", "10:30/log", "~/x", "")),
     ],
 )
-def test_what_a_url_is(text: str, expected: bool) -> None:
+def test_urls_are_distinguished_from_paths(text: str, expected: bool) -> None:
     assert is_url(text) is expected

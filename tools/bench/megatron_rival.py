@@ -67,7 +67,7 @@ mock_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Take a microbatch, [batch, sequence], to this rank's device and share of the sequence."""
+    """Take a microbatch, [batch, sequence], to this rank's device; keep its shard of it."""
     args = get_args()
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}  # None where the sample has no such tensor

@@ -186,7 +186,7 @@ def _claimed_directory(options: argparse.Namespace) -> Iterator[None]:
         for override in options.overrides if path is None else ():
             key, _, value = override.partition("=")
             path = value if key == "checkpoint.run_dir" else path
-        # That a run is not there is reported later.
+        # A missing run is reported later.
         is_there = path and (not options.resume or Path(path).is_dir())
         environment = rank_environment()
         if is_there and not options.dry_run and environment.rank == 0:

@@ -38,7 +38,7 @@ class LossAdapter:
     """The user's forward step as megatron-core's schedules call it, for one run.
 
     The schedules collect a `MicrobatchRecord` for each microbatch on the last pipeline stage;
-    `bridge.training.loss_reduction.MetricReducer` makes a step's numbers of them.
+    `bridge.training.loss_reduction.MetricReducer` reduces them to the metrics of a step.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """This rank's metrics of the steps of an interval, kept on the device until they are reduced.
 
-A step costs one kernel, which stacks its numbers (`bridge.training.loss_reduction`). An interval
-costs 16 bytes for each metric, microbatch and step.
+A step costs one kernel, which stacks its numbers (`MetricReducer.accumulate`). An interval costs
+16 bytes for each metric, microbatch and step.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Metrics with the way to reduce them, and the record of a microbatch.
 
-Public as part of `bridge.training.loss_reduction`, which does the reducing.
+Public as part of `bridge.training.loss_reduction`.
 """
 
 from dataclasses import dataclass

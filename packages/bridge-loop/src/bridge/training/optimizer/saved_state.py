@@ -82,14 +82,14 @@ def _make_momentum(sgd: torch.optim.Optimizer, _: Any) -> None:
 
 
 def is_shifted(optimizer: Any, state: Any) -> bool:
-    """Whether a loaded state of the distributed optimizer is that of other weights than the model.
+    """Whether a loaded state of the distributed optimizer has the weights of other parameters.
 
     The state has the weights in float32, which round to those of the model. Where it was saved
-    without `offsets_without_padding`, they are those of other parameters.
+    without `offsets_without_padding`, they do not.
 
     Args:
         optimizer: megatron-core's optimizer, over a model that has the checkpoint's weights.
-        state: Its loaded state, with one part for each of its parts (`fitted_to`).
+        state: Its loaded state, with one entry for each chained optimizer (`fitted_to`).
     """
     return any(
         not _rounds_to(weight, loaded["param_state"][index]["param"])
@@ -147,11 +147,11 @@ def take_saved_rates(
 
 
 def fitted_to(optimizer: Any, state: Any) -> Any:
-    """Return a loaded state with one part for each of an optimizer's parts.
+    """Return a loaded state with one entry for each chained optimizer.
 
     Args:
         optimizer: megatron-core's optimizer, of the layout that loads.
-        state: Its loaded state: the tensors for its own parts, and the rest as it was saved, under
+        state: Its loaded state: the tensors of this layout, and the rest as it was saved, under
             a layout of more or fewer optimizers. Unchanged where their numbers are equal.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The lines that introduce a run: ranks, layout, model, data, where it continues."""
+"""The startup messages of a run: ranks, layout, model, data, where it continues."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING

@@ -68,7 +68,7 @@ def problems_of_sections(config: ConfigContainer, rejected: Collection[str]) -> 
         try:
             yield from (as_problem(line, name) for line in section.problems(config))
         except Exception:
-            # A rejected value may make a check fail. Without one it is a bug.
+            # A rejected value may make a check fail. If none was rejected, the check has a bug.
             if not rejected:
                 raise
 

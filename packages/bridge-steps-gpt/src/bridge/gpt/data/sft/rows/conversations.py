@@ -1,4 +1,4 @@
-"""Conversations, and how one is read from a row.
+"""Conversations: one is read from each row.
 
 A row is a JSON object, or a row of a Hugging Face dataset, in one of three forms:
 
