@@ -14,7 +14,8 @@ from bridge.training.config import CheckpointConfig
 from bridge.training.config.model_identity import model_field
 from bridge.training.pretrain import pretrain
 from bridge.training.ranks.groups import one_process
-from bridge.training.run_files.directory import find_checkpoint, new_folder
+from bridge.training.run_files.directory import find_checkpoint
+from bridge.training.run_files.output_folder import new_folder
 from bridge.training.setup import training_parts
 from bridge.training.usage_error import UsageError
 from poisoned_checkpoints import POISON_TYPE, Poison

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from bridge.training.checkpoint import manifest as checkpoint_manifest
 from bridge.training.checkpoint import megatron_io
-from bridge.training.checkpoint.base import reject_another_base
 from bridge.training.checkpoint.manifest import Manifest, write_manifest
+from bridge.training.checkpoint.resume_rules import reject_another_base
 from bridge.training.checkpoint.verification import reject_damaged, verified
 from bridge.training.checkpoint_weights import SavedWeights
 from bridge.training.pretrain import pretrain

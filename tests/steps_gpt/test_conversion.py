@@ -23,7 +23,8 @@ from bridge.training.checkpoint_weights import saved_config, write_weights
 from bridge.training.config import ConfigContainer, TokenizerConfig, resolve
 from bridge.training.contracts import ExportRequest
 from bridge.training.ranks.groups import one_process
-from bridge.training.run_files.directory import find_checkpoint, new_folder
+from bridge.training.run_files.directory import find_checkpoint
+from bridge.training.run_files.output_folder import new_folder
 from bridge.training.usage_error import UsageError
 from commands import run
 from gpt_models import run_of, tiny_gpt

@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
     from bridge.training.checkpoint_weights import saved_config
     from bridge.training.config.schema.importable_names import dtype_from_name
     from bridge.training.contracts import ExportRequest
-    from bridge.training.run_files.directory import find_checkpoint, new_folder
+    from bridge.training.run_files.directory import find_checkpoint
+    from bridge.training.run_files.output_folder import new_folder
 
     checkpoint = find_checkpoint(options.checkpoint, "RUN_OR_CHECKPOINT")
     config = saved_config(checkpoint)

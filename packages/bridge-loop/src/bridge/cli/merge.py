@@ -44,7 +44,8 @@ def run(options: argparse.Namespace) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from bridge.training.checkpoint_weights import saved_config
     from bridge.training.merging import merge
-    from bridge.training.run_files.directory import find_checkpoint, new_folder
+    from bridge.training.run_files.directory import find_checkpoint
+    from bridge.training.run_files.output_folder import new_folder
 
     checkpoint = find_checkpoint(options.checkpoint, "RUN_OR_CHECKPOINT")
     config = saved_config(checkpoint)

@@ -19,9 +19,12 @@ from bridge.training.adapters import (
     find_base,
 )
 from bridge.training.callbacks import Callbacks
-from bridge.training.checkpoint.base import reject_another_base
 from bridge.training.checkpoint.checkpointer import Checkpointer, SavedRun
-from bridge.training.checkpoint.resume_rules import reject_another_model, reject_another_run
+from bridge.training.checkpoint.resume_rules import (
+    reject_another_base,
+    reject_another_model,
+    reject_another_run,
+)
 from bridge.training.checkpoint.run_state import counters_of
 from bridge.training.checkpoint.verification import Verification, missing_records
 from bridge.training.config import ConfigContainer, resolve

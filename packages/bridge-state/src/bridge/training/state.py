@@ -10,6 +10,7 @@ import torch
 from bridge.training.counters import TokenCounter, TrainState
 from bridge.training.launchers import rank_environment
 from bridge.training.metric_loggers import (
+    MetricLogger,
     MetricLoggers,
     TensorBoardLogger,
     WandbLogger,
@@ -116,9 +117,7 @@ class GlobalState:
         None without logger.tensorboard and on ranks that do not log. It is there once
         `open_loggers` was called.
         """
-        if not self._has_tracker(wanted=self.cfg.logger.tensorboard):
-            return None
-        logger = self.metric_loggers.find(TensorBoardLogger)
+        logger = self._find(TensorBoardLogger, is_wanted=self.cfg.logger.tensorboard)
         return None if logger is None else logger.writer
 
     @property
@@ -127,9 +126,8 @@ class GlobalState:
 
         It is there once `open_loggers` was called.
         """
-        if not self._has_tracker(wanted=self.cfg.logger.wandb_project is not None):
-            return None
-        logger = self.metric_loggers.find(WandbLogger)
+        is_wanted = self.cfg.logger.wandb_project is not None
+        logger = self._find(WandbLogger, is_wanted=is_wanted)
         return None if logger is None else logger.run
 
     def close(self, *, failed: bool = False) -> None:
@@ -145,13 +143,13 @@ class GlobalState:
             wandb.mark_failed()
         self._loggers.close()
 
-    def _has_tracker(self, *, wanted: bool) -> bool:
+    def _find[Kind: MetricLogger](self, kind: type[Kind], *, is_wanted: bool) -> Kind | None:
         self._check_not_closed()
-        return wanted and _is_logging_rank()
+        return self.metric_loggers.find(kind) if is_wanted and _is_logging_rank() else None
 
     def _check_not_closed(self) -> None:
         if self._closed:
-            raise RuntimeError("this GlobalState is closed: its loggers have written their last")
+            raise RuntimeError("this GlobalState is closed, and its loggers with it")
 
 
 def _is_logging_rank() -> bool:

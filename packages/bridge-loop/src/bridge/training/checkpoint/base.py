@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from bridge.training.checkpoint.manifest import MANIFEST
-from bridge.training.checkpoint.run_state import EVALUATIONS, read_common
+from bridge.training.checkpoint.run_state import EVALUATIONS
 from bridge.training.config import ConfigContainer
 from bridge.training.usage_error import UsageError
 
@@ -84,26 +84,3 @@ def fingerprint(checkpoint: Path) -> str:
                 file.seek(block * (size - _BLOCK) // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
     return digest.hexdigest()
-
-
-def reject_another_base(checkpoint: Path, base: Base | None) -> None:
-    """Reject adapters on top of other weights than those they were trained on.
-
-    It is called before the weights are loaded, which need not fit the adapters' model at all.
-
-    Args:
-        checkpoint: The one that the run continues from.
-        base: The base of its adapters; None where the model itself is trained.
-
-    Raises:
-        UsageError: The weights are others, or one has adapters and the other has none.
-    """
-    saved = read_common(checkpoint).get("base")
-    if (saved is None) != (base is None):
-        was, wanted = ("the model", "adapters") if saved is None else ("adapters", "the model")
-        raise UsageError(
-            f"{checkpoint}: the run trained {was}, and the present configuration trains "
-            f"{wanted}; undo the overrides of peft.*, or start a new run"
-        )
-    if saved is not None and base is not None:
-        base.reject_other_weights(saved, checkpoint)

@@ -34,6 +34,11 @@ from bridge.training.checkpoint.manifest import (
 )
 from bridge.training.checkpoint.megatron_io import extra_states, load_sharded, save_sharded, saving
 from bridge.training.checkpoint.model_weights import load_model_weights, named_chunks
+from bridge.training.checkpoint.resume_rules import (
+    optimizer_kind,
+    reject_another_optimizer,
+    reject_other_data,
+)
 from bridge.training.checkpoint.run_state import (
     EVALUATIONS,
     FORMAT_VERSION,
@@ -166,8 +171,8 @@ class Checkpointer:
             UsageError: The checkpoint belongs to another model or another order of the data.
         """
         common = read_common(checkpoint)
-        self._check_same_data(checkpoint, common["data_fingerprint"])
-        self._check_same_optimizer(checkpoint, common)
+        reject_other_data(checkpoint, common, self._run.data_fingerprint)
+        reject_another_optimizer(checkpoint, common, self._run.config)
         # Other ranks have other random streams and losses; each starts its own anew.
         same_ranks = common["world_size"] == world_size()
         state = load_sharded(
@@ -325,37 +330,10 @@ class Checkpointer:
             "train_state": dataclasses.asdict(self._run.state.train_state),
             "data_fingerprint": self._run.data_fingerprint,
             "world_size": world_size(),
-            "optimizer": self._kind_of_optimizer(),
+            "optimizer": optimizer_kind(self._run.config),
             "results": dataclasses.asdict(self._run.state.results),
         }
         return state if self._run.base is None else {**state, "base": self._run.base.record()}
-
-    def _check_same_data(self, checkpoint: Path, saved: str) -> None:
-        if saved != self._run.data_fingerprint:
-            raise UsageError(
-                f"{checkpoint}: the run was trained on data in the order {saved!r}; the present "
-                f"configuration draws {self._run.data_fingerprint!r}. Undo the overrides of "
-                "dataset.*, rng.seed or train.train_iters, or start a new run with "
-                "checkpoint.pretrained_checkpoint"
-            )
-
-    def _kind_of_optimizer(self) -> dict[str, Any]:
-        """Return the settings that decide the content of an optimizer's state."""
-        return {
-            "optimizer.optimizer": self._run.config.optimizer.optimizer,
-            "ddp.use_distributed_optimizer": self._run.config.ddp.use_distributed_optimizer,
-        }
-
-    def _check_same_optimizer(self, checkpoint: Path, common: Mapping[str, Any]) -> None:
-        # Checkpoints of an older form lack it.
-        saved = common.get("optimizer", {})
-        for field, value in self._kind_of_optimizer().items():
-            if saved.get(field, value) != value:
-                raise UsageError(
-                    f"{field}={_shown(value)}: {checkpoint} has the optimizer state of "
-                    f"{field}={_shown(saved[field])}; leave it so, or start a new run from its "
-                    f"weights with checkpoint.pretrained_checkpoint={checkpoint}"
-                )
 
     def _remove_old(self) -> None:
         keep = self._run.config.checkpoint.keep_last
@@ -363,10 +341,6 @@ class Checkpointer:
         known = [path for path in self._directory.saved() if step_of(path) <= self._step]
         for old in without_abandoned(known)[:-keep] if keep else []:
             shutil.rmtree(old)
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _rng_key() -> str:

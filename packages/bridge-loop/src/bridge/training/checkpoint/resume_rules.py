@@ -1,8 +1,9 @@
 """Rules for what a start may change of the run that it resumes, or of the weights it starts from.
 
-A run that is resumed keeps its model, its adapters, its data and its seed. A run that starts from
-the weights of another keeps the model. Settings that only say how a model is executed may differ
-in both (`bridge.training.config.model_identity` says of each field what it decides).
+A run that is resumed keeps its model, its adapters and their base, its data, its seed and the kind
+of its optimizer. A run that starts from the weights of another keeps the model. Settings that only
+say how a model is executed may differ in both (`bridge.training.config.model_identity` says of each
+field what it decides).
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,8 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
+from bridge.training.checkpoint.base import Base
+from bridge.training.checkpoint.run_state import read_common
 from bridge.training.config import ConfigContainer, ConfigError, Problem
 from bridge.training.config.model_identity import FieldKind, field_kinds, kind_at
 from bridge.training.config.provenance import DERIVED
@@ -92,6 +95,81 @@ def reject_another_model(checkpoint: Path, config: ConfigContainer) -> None:
         raise ConfigError(problems)
 
 
+def reject_another_base(checkpoint: Path, base: Base | None) -> None:
+    """Reject adapters on top of other weights than those they were trained on.
+
+    It is called before the weights are loaded, which need not fit the adapters' model at all.
+
+    Args:
+        checkpoint: The one that the run continues from.
+        base: The base of its adapters; None where the model itself is trained.
+
+    Raises:
+        UsageError: The weights are others, or one has adapters and the other has none.
+    """
+    saved = read_common(checkpoint).get("base")
+    if (saved is None) != (base is None):
+        was, wanted = ("the model", "adapters") if saved is None else ("adapters", "the model")
+        raise UsageError(
+            f"{checkpoint}: the run trained {was}, and the present configuration trains "
+            f"{wanted}; undo the overrides of peft.*, or start a new run"
+        )
+    if saved is not None and base is not None:
+        base.reject_other_weights(saved, checkpoint)
+
+
+def reject_other_data(checkpoint: Path, common: Mapping[str, Any], fingerprint: str) -> None:
+    """Reject data whose samples come in another order than those that the run was trained on.
+
+    Args:
+        checkpoint: The one that the run continues from.
+        common: Its content from `read_common`.
+        fingerprint: The name of the present order (`RunData.fingerprint`).
+
+    Raises:
+        UsageError: The order is another.
+    """
+    saved = common["data_fingerprint"]
+    if saved != fingerprint:
+        raise UsageError(
+            f"{checkpoint}: the run was trained on data in the order {saved!r}; the present "
+            f"configuration draws {fingerprint!r}. Undo the overrides of dataset.*, rng.seed or "
+            "train.train_iters, or start a new run with checkpoint.pretrained_checkpoint"
+        )
+
+
+def reject_another_optimizer(
+    checkpoint: Path, common: Mapping[str, Any], config: ConfigContainer
+) -> None:
+    """Reject an optimizer that cannot take the saved state.
+
+    Args:
+        checkpoint: The one that the run continues from.
+        common: Its content from `read_common`.
+        config: The resolved configuration.
+
+    Raises:
+        UsageError: The optimizer is of another kind.
+    """
+    # Checkpoints of an older form lack it.
+    saved = common.get("optimizer", {})
+    for field, value in optimizer_kind(config).items():
+        if saved.get(field, value) != value:
+            raise UsageError(
+                f"{field}={_shown(value)}: {checkpoint} has the optimizer state of "
+                f"{field}={_shown(saved[field])}; leave it so, or start a new run from its "
+                f"weights with checkpoint.pretrained_checkpoint={checkpoint}"
+            )
+
+
+def optimizer_kind(config: ConfigContainer) -> dict[str, Any]:
+    """Return the settings that decide the content of an optimizer's state."""
+    return {
+        "optimizer.optimizer": config.optimizer.optimizer,
+        "ddp.use_distributed_optimizer": config.ddp.use_distributed_optimizer,
+    }
+
+
 def decided_by_checkpoint(
     section: Mapping[str, Any], kinds: Mapping[str, FieldKind], place: str = ""
 ) -> dict[str, Any]:
@@ -132,6 +210,10 @@ def _reject_another_command(
             f"{config.command} would continue it as another; use `bridge {made_by}`, or start a "
             "new run"
         )
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _consequence(path: str) -> str:

@@ -9,7 +9,6 @@ run.lock             while a process trains there (`bridge.training.run_files.lo
 
 import contextlib
 import datetime
-import errno
 import os
 import re
 import shlex
@@ -19,12 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.training.durable_files import (
-    make_directory,
-    publish_folder,
-    replace_durably,
-    temporary_folder,
-)
+from bridge.training.durable_files import replace_durably
 from bridge.training.file_kinds import head_of, kind_of
 from bridge.training.metric_loggers import read_records
 from bridge.training.run_files.configuration import cause_of, read_config, read_config_text
@@ -347,48 +341,3 @@ def find_checkpoint(path: str | Path, field: str) -> Path:
             "checkpoints/latest in it) or one of its checkpoints"
         )
     return latest
-
-
-@contextlib.contextmanager
-def new_folder(path: Path, field: str) -> Iterator[Path]:
-    """Fill a folder that gets its name when it is complete and durable.
-
-    Yields the folder under another name. If the block fails, nothing is left; the leftovers of a
-    killed process are removed with the next folder that is made next to it.
-
-    Args:
-        path: Its final name; folders above it are made.
-        field: The user's name for it, for the message.
-
-    Raises:
-        UsageError: There is something already, or nothing can be written there.
-    """
-    if os.path.lexists(path):
-        raise UsageError(f"{field}: {str(path)!r} exists and is not overwritten; give a new folder")
-    with contextlib.ExitStack() as stack:
-        try:
-            make_directory(path.parent)
-            partial = stack.enter_context(temporary_folder(path))
-        except OSError as error:
-            raise UsageError(
-                f"{field}: {str(path)!r} cannot be written ({error.strerror}); give another folder"
-            ) from error
-        try:
-            yield partial
-            publish_folder(partial, path)
-        except OSError as error:
-            if not _is_of_writing(error, partial):
-                raise
-            raise UsageError(
-                f"{field}: {str(path)!r} cannot be written ({error.strerror or error}); make room, "
-                "or give another folder"
-            ) from error
-
-
-def _is_of_writing(error: OSError, folder: Path) -> bool:
-    """Whether an error is of writing into a folder, not of reading the sources of its content."""
-    if error.filename is not None:
-        return Path(os.fsdecode(error.filename)).is_relative_to(folder)
-    # Writing into an open file gives no name; the writers of checkpoints and of safetensors no
-    # number either.
-    return error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

@@ -15,7 +15,7 @@ from bridge.training.checkpoint_weights import write_weights
 from bridge.training.config import ConfigContainer, TokenizerConfig
 from bridge.training.contracts import ExportedWeight
 from bridge.training.ranks.groups import one_process
-from bridge.training.run_files.directory import new_folder
+from bridge.training.run_files.output_folder import new_folder
 from bridge.training.usage_error import UsageError
 
 
