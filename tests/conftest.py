@@ -4,6 +4,7 @@ Imports none of the packages: the tests of state and peft also run with that pac
 """
 
 import os
+from importlib.util import find_spec
 
 # Before torch is imported, and inherited by what a test starts. With several ranks a test on two
 # cores, the threads of one process slow the others down.
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-IMPORT_MEGATRON_THEMSELVES = ("peft", "state", "workspace")
+IMPORT_MEGATRON_THEMSELVES = ("state", "workspace")
 """The folders whose tests start no ranks."""
 
 
@@ -28,8 +29,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_pycollect_makemodule(module_path: Path) -> None:
-    """Import megatron-core once, and without its warnings, before test modules do."""
-    if module_path.parent.name not in IMPORT_MEGATRON_THEMSELVES:
+    """Import megatron-core once, silently and fast, before test modules do.
+
+    Imported in another way it compiles functions in whatever test runs later in the process.
+    """
+    is_alone = find_spec("bridge.training") is None  # bridge-peft
+    if module_path.parent.name not in IMPORT_MEGATRON_THEMSELVES and not is_alone:
         from ranks import import_megatron_once
 
         import_megatron_once()

@@ -1,16 +1,10 @@
 """Fixtures for the adapters' tests: megatron-core's process groups of one process, on the CPU."""
 
-import contextlib
-import io
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
-
-# megatron-core notes on standard error that there is no CUDA.
-with contextlib.redirect_stderr(io.StringIO()):
-    from megatron.core import parallel_state
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +15,9 @@ def _same_numbers_every_time() -> None:
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """Initialize megatron-core's process groups for this process alone."""
+    # Not at the top: pytest loads this file before tests/conftest.py imports megatron-core.
+    from megatron.core import parallel_state
+
     found = {name: value for name, value in vars(parallel_state).items() if name[:2] != "__"}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
