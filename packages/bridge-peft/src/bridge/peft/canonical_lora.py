@@ -7,7 +7,7 @@ each part has an A and a B, like a layer of its own, and any of them may be skip
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast, override
+from typing import ClassVar, Literal, cast, override
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
@@ -33,13 +33,15 @@ class CanonicalLoRA(LowRankMethod):
     """Layers to adapt: the end of their dotted names, or a pattern with * for whole names. Fused
     layers go by the names of their parts: linear_q, linear_k, linear_v; linear_fc1_gate and
     linear_fc1_up of a gated MLP."""
+    adapter_class: ClassVar = LoRAAdapter
     method: Literal["canonical_lora"] = "canonical_lora"
     """The method's name."""
 
     @override
     def names_of(self, layer: Layer) -> list[str]:
         """Return the names of a fused layer's parts, or the layer's."""
-        return list(_parts_of(layer)) or [layer.name]
+        parent = layer.name.removesuffix(layer.own_name)
+        return [f"{parent}{part}" for part in _parts_of(layer)] or [layer.name]
 
     @override
     def build_adapter(self, layer: Layer, selected: Sequence[str]) -> Adapter:
@@ -48,23 +50,18 @@ class CanonicalLoRA(LowRankMethod):
         Raises:
             UsageError: A group of queries is split over tensor-parallel ranks.
         """
-        parts = _parts_of(layer)
-        if not parts:
-            return LoRAAdapter(layer.weight, layer.layout, **self.adapter_options())
+        if not _parts_of(layer):
+            return super().build_adapter(layer, selected)
         rows = _rows_of_parts(layer)
-        adapters = {
-            name: LowRankAdapter(
-                layer.weight,
-                layer.layout,
-                rows=rows.groups * width,
-                **self.adapter_options(),
+        selected_parts = {name.rpartition(".")[2] for name in selected}
+        parts = {
+            part: LowRankAdapter(
+                layer.weight, layer.layout, rows=rows.groups * width, **self.adapter_options()
             )
-            for name, width in zip(parts, rows.widths, strict=True)
-            if name in selected
+            for part, width in rows.widths.items()
+            if part in selected_parts
         }
-        return FusedLayerAdapter(
-            {name.rpartition(".")[2]: adapters.get(name) for name in parts}, rows
-        )
+        return FusedLayerAdapter(parts, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,22 +69,21 @@ class Rows:
     """The order of a fused layer's rows: group after group, and part after part in each."""
 
     groups: int
-    widths: tuple[int, ...]
-    """Rows of each part within a group."""
+    widths: dict[str, int]
+    """Rows of each part within a group, in the order of the layer."""
 
 
 class FusedLayerAdapter(Adapter):
-    """The adapters of the parts of a fused layer, of which some may be absent.
+    """The adapters of the parts of a fused layer, of which some may have none.
 
     Args:
-        parts: By name, in the order of the layer; None for a part without an adapter.
+        parts: The adapters by the name of their part.
         rows: The order of the layer's rows on this rank.
     """
 
-    def __init__(self, parts: Mapping[str, LowRankAdapter | None], rows: Rows) -> None:
+    def __init__(self, parts: Mapping[str, LowRankAdapter], rows: Rows) -> None:
         super().__init__()
-        self.parts = torch.nn.ModuleDict({k: v for k, v in parts.items() if v is not None})
-        self._order = list(parts)
+        self.parts = torch.nn.ModuleDict(parts)
         self._rows = rows
 
     @override
@@ -123,8 +119,9 @@ class FusedLayerAdapter(Adapter):
     def _rows_by_part(self) -> dict[str, torch.Tensor]:
         """Return the indices of each part's rows in the layer, in the part's order."""
         groups, widths = self._rows.groups, self._rows.widths
-        numbers = torch.arange(groups * sum(widths)).view(groups, -1).split(widths, dim=1)
-        return {name: part.flatten() for name, part in zip(self._order, numbers, strict=True)}
+        indices = torch.arange(groups * sum(widths.values())).view(groups, -1)
+        parts = indices.split(list(widths.values()), dim=1)
+        return {name: part.flatten() for name, part in zip(widths, parts, strict=True)}
 
     def _adapters(self) -> dict[str, LowRankAdapter]:
         return cast("dict[str, LowRankAdapter]", dict(self.parts.items()))
@@ -137,27 +134,22 @@ class FusedLayerAdapter(Adapter):
             deltas[name].unflatten(-1, (groups, width))
             if name in deltas
             else some.new_zeros((*shape, groups, width))
-            for name, width in zip(self._order, self._rows.widths, strict=True)
+            for name, width in self._rows.widths.items()
         ]
         return torch.cat(blocks, dim=-1).flatten(-2)
 
 
-def _parts_of(layer: Layer) -> list[str]:
-    """Return the full names of a fused layer's parts, none if it is not fused."""
-    parent, _, own = layer.name.rpartition(".")
-    if isinstance(layer.parent, SelfAttention) and own == "linear_qkv":
-        names: tuple[str, ...] = _QKV
-    elif layer.is_gated:
-        names = _GATED
-    else:
-        return []
-    return [f"{parent}.{name}".lstrip(".") for name in names]
+def _parts_of(layer: Layer) -> tuple[str, ...]:
+    """Return the names of a fused layer's parts, none if it is not fused."""
+    if isinstance(layer.parent, SelfAttention) and layer.own_name == "linear_qkv":
+        return _QKV
+    return _GATED if layer.is_gated else ()
 
 
 def _rows_of_parts(layer: Layer) -> Rows:
     rows = layer.weight.shape[0]
     if not isinstance(layer.parent, SelfAttention):
-        return Rows(groups=1, widths=(rows // 2, rows // 2))
+        return Rows(groups=1, widths=dict.fromkeys(_GATED, rows // 2))
     config = layer.parent.config
     groups = config.num_query_groups or config.num_attention_heads
     if groups % layer.layout.num_ranks:
@@ -173,4 +165,5 @@ def _rows_of_parts(layer: Layer) -> Rows:
         )
     width = config.kv_channels or config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads // groups * width
-    return Rows(groups=groups // layer.layout.num_ranks, widths=(queries, width, width))
+    widths = dict(zip(_QKV, (queries, width, width), strict=True))
+    return Rows(groups=groups // layer.layout.num_ranks, widths=widths)

@@ -7,9 +7,8 @@ V of its own:
     |V_i|^2 = |W_i|^2 + 2 s B_i . (A W_i) + s^2 B_i (A A^T) B_i
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, override
+from typing import Any, ClassVar, Literal, override
 
 import torch
 import torch.distributed as dist
@@ -21,24 +20,8 @@ from bridge.peft.adapters.low_rank import (
     set_parallel_attributes,
     sum_expert_gradient,
 )
-from bridge.peft.layers.candidates import Layer
 from bridge.peft.layers.linear_layout import LinearLayout
 from bridge.peft.low_rank_method import LowRankMethod
-
-
-@dataclass(kw_only=True)
-class DoRA(LowRankMethod):
-    """y = m / |V| * (W + (alpha / dim) B A) x, with W frozen and m = |W| at first."""
-
-    method: Literal["dora"] = "dora"
-    """The method's name."""
-
-    @override
-    def build_adapter(self, layer: Layer, selected: Sequence[str]) -> Adapter:
-        """Build the adapter of a layer."""
-        return DoRAAdapter(
-            layer.weight, layer.layout, is_gated=layer.is_gated, **self.adapter_options()
-        )
 
 
 class DoRAAdapter(LowRankAdapter, Adapter):
@@ -106,3 +89,12 @@ class DoRAAdapter(LowRankAdapter, Adapter):
         if self.layout.split == "columns" and self.layout.num_ranks > 1:
             dist.all_reduce(squares, group=self.layout.group)
         return squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+
+
+@dataclass(kw_only=True)
+class DoRA(LowRankMethod):
+    """y = m / |V| * (W + (alpha / dim) B A) x, with W frozen and m = |W| at first."""
+
+    adapter_class: ClassVar = DoRAAdapter
+    method: Literal["dora"] = "dora"
+    """The method's name."""

@@ -1,30 +1,13 @@
 """LoRA: each adapted layer learns an update of low rank (arXiv:2106.09685)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, override
+from typing import ClassVar, Literal, override
 
 import torch
 
 from bridge.peft.adapters.adapter import Adapter, Update
 from bridge.peft.adapters.low_rank import LowRankAdapter, gather_like
-from bridge.peft.layers.candidates import Layer
 from bridge.peft.low_rank_method import LowRankMethod
-
-
-@dataclass(kw_only=True)
-class LoRA(LowRankMethod):
-    """y = W x + (alpha / dim) B A x, with W frozen."""
-
-    method: Literal["lora"] = "lora"
-    """The method's name."""
-
-    @override
-    def build_adapter(self, layer: Layer, selected: Sequence[str]) -> Adapter:
-        """Build the adapter of a layer."""
-        return LoRAAdapter(
-            layer.weight, layer.layout, is_gated=layer.is_gated, **self.adapter_options()
-        )
 
 
 class LoRAAdapter(LowRankAdapter, Adapter):
@@ -50,3 +33,12 @@ class LoRAAdapter(LowRankAdapter, Adapter):
     def updates(self) -> list[Update]:
         """Return the one update of all rows."""
         return [Update(a=self.linear_in.weight, b=self.linear_out.weight, scale=self.scale)]
+
+
+@dataclass(kw_only=True)
+class LoRA(LowRankMethod):
+    """y = W x + (alpha / dim) B A x, with W frozen."""
+
+    adapter_class: ClassVar = LoRAAdapter
+    method: Literal["lora"] = "lora"
+    """The method's name."""

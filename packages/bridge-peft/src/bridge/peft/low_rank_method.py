@@ -1,22 +1,24 @@
 """The base class of all methods: attaches adapters to a model, freezes the rest, and merges."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from bridge.peft.adapters.adapter import Adapter
 from bridge.peft.adapters.wrapper import AdaptedLinear
-from bridge.peft.layers.candidates import NO_LINEAR, Layer, find_layers
+from bridge.peft.layers.candidates import NOT_LINEAR, Layer, find_layers
 from bridge.peft.layers.patterns import gather_from_ranks, matches, reject_unmatched
 from bridge.peft.usage_error import UsageError
 
 
 @dataclass(kw_only=True)
-class LowRankMethod(ABC):
+class LowRankMethod:
     """A method that trains low-rank updates of linear layers on top of a frozen model."""
+
+    adapter_class: ClassVar[type[Adapter]]
+    """The adapter of a layer that is no fused one."""
 
     target_modules: list[str] = field(
         default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -58,8 +60,8 @@ class LowRankMethod(ABC):
         A collective where there are ranks: the patterns are matched on every pipeline stage.
 
         Args:
-            model_chunks: This rank's part of the model with its weights, wrapped for 16 bits or
-                not, before megatron-core's DDP.
+            model_chunks: This rank's part of the model with its weights, perhaps in
+                megatron-core's Float16Module, and not yet in its DDP.
             group: The process group of all ranks of the model; the default one if None.
 
         Returns:
@@ -67,11 +69,11 @@ class LowRankMethod(ABC):
 
         Raises:
             UsageError: A pattern matches nothing, no layer is left, a layer cannot be adapted, or
-                one is already.
+                one has an adapter already.
         """
         _reject_adapted(model_chunks)
         layers, unadaptable = find_layers(model_chunks)
-        names = {name: layer for layer in layers for name in self.names_of(layer)}
+        names = {name for layer in layers for name in self.names_of(layer)}
         for patterns, path in (
             (self.target_modules, "peft.target_modules"),
             (self.exclude_modules, "peft.exclude_modules"),
@@ -91,7 +93,7 @@ class LowRankMethod(ABC):
             if selected:
                 adapter = self.build_adapter(layer, selected)
                 wrapper = AdaptedLinear(layer.name, layer.module, layer.layout, adapter)
-                _replace(layer.parent, layer.module, wrapper)
+                layer.parent.add_module(layer.own_name, wrapper)
                 adapted.append(wrapper)
         return adapted
 
@@ -102,8 +104,9 @@ class LowRankMethod(ABC):
             model_chunks: The chunks that `attach` was given.
         """
         for chunk in model_chunks:
-            for adapted in _adapted_layers(chunk):
-                _replace(_parent_of(chunk, adapted), adapted, adapted.merge())
+            for path, module in list(chunk.named_modules()):
+                if isinstance(module, AdaptedLinear):
+                    chunk.set_submodule(path, module.merge())
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the arguments that all adapters of the method share."""
@@ -118,7 +121,6 @@ class LowRankMethod(ABC):
         """Return the names by which patterns may select a layer."""
         return [layer.name]
 
-    @abstractmethod
     def build_adapter(self, layer: Layer, selected: Sequence[str]) -> Adapter:
         """Build the adapter of a layer.
 
@@ -126,6 +128,9 @@ class LowRankMethod(ABC):
             layer: The layer.
             selected: Those of its `names_of` that the patterns select.
         """
+        return self.adapter_class(
+            layer.weight, layer.layout, is_gated=layer.is_gated, **self.adapter_options()
+        )
 
     def _selects(self, name: str) -> bool:
         return any(matches(name, pattern) for pattern in self.target_modules) and not any(
@@ -137,22 +142,19 @@ class LowRankMethod(ABC):
             f"peft.target_modules: {name} cannot be adapted: {reason}; or name it in "
             "peft.exclude_modules"
             for name, reason in unadaptable.items()
-            if reason != NO_LINEAR and self._selects(name) and not name.endswith("output_layer")
+            if reason != NOT_LINEAR and self._selects(name) and not name.endswith("output_layer")
         ]
         if lines:
             raise UsageError("\n".join(lines))
 
 
-def _adapted_layers(chunk: torch.nn.Module) -> list[AdaptedLinear]:
-    return [module for module in chunk.modules() if isinstance(module, AdaptedLinear)]
-
-
 def _reject_adapted(model_chunks: Sequence[torch.nn.Module]) -> None:
     for chunk in model_chunks:
-        for adapted in _adapted_layers(chunk):
-            raise UsageError(
-                f"{adapted.name}: has an adapter already; merge it before another comes"
-            )
+        for module in chunk.modules():
+            if isinstance(module, AdaptedLinear):
+                raise UsageError(
+                    f"{module.name}: has an adapter already; merge it before you attach another"
+                )
 
 
 def _freeze(chunk: torch.nn.Module) -> None:
@@ -162,17 +164,3 @@ def _freeze(chunk: torch.nn.Module) -> None:
         if hasattr(module, "expert_bias"):
             # megatron-core moves it without gradients, to balance the experts.
             module.frozen_expert_bias = True  # type: ignore[assignment]
-
-
-def _replace(parent: torch.nn.Module, old: torch.nn.Module, new: torch.nn.Module) -> None:
-    for name, child in parent.named_children():
-        if child is old:
-            setattr(parent, name, new)
-
-
-def _parent_of(chunk: torch.nn.Module, module: torch.nn.Module) -> torch.nn.Module:
-    return next(
-        candidate
-        for candidate in chunk.modules()
-        if any(child is module for child in candidate.children())
-    )

@@ -7,7 +7,7 @@ communicated: the layer's wide inputs and outputs are not sent a second time.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, override
 
@@ -24,18 +24,26 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from torch.nn import functional
 
-from bridge.peft.layers.linear_layout import LinearLayout
+from bridge.peft.layers.linear_layout import LinearLayout, Split
+
+_COMMUNICATION: dict[tuple[Split, bool], Any] = {
+    ("rows", False): copy_to_tensor_model_parallel_region,
+    ("rows", True): gather_from_sequence_parallel_region,
+    ("columns", False): reduce_from_tensor_model_parallel_region,
+    ("columns", True): reduce_scatter_to_sequence_parallel_region,
+}
+"""What happens to A x before B, by the layer's split and whether it is sequence-parallel."""
 
 
 class Factor(torch.nn.Module):
-    """One of the two matrices.
+    """One of the two matrices of a low-rank update.
 
     Args:
         weight: The base layer's weight, whose device and ranks are those of the factor.
         shape: The factor's shape on this rank.
         layout: The base layer's layout.
-        is_split: Whether the factor is sharded over tensor-parallel ranks.
-        split_axis: The axis along which it is sharded.
+        split_axis: The axis along which the factor is sharded over tensor-parallel ranks; None if
+            every rank has all of it.
         dtype: The factor's dtype.
     """
 
@@ -45,16 +53,13 @@ class Factor(torch.nn.Module):
         shape: tuple[int, int],
         layout: LinearLayout,
         *,
-        is_split: bool,
-        split_axis: int,
+        split_axis: int | None,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
         self._layout = layout
-        set_parallel_attributes(
-            self.weight, weight, layout, split_axis=split_axis if is_split else None
-        )
+        set_parallel_attributes(self.weight, weight, layout, split_axis=split_axis)
 
     @override
     def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
@@ -138,12 +143,11 @@ class LowRankAdapter(torch.nn.Module):
         out_features, in_features = weight.shape
         factor = partial(Factor, weight, layout=layout, dtype=dtype or weight.dtype)
         self.linear_in = factor(
-            (dim, in_features), is_split=layout.split == "columns", split_axis=1
+            (dim, in_features), split_axis=1 if layout.split == "columns" else None
         )
         self.linear_out = factor(
             (out_features if rows is None else rows, dim),
-            is_split=layout.split == "rows",
-            split_axis=0,
+            split_axis=0 if layout.split == "rows" else None,
         )
         self.scale = alpha / dim
         self.dropout = dropout
@@ -190,46 +194,32 @@ class LowRankAdapter(torch.nn.Module):
         layout = self.layout
         if layout.num_ranks == 1 or not layout.is_communicating:
             return hidden
-        if layout.split == "rows":
-            move = (
-                gather_from_sequence_parallel_region
-                if layout.is_sequence_parallel
-                else copy_to_tensor_model_parallel_region
-            )
-        else:
-            move = (
-                reduce_scatter_to_sequence_parallel_region
-                if layout.is_sequence_parallel
-                else reduce_from_tensor_model_parallel_region
-            )
-        moved: torch.Tensor = move(hidden, group=layout.group)
-        return moved
+        communicate = _COMMUNICATION[layout.split, layout.is_sequence_parallel]
+        communicated: torch.Tensor = communicate(hidden, group=layout.group)
+        return communicated
 
     def _drop_features(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.dropout == 0:
             return x
         layout = self.layout
-        with self._random_stream(layout.split == "columns" or layout.is_sequence_parallel):
+        is_shard = layout.split == "columns" or layout.is_sequence_parallel
+        with self._random_stream(differs_by_rank=is_shard):
             return functional.dropout(x, self.dropout)
 
-    @contextlib.contextmanager
-    def _random_stream(self, differs_by_rank: bool) -> Iterator[None]:
-        """Draw random numbers from the stream that fits the tensor-parallel ranks.
+    def _random_stream(self, *, differs_by_rank: bool) -> AbstractContextManager[None]:
+        """Return a context that draws random numbers as the tensor-parallel ranks need them.
 
         A replicated tensor must be drawn alike on all ranks, shards must not. Experts have
         different numbers of tokens on each rank, so they leave the common stream alone.
         """
-        tracker: Any = get_cuda_rng_tracker()
-        if self.layout.group is None or not tracker.is_initialized():
-            yield
-        elif self.layout.is_expert:
-            with tracker.fork(get_expert_parallel_rng_tracker_name()):
-                yield
-        elif differs_by_rank and self.layout.num_ranks > 1:
-            with tracker.fork():
-                yield
-        else:
-            yield
+        layout, tracker = self.layout, get_cuda_rng_tracker()
+        stream: AbstractContextManager[None] = contextlib.nullcontext()
+        if layout.group is not None and tracker.is_initialized():
+            if layout.is_expert:
+                stream = tracker.fork(get_expert_parallel_rng_tracker_name())
+            elif differs_by_rank and layout.num_ranks > 1:
+                stream = tracker.fork()
+        return stream
 
 
 def gather_like(delta: torch.Tensor, output: torch.Tensor, layout: LinearLayout) -> torch.Tensor:

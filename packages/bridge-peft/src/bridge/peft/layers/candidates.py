@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions import transformer_engine as engine
 from megatron.core.transformer.mlp import MLP
 from megatron.core.utils import unwrap_model
 
 from bridge.peft.layers.linear_layout import LinearLayout, find_layout
 from bridge.peft.layers.module_names import named_modules
 
-NO_LINEAR = "it is no linear layer"
-"""The reason against modules of other kinds, which a pattern with * may match by the way."""
+NOT_LINEAR = "it is no linear layer"
+"""The reason against modules of other kinds. A pattern with * may match them too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Layer:
 def find_layers(
     model_chunks: Sequence[torch.nn.Module],
 ) -> tuple[list[Layer], dict[str, str]]:
-    """Return the layers that can be adapted, and by name the reason against each other module."""
+    """Return the layers that can be adapted, and by name why each other module cannot."""
     layers: list[Layer] = []
     unadaptable: dict[str, str] = {}
     for chunk in model_chunks:
@@ -58,20 +58,11 @@ def find_layers(
             parent = root.get_submodule(local.rpartition(".")[0])
             layout = find_layout(module)
             if not isinstance(layout, LinearLayout):
-                unadaptable[name] = layout or NO_LINEAR
-            elif _is_fused(parent):
+                unadaptable[name] = layout or NOT_LINEAR
+            elif engine.TEFusedMLP is not None and isinstance(parent, engine.TEFusedMLP):
                 unadaptable[name] = (
                     "a fused MLP does not call it; set model.use_transformer_engine_op_fuser=false"
                 )
             else:
                 layers.append(Layer(name=name, module=module, parent=parent, layout=layout))
     return layers, unadaptable
-
-
-def _is_fused(parent: torch.nn.Module) -> bool:
-    if not HAVE_TE:
-        return False
-    from megatron.core.extensions import transformer_engine as engine
-
-    fused = getattr(engine, "TEFusedMLP", None)
-    return fused is not None and isinstance(parent, fused)

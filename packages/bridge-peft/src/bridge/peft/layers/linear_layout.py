@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions import transformer_engine as engine
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from bridge.peft.megatron_patches import tensor_parallel_group
@@ -23,8 +23,8 @@ class LinearLayout:
     """The layout of a linear layer whose weight is [out features, in features]."""
 
     split: Split
-    """The axis of the weight that is sharded over the ranks of `group`; None: every rank has all of
-    it."""
+    """The axis of the weight that is sharded over the ranks of `group`; None if every rank has all
+    of it."""
     group: Any
     """The tensor-parallel ranks, None where there are none."""
     is_expert: bool
@@ -47,13 +47,14 @@ def find_layout(module: torch.nn.Module) -> LinearLayout | str | None:
     """Return the layout of a linear layer.
 
     Returns:
-        For a linear layer that can have no adapter the reason; None for a module of another kind.
+        The reason, for a linear layer that cannot have an adapter; None for a module of another
+        kind.
     """
     if isinstance(module, ColumnParallelLinear | RowParallelLinear):
         if module.weight is None:
             return "its weight is the embedding's"
         return _megatron_layout(module)
-    if HAVE_TE and (layout := _transformer_engine_layout(module)) is not None:
+    if engine.HAVE_TE and (layout := _transformer_engine_layout(module)) is not None:
         return layout
     if isinstance(module, torch.nn.Linear):
         return LinearLayout(
@@ -63,7 +64,7 @@ def find_layout(module: torch.nn.Module) -> LinearLayout | str | None:
             is_sequence_parallel=False,
             is_communicating=True,
         )
-    if _is_grouped(module):
+    if engine.TEGroupedLinear is not None and isinstance(module, engine.TEGroupedLinear):
         return "it holds several experts in one; set model.moe_grouped_gemm=false"
     return None
 
@@ -82,18 +83,13 @@ def _megatron_layout(module: Any) -> LinearLayout:
 
 
 def _transformer_engine_layout(module: Any) -> LinearLayout | None:
-    from megatron.core.extensions import transformer_engine as engine
-
-    if isinstance(module, engine.TELayerNormColumnParallelLinear):
+    has_norm = isinstance(module, engine.TELayerNormColumnParallelLinear)
+    if has_norm or isinstance(module, engine.TEColumnParallelLinear):
         split: Split = "rows"
-        normalize = _norm_of(module)
+    elif isinstance(module, engine.TERowParallelLinear):
+        split = "columns"
     elif isinstance(module, engine.TELinear):
-        by_class: dict[type, Split] = {
-            engine.TEColumnParallelLinear: "rows",
-            engine.TERowParallelLinear: "columns",
-        }
-        split = next((split for kind, split in by_class.items() if isinstance(module, kind)), None)
-        normalize = None
+        split = None
     else:
         return None
     group = tensor_parallel_group(module)
@@ -101,7 +97,7 @@ def _transformer_engine_layout(module: Any) -> LinearLayout | None:
     # experts that overlap with the dispatcher.
     is_communicating = split is None or module.parallel_mode is not None
     # Under expert parallelism the weights of experts are reduced over other ranks than the rest of
-    # the model. Without it the mode alone tells them from the others.
+    # the model. Without it only the mode distinguishes experts from other layers.
     is_expert = not is_communicating or not getattr(module.weight, "allreduce", True)
     return LinearLayout(
         split=split,
@@ -111,7 +107,7 @@ def _transformer_engine_layout(module: Any) -> LinearLayout | None:
         and group.size() > 1
         and is_communicating,
         is_communicating=is_communicating,
-        normalize=normalize,
+        normalize=_norm_of(module) if has_norm else None,
     )
 
 
@@ -128,12 +124,3 @@ def _norm_of(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return torch.nn.functional.layer_norm(x, shape, weight, module.layer_norm_bias, module.eps)
 
     return normalize
-
-
-def _is_grouped(module: Any) -> bool:
-    if not HAVE_TE:
-        return False
-    from megatron.core.extensions import transformer_engine as engine
-
-    grouped = getattr(engine, "TEGroupedLinear", None)
-    return grouped is not None and isinstance(module, grouped)

@@ -7,7 +7,7 @@ with it, at a dot.
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -25,7 +25,7 @@ def matches(name: str, pattern: str) -> bool:
 def reject_unmatched(
     field: str,
     patterns: Sequence[str],
-    names: Iterable[str],
+    names: set[str],
     unadaptable: Mapping[str, str],
     group: Any = None,
 ) -> None:
@@ -48,7 +48,7 @@ def reject_unmatched(
     unmatched.intersection_update(*gather_from_ranks(unmatched, group))
     if not unmatched:
         return
-    all_names: set[str] = set().union(*gather_from_ranks(set(names), group))
+    all_names: set[str] = set().union(*gather_from_ranks(names, group))
     reasons: dict[str, str] = {}
     for part in gather_from_ranks(dict(unadaptable), group):
         reasons |= part
@@ -60,7 +60,7 @@ def _line(field: str, pattern: str, names: set[str], unadaptable: Mapping[str, s
     for name, reason in unadaptable.items():
         if matches(name, pattern):
             return f"{field}: {pattern!r} is {name}, which cannot be adapted: {reason}"
-    known = _short_names(names)
+    known = sorted({_short_name(name) for name in names})
     if not known:
         return f"{field}: {pattern!r} matches nothing, as the model has no layer to adapt"
     near = difflib.get_close_matches(pattern.rpartition(".")[2], known, n=1)
@@ -70,12 +70,8 @@ def _line(field: str, pattern: str, names: set[str], unadaptable: Mapping[str, s
     return f"{field}: {pattern!r} matches no layer{hint} (there are {', '.join(known)})"
 
 
-def _short_names(names: set[str]) -> list[str]:
-    """Return the last parts of names, or more of them where those are numbers."""
-    return sorted({_short_name(name) for name in names})
-
-
 def _short_name(name: str) -> str:
+    """Return the last part of a name, with the parts before it as long as it is a number."""
     parts = name.split(".")
     first = next((i for i in range(len(parts) - 1, -1, -1) if not parts[i].isdigit()), 0)
     return ".".join(parts[first:])
