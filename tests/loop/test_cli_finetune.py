@@ -35,7 +35,7 @@ def checkpoint(folder: Path, text: str | None) -> None:
         ("finetune sine --from nowhere", "--from: 'nowhere' does not exist"),
         ("finetune sine --from .", "--from: '.' holds no checkpoint"),
         ("finetune sine --from /etc/passwd", "/etc/passwd' is a file; give the directory"),
-        ("finetune sine --from . --run-dir R --resume", "leave --from away"),
+        ("finetune sine --from . --run-dir R --resume", "leave --from out"),
         ("finetune sine --resume --run-dir nowhere", "'nowhere' holds no run"),
         ("pretrain sine --from .", "unrecognized arguments: --from"),
     ],
@@ -55,8 +55,8 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (None, "config.yaml: is missing; it tells what the model is: give a checkpoint"),
-        ("- no\n- run\n", "config.yaml: holds no sections; it tells what the model is"),
+        (None, "config.yaml: is missing; it says what the model is; give a checkpoint"),
+        ("- no\n- run\n", "config.yaml: holds no sections; it says what the model is"),
         ("model: {a: b\n", "config.yaml: is not valid YAML"),
         ("recipe: sine\n", "config.yaml: has no section model"),
         ("model: {_target_: a.Model}\n", "is a a.Model, and the recipe sine trains a own_recipe."),

@@ -84,7 +84,7 @@ def test_under_a_launcher_nproc_is_rejected_and_the_world_size_is_that_of_the_la
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert bridge("pretrain", "sine", "--dry-run", "--nproc", "2") == 2
-    assert "leave --nproc away under torchrun" in capsys.readouterr().err
+    assert "leave --nproc out under torchrun" in capsys.readouterr().err
     assert bridge("pretrain", "sine", "--dry-run") == 0
     assert capsys.readouterr().out == "dry run: sine is ready for 2 ranks\n"
     monkeypatch.delenv("WORLD_SIZE")
@@ -141,7 +141,7 @@ def test_a_run_starts_with_the_configuration_of_another_and_not_in_its_directory
     again = ("pretrain", "sine", "--config", "R/config.yaml", "--dry-run")
     assert bridge(*again, "--nproc", "2") == 0
     note, ready = capsys.readouterr().out.splitlines()
-    assert note == "--config R/config.yaml: taken but for checkpoint.run_dir, of that run alone"
+    assert note == "--config R/config.yaml: taken without checkpoint.run_dir, of that run alone"
     assert ready == "dry run: sine is ready for 2 ranks"
     assert bridge("show", "sine", "--config", "R/config.yaml") == 0
     shown = capsys.readouterr().out

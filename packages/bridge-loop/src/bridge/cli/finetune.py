@@ -23,8 +23,8 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def _run(options: argparse.Namespace) -> int:
     if options.resume and options.source is not None:
         raise UsageError(
-            "--from: a run that is resumed goes on from its own checkpoint; leave --from away, or "
-            "start a new run without --resume"
+            "--from: a resumed run continues from its own checkpoint; leave --from out, or start a "
+            "new run without --resume"
         )
     if not options.resume and options.source is None:
         raise UsageError(

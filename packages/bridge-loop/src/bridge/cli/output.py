@@ -1,4 +1,4 @@
-"""The command's output: layouts, keys, and flushing it even if its reader is gone."""
+"""Output of the command: pictures of layouts, lists of keys, a flush after its reader is gone."""
 
 import argparse
 import errno

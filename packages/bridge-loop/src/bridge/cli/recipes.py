@@ -1,4 +1,4 @@
-"""``bridge recipes`` and ``bridge show``."""
+"""``bridge recipes`` lists the recipes; ``bridge show`` prints a resolved configuration."""
 
 import argparse
 import sys

@@ -53,7 +53,7 @@ class EntryPointGroup:
         raise UsageError(f"there is no {name!r}{hint} (there are {', '.join(found)})")
 
     def usable[T](self, use: Callable[[Any], T]) -> tuple[dict[str, T], dict[str, str]]:
-        """Import and use each object that is offered, whether others fail or not.
+        """Import and use each object that is offered, even if others fail.
 
         Args:
             use: Called with the object.

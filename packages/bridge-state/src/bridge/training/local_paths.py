@@ -13,7 +13,7 @@ from bridge.training.usage_error import UsageError
 
 _IS_LOCAL_PATH = "is_local_path"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-# Fields of megatron-core's in our sections: they lack the mark.
+# Fields of megatron-core's sections, which lack the metadata.
 _OF_MEGATRON_CORE = frozenset({"config_logger_dir"})
 
 

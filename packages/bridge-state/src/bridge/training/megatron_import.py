@@ -22,13 +22,13 @@ _EXPECTED_WARNINGS = (
     # The default of a field that nobody set.
     "full scope is deprecated",
     r"(MimoModelConfig|MimoModel|ModalitySubmodules) is experimental",
-    # The optimizer looks whether a shard, a view of its parameter, has a gradient.
+    # The optimizer reads the gradient of each shard, which is a view of its parameter.
     r"The \.grad attribute of a Tensor that is not a leaf",
 )
 _EXPECTED_RECORDS = {
     "torch.utils.cpp_extension": "No CUDA runtime is found",
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
-    # Its advice, to migrate to HybridModel, is none that users of ours can take.
+    # It advises to migrate to HybridModel, which our users cannot do.
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.rerun_state_machine": "RerunStateMachine initialized in mode RerunMode.DISABLED",
 }
@@ -39,11 +39,10 @@ _TRACKERS = ("wandb", "torch.utils.tensorboard")
 def quiet_import() -> Iterator[None]:
     """Import megatron-core in this block, silently and fast, if it is the supported version.
 
-    Only the messages about absent extensions are held back, which ``bridge doctor`` reports with
-    the remedy; other warnings pass. At the end everything is as before, with one exception: a
-    Transformer Engine that is installed on a machine without a GPU stays blocked for the process.
-    megatron-core has decided to do without it by then, and its later lazy imports must come to the
-    same result.
+    Only messages about absent extensions are suppressed, which ``bridge doctor`` reports with
+    the remedy; other warnings pass. At the end everything is as before, with one exception: on a
+    machine without a GPU an installed Transformer Engine stays blocked for the process. By then
+    megatron-core has decided to do without it, and its later lazy imports must decide the same.
 
     Raises:
         UsageError: Another version of megatron-core is installed (`check_megatron_core`).
@@ -78,7 +77,7 @@ def has_gpu() -> bool:
 
 @contextmanager
 def expected_messages_held_back() -> Iterator[None]:
-    """Hold back the messages of every start of megatron-core that need no action of a user's."""
+    """Suppress the messages of megatron-core that come at every start and need no action."""
     with ExitStack() as stack:
         for name, start in _EXPECTED_RECORDS.items():
             stack.enter_context(_records_held_back(logging.getLogger(name), start))
@@ -107,7 +106,7 @@ def _hidden_modules(names: tuple[str, ...]) -> Iterator[None]:
     """Let `import name` fail in this block, for modules that are not imported yet.
 
     megatron-core's timers import both trackers to recognize their writers, which takes seconds. Our
-    metric loggers do without that.
+    metric loggers do not need them.
     """
     hidden = [name for name in names if name not in sys.modules]
     for name in hidden:
@@ -134,9 +133,9 @@ def _block_transformer_engine() -> None:
 
 @contextmanager
 def _torch_compile_is_identity() -> Iterator[None]:
-    """Leave the 41 functions as they are that megatron-core decorates with torch.compile.
+    """Let torch.compile return functions as they are: megatron-core decorates 41 of them.
 
-    Decorating them loads TorchDynamo and Inductor, which is more than half of the import's time,
+    Compiling loads TorchDynamo and Inductor, which is more than half of the import's time,
     and the fused kernels are for GPUs.
     """
     compile_function = torch.compile

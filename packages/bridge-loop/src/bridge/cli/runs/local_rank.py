@@ -59,7 +59,7 @@ def train_as_forked_rank(
 
     from bridge.training.ranks.stop_request import signals_to_catch
 
-    # A collection would copy every page that the imported modules' objects are on, in each rank.
+    # In each rank a collection would copy every page with objects of imported modules.
     gc.freeze()
     try:
         # A process of its own, as on GPUs, is the leader of a session of its own already.

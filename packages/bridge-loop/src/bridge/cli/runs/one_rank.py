@@ -67,13 +67,13 @@ def train_here(
         # In one piece: other ranks may print at the same time.
         sys.stderr.write(traceback.format_exc())
         raise RankFailed(failure, int(getattr(error, "exit_code", 1))) from error
-    # A user who sets a time limit expects the end that it makes.
+    # A time limit is the user's own: reaching it is a success.
     planned = result.reason in ("finished", "time limit")
     return 0 if planned else 128 + signal.Signals[result.reason]
 
 
 class RankFailed(Exception):
-    """The failure of this rank, with its place; it has been printed with its traceback."""
+    """The failure of this rank; it has been printed with its rank and its traceback."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -1,7 +1,7 @@
 """The checkpoint that ``bridge finetune --from`` starts from.
 
 It decides what the model is and which tokenizer goes with it; the recipe and the user decide how
-the model is executed, spread over ranks and regularized.
+the model is executed, divided over ranks and regularized.
 """
 
 import os
@@ -20,11 +20,11 @@ class StartingCheckpoint:
     """A checkpoint, and what it decides of the run that starts from it."""
 
     path: Path
-    """Its directory, absolute: the run is not tied to where the command was given."""
+    """Its directory, absolute: the run does not depend on the command's working directory."""
     model: dict[str, Any]
     """The fields of its model section that say what the model is."""
     tokenizer: dict[str, Any] | None
-    """Its tokenizer's section; None if the run had none that knows text."""
+    """Its tokenizer's section; None if the run had none for text."""
 
     @property
     def document(self) -> str:
@@ -55,7 +55,7 @@ def find_starting_checkpoint(source: str, recipe: "Recipe") -> StartingCheckpoin
     checkpoint = Path(os.path.abspath(find_checkpoint(source, "--from")))
     reject_damaged(checkpoint)
     path = checkpoint / "config.yaml"
-    remedy = "it tells what the model is: give a checkpoint with its config.yaml"
+    remedy = "it says what the model is; give a checkpoint with its config.yaml"
     saved = read_config(path, remedy, may_lack_end=True)
     model = saved.get("model")
     if not isinstance(model, dict):

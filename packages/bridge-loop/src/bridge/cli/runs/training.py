@@ -110,7 +110,7 @@ def _number_of_ranks(options: argparse.Namespace) -> int:
     if environment.launcher is not None and options.nproc is not None:
         raise UsageError(
             f"--nproc={options.nproc}: {environment.launcher} has started this rank already; leave "
-            f"--nproc away under {environment.launcher}"
+            f"--nproc out under {environment.launcher}"
         )
     if environment.world_size > 1 and not options.dry_run:
         rendezvous_url()  # Missing variables are reported before anything slow.
@@ -166,12 +166,12 @@ def _report_dry_run(recipe: "Recipe", config: "ConfigContainer", ranks: int) -> 
 
 
 def _given_documents(paths: Sequence[str], rank: int) -> "list[YamlText]":
-    """Read configuration files, and report the fields of a run's own that are not taken."""
+    """Read configuration files, and report the fields that belong to another run alone."""
     documents = read_documents(paths)
     for document in documents:
         if document.not_taken and rank == 0:
             fields = ", ".join(document.not_taken)
-            print(f"--config {document.source}: taken but for {fields}, of that run alone")
+            print(f"--config {document.source}: taken without {fields}, of that run alone")
     return documents
 
 
@@ -187,9 +187,9 @@ def _claimed_directory(options: argparse.Namespace) -> Iterator[None]:
             key, _, value = override.partition("=")
             path = value if key == "checkpoint.run_dir" else path
         # A missing run is reported later.
-        is_there = path and (not options.resume or Path(path).is_dir())
+        has_directory = path and (not options.resume or Path(path).is_dir())
         environment = rank_environment()
-        if is_there and not options.dry_run and environment.rank == 0:
+        if has_directory and not options.dry_run and environment.rank == 0:
             # Under a launcher `pretrain` tries again, and all ranks learn of it.
             problems = () if environment.launcher is None else (UsageError,)
             with contextlib.suppress(*problems):

@@ -1,4 +1,4 @@
-"""Derived values: precision, layout and loss in the sections that repeat them."""
+"""Values that follow from others: precision, pipeline and loss in the sections that repeat them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def derived_values(config: "ConfigContainer") -> dict[str, Derived]:
 
 
 def sources_of(config: "ConfigContainer") -> dict[str, str]:
-    """Return the field of the same name that a field of the model's section is filled in from."""
+    """Return, for fields of the model section, the field of the same name that they repeat."""
     return {
         path: derived.source
         for path, derived in _from_model_section(config)
@@ -69,7 +69,7 @@ def sources_of(config: "ConfigContainer") -> dict[str, str]:
 
 
 def megatron_configs(config: "ConfigContainer") -> dict[str, ModelParallelConfig]:
-    """Return the configs of megatron-core's in the model section, or that it is, by path.
+    """Return the megatron-core configs in the model section, itself included, by path.
 
     A model of several modules has one for each of them.
     """

@@ -94,7 +94,7 @@ def apply_overrides(
         ConfigError: With everything that is wrong in all of them.
     """
     merge = _Merge(config.copy())
-    merge.everything(overrides, yaml_documents)
+    merge.merge_all(overrides, yaml_documents)
     if merge.problems:
         raise ConfigError(merge.problems)
     return merge.config
@@ -122,7 +122,7 @@ def configure(
             rejected is not reported: its message would name a value that nobody gave.
     """
     merge = _Merge(config.copy())
-    merge.everything(overrides, yaml_documents)
+    merge.merge_all(overrides, yaml_documents)
     where = device(merge.config) if callable(device) else device
     resolved, problems = resolve_collecting(
         merge.config, device=where, world_size=world_size, rejected=merge.rejected
@@ -141,7 +141,7 @@ class _Merge:
         self.rejected: set[str] = set()
         """Fields whose values were rejected."""
 
-    def everything(self, overrides: Sequence[str], documents: Sequence[YamlDocument]) -> None:
+    def merge_all(self, overrides: Sequence[str], documents: Sequence[YamlDocument]) -> None:
         for number, document in enumerate(documents, start=1):
             before = len(self.problems)
             source = f"YAML document {number}"
@@ -149,25 +149,25 @@ class _Merge:
                 source = str(document)
             elif isinstance(document, YamlText):
                 source = document.source
-            with names_of_a_file(lambda: self._names_given(overrides)):
-                self._document(document)
+            with names_of_a_file(lambda: self._given_names(overrides)):
+                self._merge_document(document)
             self.problems[before:] = [
                 problem.with_text(f"{problem} ({source})") for problem in self.problems[before:]
             ]
         # Which fields exist depends on the method, so it is chosen first.
         for override in sorted(overrides, key=lambda text: not _chooses_method(text)):
-            self._override(override)
+            self._apply_override(override)
 
     # --- YAML documents
 
-    def _names_given(self, overrides: Sequence[str]) -> set[str]:
+    def _given_names(self, overrides: Sequence[str]) -> set[str]:
         """Return the names on the command line and in the recipe: a document may have them too."""
         given = {text.partition("=")[2].strip() for text in overrides}
         with contextlib.suppress(ConfigError):  # A recipe may hold values without a name.
             given.update(_texts_in(self.config.to_dict()))
         return given
 
-    def _document(self, document: YamlDocument) -> None:
+    def _merge_document(self, document: YamlDocument) -> None:
         try:
             plain = _read(document)
         except (ConversionError, OSError, UnicodeDecodeError) as error:
@@ -180,19 +180,19 @@ class _Merge:
             return
         for section, content in plain.items():
             if section == "recipe":
-                self._recipe(content)
+                self._merge_recipe(content)
             elif section in (DERIVED, "command"):
                 continue  # The entry point that is called says which it is.
             elif section not in SECTIONS:
-                self._unknown(str(section))
+                self._reject_unknown(str(section))
             elif content is None or isinstance(content, Mapping):
-                self._section(section, content)
+                self._merge_section(section, content)
             else:
-                self._is_a_section(section, content)
+                self._reject_value_of_section(section, content)
         provenance = self.config.provenance
         self.problems += provenance.record_derived(self.config, plain, is_complete=False)
 
-    def _recipe(self, name: Any) -> None:
+    def _merge_recipe(self, name: Any) -> None:
         if self.config.recipe is None:
             self._set(self.config, "recipe", name, "recipe")
         elif name is not None and name != self.config.recipe:
@@ -201,16 +201,16 @@ class _Merge:
                 f"recipe: it belongs to {name!r}, and this run is of {self.config.recipe!r}",
             )
 
-    def _section(self, section: str, content: Mapping[Any, Any] | None) -> None:
+    def _merge_section(self, section: str, content: Mapping[Any, Any] | None) -> None:
         if section == "peft" and content is not None and METHOD in content:
             self._choose_method(content[METHOD])
             if _METHOD_PATH in self.rejected:
                 return
         present = getattr(self.config, section)
         if content is not None and dataclasses.is_dataclass(present):
-            self._fields(present, section, content)
+            self._merge_fields(present, section, content)
         elif content is not None and present is not None:
-            if set(content) != {TARGET} or content[TARGET] != class_name(type(present)):
+            if content != {TARGET: class_name(type(present))}:
                 self._reject(
                     section,
                     f"{section}: {class_name(type(present))} is not a dataclass, so text cannot "
@@ -219,11 +219,10 @@ class _Merge:
         else:
             self._set(self.config, section, content, section)
 
-    def _fields(self, holder: Any, path: str, content: Mapping[Any, Any]) -> None:
-        fields = fields_of(holder)
-        target = content.get(TARGET, class_name(type(holder)))
-        if target != class_name(type(holder)):
-            this = class_name(type(holder))
+    def _merge_fields(self, holder: Any, path: str, content: Mapping[Any, Any]) -> None:
+        fields, this = fields_of(holder), class_name(type(holder))
+        target = content.get(TARGET, this)
+        if target != this:
             self._reject(path, f"{path}: {TARGET} is {target!r}, and this run's is {this!r}")
             return
         for key, value in content.items():
@@ -231,47 +230,45 @@ class _Merge:
             if key == TARGET:
                 continue
             if key not in fields:
-                self._unknown(here)
+                self._reject_unknown(here)
                 continue
             annotation = annotations_of(type(holder))[key]
             if isinstance(value, Mapping) and dataclasses.is_dataclass(getattr(holder, key)):
-                self._fields(getattr(holder, key), here, value)
+                self._merge_fields(getattr(holder, key), here, value)
             elif isinstance(value, Mapping) and _has_parts(getattr(holder, key), annotation):
-                self._items(getattr(holder, key), item_annotation(annotation), here, value)
+                self._merge_items(getattr(holder, key), item_annotation(annotation), here, value)
             else:
                 self._set(holder, key, value, here)
 
-    def _items(
+    def _merge_items(
         self, present: dict[Any, Any], annotation: Any, path: str, content: Mapping[Any, Any]
     ) -> None:
         """Merge into a mapping of dataclasses; a new name is added."""
         for key, value in content.items():
             here = join(path, key)
             if key in present and isinstance(value, Mapping):
-                self._fields(present[key], here, value)
+                self._merge_fields(present[key], here, value)
             else:
                 self._set(present, key, value, here, annotation=annotation)
 
     # --- the command line
 
-    def _override(self, override: str) -> None:
+    def _apply_override(self, override: str) -> None:
         path, equals, text = override.partition("=")
         path = path.strip()
         section, *keys = path.split(".")
         if not equals:
             self._reject(path, f"{override!r}: expected section.field=value")
-        elif section == "recipe":
-            self._reject(path, "recipe: it is chosen by its name, not by an override")
-        elif section == "command":
-            self._reject(path, "command: it is chosen by its name, not by an override")
+        elif section in ("recipe", "command"):
+            self._reject(path, f"{section}: it is chosen by its name, not by an override")
         elif section not in SECTIONS or not all(keys):
-            self._unknown(path)
+            self._reject_unknown(path)
         elif not keys and text != "null":
-            self._is_a_section(section, text)
+            self._reject_value_of_section(section, text)
         elif not text.strip():
             self._reject(path, f"{path}: has no value; write null for none, '' for empty text")
         elif not keys:
-            self._section(section, None)
+            self._merge_section(section, None)
         elif path == _METHOD_PATH:
             self._choose_method(text.strip())
         elif section == "peft" and self.config.peft is None:
@@ -282,24 +279,24 @@ class _Merge:
                     f"(of {', '.join(method_names())}) too",
                 )
         else:
-            self._override_field(section, keys, text.strip())
+            self._set_by_path(section, keys, text.strip())
 
-    def _override_field(self, section: str, keys: list[str], text: str) -> None:
+    def _set_by_path(self, section: str, keys: list[str], text: str) -> None:
         names = [section, *keys]
         holder: Any = self.config
         holder_path = ""
         for position, key in enumerate(names[:-1], start=1):
             path = join(holder_path, key)
             if key not in names_in(holder):
-                self._unknown(path)
+                self._reject_unknown(path)
                 return
             inner = step_into(holder, key)
             if inner is None:
-                inner = self._absent_section(holder, key, path)
+                inner = self._make_absent_section(holder, key, path)
             annotation = Any if isinstance(holder, Mapping) else annotations_of(type(holder))[key]
             if isinstance(inner, dict) and not _has_parts(inner, annotation):
                 # A mapping of plain values: the rest of the path is the key, with its dots.
-                self._override_item(inner, ".".join(names[position:]), text, path, annotation)
+                self._set_item(inner, ".".join(names[position:]), text, path, annotation)
                 return
             if not is_dataclass_instance(inner) and not isinstance(inner, dict):
                 kind = "has no fields" if key != section else "is not a dataclass"
@@ -309,13 +306,13 @@ class _Merge:
             holder, holder_path = inner, path
         path = join(holder_path, names[-1])
         if names[-1] not in names_in(holder):
-            self._unknown(path)
+            self._reject_unknown(path)
         elif isinstance(holder, Mapping):
-            self._has_fields(path, holder[names[-1]], text)
+            self._reject_value_with_fields(path, holder[names[-1]], text)
         elif self._set(holder, names[-1], text, path, from_text=True):
             self.config.provenance.mark_given(path)
 
-    def _override_item(
+    def _set_item(
         self, mapping: dict[Any, Any], key: str, text: str, path: str, annotation: Any
     ) -> None:
         path = join(path, key)
@@ -323,7 +320,7 @@ class _Merge:
         if self._set(mapping, key, text, path, annotation=wanted, from_text=True):
             self.config.provenance.mark_given(path)
 
-    def _absent_section(self, holder: Any, key: str, path: str) -> Any:
+    def _make_absent_section(self, holder: Any, key: str, path: str) -> Any:
         """Create the optional section that is about to be set, of its annotated class."""
         try:
             made = convert({}, annotations_of(type(holder))[key], path)
@@ -361,10 +358,7 @@ class _Merge:
                 self._reject(path, f"{path}: is set by the loop while it runs, not by text")
                 return False
         try:
-            if from_text:
-                converted = _convert_text(value, annotation, path)
-            else:
-                converted = convert(value, annotation, path)
+            converted = (_convert_text if from_text else convert)(value, annotation, path)
         except FieldProblems as error:
             self.problems.extend(error.problems)
         except ConversionError as error:
@@ -378,14 +372,14 @@ class _Merge:
         self.rejected.add(path)
         return False
 
-    def _unknown(self, path: str) -> None:
+    def _reject_unknown(self, path: str) -> None:
         self.problems.append(unknown_key(self.config, path))
         self.rejected.update(likely_meant(self.config, path))
 
-    def _is_a_section(self, section: str, value: Any) -> None:
-        self._has_fields(section, getattr(self.config, section), value)
+    def _reject_value_of_section(self, section: str, value: Any) -> None:
+        self._reject_value_with_fields(section, getattr(self.config, section), value)
 
-    def _has_fields(self, path: str, present: Any, value: Any) -> None:
+    def _reject_value_with_fields(self, path: str, present: Any, value: Any) -> None:
         example = next(iter(names_in(present)), None)
         hint = f"; set its fields, such as {path}.{example}" if example else ""
         self._reject(path, f"{path}: is a section, it cannot be {value!r}{hint}")

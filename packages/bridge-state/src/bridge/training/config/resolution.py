@@ -3,10 +3,10 @@
 from collections.abc import Collection, Iterator
 from typing import Literal
 
-from bridge.training.config.checks.bounds import problems_of_bounds
+from bridge.training.config.checks.bounds import range_problems
 from bridge.training.config.checks.contradictions import contradictions
 from bridge.training.config.checks.megatron import rebuild_sections, transformer_errors
-from bridge.training.config.checks.own_sections import misspelled_methods, problems_of_sections
+from bridge.training.config.checks.own_sections import misspelled_methods, section_problems
 from bridge.training.config.checks.parallel_layout import layout_problems
 from bridge.training.config.checks.types import check_types, url_problems
 from bridge.training.config.checks.unsupported import unsupported_settings
@@ -72,8 +72,8 @@ def _problems_of_values(
 ) -> Iterator[Problem]:
     ours = [
         *unsupported_settings(config),
-        *problems_of_bounds(config),
-        *problems_of_sections(config, rejected),
+        *range_problems(config),
+        *section_problems(config, rejected),
     ]
     of_layout = layout_problems(config, world_size)
     yield from contradictions(config)

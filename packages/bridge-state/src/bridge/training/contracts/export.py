@@ -31,17 +31,17 @@ class ExportedWeight:
         return {name: weight if rows is None else weight[rows] for name, rows in self.parts.items()}
 
     def join(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the weight that `split` would take apart into these tensors."""
-        whole: torch.Tensor | None = None
+        """Return the weight of which these tensors are the parts, as `split` returns them."""
+        weight: torch.Tensor | None = None
         for name, rows in self.parts.items():
             part = tensors[name]
             if rows is None:
                 return part
-            if whole is None:
-                whole = part.new_empty((self.shape[0], *part.shape[1:]))
-            whole[rows] = part
-        assert whole is not None
-        return whole
+            if weight is None:
+                weight = part.new_empty((self.shape[0], *part.shape[1:]))
+            weight[rows] = part
+        assert weight is not None
+        return weight
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return the shape of the tensor of this name in the other format."""

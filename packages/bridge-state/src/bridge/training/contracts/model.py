@@ -76,8 +76,8 @@ class ArrangesRanks(Protocol):
     def layout_problems(self, world_size: int) -> "Iterable[str | Problem]":
         """Yield one line for each reason why the modules do not fit on `world_size` ranks.
 
-        Further lines of the last may draw how they would lie. A line has the form of those of
-        `ChecksItself`.
+        A line has the form of those of `ChecksItself`. The last may be followed by further lines
+        that draw the ranks.
         """
         ...
 

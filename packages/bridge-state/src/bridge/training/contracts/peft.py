@@ -39,7 +39,7 @@ class AdaptedLayer(Protocol):
 
     @property
     def name(self) -> str:
-        """In the whole model, the same under every parallel layout."""
+        """The name within the unsharded model, the same under every parallel layout."""
 
     def low_rank_updates(self) -> Sequence[LowRankUpdate]:
         """Return this rank's shards of the updates of the layer's weight."""
@@ -54,7 +54,7 @@ class PEFTMethod(Protocol):
     the state of what was attached. It trains and saves what requires gradients then. A new
     parameter may name in ``initializer`` a function that fills a tensor of its full shape: with
     rng.layout_invariant_init it is drawn so, as the model's own weights are. The modules that were
-    attached tell their place in the whole model by ``sharded_state_dict``, as megatron-core's do.
+    attached name their shards of the model by ``sharded_state_dict``, as megatron-core's do.
 
     Installed packages offer their methods, dataclasses with their fields, by the entry points of
     the group ``bridge.peft``; `method` is the name there.

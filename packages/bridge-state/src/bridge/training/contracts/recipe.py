@@ -18,7 +18,7 @@ class Recipe:
     make_config: Callable[[], "ConfigContainer"]
     forward_step: Callable[..., Any]
     callbacks: Callable[[], Sequence[Any]] = tuple
-    """Makes the callbacks that the command adds (what a recipe prints at its end, say)."""
+    """Makes the callbacks that the command adds, such as one that prints a summary at the end."""
 
     def __call__(self) -> "ConfigContainer":
         """Return a fresh, unshared configuration."""

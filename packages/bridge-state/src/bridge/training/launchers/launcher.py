@@ -21,7 +21,7 @@ class RankEnvironment:
     start_words: tuple[str, ...] = ()
     """The words that a user types before a command to start it on all ranks, such as srun."""
     may_see_own_gpu_alone: bool = False
-    """Whether a rank that sees one GPU may be one of several on its machine."""
+    """Whether each of several ranks on a machine may see a single GPU, its own."""
     note: str | None = None
     """A line for the user about what was taken from the environment."""
 
@@ -50,7 +50,7 @@ class Launcher(ABC):
         """
 
     def note_without(self, given: Mapping[str, str]) -> str | None:
-        """Return a line for a user who may have meant to use this launcher and has not."""
+        """Return a line for a user who probably forgot to start with this launcher, else None."""
         return None
 
 

@@ -86,13 +86,13 @@ class Slurm(Launcher):
 
 
 def first_host(nodes: str) -> str:
-    """Return the first host of a node list of Slurm's, such as ``gpu[01-03,07],login1``."""
+    """Return the first host of a Slurm node list, such as ``gpu[01-03,07],login1``."""
     first = re.split(r",(?![^\[]*\])", nodes.strip())[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def _is_in_step(given: Mapping[str, str]) -> bool:
-    """Whether the process belongs to a step, which srun makes, and not just to a job."""
+    """Whether the process belongs to a step, which srun creates, not only to a job."""
     return any(name in given for name in _OF_STEP)
 
 

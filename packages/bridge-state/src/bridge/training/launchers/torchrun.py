@@ -1,6 +1,6 @@
-"""torchrun, and what sets its variables too, such as Kubernetes operators.
+"""torchrun, and launchers that set the same variables, such as Kubernetes operators.
 
-They are ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``.
+The variables are ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``.
 """
 
 from collections.abc import Mapping

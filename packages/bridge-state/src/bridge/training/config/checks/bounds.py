@@ -103,17 +103,17 @@ BALANCING = "aux_loss seq_aux_loss global_aux_loss sinkhorn quantile_balancing n
 """Values of moe_router_load_balancing_type; megatron-core balances nothing for another one."""
 
 
-def problems_of_bounds(config: "ConfigContainer") -> Iterator[Problem]:
+def range_problems(config: "ConfigContainer") -> Iterator[Problem]:
     """Yield a problem for each value out of its range."""
     for name, bounds in SECTIONS.items():
-        yield from values_outside(bounds, getattr(config, name), name)
+        yield from bound_problems(bounds, getattr(config, name), name)
     for path, part in parts_of(config.model, "model"):
         if isinstance(part, TransformerConfig):
-            yield from values_outside(MODEL, part, path)
-            yield from _experts(part, path)
+            yield from bound_problems(MODEL, part, path)
+            yield from _expert_problems(part, path)
 
 
-def values_outside(bounds: tuple[Bound, ...], section: Any, path: str) -> Iterator[Problem]:
+def bound_problems(bounds: tuple[Bound, ...], section: Any, path: str) -> Iterator[Problem]:
     """Yield a problem for each field of the section at `path` that is out of its range."""
     fields = fields_of(section)
     for bound in bounds:
@@ -125,7 +125,7 @@ def values_outside(bounds: tuple[Bound, ...], section: Any, path: str) -> Iterat
                 yield Problem((f"{path}.{name}",), text)
 
 
-def _experts(model: TransformerConfig, path: str) -> Iterator[Problem]:
+def _expert_problems(model: TransformerConfig, path: str) -> Iterator[Problem]:
     experts, chosen, frequency = model.num_moe_experts, model.moe_router_topk, model.moe_layer_freq
     if experts is None:
         return

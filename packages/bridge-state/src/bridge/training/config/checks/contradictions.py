@@ -12,10 +12,10 @@ from bridge.training.config.schema.errors import Problem
 
 def contradictions(config: ConfigContainer) -> Iterator[Problem]:
     """Yield a problem for each contradiction, of a configuration with its derived values."""
-    yield from _train(config)
-    yield from _schedule(config)
-    yield from _ddp(config)
-    yield from _checkpoint(config)
+    yield from _length_problems(config)
+    yield from _schedule_problems(config)
+    yield from _ddp_problems(config)
+    yield from _checkpoint_problems(config)
 
 
 def batch_problems(config: ConfigContainer, layout: Layout) -> Iterator[Problem]:
@@ -42,10 +42,10 @@ def batch_problems(config: ConfigContainer, layout: Layout) -> Iterator[Problem]
         )
     model = config.model
     if isinstance(model, ModelParallelConfig) and (layout.virtual_pipeline or 1) > 1:
-        yield from _interleaved_microbatches(model, layout, sizes)
+        yield from _interleaving_problems(model, layout, sizes)
 
 
-def _train(config: ConfigContainer) -> Iterator[Problem]:
+def _length_problems(config: ConfigContainer) -> Iterator[Problem]:
     train = config.train
     lengths = {
         f"train.{name}": getattr(train, name) for name in ("train_iters", "train_samples", "epochs")
@@ -72,16 +72,16 @@ def _nearest_multiple(number: int, base: int) -> int:
     return max(1, round(number / base)) * base
 
 
-def _schedule(config: ConfigContainer) -> Iterator[Problem]:
-    yield from _warmup_and_decay(config)
+def _schedule_problems(config: ConfigContainer) -> Iterator[Problem]:
+    yield from _warmup_problems(config)
     if config.optimizer.lr is None:
         yield Problem(("optimizer.lr",), "optimizer.lr: has no value; give the peak learning rate")
         return
-    yield from _learning_rates(config, config.optimizer.lr)
-    yield from _weight_decay(config)
+    yield from _learning_rate_problems(config, config.optimizer.lr)
+    yield from _weight_decay_problems(config)
 
 
-def _warmup_and_decay(config: ConfigContainer) -> Iterator[Problem]:
+def _warmup_problems(config: ConfigContainer) -> Iterator[Problem]:
     scheduler = config.scheduler
     fraction, warmup = scheduler.lr_warmup_fraction, scheduler.lr_warmup_iters
     if fraction is not None and warmup is not None:
@@ -113,7 +113,7 @@ def _warmup_and_decay(config: ConfigContainer) -> Iterator[Problem]:
             )
 
 
-def _learning_rates(config: ConfigContainer, peak: float) -> Iterator[Problem]:
+def _learning_rate_problems(config: ConfigContainer, peak: float) -> Iterator[Problem]:
     lowest, first = config.optimizer.min_lr, config.scheduler.lr_warmup_init
     if lowest is not None and lowest > peak:
         yield Problem(
@@ -128,7 +128,7 @@ def _learning_rates(config: ConfigContainer, peak: float) -> Iterator[Problem]:
         )
 
 
-def _weight_decay(config: ConfigContainer) -> Iterator[Problem]:
+def _weight_decay_problems(config: ConfigContainer) -> Iterator[Problem]:
     scheduler = config.scheduler
     start, end = (
         config.optimizer.weight_decay if value is None else value
@@ -148,7 +148,7 @@ def _weight_decay(config: ConfigContainer) -> Iterator[Problem]:
         )
 
 
-def _ddp(config: ConfigContainer) -> Iterator[Problem]:
+def _ddp_problems(config: ConfigContainer) -> Iterator[Problem]:
     ddp = config.ddp
     if ddp.overlap_param_gather and not ddp.use_distributed_optimizer:
         yield Problem(
@@ -202,7 +202,7 @@ def _ddp(config: ConfigContainer) -> Iterator[Problem]:
             )
 
 
-def _checkpoint(config: ConfigContainer) -> Iterator[Problem]:
+def _checkpoint_problems(config: ConfigContainer) -> Iterator[Problem]:
     if config.checkpoint.step is not None and not config.checkpoint.resume:
         yield Problem(
             ("checkpoint.step", "checkpoint.resume"),
@@ -211,7 +211,7 @@ def _checkpoint(config: ConfigContainer) -> Iterator[Problem]:
         )
 
 
-def _interleaved_microbatches(
+def _interleaving_problems(
     model: ModelParallelConfig, layout: Layout, sizes: BatchSizes
 ) -> Iterator[Problem]:
     batch, microbatches = sizes.global_batch, sizes.microbatches

@@ -9,8 +9,7 @@ from bridge.training.config.checks.unsupported import unsupported_settings
 from bridge.training.config.container import ConfigContainer
 from bridge.training.config.schema.errors import Problem
 from bridge.training.config.schema.fields import is_within, parts_of
-from bridge.training.config.schema.megatron_errors import ERRORS, is_raised_by_library, problem_of
-from bridge.training.usage_error import is_usage_error
+from bridge.training.config.schema.megatron_errors import ERRORS, is_about_values, problem_of
 
 
 @runtime_checkable
@@ -25,8 +24,8 @@ class CanBeFinalized(Protocol):
 def rebuild_sections(config: ConfigContainer, rejected: Collection[str]) -> list[Problem]:
     """Construct optimizer and ddp again, in place, for megatron-core's checks of their values.
 
-    These dataclasses check and complete themselves when they are constructed: so far before the
-    values were set.
+    These dataclasses check and complete themselves when they are constructed. Values that were set
+    afterwards have not been checked yet.
 
     Args:
         config: A configuration with its derived values.
@@ -40,7 +39,7 @@ def rebuild_sections(config: ConfigContainer, rejected: Collection[str]) -> list
         try:
             setattr(config, name, dataclasses.replace(section))
         except ERRORS as error:
-            if not is_usage_error(error) and not is_raised_by_library(error):
+            if not is_about_values(error):
                 raise
             problem = problem_of(error, section, name, dataclasses.replace)
             if not _is_rejected(problem, unsupported_settings(config)):
@@ -61,7 +60,7 @@ def transformer_errors(config: ConfigContainer, ours: Sequence[Problem]) -> Iter
         try:
             _finalize_quietly(part)
         except ERRORS as error:
-            if not is_usage_error(error) and not is_raised_by_library(error):
+            if not is_about_values(error):
                 raise
             problem = problem_of(error, part, path, _finalize_quietly)
             if not _is_rejected(problem, ours) and not _is_covered(problem, ours):

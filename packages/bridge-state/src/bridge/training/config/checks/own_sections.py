@@ -1,4 +1,4 @@
-"""Sections of the user's own: the problems that they find, and misspelled methods."""
+"""Checks of sections: the problems that they report themselves, and misspelled methods."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -54,8 +54,8 @@ def as_problem(line: str | Problem, section: str) -> Problem:
     return Problem(tuple(dict.fromkeys(_FIELD.findall(line))) or (section,), line)
 
 
-def problems_of_sections(config: ConfigContainer, rejected: Collection[str]) -> Iterator[Problem]:
-    """Yield the problems that sections find by their own checks.
+def section_problems(config: ConfigContainer, rejected: Collection[str]) -> Iterator[Problem]:
+    """Yield the problems that sections report by their own checks (`ChecksItself`).
 
     Args:
         config: A configuration with its derived values.

@@ -7,7 +7,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridge.training.config.checks.bounds import PARALLEL_SIZES, values_outside
+from bridge.training.config.checks.bounds import PARALLEL_SIZES, bound_problems
 from bridge.training.config.checks.contradictions import batch_problems
 from bridge.training.config.checks.own_sections import as_problem
 from bridge.training.config.checks.transformer import transformer_problems
@@ -47,7 +47,7 @@ def layout_problems(config: ConfigContainer, world_size: int) -> list[Problem]:
 def _size_problems(config: ConfigContainer, world_size: int) -> Iterator[Problem]:
     model = config.model
     if isinstance(model, ModelParallelConfig):
-        yield from values_outside(PARALLEL_SIZES, model, "model")
+        yield from bound_problems(PARALLEL_SIZES, model, "model")
     elif world_size >= 1 and isinstance(model, ArrangesRanks):
         yield from (as_problem(line, "model") for line in model.layout_problems(world_size))
 

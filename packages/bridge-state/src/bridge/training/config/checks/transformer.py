@@ -23,12 +23,12 @@ def transformer_problems(
     def named(name: str) -> str:
         return sources.get(f"{path}.{name}", f"{path}.{name}")
 
-    yield from _heads(model, layout, named)
-    yield from _widths(model, layout, named)
-    yield from _experts(model, layout, named)
+    yield from _head_problems(model, layout, named)
+    yield from _width_problems(model, layout, named)
+    yield from _expert_problems(model, layout, named)
 
 
-def _heads(
+def _head_problems(
     model: TransformerConfig, layout: Layout, named: Callable[[str], str]
 ) -> Iterator[Problem]:
     heads, hidden, groups = model.num_attention_heads, model.hidden_size, model.num_query_groups
@@ -46,7 +46,7 @@ def _heads(
             f"{hidden_field}={hidden}: is not a multiple of {heads_field}={heads}; change one, or "
             f"give {width_field}",
         )
-    yield from _not_multiple(heads_field, heads, tensor_field, layout.tensor)
+    yield from _multiple_problems(heads_field, heads, tensor_field, layout.tensor)
     if groups is None:
         return
     groups_field = named("num_query_groups")
@@ -66,7 +66,7 @@ def _heads(
 _POSITIVE = ("num_layers", "hidden_size", "num_attention_heads")
 
 
-def _widths(
+def _width_problems(
     model: TransformerConfig, layout: Layout, named: Callable[[str], str]
 ) -> Iterator[Problem]:
     """Yield the widths of MLPs that do not divide evenly over tensor-parallel ranks."""
@@ -76,14 +76,14 @@ def _widths(
     tensor = (named("tensor_model_parallel_size"), layout.tensor)
     expert_tensor = (named("expert_tensor_parallel_size"), layout.expert_tensor)
     if model.num_moe_experts is None or model.moe_layer_freq != 1:
-        yield from _not_multiple(named("ffn_hidden_size"), dense, *tensor)
+        yield from _multiple_problems(named("ffn_hidden_size"), dense, *tensor)
     if model.num_moe_experts is not None:
-        yield from _not_multiple(named("moe_ffn_hidden_size"), expert, *expert_tensor)
+        yield from _multiple_problems(named("moe_ffn_hidden_size"), expert, *expert_tensor)
         shared_field = named("moe_shared_expert_intermediate_size")
-        yield from _not_multiple(shared_field, shared, *tensor)
+        yield from _multiple_problems(shared_field, shared, *tensor)
 
 
-def _experts(
+def _expert_problems(
     model: TransformerConfig, layout: Layout, named: Callable[[str], str]
 ) -> Iterator[Problem]:
     experts, experts_field = model.num_moe_experts, named("num_moe_experts")
@@ -95,7 +95,7 @@ def _experts(
                 f"{size_field}={layout.expert}: needs experts; give {experts_field}",
             )
         return
-    yield from _not_multiple(experts_field, experts, size_field, layout.expert)
+    yield from _multiple_problems(experts_field, experts, size_field, layout.expert)
     if layout.tensor > 1 and not model.sequence_parallel:
         tensor_field = named("tensor_model_parallel_size")
         sequence_field = named("sequence_parallel")
@@ -127,7 +127,7 @@ def _experts(
         )
 
 
-def _not_multiple(field: str, value: int, size_field: str, size: int) -> Iterator[Problem]:
+def _multiple_problems(field: str, value: int, size_field: str, size: int) -> Iterator[Problem]:
     if value % size:
         yield Problem(
             (field, size_field),

@@ -40,8 +40,8 @@ class Rejection:
     depends_on: tuple[str, ...] = ()
     """Paths of other fields that decide it, and that the text speaks of."""
     overrides_only: bool = False
-    """Reject values that an override set, and accept those of a recipe: another override may have
-    made them useless."""
+    """Reject values that an override set, and accept a recipe's: another override may have made
+    them useless."""
 
 
 def rejections_in(
@@ -74,7 +74,7 @@ def rejections_in(
 
 def unsupported_settings(config: "ConfigContainer") -> Iterator[Problem]:
     """Yield a problem for each setting that the loop does not support."""
-    yield from _unknown_optimizer(config)
+    yield from _optimizer_problems(config)
     yield from rejections_in(config.optimizer, "optimizer", config, OPTIMIZER)
     yield from rejections_in(config.ddp, "ddp", config, DDP)
     for path, part in parts_of(config.model, "model"):
@@ -89,7 +89,7 @@ def has_emerging_optimizers() -> bool:
 
 def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
     default = default_of(field)
-    # A switch that is open (None) may also be off.
+    # A switch whose default is None may also be off.
     return value is default or bool(value == default) or (default is None and value is False)
 
 
@@ -115,7 +115,7 @@ def _on_gpu(_: Any, config: "ConfigContainer") -> bool:
 
 
 def _any_model_part(name: str) -> Condition:
-    """Whether a transformer of the model has the switch on; a model of one's own may."""
+    """Whether a transformer of the model has the switch on; a model without one may have it on."""
 
     def condition(_: Any, config: "ConfigContainer") -> bool:
         parts = [p for _, p in parts_of(config.model, "model") if isinstance(p, TransformerConfig)]
@@ -139,7 +139,7 @@ _OPTIMIZERS = ("adam", "sgd", *_EMERGING)
 _HALF_SUPPORTED = ("adaptive_muon", "soap", "dist_muon")
 
 
-def _unknown_optimizer(config: "ConfigContainer") -> Iterator[Problem]:
+def _optimizer_problems(config: "ConfigContainer") -> Iterator[Problem]:
     name, field = config.optimizer.optimizer, "optimizer.optimizer"
     if name not in _OPTIMIZERS:
         why = "is not supported" if name in _HALF_SUPPORTED else "there is no such optimizer"

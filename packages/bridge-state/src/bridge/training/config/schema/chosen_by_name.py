@@ -33,7 +33,7 @@ def method_class(name: Any) -> type:
 
 
 def class_of_section(kind: type, content: Mapping[Any, Any]) -> type | None:
-    """Return the class of a section that is found by name; None if its annotation is another.
+    """Return the class of a section that is found by name; None for other annotations.
 
     Args:
         kind: The section's annotation.
@@ -53,7 +53,7 @@ def class_of_section(kind: type, content: Mapping[Any, Any]) -> type | None:
 
 
 def is_found_by_name(value: Any, annotation: Any) -> bool:
-    """Whether a section's class need not be written, since its own field leads to it."""
+    """Whether a section is written without its class, since its field ``method`` leads to it."""
     if PEFTMethod not in (annotation, *getattr(annotation, "__args__", ())):
         return False
     entry = PEFT_METHODS.entries().get(getattr(value, METHOD, ""))

@@ -38,10 +38,9 @@ from bridge.training.config.schema.importable_names import (
     function_from_name,
     import_by_name,
 )
-from bridge.training.config.schema.megatron_errors import ERRORS, is_raised_by_library, problem_of
+from bridge.training.config.schema.megatron_errors import ERRORS, is_about_values, problem_of
 from bridge.training.contracts import PEFTMethod
 from bridge.training.spelling import did_you_mean, nearest
-from bridge.training.usage_error import is_usage_error
 
 
 def convert(value: Any, annotation: Any, path: str) -> Any:
@@ -70,7 +69,10 @@ def convert(value: Any, annotation: Any, path: str) -> Any:
     if annotation is None or annotation is type(None):
         return _expect(value is None, value, annotation)
     if annotation in _SCALARS:
-        return _SCALARS[annotation](value)
+        takes, make = _SCALARS[annotation]
+        return make(_expect(takes(value), value, annotation))
+    if annotation is torch.dtype:
+        return _convert_dtype(value)
     kind = origin or annotation
     if kind is Callable:
         return _convert_function(value)
@@ -92,45 +94,30 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _convert_bool(value: Any) -> bool:
-    return bool(_expect(isinstance(value, bool), value, bool))
-
-
-def _convert_int(value: Any) -> int:
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    is_integer = is_integer or (isinstance(value, float) and value.is_integer())
-    return int(_expect(is_integer, value, int))
-
-
-def _convert_float(value: Any) -> float:
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return float(_expect(real, value, float))
-
-
-def _convert_str(value: Any) -> str:
-    result: str = _expect(isinstance(value, str), value, str)
-    return result
-
-
-def _convert_path(value: Any) -> pathlib.Path:
-    return pathlib.Path(_expect(isinstance(value, str | pathlib.Path), value, pathlib.Path))
-
-
-def _convert_dtype(value: Any) -> torch.dtype:
+def _convert_dtype(value: Any) -> Any:
     if isinstance(value, str):
         return dtype_from_name(value)
-    result: torch.dtype = _expect(isinstance(value, torch.dtype), value, torch.dtype)
-    return result
+    return _expect(isinstance(value, torch.dtype), value, torch.dtype)
 
 
-_SCALARS: dict[Any, Callable[[Any], Any]] = {
-    bool: _convert_bool,
-    int: _convert_int,
-    float: _convert_float,
-    str: _convert_str,
-    pathlib.Path: _convert_path,
-    torch.dtype: _convert_dtype,
+def _is_integer(value: Any) -> bool:
+    return (isinstance(value, numbers.Integral) and not isinstance(value, bool)) or (
+        isinstance(value, float) and value.is_integer()
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+_SCALARS: dict[Any, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
+    bool: (lambda value: isinstance(value, bool), bool),
+    int: (_is_integer, int),
+    float: (_is_number, float),
+    str: (lambda value: isinstance(value, str), lambda value: value),
+    pathlib.Path: (lambda value: isinstance(value, str | pathlib.Path), pathlib.Path),
 }
+"""For each type, whether it takes a value, and the conversion of such a value."""
 
 
 def _convert_union(value: Any, annotation: Any, path: str) -> Any:
@@ -170,23 +157,18 @@ def _convert_literal(value: Any, annotation: Any) -> Any:
     for choice in choices:
         if value == choice and isinstance(value, bool) == isinstance(choice, bool):
             return value
-    text = f"expected {describe_annotation(annotation)}, got {_show(value)}"
-    hint = did_you_mean(value, [c for c in choices if isinstance(c, str)]) if _is_str(value) else ""
-    raise WrongType(text + hint)
+    names = [choice for choice in choices if isinstance(choice, str)]
+    hint = did_you_mean(value, names) if isinstance(value, str) else ""
+    raise WrongType(f"expected {describe_annotation(annotation)}, got {_show(value)}{hint}")
 
 
-def _is_str(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _convert_function(value: Any) -> Callable[..., Any]:
+def _convert_function(value: Any) -> Any:
     if isinstance(value, str):
         return function_from_name(value)
     if isinstance(value, Mapping) and PARTIAL in value:
         keywords = {str(key): item for key, item in value.items() if key != PARTIAL}
         return functools.partial(_convert_function(value[PARTIAL]), **keywords)
-    result: Callable[..., Any] = _expect(callable(value), value, Callable)
-    return result
+    return _expect(callable(value), value, Callable)
 
 
 def _convert_to_class(value: Any, annotation: Any, kind: type, path: str) -> Any:
@@ -307,7 +289,7 @@ def _target_class(kind: type, mapping: Mapping[Any, Any]) -> type:
         if not dataclasses.is_dataclass(kind):
             raise ConversionError(f"needs {TARGET}: the class to build, as package.module.Class")
         return kind
-    cls = import_by_name(_convert_str(name))
+    cls = import_by_name(convert(name, str, TARGET))
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
         raise ConversionError(
             f"{TARGET} {name!r} is not a dataclass, so it cannot be rebuilt from text; "
@@ -328,7 +310,7 @@ def _instantiate(cls: type, values: dict[str, Any], path: str) -> Any:
             unchecked = _unchecked(cls, initial)
             problem = problem_of(error, unchecked, path, dataclasses.replace)
             raise FieldProblems([problem]) from error
-        if not is_usage_error(error) and not is_raised_by_library(error):
+        if not is_about_values(error):
             error.add_note(f"while making a {cls.__name__} of the configuration")
             raise
         raise ConversionError(f"{cls.__name__} rejects these values: {error}") from error

@@ -28,17 +28,9 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = {
 INITIALIZERS: dict[str, Callable[..., Any]] = {
     name: getattr(torch.nn.init, f"{name}_")
     for name in (
-        "zeros",
-        "ones",
-        "normal",
-        "trunc_normal",
-        "uniform",
-        "xavier_normal",
-        "xavier_uniform",
-        "kaiming_normal",
-        "kaiming_uniform",
-        "orthogonal",
-    )
+        "zeros ones normal trunc_normal uniform xavier_normal xavier_uniform kaiming_normal "
+        "kaiming_uniform orthogonal"
+    ).split()
 }
 _FUNCTIONS = {**ACTIVATIONS, **INITIALIZERS}
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)} | {
@@ -62,23 +54,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def function_from_name(name: str) -> Callable[..., Any]:
+def function_from_name(name: str) -> Any:
     """Return the activation, initializer or 'package.module.function' called `name`."""
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     if "." not in name:
         raise ConversionError(
             f"{name!r} is not a known function{did_you_mean(name, _FUNCTIONS)} (known: "
-            + ", ".join(ACTIVATIONS)
-            + "; initializers: "
-            + ", ".join(INITIALIZERS)
-            + "; any other as 'package.module.function')"
+            f"{', '.join(ACTIVATIONS)}; initializers: {', '.join(INITIALIZERS)}; any other as "
+            "'package.module.function')"
         )
     found = import_by_name(name)
     if not callable(found):
         raise ConversionError(f"{name!r} is {type(found).__name__}, not a function")
-    result: Callable[..., Any] = found
-    return result
+    return found
 
 
 def import_by_name(name: str) -> Any:
@@ -102,12 +91,11 @@ def _import(name: str) -> Any:
         module_name = ".".join(parts[:length])
         try:
             module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            # Only the module asked for may be absent, not one that it imports.
-            if error.name is not None and (module_name + ".").startswith(error.name + "."):
-                continue
-            raise ConversionError(f"importing {name!r} failed: {error}") from error
         except ImportError as error:
+            # Only the module asked for may be absent, not one that it imports.
+            is_absent = isinstance(error, ModuleNotFoundError) and error.name is not None
+            if is_absent and f"{module_name}.".startswith(f"{error.name}."):
+                continue
             raise ConversionError(f"importing {name!r} failed: {error}") from error
         try:
             return functools.reduce(getattr, parts[length:], module)

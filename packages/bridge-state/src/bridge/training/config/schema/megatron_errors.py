@@ -1,4 +1,4 @@
-"""Errors of megatron-core's dataclasses about their fields, as problems of those fields."""
+"""Errors that megatron-core's dataclasses raise, as problems of the fields that cause them."""
 
 import copy
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any
 from bridge.training.config.schema.errors import Problem
 from bridge.training.config.schema.fields import default_of, fields_of, is_runtime_hook, join
 from bridge.training.config.schema.to_plain import text_of
+from bridge.training.usage_error import is_usage_error
 
 ERRORS = (ValueError, AssertionError, RuntimeError, TypeError, ZeroDivisionError, ImportError)
 """The types of these errors."""
@@ -117,11 +118,14 @@ def _setting(section: Any, path: str, name: str) -> str:
     return f"{path}.{name}={text}"
 
 
-def is_raised_by_library(error: Exception) -> bool:
-    """Whether an exception comes from a check of megatron-core, torch or bridge.
+def is_about_values(error: Exception) -> bool:
+    """Whether an exception rejects a section's values: a user's mistake, or a check of a library.
 
-    An exception of a section's own code may be a bug, and keeps its traceback.
+    The libraries are megatron-core, torch, Transformer Engine and bridge. Any other exception of a
+    section's code may be a bug, and keeps its traceback.
     """
+    if is_usage_error(error):
+        return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
     # Python's own modules, such as enum, raise on behalf of their callers.
