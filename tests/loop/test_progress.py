@@ -137,18 +137,6 @@ def test_a_phase_is_one_line_on_a_terminal() -> None:
     assert re.fullmatch(r"optimizer +0\.0 s", screen[2])
 
 
-def test_a_phase_can_be_ended_before_its_block() -> None:
-    def write(progress: Progress) -> None:
-        with contextlib.suppress(KeyError), progress.phase("process groups") as up:
-            up()
-            raise KeyError("later")
-
-    lines = in_a_pipe(write)
-    assert len(lines) == 2
-    assert lines[1].endswith(" s")
-    assert "failed" not in lines[1]
-
-
 def test_a_phase_that_fails_says_so() -> None:
     def write(progress: Progress) -> None:
         with pytest.raises(OSError, match="no data"), progress.phase("data"):

@@ -17,7 +17,6 @@ within `restricted_loading`, which unpickles listed types alone.
 
 import dataclasses
 import json
-import logging
 import shutil
 from collections import ChainMap
 from collections.abc import Callable, Mapping
@@ -73,8 +72,6 @@ from bridge.training.run_files.directory import RunDirectory, step_of
 from bridge.training.state import GlobalState
 from bridge.training.usage_error import UsageError
 
-_logger = logging.getLogger(__name__)
-
 _PARTIAL = ".partial"
 
 
@@ -91,11 +88,11 @@ class SavedRun:
     scheduler: Any
     """megatron-core's LR scheduler."""
     state: GlobalState
-    """Has the counters and the newest metrics."""
+    """The counters and the newest metrics."""
     data_fingerprint: str
-    """Names the order of the training samples."""
+    """The name of the order of the training samples."""
     watch: LossWatch
-    """Has the mean that spikes of the loss are measured by."""
+    """The mean of recent losses, by which spikes are found."""
     base: Base | None = None
     """The base weights, where the run trains adapters; None if it trains the model."""
 
@@ -122,7 +119,7 @@ class Checkpointer:
     def save(self) -> Path | None:
         """Save the present state; return the checkpoint, or None if this step is saved already.
 
-        A collective over all ranks. The state to be saved is that at the call.
+        A collective over all ranks.
         """
         step, group = self._step, self._ranks.control_group
         if step == self._last_saved:
@@ -173,7 +170,7 @@ class Checkpointer:
         common = read_common(checkpoint)
         reject_other_data(checkpoint, common, self._run.data_fingerprint)
         reject_another_optimizer(checkpoint, common, self._run.config)
-        # Other ranks have other random streams and losses; each starts its own anew.
+        # In another number of ranks each starts its random streams and mean of losses anew.
         same_ranks = common["world_size"] == world_size()
         state = load_sharded(
             checkpoint, self._sharded_state(is_loading=True, with_state_of_ranks=same_ranks)
@@ -212,6 +209,7 @@ class Checkpointer:
         return self._run.state.train_state.step
 
     def _prepare(self, partial: Path) -> None:
+        """Make the checkpoint's folder under its temporary name, on rank 0."""
         if self.before_first_save is not None:
             self.before_first_save()
             self.before_first_save = None
@@ -222,6 +220,7 @@ class Checkpointer:
             partial.mkdir()
 
     def _publish(self, partial: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
+        """Complete the folder, make it durable, rename it, and let `latest` name it; on rank 0."""
         run = self._directory
         with saving(run):
             write_config(partial / "config.yaml", self._run.config)
@@ -337,7 +336,7 @@ class Checkpointer:
 
     def _remove_old(self) -> None:
         keep = self._run.config.checkpoint.keep_last
-        # Later steps are those of a run that went on from here before; they do not count.
+        # Later steps are of an earlier course of the run, which was resumed from before them.
         known = [path for path in self._directory.saved() if step_of(path) <= self._step]
         for old in without_abandoned(known)[:-keep] if keep else []:
             shutil.rmtree(old)

@@ -71,31 +71,19 @@ class Progress:
             self.note(f"warning: {warning}")
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[Callable[[], None]]:
-        """Show that a phase of the set-up begins, and how long it took.
-
-        Yields:
-            A function that ends the phase before the block does.
-        """
-        start, ended = time.monotonic(), False
-
-        def end() -> None:
-            nonlocal ended
-            if not ended:
-                ended = True
-                self.note(f"{name:<16} {time.monotonic() - start:6.1f} s")
-
+    def phase(self, name: str) -> Iterator[None]:
+        """Show that a phase of the set-up begins, and at its end how long it took."""
+        start = time.monotonic()
         if self._is_terminal:
             self._draw(f"{name} ...")
         else:
             self.note(f"{name} ...")
         try:
-            yield end
+            yield
         except BaseException:
-            if not ended:
-                self.note(f"{name:<16} failed after {time.monotonic() - start:.1f} s")
+            self.note(f"{name:<16} failed after {time.monotonic() - start:.1f} s")
             raise
-        end()
+        self.note(f"{name:<16} {time.monotonic() - start:6.1f} s")
 
     def step(self, step: int, total_steps: int, record: Record) -> None:
         """Show a logged step with its record."""
