@@ -175,31 +175,6 @@ def _ddp_problems(config: ConfigContainer) -> Iterator[Problem]:
             "ddp.overlap_param_gather=true: needs ddp.overlap_grad_reduce=true; set that, or this "
             "to false",
         )
-    if ddp.average_in_collective and config.train.loss_normalization == "token":
-        yield Problem(
-            ("ddp.average_in_collective", "train.loss_normalization"),
-            "ddp.average_in_collective=true: would divide by the ranks what "
-            "train.loss_normalization=token divides by the tokens; set it to false, or "
-            "train.loss_normalization=microbatch",
-        )
-    if (instances := ddp.num_distributed_optimizer_instances) > 1:
-        yield Problem(
-            ("ddp.num_distributed_optimizer_instances",),
-            f"ddp.num_distributed_optimizer_instances={instances}: is not supported, as "
-            "the optimizer's state is sharded over all data-parallel ranks; set it to 1",
-        )
-    if ddp.nccl_ub and config.dist.device == "cpu":
-        yield Problem(
-            ("ddp.nccl_ub", "dist.device"),
-            "ddp.nccl_ub=true: needs NCCL, which dist.device=cpu does not have; set it to false",
-        )
-    for name in ("use_megatron_fsdp", "use_custom_fsdp"):
-        if getattr(ddp, name):
-            yield Problem(
-                (f"ddp.{name}",),
-                f"ddp.{name}=true: is not supported, as the loop uses the DDP wrapper; leave it "
-                "out",
-            )
 
 
 def _checkpoint_problems(config: ConfigContainer) -> Iterator[Problem]:

@@ -285,6 +285,29 @@ OPTIMIZER = (
 DDP = (
     _SHARED_MXFP8_BUFFER,
     Rejection(
+        "use_megatron_fsdp use_custom_fsdp",
+        "is not supported, as the loop uses the DDP wrapper",
+    ),
+    Rejection(
+        "num_distributed_optimizer_instances",
+        "is not supported, as the optimizer's state is sharded over all data-parallel ranks",
+        what_to_do="set it to 1",
+    ),
+    Rejection(
+        "average_in_collective",
+        "would divide by the ranks what train.loss_normalization=token divides by the tokens",
+        what_to_do="set it to false, or train.loss_normalization=microbatch",
+        unless=lambda _, config: config.train.loss_normalization == "microbatch",
+        depends_on=("train.loss_normalization",),
+    ),
+    Rejection(
+        "nccl_ub",
+        "needs NCCL, which dist.device=cpu does not have",
+        what_to_do="set it to false",
+        unless=_on_gpu,
+        depends_on=("dist.device",),
+    ),
+    Rejection(
         "data_parallel_sharding_strategy outer_dp_sharding_strategy gradient_reduce_div_fusion "
         "suggested_communication_unit_size keep_fp8_transpose_cache fsdp_double_buffer "
         "fsdp_db_use_persist_buf_on_alloc_fail fsdp_all_gather_in_start_param_sync "
