@@ -64,7 +64,6 @@ class LossFunction(Protocol):
 
     def __call__(self, output_tensor: torch.Tensor, /) -> Any:
         """Return the loss of `output_tensor` in one of the three patterns."""
-        ...
 
 
 ACCEPTED_FORMS = (

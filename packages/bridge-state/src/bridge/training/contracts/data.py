@@ -108,7 +108,6 @@ class DatasetConfig(Protocol):
 
     def build(self, request: DataRequest) -> DataSplits | Sequence[SizedDataset | None]:
         """Build the splits: `DataSplits`, or a sequence of train, validation and test data."""
-        ...
 
 
 @dataclass(kw_only=True, frozen=True)

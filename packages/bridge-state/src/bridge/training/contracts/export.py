@@ -64,7 +64,6 @@ class NamesWeights(Protocol):
         Raises:
             UsageError: The format has no place for such a model; the message names the fields.
         """
-        ...
 
 
 @dataclass(kw_only=True, frozen=True)

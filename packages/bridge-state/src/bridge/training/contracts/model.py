@@ -39,7 +39,6 @@ class ModelConfig(Protocol):
             post_process: Whether the chunk holds the output side (the logits and the loss).
             vp_stage: Index of the virtual pipeline stage, None without interleaving.
         """
-        ...
 
 
 @runtime_checkable
@@ -50,7 +49,6 @@ class LeavesFieldsOpen(Protocol):
         self, config: "ConfigContainer", *, device: Literal["cuda", "cpu"]
     ) -> dict[str, Any]:
         """Return the value of each such field, used where the field was left at its default."""
-        ...
 
 
 @runtime_checkable
@@ -59,7 +57,6 @@ class DerivesFields(Protocol):
 
     def derived_fields(self, config: "ConfigContainer") -> Mapping[str, tuple[Any, str]]:
         """Return, for each such field, its value and the reason, such as ``model.width=4``."""
-        ...
 
 
 @runtime_checkable
@@ -71,7 +68,6 @@ class ArrangesRanks(Protocol):
 
     def layout(self, world_size: int) -> "Layout":
         """Return the layout on `world_size` ranks, for which `layout_problems` yields nothing."""
-        ...
 
     def layout_problems(self, world_size: int) -> "Iterable[str | Problem]":
         """Yield one line for each reason why the modules do not fit on `world_size` ranks.
@@ -79,7 +75,6 @@ class ArrangesRanks(Protocol):
         A line has the form of those of `ChecksItself`. The last may be followed by further lines
         that draw the ranks.
         """
-        ...
 
 
 @runtime_checkable
@@ -88,7 +83,6 @@ class DrawsLayout(Protocol):
 
     def layout_picture(self, world_size: int) -> str | None:
         """Return the lines of a picture of the ranks; None if the sizes are enough."""
-        ...
 
 
 @runtime_checkable
@@ -101,7 +95,6 @@ class ScalesLearningRates(Protocol):
         Args:
             parameter: Its name within the module that `ModelConfig.build` returned.
         """
-        ...
 
 
 @runtime_checkable
@@ -114,4 +107,3 @@ class ChecksItself(Protocol):
         A line is not reported if it names a field whose value was rejected before. A
         `Problem` says itself which fields it is about. The check must build nothing.
         """
-        ...

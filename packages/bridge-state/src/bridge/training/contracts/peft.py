@@ -43,7 +43,6 @@ class AdaptedLayer(Protocol):
 
     def low_rank_updates(self) -> Sequence[LowRankUpdate]:
         """Return this rank's shards of the updates of the layer's weight."""
-        ...
 
 
 @runtime_checkable
@@ -77,8 +76,6 @@ class PEFTMethod(Protocol):
         Raises:
             UsageError: The fields do not fit the model.
         """
-        ...
 
     def merge(self, model_chunks: Sequence[torch.nn.Module]) -> None:
         """Fold what was trained into the model's own weights, and leave a plain model."""
-        ...

@@ -25,53 +25,43 @@ class ModelRanks(Protocol):
     @property
     def pg_collection(self) -> Any:
         """The process groups as megatron-core's schedules and `ModelConfig.build` take them."""
-        ...
 
     @property
     def groups(self) -> "ProcessGroupCollection":
         """The process groups of what this rank holds of the model."""
-        ...
 
     @property
     def replicas(self) -> int:
         """Data-parallel replicas of the model, over which train.global_batch_size is divided."""
-        ...
 
     @property
     def stage(self) -> int:
         """This rank's stage in the pipeline, from 0 on."""
-        ...
 
     @property
     def is_last_stage(self) -> bool:
         """Whether this rank holds the end of the pipeline, where losses are known."""
-        ...
 
     @property
     def reports_losses(self) -> bool:
         """Whether this rank's losses and tokens count: no two such ranks have the same tokens."""
-        ...
 
     @property
     def modules_with_inputs(self) -> frozenset[str] | None:
         """The modules whose inputs this rank reads; None for all."""
-        ...
 
     @property
     def smallest_microbatch(self) -> int:
         """Samples of which a replica's microbatch must be a multiple, 1 in most layouts."""
-        ...
 
     def shard(self, micro_batch_size: int) -> DataShard:
         """Return which part of each global microbatch this rank reads."""
-        ...
 
     def to_16_bits(self, chunks: list[Any]) -> list[Any]:
         """Return the chunks in the 16-bit type of their config, if it has one.
 
         An implementation may leave this to `wrap_model`.
         """
-        ...
 
     def wrap_model(
         self, chunks: list[Any], wrap: Callable[[list[Any], Any], list[Any]]
@@ -82,7 +72,6 @@ class ModelRanks(Protocol):
             chunks: This rank's model chunks.
             wrap: Wraps modules that share a megatron-core TransformerConfig, its second argument.
         """
-        ...
 
     def build_optimizer(
         self, optimizer_config: Any, modules: list[Any], overrides: dict[Any, Any]
@@ -94,15 +83,12 @@ class ModelRanks(Protocol):
             modules: What DDP wraps on this rank; empty where nothing is trained.
             overrides: How parameter groups differ from the config, as megatron-core takes it.
         """
-        ...
 
     def schedule(self, chunks: list[Any]) -> Callable[..., list[Any]]:
         """Return megatron-core's schedule for the chunks, with groups and communicator given."""
-        ...
 
     def sum_tokens(self, num_tokens: torch.Tensor) -> None:
         """Replace the token count of the last stages by the sum over them, on every rank."""
-        ...
 
     def gradient_factor(self, *, summed: bool) -> float:
         """Return the factor that this rank's gradients need once they are reduced.
@@ -110,7 +96,6 @@ class ModelRanks(Protocol):
         Args:
             summed: Whether they are the sum over data-parallel ranks; else they are the mean.
         """
-        ...
 
 
 @runtime_checkable
@@ -128,4 +113,3 @@ class PlacesModules(Protocol):
             world_size: Ranks of the run.
             timeout: How long a collective may take.
         """
-        ...

@@ -15,15 +15,12 @@ class MetricLogger(Protocol):
 
         None says that the step has no such value (a mean over no token, say).
         """
-        ...
 
     def sync(self) -> None:
         """Return when the records so far survive the end of this process."""
-        ...
 
     def close(self) -> None:
         """Write out buffered records and release the files; a second call does nothing."""
-        ...
 
 
 class MetricLoggers:

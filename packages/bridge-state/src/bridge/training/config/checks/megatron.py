@@ -18,7 +18,6 @@ class CanBeFinalized(Protocol):
 
     def finalized(self) -> Any:
         """Return a copy that megatron-core has checked and completed."""
-        ...
 
 
 def rebuild_sections(config: ConfigContainer, rejected: Collection[str]) -> list[Problem]:
