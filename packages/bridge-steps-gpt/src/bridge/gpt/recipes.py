@@ -40,6 +40,17 @@ def _llama_block() -> dict[str, Any]:
     }
 
 
+def _llama3_block() -> dict[str, Any]:
+    """Return the fields that Llama 3's smaller models share."""
+    return _llama_block() | {
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+        "seq_length": 8192,
+        "vocab_size": 128_256,
+        "rotary_base": 500_000,
+    }
+
+
 def _adamw(lr: float) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
@@ -51,6 +62,30 @@ def _adamw(lr: float) -> OptimizerConfig:
         adam_eps=1e-8,
         clip_grad=1.0,
     )
+
+
+def _large_run(
+    *, lr: float, global_batch_size: int, micro_batch_size: int, vocab_size: int
+) -> dict[str, Any]:
+    """Return the sections other than the model of a run on several GPUs, on token files."""
+    return {
+        "train": TrainConfig(
+            train_iters=10_000,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            num_workers=2,
+        ),
+        "validation": ValidationConfig(eval_interval=500, eval_iters=10),
+        "optimizer": _adamw(lr),
+        "scheduler": SchedulerConfig(lr_warmup_fraction=0.02),
+        "dataset": GPTDatasetConfig(),
+        "tokenizer": TokenizerConfig(type="null", vocab_size=vocab_size),
+        "checkpoint": CheckpointConfig(save_interval=500),
+    }
+
+
+def _llama3_run() -> dict[str, Any]:
+    return _large_run(lr=3e-4, global_batch_size=128, micro_batch_size=1, vocab_size=128_256)
 
 
 def _gpt_tiny() -> ConfigContainer:
@@ -110,54 +145,36 @@ def _gpt_125m() -> ConfigContainer:
             hidden_dropout=0.0,
             attention_dropout=0.0,
         ),
-        train=TrainConfig(
-            train_iters=10_000, global_batch_size=256, micro_batch_size=8, num_workers=2
-        ),
-        validation=ValidationConfig(eval_interval=500, eval_iters=10),
-        optimizer=_adamw(6e-4),
-        scheduler=SchedulerConfig(lr_warmup_fraction=0.02),
-        dataset=GPTDatasetConfig(),
-        tokenizer=TokenizerConfig(type="null", vocab_size=50257),
-        checkpoint=CheckpointConfig(save_interval=500),
+        **_large_run(lr=6e-4, global_batch_size=256, micro_batch_size=8, vocab_size=50257),
     )
 
 
 def _llama3_1b() -> ConfigContainer:
     return ConfigContainer(
         model=GPTModelConfig(
-            **_llama_block(),
+            **_llama3_block(),
             num_layers=16,
             hidden_size=2048,
             ffn_hidden_size=8192,
-            num_attention_heads=32,
-            num_query_groups=8,
-            seq_length=8192,
-            vocab_size=128_256,
-            rotary_base=500_000,
             rope_scaling=True,
             rope_scaling_factor=32.0,
             share_embeddings_and_output_weights=True,
         ),
-        **_large_run(),
+        **_llama3_run(),
     )
 
 
 def _llama3_8b() -> ConfigContainer:
     return ConfigContainer(
         model=GPTModelConfig(
-            **_llama_block(),
+            **_llama3_block(),
             num_layers=32,
             hidden_size=4096,
             ffn_hidden_size=14_336,
-            num_attention_heads=32,
-            num_query_groups=8,
-            seq_length=8192,
-            vocab_size=128_256,
-            rotary_base=500_000,
             tensor_model_parallel_size=2,
             sequence_parallel=True,
         ),
-        **_large_run(),
+        **_llama3_run(),
     )
 
 
@@ -178,24 +195,6 @@ def _llama3_8b_lora() -> ConfigContainer:
     config.optimizer = _adamw(2e-4)
     config.checkpoint = CheckpointConfig(save_interval=200)
     return config
-
-
-def _large_run() -> dict[str, Any]:
-    """Return the sections other than the model that runs of the Llama 3 models share."""
-    return {
-        "train": TrainConfig(
-            train_iters=10_000,
-            global_batch_size=128,
-            micro_batch_size=1,
-            num_workers=2,
-        ),
-        "validation": ValidationConfig(eval_interval=500, eval_iters=10),
-        "optimizer": _adamw(3e-4),
-        "scheduler": SchedulerConfig(lr_warmup_fraction=0.02),
-        "dataset": GPTDatasetConfig(),
-        "tokenizer": TokenizerConfig(type="null", vocab_size=128_256),
-        "checkpoint": CheckpointConfig(save_interval=500),
-    }
 
 
 gpt_tiny = Recipe(

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +45,12 @@ class TensorFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        with self._reading(name) as file:
+        with self._opened(self._file_of[name]) as file:
             return tuple(file.get_slice(name).get_shape())
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor in the type that it has in the file."""
-        with self._reading(name) as file:
+        with self._opened(self._file_of[name]) as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 
@@ -69,9 +68,6 @@ class TensorFolder:
         with self._opened(_SINGLE) as file:
             return dict.fromkeys(file.keys(), _SINGLE)
 
-    def _reading(self, name: str) -> "contextlib.AbstractContextManager[Any]":
-        return self._opened(self._file_of[name])
-
     @contextlib.contextmanager
     def _opened(self, file_name: str) -> Iterator[Any]:
         path = self._folder / file_name
@@ -87,14 +83,6 @@ class TensorFolder:
             if kind not in (None, FileKind.SAFETENSORS):
                 raise UsageError(f"{path}: is {kind}, not safetensors; fetch it again") from error
             raise UsageError(f"{path}: is damaged ({error}); fetch it again") from error
-
-
-@dataclass
-class _Shard:
-    """A file that is being filled."""
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    size: int = 0
 
 
 def write_tensors(
@@ -116,21 +104,22 @@ def write_tensors(
         OSError: Nothing more can be written, as on a full disk.
     """
     written: list[list[str]] = []
-    total, shard = 0, _Shard()
+    shard: dict[str, torch.Tensor] = {}
+    total = shard_size = 0
 
     def finish() -> None:
-        if shard.tensors:
-            write_file(_numbered(folder, len(written)), shard.tensors)
-            written.append(list(shard.tensors))
+        if shard:
+            write_file(_numbered(folder, len(written)), shard)
+            written.append(list(shard))
+            shard.clear()
 
     for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shard.size + size > max_shard_size:
+        if shard_size + tensor.nbytes > max_shard_size:
             finish()
-            shard = _Shard()
-        shard.tensors[name] = tensor.contiguous()
-        shard.size += size
-        total += size
+            shard_size = 0
+        shard[name] = tensor.contiguous()
+        shard_size += tensor.nbytes
+        total += tensor.nbytes
     finish()
     _name_files(folder, written, total)
     return total, len(written)

@@ -7,10 +7,10 @@ from bridge.gpt.data.tokenization.tokenizers import tokenizer_vocab_size
 from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.usage_error import UsageError
 
-MOCK_TRAIN_SAMPLES = 10_000
-"""Samples of one pass over mock data."""
-MOCK_EVALUATION_SAMPLES = 64
-"""Samples of a mock validation or test set."""
+_TRAIN_SAMPLES = 10_000
+"""Samples of one pass."""
+_EVALUATION_SAMPLES = 64
+"""Samples of a validation or test set."""
 
 
 def random_splits(request: DataRequest, *, seq_length: int) -> DataSplits:
@@ -29,26 +29,28 @@ def random_splits(request: DataRequest, *, seq_length: int) -> DataSplits:
             "dataset.mock=true: neither tokenizer nor model.vocab_size gives the number of "
             "tokens; set tokenizer.type=null tokenizer.vocab_size=N"
         )
-    wanted = (request.train_samples, request.validation_samples, request.test_samples)
-    usual = (MOCK_TRAIN_SAMPLES, MOCK_EVALUATION_SAMPLES, MOCK_EVALUATION_SAMPLES)
-    datasets = [
-        RandomTokens(
-            samples=usual[index] if samples is None else samples,
+    seed = config.rng.seed
+
+    def build(split: int, samples: int | None, *, default: int) -> RandomTokens | None:
+        if samples == 0:
+            return None
+        return RandomTokens(
+            samples=default if samples is None else samples,
             seq_length=seq_length,
             vocab_size=vocabulary,
-            seed=(config.rng.seed, index),
+            seed=(seed, split),
         )
-        for index, samples in enumerate(wanted)
-        if samples != 0
-    ]
-    by_split = {dataset.seed[1]: dataset for dataset in datasets}
+
+    train = build(0, request.train_samples, default=_TRAIN_SAMPLES)
+    validation = build(1, request.validation_samples, default=_EVALUATION_SAMPLES)
+    test = build(2, request.test_samples, default=_EVALUATION_SAMPLES)
     return DataSplits(
-        train=by_split.get(0),
-        validation=by_split.get(1),
-        test=by_split.get(2),
+        train=train,
+        validation=validation,
+        test=test,
         shuffle=False,
-        fingerprint=f"random tokens below {vocabulary}, seed {config.rng.seed}",
-        notes={"mock samples": sum(len(dataset) for dataset in datasets)},
+        fingerprint=f"random tokens below {vocabulary}, seed {seed}",
+        notes={"mock samples": sum(map(len, filter(None, (train, validation, test))))},
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bridge.gpt.data.text.not_text import HOLDS_ROWS, check_beginning, check_text
 from bridge.gpt.data.text.sources import TextFile
-from bridge.gpt.data.text.text_files import describe_json_error, mapped_text, open_text
+from bridge.gpt.data.text.text_files import mapped_text, read_json_lines
 from bridge.training.usage_error import UsageError
 
 LARGEST_TARGET_BYTES = 16 * 1024
@@ -105,33 +105,19 @@ def _read_plain_text(path: Path, target: int) -> Iterator[bytes]:
 
 
 def _read_json_lines(path: Path, key: str) -> Iterator[bytes]:
-    with open_text(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UsageError(
-                    f"{path}, line {number}: not JSON ({describe_json_error(error)}); write an "
-                    "object a line, in UTF-8"
-                ) from None
-            if not isinstance(record, dict):
-                raise UsageError(
-                    f"{path}, line {number}: no text under the key {key!r}, since it is no object; "
-                    f"write an object a line, as {{{json.dumps(key)}: ...}}"
-                )
-            text = record.get(key)
-            if not isinstance(text, str):
-                keys = ", ".join(record) or "nothing"
-                remedy = "write a text there, or take the line out"
-                if key not in record:
-                    remedy = "name the right one with dataset.json_key (bridge data build: "
-                    remedy += "--json-key)"
-                raise UsageError(
-                    f"{path}, line {number}: no text under the key {key!r} (there is: {keys}); "
-                    f"{remedy}"
-                )
-            if text:
-                # JSON can hold lone surrogates, which UTF-8 cannot.
-                yield text.encode("utf-8", errors="replace")
+    for place, record in read_json_lines(path):
+        if not isinstance(record, dict):
+            raise UsageError(
+                f"{place}: no text under the key {key!r}, since it is no object; write an object "
+                f"a line, as {{{json.dumps(key)}: ...}}"
+            )
+        text = record.get(key)
+        if not isinstance(text, str):
+            keys = ", ".join(record) or "nothing"
+            remedy = "write a text there, or take the line out"
+            if key not in record:
+                remedy = "name the right one with dataset.json_key (bridge data build: --json-key)"
+            raise UsageError(f"{place}: no text under the key {key!r} (there is: {keys}); {remedy}")
+        if text:
+            # JSON can hold lone surrogates, which UTF-8 cannot.
+            yield text.encode("utf-8", errors="replace")

@@ -29,13 +29,6 @@ UNPACKING: dict[FileKind | None, str] = {
 }
 
 
-def describe_json_error(error: ValueError | RecursionError) -> str:
-    """Return why a line is not JSON, without the error's line number, which counts within it."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg}, at character {error.pos + 1}"
-    return str(error)
-
-
 def text_suffix(path: Path) -> str:
     """Return a file's suffix in lower case; a compression's suffix is removed first."""
     suffix = path.suffix.lower()
@@ -67,6 +60,30 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
             f"{path}: is {kind} that cannot be decompressed ({error}); get it again, or leave it "
             "out"
         ) from error
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place of each line of JSON Lines, for messages, and its value; skip blank lines.
+
+    Raises:
+        UsageError: A line is not JSON.
+    """
+    with open_text(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                reason = str(error)
+                if isinstance(error, json.JSONDecodeError):
+                    # The error's own line number counts within this line.
+                    reason = f"{error.msg}, at character {error.pos + 1}"
+                raise UsageError(
+                    f"{place}: not JSON ({reason}); write an object a line, in UTF-8"
+                ) from None
+            yield place, value
 
 
 @contextmanager

@@ -27,30 +27,32 @@ class SpecialTokens:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         texts = sorted(special_token_texts(tokenizer), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, texts)))
-        self._has_any = bool(texts)
+        # Without special tokens, a pattern that matches nothing.
+        self._pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
     def are_in(self, text: str) -> bool:
         """Whether a text has one."""
-        return self._has_any and self._pattern.search(text) is not None
+        return self._pattern.search(text) is not None
 
     def hide(self, texts: Iterable[str]) -> "HiddenTokens":
         """Return the texts with a private character in place of each special token in them."""
-        return HiddenTokens(list(texts), self._pattern if self._has_any else None, self._tokenizer)
+        return HiddenTokens(list(texts), self._pattern, self._tokenizer)
 
 
 class HiddenTokens:
-    """Texts whose special tokens are respans by private characters.
+    """Texts in which a private character is in the place of each special token.
 
     A chat template may then make one text of them and add special tokens of its own. `encode`
     encodes the template's special tokens as such, and the hidden ones as text.
     """
 
-    def __init__(self, texts: list[str], pattern: re.Pattern[str] | None, tokenizer: Any) -> None:
+    def __init__(self, texts: list[str], pattern: re.Pattern[str], tokenizer: Tokenizer) -> None:
         self._inner = hugging_face_tokenizer(tokenizer)
         self._written: dict[str, str] = {}
         """The special token that each private character replaces."""
-        self.texts = texts if pattern is None else [self._hidden(t, pattern, texts) for t in texts]
+        self.texts = [
+            pattern.sub(lambda match: self._character_for(match[0], texts), text) for text in texts
+        ]
 
     def __bool__(self) -> bool:
         return bool(self._written)
@@ -87,20 +89,12 @@ class HiddenTokens:
         spans += self._piece(text, (start, len(text)), piece)
         return spans
 
-    def _hidden(self, text: str, pattern: re.Pattern[str], texts: list[str]) -> str:
-        return pattern.sub(lambda match: self._character_for(match[0], texts), text)
-
     def _character_for(self, written: str, texts: list[str]) -> str:
         for character, known in self._written.items():
             if known == written:
                 return character
-        free = (
-            character
-            for number in count(_PRIVATE_CHARACTERS)
-            if (character := chr(number)) not in self._written
-            and not any(character in text for text in texts)
-        )
-        character = next(free)
+        used = self._written.keys() | set().union(*texts)
+        character = next(c for c in map(chr, count(_PRIVATE_CHARACTERS)) if c not in used)
         self._written[character] = written
         return character
 
@@ -150,12 +144,7 @@ class HiddenTokens:
     def _token_spans(self, text: str, **options: bool) -> list[TokenSpan]:
         inner: Any = self._inner
         encoded = inner(text, add_special_tokens=False, return_offsets_mapping=True, **options)
-        return [
-            (index, (first, last))
-            for index, (first, last) in zip(
-                encoded["input_ids"], encoded["offset_mapping"], strict=True
-            )
-        ]
+        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
     def _marks_beginnings(self) -> bool:
         """Whether the first token of a text differs from the same text's after a special token."""

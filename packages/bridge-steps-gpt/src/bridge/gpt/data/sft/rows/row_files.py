@@ -17,7 +17,7 @@ from bridge.gpt.data.sft.rows.conversations import (
 )
 from bridge.gpt.data.sft.rows.extra_keys import ExtraKeys
 from bridge.gpt.data.text.not_text import reject_not_text
-from bridge.gpt.data.text.text_files import describe_json_error, open_text
+from bridge.gpt.data.text.text_files import open_text, read_json_lines
 from bridge.training.file_kinds import HEAD_BYTES
 from bridge.training.usage_error import UsageError
 
@@ -188,24 +188,13 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if beginning.startswith(b"["):
         yield from _json_list(path)
         return
-    with open_text(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UsageError(
-                    f"{place}: not JSON ({describe_json_error(error)}); write an object a line, "
-                    "in UTF-8"
-                ) from None
-            if not isinstance(record, dict):
-                raise UsageError(
-                    f"{place}: expected an object with keys, got {short_repr(record)}; write an "
-                    "object a line"
-                )
-            yield place, record
+    for place, record in read_json_lines(path):
+        if not isinstance(record, dict):
+            raise UsageError(
+                f"{place}: expected an object with keys, got {short_repr(record)}; write an "
+                "object a line"
+            )
+        yield place, record
 
 
 def _json_list(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
