@@ -3,17 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bridge.training.local_paths import PathOption
 
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-
-def register(subparsers: "Subparsers") -> None:
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``import-hf`` to the `bridge` command; an entry point of ``bridge.commands``."""
-    parser = subparsers.add_parser(
+    parser = commands.add_parser(
         "import-hf",
         help="make a checkpoint of a Hugging Face model",
         description="Make a checkpoint of a Llama or Qwen3 model in Hugging Face's format, which "
@@ -37,7 +33,7 @@ def register(subparsers: "Subparsers") -> None:
     parser.set_defaults(run=run_import)
 
 
-def run_import(arguments: argparse.Namespace) -> int:
+def run_import(options: argparse.Namespace) -> int:
     """Run ``bridge import-hf`` and return the exit code.
 
     Raises:
@@ -47,7 +43,7 @@ def run_import(arguments: argparse.Namespace) -> int:
     from bridge.gpt.conversion.hf_import import import_hf
     from bridge.training.config.schema.importable_names import dtype_from_name
 
-    dtype = None if arguments.dtype is None else dtype_from_name(arguments.dtype)
-    line = import_hf(Path(arguments.directory), Path(arguments.output), dtype=dtype)
+    dtype = None if options.dtype is None else dtype_from_name(options.dtype)
+    line = import_hf(Path(options.directory), Path(options.output), dtype=dtype)
     sys.stdout.write(f"{line}\n")
     return 0

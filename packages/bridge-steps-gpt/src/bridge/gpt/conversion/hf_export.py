@@ -29,12 +29,7 @@ def export_hf(request: ExportRequest) -> str:
     Raises:
         UsageError: The model belongs to no family, or the checkpoint does not hold it.
     """
-    model = request.config.model
-    if not isinstance(model, GPTModelConfig):
-        raise UsageError(
-            f"--to hf: {request.checkpoint} holds a {type(model).__name__}; only GPT models "
-            "(GPTModelConfig) are exported"
-        )
+    model = exported_model(request, "hf")
     if request.config.peft is not None:
         raise UsageError(
             f"--to hf: {request.checkpoint} holds adapters and not the model; export them with "
@@ -67,6 +62,21 @@ def export_hf(request: ExportRequest) -> str:
         f"{size / 1e9:.3g} GB in {files} file{'s' if files > 1 else ''}, "
         f"{str(dtype).removeprefix('torch.')}, {tokenizer}"
     )
+
+
+def exported_model(request: ExportRequest, exporter: str) -> GPTModelConfig:
+    """Return the model section of the checkpoint; other models than GPTs are rejected.
+
+    Raises:
+        UsageError: It is of another class.
+    """
+    model = request.config.model
+    if not isinstance(model, GPTModelConfig):
+        raise UsageError(
+            f"--to {exporter}: {request.checkpoint} holds a {type(model).__name__}; only GPT "
+            "models (GPTModelConfig) are exported"
+        )
+    return model
 
 
 def _check_shape(

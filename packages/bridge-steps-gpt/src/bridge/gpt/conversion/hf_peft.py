@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from bridge.gpt.conversion.hf_export import exported_model
 from bridge.gpt.conversion.json_files import write_json
 from bridge.gpt.conversion.safetensors_files import write_file
-from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.contracts import AdaptedLayer, ExportedWeight, ExportRequest, LowRankUpdate
 from bridge.training.merging import adapted_model
 from bridge.training.usage_error import UsageError
@@ -27,12 +27,7 @@ def export_hf_peft(request: ExportRequest) -> str:
     Raises:
         UsageError: The checkpoint has no adapters, or the model belongs to no family.
     """
-    model = request.config.model
-    if not isinstance(model, GPTModelConfig):
-        raise UsageError(
-            f"--to hf-peft: {request.checkpoint} holds a {type(model).__name__}; only GPT models "
-            "(GPTModelConfig) are exported"
-        )
+    exported_model(request, "hf-peft")
     with adapted_model(request.checkpoint, request.config, adapters_alone=True) as adapted:
         resolved: Any = adapted.config.model
         weights = resolved.exported_weights()

@@ -35,6 +35,12 @@ def digest(description: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def file_state(path: Path) -> tuple[str, int, int]:
+    """Return a file's path, size and time of change, for the key of what is made from it."""
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns
+
+
 @contextmanager
 def published(final: Path) -> Iterator[Path]:
     """Yield a directory to fill, which becomes `final` if the block ends without an exception.

@@ -3,18 +3,14 @@
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from bridge.training.local_paths import PathOption
 from bridge.training.usage_error import UsageError
 
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-
-def register(subparsers: "Subparsers") -> None:
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``data`` to the `bridge` command; an entry point of the group ``bridge.commands``."""
-    data = subparsers.add_parser("data", help="make training data")
+    data = commands.add_parser("data", help="make training data")
     actions = data.add_subparsers(dest="data_command", required=True, metavar="ACTION")
     build = actions.add_parser(
         "build",
@@ -56,7 +52,7 @@ def register(subparsers: "Subparsers") -> None:
     build.set_defaults(run=run_build)
 
 
-def run_build(arguments: argparse.Namespace) -> int:
+def run_build(options: argparse.Namespace) -> int:
     """Run ``bridge data build`` and return the exit code.
 
     Raises:
@@ -69,7 +65,7 @@ def run_build(arguments: argparse.Namespace) -> int:
     from bridge.training.config import TokenizerConfig
 
     start = time.monotonic()
-    sources = [find_source(entry, field="INPUT") for entry in arguments.inputs]
+    sources = [find_source(entry, field="INPUT") for entry in options.inputs]
     for source in sources:
         if source.prefixes:
             raise UsageError(
@@ -78,19 +74,19 @@ def run_build(arguments: argparse.Namespace) -> int:
             )
     files = [file for source in sources for file in source.files]
     tokenizer = build_tokenizer(
-        TokenizerConfig(type=arguments.tokenizer, model=arguments.tokenizer_model)
+        TokenizerConfig(type=options.tokenizer, model=options.tokenizer_model)
     )
     counts = build_token_files(
         files,
         tokenizer,
-        arguments.output,
-        json_key=arguments.json_key,
-        append_eod=arguments.append_eod,
+        options.output,
+        json_key=options.json_key,
+        append_eod=options.append_eod,
     )
     sys.stdout.write(
         f"{counts.documents} documents, {counts.tokens} tokens of {len(files)} files "
         f"in {time.monotonic() - start:.1f} s\n"
-        f"wrote {arguments.output}.bin and {arguments.output}.idx\n"
+        f"wrote {options.output}.bin and {options.output}.idx\n"
     )
     not_read = [line for source in sources for line in source.not_read]
     sys.stdout.writelines(f"warning: {line}\n" for line in [*not_read, *counts.warnings()])

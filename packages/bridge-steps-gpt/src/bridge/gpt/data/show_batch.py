@@ -14,18 +14,17 @@ if TYPE_CHECKING:
     from bridge.gpt.data.tokenization.tokenizers import Tokenizer
     from bridge.training.config import ConfigContainer
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
     Batch = Mapping[str, torch.Tensor]
 
 _HEADER = ("position", "id", "token", "label", "predicts", "mask")
 _NEEDED = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def register(subparsers: "Subparsers") -> None:
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command; an entry point of the group ``bridge.commands``."""
     from bridge.training.recipe_lookup import add_configuration_arguments
 
-    parser = subparsers.add_parser(
+    parser = commands.add_parser(
         "show-batch",
         help="print a microbatch: tokens, labels, loss mask",
         description="Print the first samples that a GPT recipe trains on: each token with its "

@@ -6,7 +6,7 @@ from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bridge.gpt.data.cache import cache_directory, digest, published_by_first_rank
+from bridge.gpt.data.cache import cache_directory, digest, file_state, published_by_first_rank
 from bridge.gpt.data.sft.batches import (
     PackedSamples,
     PaddedBatch,
@@ -218,12 +218,11 @@ class SFTDatasetConfig:
 
     def _key(self, source: RowSource, config: "ConfigContainer") -> str:
         """Return the key of a corpus in the cache: its rows, and how they are rendered and cut."""
-        files = [(file, file.stat()) for file in source.files()]
         return digest(
             {
                 "format": FORMAT,
                 "rows": repr(source),
-                "files": [[str(f), status.st_size, status.st_mtime_ns] for f, status in files],
+                "files": [file_state(file) for file in source.files()],
                 "tokenizer": tokenizer_identity(_tokenizer_of(config)),
                 "rendered": [self.chat_template, self.loss_on],
                 "cut": [self.truncation, sample_length(config)],

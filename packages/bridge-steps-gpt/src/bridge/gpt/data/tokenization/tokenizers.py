@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from bridge.gpt.data.cache import file_state
 from bridge.training.config import TokenizerConfig
 from bridge.training.file_kinds import head_of, is_text, kind_of
 from bridge.training.megatron_import import quiet_import
@@ -79,24 +80,8 @@ class ByteTokenizer:
         return BYTE_VALUES + 1
 
     @property
-    def vocab(self) -> dict[str, int]:
-        """Ids by token; a byte is written as ``<0x41>``."""
-        return {name: index for index, name in self.inv_vocab.items()}
-
-    @property
-    def inv_vocab(self) -> dict[int, str]:
-        """Tokens by id."""
-        names = {value: f"<0x{value:02X}>" for value in range(BYTE_VALUES)}
-        return names | {END_OF_DOCUMENT: "<end-of-document>"}
-
-    @property
     def eod(self) -> int:
         """Id of the end of a document."""
-        return END_OF_DOCUMENT
-
-    @property
-    def eos(self) -> int:
-        """The same as `eod`."""
         return END_OF_DOCUMENT
 
     @property
@@ -164,11 +149,7 @@ def tokenizer_identity(config: TokenizerConfig) -> dict[str, Any]:
     if config.type in _LIBRARIES:
         model = Path(_existing_model(config))
         files = sorted(model.iterdir()) if model.is_dir() else [model]
-        described["files"] = [
-            [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-            for file in files
-            if file.is_file()
-        ]
+        described["files"] = [file_state(file) for file in files if file.is_file()]
     return described
 
 
