@@ -159,6 +159,9 @@ def test_the_fingerprint_tells_weights_apart_wherever_they_lie(
 ) -> None:
     dense, other = (bases[kind] / "checkpoints/step-0000001" for kind in ("dense", "other"))
     copy = shutil.copytree(dense, tmp_path / "copy")
+    # Of an evaluation at the end of the run, and of one whose process was killed.
+    (copy / "evaluations.json").write_text("{}")
+    (copy / "evaluations.json.tmp").write_text("{")
     assert fingerprint(copy) == fingerprint(dense) != fingerprint(other)
     large = tmp_path / "large"
     large.mkdir()

@@ -191,11 +191,7 @@ def _built(
             for line in describe_adapters(adapters, size, ranks):
                 progress.note(line)
         with progress.phase("optimizer"):
-            # The schedules start and stop a dozen timers a step: without a reader they only cost.
-            timers = state.timers if config.logger.timing_log_level > 0 else None
-            optimizer = build_optimizer(config, model, ranks.model, timers=timers)
-            scheduler = build_scheduler(config, optimizer, data.schedule_samples)
-            attach_hooks(config, model, optimizer, timers)
+            optimizer, scheduler = _build_optimizer(state, ranks, model, data.schedule_samples)
             stack.callback(detach_hooks, model)
         reducer = build_reducer(config, ranks)
         state.token_counter = _build_token_counter(state, data, reducer, size)
@@ -277,6 +273,19 @@ def _build_model(
     # A checkpoint of adapters does not hold their base.
     loaded = start.pretrained if adapters is not None else start.pretrained or start.resumed
     return build_model(config, ranks, adapt, loaded_next=loaded is not None), adapters
+
+
+def _build_optimizer(
+    state: GlobalState, ranks: Ranks, model: list[torch.nn.Module], schedule_samples: int
+) -> tuple[Any, Any]:
+    """Build the optimizer and its LR scheduler, and attach them to the model's training."""
+    config = state.cfg
+    # The schedules start and stop a dozen timers a step: without a reader they only cost.
+    timers = state.timers if config.logger.timing_log_level > 0 else None
+    optimizer = build_optimizer(config, model, ranks.model, timers=timers)
+    scheduler = build_scheduler(config, optimizer, schedule_samples)
+    attach_hooks(config, model, optimizer, timers)
+    return optimizer, scheduler
 
 
 def _load_checkpoint(checkpointer: Checkpointer, start: StartingPoint) -> list[str]:

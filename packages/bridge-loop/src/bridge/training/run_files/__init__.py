@@ -1,1 +1,1 @@
-"""A run on disk: its directory, its configuration, its start, and its lock."""
+"""A run on disk: its directory, configuration, start and lock; and the folders of commands."""
