@@ -18,7 +18,6 @@ with quiet_import():
     from megatron.core.models.mimo.config.role import ModuleLayout
     from megatron.core.models.mimo.model.base import MimoModel
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.utils import unwrap_model
 
@@ -34,8 +33,8 @@ class MultimodalModel(MimoModel):
       position in the text. Its gradients are then zeros, not absent, so all ranks reduce and gather
       in one order, whatever their microbatches hold.
 
-    Where modules are on ranks of their own, this rank holds one of them. The caller of an encoder's
-    last stage then passes the number of embeddings of each sample.
+    On separate ranks this rank holds one of the modules. The caller of an encoder's last stage then
+    passes the number of embeddings of each sample.
 
     Args:
         mimo_config: The modules' specifications.
@@ -76,15 +75,15 @@ class MultimodalModel(MimoModel):
             labels: The tokens to predict, [batch, sequence]; None for logits in place of losses.
             modality_inputs: ``{modality: {encoder: arguments}}``; an absent modality has no item.
             packing_kwargs: megatron-core's boundaries of packed sequences.
-            embeddings_per_sample: By modality, for the last stage of an encoder on ranks of its
-                own: each replica of the language model gets those of its samples.
+            embeddings_per_sample: By modality, for the last stage of an encoder on separate ranks:
+                each replica of the language model gets the embeddings of its samples.
 
         Returns:
             The language model's output (a dict of outputs where it does not end), and the mask.
         """
         inputs = {name: given for name, given in (modality_inputs or {}).items() if given}
         if not self._is_colocated or torch.is_grad_enabled():
-            blank = {name: self._blank_inputs(name) for name in self._to_run_without(inputs)}
+            blank = {name: self._blank_inputs(name) for name in self._names_to_run_blank(inputs)}
             self._blank = frozenset(blank)
             inputs |= blank
         self._embeddings_per_sample = embeddings_per_sample or {}
@@ -151,10 +150,7 @@ class MultimodalModel(MimoModel):
         for name, token in special_token_ids.items():
             is_token = input_ids == token
             embeddings = modality_embeddings.get(name)
-            if embeddings is None or name in self._blank:
-                number = 0
-            else:
-                number = embeddings.shape[0]
+            number = 0 if embeddings is None or name in self._blank else embeddings.shape[0]
             assert_on_device(
                 is_token.sum() == number,
                 f"input_ids: the number of {name!r} tokens ({token}) is not that of their "
@@ -178,12 +174,13 @@ class MultimodalModel(MimoModel):
             modules[LANGUAGE] = self.language_model
         return modules
 
-    # --- for `SeparateRanks`
+    # --- modules on separate ranks
 
     def own_module(self) -> tuple[torch.nn.Module, TransformerConfig]:
-        """Return the only module on this rank, and its config."""
+        """Return the only module on this rank, and the config of its transformer."""
         [(name, module)] = self.modules_on_this_rank().items()
-        config: TransformerConfig = self._transformer_spec(name).params["config"]
+        inner: Any = unwrap_model(module)
+        config = (inner if name == LANGUAGE else inner.encoders[ENCODER]).config
         return module, config
 
     def replace_own_module(self, wrapped: torch.nn.Module) -> None:
@@ -193,6 +190,8 @@ class MultimodalModel(MimoModel):
             self.language_model = wrapped
         else:
             self.modality_submodules[name] = wrapped
+
+    # --- checkpoints
 
     @override
     def sharded_state_dict(
@@ -213,7 +212,7 @@ class MultimodalModel(MimoModel):
 
     @contextlib.contextmanager
     def _unwrapped(self) -> Iterator[None]:
-        """Take the module on this rank out of its wrapper for a while."""
+        """Take the module on this rank out of its wrapper in this block."""
         if self._is_colocated:
             yield
             return
@@ -223,14 +222,6 @@ class MultimodalModel(MimoModel):
             yield
         finally:
             self.replace_own_module(wrapped)
-
-    def _transformer_spec(self, name: str) -> ModuleSpec:
-        """Return the specification of a module's transformer."""
-        if name == LANGUAGE:
-            return self.mimo_config.language_model_spec
-        modality: Any = self.mimo_config.modality_submodules_spec[name]
-        encoder: ModuleSpec = modality.submodules["encoders"][ENCODER]
-        return encoder
 
     # --- encoders
 
@@ -256,9 +247,9 @@ class MultimodalModel(MimoModel):
         return {name: output}
 
     def _split_by_sample(self, output: torch.Tensor, name: str) -> torch.Tensor:
-        """Check the number of embeddings, and note how many are each sample's.
+        """Check the number of embeddings, and record how many belong to each sample.
 
-        Those of a blank input are dropped.
+        The embeddings of a blank input are dropped.
         """
         numbers = self._embeddings_per_sample.get(name)
         if numbers is None:
@@ -276,15 +267,15 @@ class MultimodalModel(MimoModel):
                 f"that stand for embeddings and {output.shape[0]} embeddings; give a token "
                 f"(model.special_token_ids.{name}={self.special_token_ids[name]}) for each"
             )
-        # By them it is divided over the replicas of the language model.
+        # The bridge divides the output by them over the replicas of the language model.
         mark_split_sizes(output, numbers)
         return output
 
-    def _to_run_without(self, inputs: Mapping[str, Any]) -> Iterator[str]:
-        """Yield the modalities on this rank that run on a blank input.
+    def _names_to_run_blank(self, inputs: Mapping[str, Any]) -> Iterator[str]:
+        """Yield the modalities on this rank that have no input and run on a blank one.
 
-        They are those that are trained. On ranks of their own they are all: the language model
-        waits for their embeddings, even for none.
+        Of colocated modalities only those run that are trained. On separate ranks all run: the
+        language model waits for their embeddings, even for none.
         """
         for name, modality in self.modality_submodules.items():
             if name in inputs or not self.role.is_first_stage(name):

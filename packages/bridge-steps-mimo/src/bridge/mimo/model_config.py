@@ -1,7 +1,7 @@
 """The multimodal model's section of a run's configuration, which also builds the model."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -114,14 +114,20 @@ class MultimodalModelConfig:
 
     def is_frozen(self, parameter: str) -> bool:
         """Whether the parameter of this name in the model is not trained."""
-        return _most_specific(parameter, dict.fromkeys(self.freeze, True), self.prefixes()) or False
+        return bool(self._with_parameter(parameter, self.freeze))
+
+    def _with_parameter(self, parameter: str, names: Iterable[str]) -> list[str]:
+        """Return the modules and parts, of those given, that have a parameter."""
+        prefixes = self.prefixes()
+        return [n for n in names if n in prefixes and parameter.startswith(prefixes[n])]
 
     # --- for the loop (bridge.training.contracts)
 
     def learning_rate_multiplier(self, parameter: str) -> float:
         """Return the factor on the learning rate of the parameter of this name in the model."""
-        factor = _most_specific(parameter, self.lr_multipliers, self.prefixes())
-        return 1.0 if factor is None else factor
+        names = self._with_parameter(parameter, self.lr_multipliers)
+        # The name of a part is longer than that of its module.
+        return self.lr_multipliers[max(names, key=len)] if names else 1.0
 
     def open_fields(
         self, config: ConfigContainer, *, device: Literal["cuda", "cpu"]
@@ -138,7 +144,7 @@ class MultimodalModelConfig:
         derived: dict[str, tuple[Any, str]] = {}
         for path in self.sections():
             module = path.rpartition(".")[2]
-            given = self.parallelism.get(module, ModuleParallelism())
+            given = self._parallelism_of(module)
             tensor = self.tensor_parallel_size(module)
             for name, size in (
                 ("tensor_model_parallel_size", tensor),
@@ -155,7 +161,7 @@ class MultimodalModelConfig:
 
     def tensor_parallel_size(self, module: str) -> int:
         """Return the number of ranks over which each layer of a module is sharded."""
-        size = self.parallelism.get(module, ModuleParallelism()).tensor_model_parallel_size
+        size = self._parallelism_of(module).tensor_model_parallel_size
         if size is not None:
             return size
         if self.placement == "separate" or module == LANGUAGE:
@@ -164,11 +170,11 @@ class MultimodalModelConfig:
 
     def place_modules(self, world_size: int) -> tuple[dict[str, ModulePlacement], list[str]]:
         """Return the ranks of each module where they are separate, and the problems with them."""
-        modules = {
-            name: self.parallelism.get(name, ModuleParallelism())
-            for name in (*self.encoders, LANGUAGE)
-        }
+        modules = {name: self._parallelism_of(name) for name in (*self.encoders, LANGUAGE)}
         return place_modules(modules, world_size)
+
+    def _parallelism_of(self, module: str) -> ModuleParallelism:
+        return self.parallelism.get(module, ModuleParallelism())
 
     def layout(self, world_size: int) -> Layout:
         """Return the layout of the language model, which colocated modules share.
@@ -238,7 +244,7 @@ class MultimodalModelConfig:
 
     def _colocation_problems(self, module: str, tensor: int, data: int) -> Iterator[str]:
         path = f"model.parallelism.{module}"
-        given = self.parallelism.get(module, ModuleParallelism())
+        given = self._parallelism_of(module)
         if self.tensor_parallel_size(module) != tensor:
             yield (
                 f"{path}.tensor_model_parallel_size={given.tensor_model_parallel_size}: differs "
@@ -287,7 +293,9 @@ class MultimodalModelConfig:
                     f"model.lr_multipliers.{name}={factor}: must be above 0; model.freeze=[{name}] "
                     "keeps weights as they are"
                 )
-        if all(self.is_frozen(prefix) for prefix in self._leaf_prefixes()):
+        # A module with parts may be frozen part by part.
+        leaves = [prefix for name, prefix in self.prefixes().items() if name not in self.encoders]
+        if all(self.is_frozen(prefix) for prefix in leaves):
             yield "model.freeze: every module is frozen, so nothing would be trained; leave one out"
 
     def _names_problems(self) -> Iterator[str]:
@@ -315,17 +323,7 @@ class MultimodalModelConfig:
                 )
         tokens = list(self.special_token_ids.values())
         if len(set(tokens)) < len(tokens):
-            yield f"model.special_token_ids: {self.special_token_ids}; give each its own token"
-
-    def _leaf_prefixes(self) -> list[str]:
-        parts = [f"{name}.{part}" for name in self.encoders for part in ("encoder", "projection")]
-        prefixes = self.prefixes()
-        return [prefixes[name] for name in (LANGUAGE, *parts)]
-
-
-def _most_specific[T](
-    parameter: str, values: Mapping[str, T], prefixes: Mapping[str, str]
-) -> T | None:
-    """Return the value of the smallest part that has a parameter, None if none has it."""
-    parts = [name for name in values if parameter.startswith(prefixes.get(name, "\0"))]
-    return values[max(parts, key=lambda name: len(prefixes[name]))] if parts else None
+            yield (
+                f"model.special_token_ids={self.special_token_ids}: two modalities have one token; "
+                "give each its own token"
+            )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, override
+from typing import TYPE_CHECKING, Literal, override
 
 from bridge.mimo.projections import LinearProjection, MLPProjection
 from bridge.mimo.vision import VisionTransformer
@@ -193,10 +193,7 @@ class ProjectionConfig:
             input_size: Width of the encoder.
             pg_collection: The process groups of its modality.
         """
-        params: dict[str, Any] = {
-            "config": language,
-            "input_size": input_size,
-            "pg_collection": pg_collection,
-        }
-        module = LinearProjection if self.kind == "linear" else MLPProjection
-        return ModuleSpec(module=module, params=params)
+        return ModuleSpec(
+            module=LinearProjection if self.kind == "linear" else MLPProjection,
+            params={"config": language, "input_size": input_size, "pg_collection": pg_collection},
+        )

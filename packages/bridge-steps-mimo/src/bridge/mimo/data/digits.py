@@ -80,10 +80,11 @@ class DigitsDatasetConfig:
                 f"model.language.vocab_size={model.language.vocab_size}: is less than the digits' "
                 f"{VOCABULARY} tokens; raise it"
             )
-        if model.special_token_ids.get(self.modality) != IMAGE:
+        token = model.special_token_ids.get(self.modality)
+        if token != IMAGE:
             yield (
-                f"model.special_token_ids.{self.modality}: the token for the digits' images is "
-                f"{IMAGE}; give that"
+                f"model.special_token_ids.{self.modality}={token}: the token for the digits' "
+                f"images is {IMAGE}; give that"
             )
 
     def build(self, request: DataRequest) -> DataSplits:
@@ -142,7 +143,15 @@ class DigitSamples:
         image = self._images[number] if self._with_images else None
         if image is not None and view > 0:
             image = _distort(image, torch.Generator().manual_seed(index))
-        return make_answer_sample(self._model, self._digits[number], image, modality=self._modality)
+        pixels = make_unloaded_images(1) if image is None else {"pixels": image[None]}
+        tokens = [IMAGE] * self._model.encoders[self._modality].tokens_per_image
+        return make_next_token_sample(
+            [*tokens, QUESTION, self._digits[number]],
+            counted=[len(tokens) + 1],
+            seq_length=self._model.seq_length,
+            padding=PADDING,
+            items={self._modality: pixels},
+        )
 
 
 def _distort(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -169,22 +178,3 @@ def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
     bundle: Any = datasets.load_digits()
     images = torch.tensor(bundle.images, dtype=torch.float32) / 16
     return images.unsqueeze(1), torch.tensor(bundle.target)
-
-
-def make_answer_sample(
-    model: MultimodalModelConfig,
-    digit: int,
-    image: torch.Tensor | None,
-    *,
-    modality: str = "vision",
-) -> dict[str, Any]:
-    """Return the sample of one image, [1, 8, 8]; None on a rank that does not load images."""
-    tokens = [IMAGE] * model.encoders[modality].tokens_per_image
-    pixels = make_unloaded_images(1) if image is None else {"pixels": image.unsqueeze(0)}
-    return make_next_token_sample(
-        [*tokens, QUESTION, digit],
-        counted=[len(tokens) + 1],
-        seq_length=model.seq_length,
-        padding=PADDING,
-        items={modality: pixels},
-    )

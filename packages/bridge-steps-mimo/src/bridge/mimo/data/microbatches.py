@@ -20,7 +20,7 @@ def count_items(microbatch: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Collate:
-    """A collate function: makes a microbatch of samples, with their items one after the other.
+    """A collate function: it makes a microbatch of samples, with their items one after the other.
 
     The microbatch has the keys that `bridge.training.mimo_step` reads, and ``item_counts``:
     ``{modality: [batch]}``, the number of items of each sample. Its ``modality_inputs`` lack the
@@ -57,7 +57,9 @@ class Collate:
                 different numbers of items, or other arguments than the samples before it; another
                 number of special tokens than of embeddings; or tensors of different lengths.
         """
-        counts = {name: [self._count(sample, name) for sample in samples] for name in self._names()}
+        counts = {
+            name: [self._count(sample, name) for sample in samples] for name in self.tokens_per_item
+        }
         for index, sample in enumerate(samples):
             self._check(sample, index)
         microbatch: dict[str, Any]
@@ -78,9 +80,6 @@ class Collate:
         }
         return microbatch
 
-    def _names(self) -> list[str]:
-        return list(self.tokens_per_item)
-
     def _count(self, sample: Mapping[str, Any], name: str) -> int:
         return next((len(value) for value in sample["items"].get(name, {}).values()), 0)
 
@@ -89,7 +88,7 @@ class Collate:
         if unknown := sorted(sample["items"].keys() - self.tokens_per_item.keys()):
             raise UsageError(
                 f"sample {index} of a microbatch has items of {unknown[0]!r}, and the model has "
-                f"encoders of {', '.join(self._names())}; rename the one or add the other"
+                f"encoders of {', '.join(self.tokens_per_item)}; rename the one or add the other"
             )
         for name, each in self.tokens_per_item.items():
             items, token = self._count(sample, name), self.special_token_ids[name]

@@ -9,6 +9,7 @@ A sample is a dict:
 - ``length``: the number of tokens before its padding; all of them if it is absent.
 """
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def make_next_token_sample(
         tokens: The text, with a special token for each embedding.
         counted: Positions in `tokens`, from 1 on, whose predictions count.
         seq_length: Length of the sample; one less than that of the longest text.
-        padding: Token behind the text.
+        padding: The token after the text.
         items: The encoders' arguments, by modality.
 
     Raises:
@@ -70,15 +71,14 @@ def make_next_token_sample(
 
 def find_padding_token(special_token_ids: Collection[int]) -> int:
     """Return the smallest token that stands for no embedding."""
-    tokens = range(len(special_token_ids) + 1)
-    return next(token for token in tokens if token not in special_token_ids)
+    return next(token for token in itertools.count() if token not in special_token_ids)
 
 
 def measure_sample(sample: Mapping[str, Any], index: int) -> int:
     """Return the number of tokens of a sample before its padding.
 
     Args:
-        sample: A sample (see the module).
+        sample: A sample (see the module's docstring).
         index: Its number within the microbatch, for the message.
 
     Raises:

@@ -4,8 +4,7 @@ The gradients of each module are clipped by the norm of all modules' gradients.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, Self, override
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
@@ -14,10 +13,8 @@ from bridge.training.megatron_import import quiet_import
 from bridge.training.megatron_patches import optimizers_of_modules
 
 with quiet_import():
-    from megatron.core.hyper_comm_grid import HyperCommGrid
-    from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
+    from megatron.core.models.mimo.optimizer import MimoOptimizer
     from megatron.core.optimizer import clip_grads
-    from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 class ModulesOptimizer(MimoOptimizer):
@@ -26,35 +23,6 @@ class ModulesOptimizer(MimoOptimizer):
     So no rank needs the others' state before its step. Where the kernels allow it (as with one
     module), there is no host-device sync for the norm either.
     """
-
-    @classmethod
-    def over(
-        cls,
-        grids: Mapping[str, HyperCommGrid],
-        name: str,
-        own: Any,
-        groups: ProcessGroupCollection,
-        config: Any,
-    ) -> Self:
-        """Return the optimizer of all modules.
-
-        Args:
-            grids: The ranks of every module.
-            name: The module on this rank.
-            own: Its optimizer; None if all of it is frozen.
-            groups: Its process groups.
-            config: megatron-core's OptimizerConfig.
-        """
-        infos = {
-            module: ModuleOptimizerInfo(
-                optimizer=own if module == name else None,
-                grid=grid,
-                pg_collection=groups if module == name else None,
-                is_active=module == name,
-            )
-            for module, grid in grids.items()
-        }
-        return cls(infos, config)
 
     @torch.no_grad()
     @override

@@ -14,10 +14,7 @@ from bridge.training.megatron_patches import ensure_global_memory_buffer, own_br
 
 with quiet_import():
     from megatron.core.hyper_comm_grid import HyperCommGrid
-    from megatron.core.process_groups_config import (
-        ProcessGroupCollection,
-    )
-
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 _GROUPS: tuple[tuple[str, list[str], str | None], ...] = (
     ("tp", ["tp"], None),

@@ -15,6 +15,7 @@ from bridge.training.megatron_import import quiet_import
 
 with quiet_import():
     from megatron.core.hyper_comm_grid import HyperCommGrid
+    from megatron.core.models.mimo.optimizer import ModuleOptimizerInfo
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import (
@@ -60,18 +61,12 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
 
     @property
     def stage(self) -> int:
-        """This rank's stage: the language model's follow the encoders', which are parallel."""
-        before = 0
+        """This rank's stage. Encoders are parallel; the language model's stages follow theirs."""
+        stage = int(self.groups.pp.rank())
         if self.name == LANGUAGE:
-            before = max(
-                (
-                    placement.pipeline
-                    for name, placement in self._placements.items()
-                    if name != LANGUAGE
-                ),
-                default=0,
-            )
-        return before + int(self.groups.pp.rank())
+            encoders = [name for name in self._placements if name != LANGUAGE]
+            stage += max((self._placements[name].pipeline for name in encoders), default=0)
+        return stage
 
     @property
     def is_last_stage(self) -> bool:
@@ -124,16 +119,22 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
         self, optimizer_config: Any, modules: list[Any], overrides: dict[Any, Any]
     ) -> ModulesOptimizer:
         """Return the optimizer of all modules, with the weights of this rank's module."""
-        own = None
+        infos = {
+            name: ModuleOptimizerInfo(
+                optimizer=None, grid=grid, pg_collection=None, is_active=name == self.name
+            )
+            for name, grid in self.grids.items()
+        }
+        infos[self.name].pg_collection = self.groups
         if modules:
-            own = get_megatron_optimizer(
+            infos[self.name].optimizer = get_megatron_optimizer(
                 optimizer_config,
                 modules,
                 overrides,
                 use_gloo_process_groups=False,
                 pg_collection=self.groups,
             )
-        return ModulesOptimizer.over(self.grids, self.name, own, self.groups, optimizer_config)
+        return ModulesOptimizer(infos, optimizer_config)
 
     def schedule(self, chunks: list[Any]) -> Callable[..., list[Any]]:
         """Return megatron-core's schedule between modules; the first call is a collective."""
@@ -153,7 +154,7 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
                 {**{name: [LANGUAGE] for name in encoders}, LANGUAGE: []},
                 model_config,
                 dim_mapping=axes,
-                # Embeddings of images, [tokens, hidden], of all samples concatenated.
+                # The embeddings of all samples' images, concatenated: [tokens, hidden].
                 module_output_ndim=dict.fromkeys(encoders, 2),
             )
         return self._communicator
@@ -169,6 +170,6 @@ class SeparateRanks(MultiModuleProcessGroupCollection):
         """Return the factor from a mean over this module's replicas to the language model's.
 
         A replica of an encoder has the gradients of the samples of several replicas of the language
-        model, or of a part of one's.
+        model, or of some samples of one.
         """
         return 1.0 if summed else self.groups.dp.size() / self.replicas
