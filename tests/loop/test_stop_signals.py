@@ -31,7 +31,7 @@ def test_each_signal_is_the_cause_by_its_name(number: signal.Signals) -> None:
         before = signal.getsignal(number)
         with stop_signals() as request:
             os.kill(os.getpid(), number)
-            cause = request.agreed(all_ranks())
+            cause = request.agree(all_ranks())
         return cause, signal.getsignal(number) == before
 
     assert run_ranks(1, body) == [(number.name, True)]
@@ -72,10 +72,10 @@ def all_ranks() -> dist.ProcessGroup:
 
 def agreed_on_every_rank() -> tuple[str | None, str | None]:
     with stop_signals() as request:
-        nobody = request.agreed(all_ranks())
+        nobody = request.agree(all_ranks())
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        one = request.agreed(all_ranks())
+        one = request.agree(all_ranks())
     return nobody, one
 
 
@@ -93,7 +93,7 @@ def test_a_time_limit_is_over_at_its_time_and_not_before() -> None:
 
 def test_all_ranks_stop_when_the_time_of_one_is_over() -> None:
     def body() -> str | None:
-        return StopRequest(0.0 if dist.get_rank() == 1 else None).agreed(all_ranks())
+        return StopRequest(0.0 if dist.get_rank() == 1 else None).agree(all_ranks())
 
     assert run_ranks(2, body) == ["time limit"] * 2
 
@@ -103,8 +103,8 @@ def test_a_signal_counts_more_than_the_time_limit_and_what_was_agreed_stays() ->
         with stop_signals(0.0 if dist.get_rank() == 0 else None) as request:
             if dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGINT)
-            first = request.agreed(all_ranks())
+            first = request.agree(all_ranks())
             os.kill(os.getpid(), signal.SIGTERM)
-            return [first, request.agreed(all_ranks()), request.cause]
+            return [first, request.agree(all_ranks()), request.cause]
 
     assert run_ranks(2, body) == [["SIGINT"] * 3] * 2

@@ -84,7 +84,7 @@ class Evaluations:
                 results = self._evaluate_sets(sets)
             self._progress.warn(self._parts.check_losses())
             is_cut = not all(name in results and results[name].complete for name in sets)
-            is_stopping = self._stop.agreed(self._parts.ranks.control_group) is not None
+            is_stopping = self._stop.agree(self._parts.ranks.control_group) is not None
             if is_cut:
                 self._report_cut(split, sets, results)
             is_discarded = is_cut and is_stopping

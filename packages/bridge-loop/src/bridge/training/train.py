@@ -57,7 +57,7 @@ def train(run: "Run") -> StopReason:
             run.callbacks.fire("on_step_end", run.context, result)
             run.log(result)
             collect_garbage(counters.step)
-            if run.stop.agreed(parts.ranks.control_group):
+            if run.stop.agree(parts.ranks.control_group):
                 break
             if _is_due(counters.step, settings.validation.eval_interval):
                 run.validate()

@@ -19,7 +19,7 @@ from bridge.training.megatron_patches import check_megatron_core
 
 _EXPECTED_WARNINGS = (
     r"(Transformer Engine and Apex are|Apex is) not installed",
-    # The default of a field that nobody set.
+    # About the default of a field that the user has not set.
     "full scope is deprecated",
     r"(MimoModelConfig|MimoModel|ModalitySubmodules) is experimental",
     # The optimizer reads the gradient of each shard, which is a view of its parameter.

@@ -1,7 +1,7 @@
-"""The seam to megatron-core: what is patched in it and in torch, and why.
+"""The seam to megatron-core: the patches of it and of torch, each with its reason.
 
 Bridge works with one version of megatron-core, `MEGATRON_CORE`, since it uses private names of it.
-The functions of this module are all uses of private names of megatron-core and torch, each with its
+All uses of private names of megatron-core and torch are functions of this module, each with its
 reason and, where one is known, the upstream issue or pull request. A change of the version begins
 here. megatron-core is imported inside the functions, so that importing this module stays light.
 
@@ -30,7 +30,7 @@ Our subclasses of megatron-core's classes override private methods, with ``typin
 - `bridge.mimo.ranks.communicator._Bridge._communicate_shapes`: notes the number of embeddings from
   each rank, whose gradients go back to it. No upstream issue known.
 
-And some of megatron-core's errors are corrected by public names alone:
+Some errors of megatron-core are corrected with public names alone:
 
 - `bridge.training.optimizer.saved_state`: the distributed optimizer saves wrong state where buckets
   are padded. NVIDIA/Megatron-LM#5077, merged after this version.
@@ -116,7 +116,7 @@ def destroy_model_parallel() -> None:
     """
     from megatron.core import parallel_state
 
-    # The first entry stands for the default group, which is another's.
+    # The first entry represents the default group, which this function does not own.
     groups: list[Any] = (parallel_state._global_process_group_list or [])[1:]
     parallel_state.destroy_model_parallel()
     for group in groups:

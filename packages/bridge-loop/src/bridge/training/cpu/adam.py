@@ -19,12 +19,6 @@ class FusedAdam(torch.optim.Optimizer):
     checkpoints have the same layout as on a GPU.
     """
 
-    # torch wraps these so that the first call loads TorchDynamo, which takes seconds.
-    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
-    load_state_dict = torch.optim.Optimizer.load_state_dict.__wrapped__  # type: ignore[attr-defined]
-    state_dict = torch.optim.Optimizer.state_dict.__wrapped__  # type: ignore[attr-defined]
-    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__  # type: ignore[attr-defined]
-
     def __init__(
         self,
         params: Iterable[torch.Tensor] | Iterable[dict[str, Any]],

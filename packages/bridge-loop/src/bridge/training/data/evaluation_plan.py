@@ -1,6 +1,6 @@
 """The microbatches of an evaluation, in which every sample counts once under every layout.
 
-All data-parallel ranks run the same number of microbatches, and an interleaved pipeline runs whole
+All data-parallel ranks run the same number of microbatches, and an interleaved pipeline runs full
 groups of them, so the number of samples rarely fits. The samples that are left after the
 microbatches of train.micro_batch_size run as
 
@@ -8,10 +8,10 @@ microbatches of train.micro_batch_size run as
 2. one group of the smallest microbatches that the layout allows, of 1 sample in most layouts
    (`ModelRanks.smallest_microbatch`). Surplus microbatches repeat the last sample and do not count,
    so a microbatch counts in full or not at all,
-3. where the smallest has more than 1 sample, the last samples each in a microbatch that repeats it:
-   means are the same, sums are divided by the number of repetitions.
+3. where the smallest has more than 1 sample, each of the last samples in a microbatch of its own
+   that repeats it: means are the same, sums are divided by the number of repetitions.
 
-No loss function needs to know. A mean over microbatches weighs each of them by its samples.
+Loss functions do not depend on it. A mean over microbatches weighs each by its samples.
 """
 
 from collections.abc import Iterator
@@ -32,11 +32,11 @@ class EvaluationCall:
     first: int
     """Position of the first sample in the set."""
     samples: int
-    """Samples that count, over all ranks; those after them in the microbatches do not."""
+    """Samples that count, over all ranks; later ones in the microbatches do not."""
     size: int
     """Samples of a microbatch of one replica, repetitions included."""
     microbatches: int
-    """On every rank."""
+    """Microbatches of each rank."""
     repeats: int = 1
     """Number of times that each sample is in its microbatch."""
 
@@ -83,28 +83,30 @@ def plan_evaluation(
         group: Microbatches of which a call runs a multiple.
         smallest: Samples of which each microbatch must be a multiple; a divisor of the usual size.
     """
-    batches = []
-    lane = sizes.replicas * group
-    for first in range(0, num_samples, sizes.global_batch):
-        end = min(first + sizes.global_batch, num_samples)
-        batches.append(
-            _calls_of_batch(
-                first, end, size=sizes.micro_batch, lane=lane, group=group, unit=smallest
-            )
+    return [
+        _calls_of_batch(
+            first,
+            min(first + sizes.global_batch, num_samples),
+            sizes,
+            group=group,
+            smallest=smallest,
         )
-    return batches
+        for first in range(0, num_samples, sizes.global_batch)
+    ]
 
 
 def _calls_of_batch(
-    first: int, end: int, *, size: int, lane: int, group: int, unit: int
+    first: int, end: int, sizes: BatchSizes, *, group: int, smallest: int
 ) -> list[EvaluationCall]:
-    """Divide the samples from first to end; `lane` microbatches run in a group, on all ranks."""
+    """Divide the samples from first to end."""
+    # Microbatches of a group, over all replicas.
+    per_group = sizes.replicas * group
     calls: list[EvaluationCall] = []
 
     def add(samples: int, size: int, repeats: int = 1) -> None:
         nonlocal first
         if samples:
-            groups = -(-samples * repeats // (lane * size))
+            groups = -(-samples * repeats // (per_group * size))
             calls.append(
                 EvaluationCall(
                     first=first,
@@ -116,11 +118,12 @@ def _calls_of_batch(
             )
             first += samples
 
-    add((end - first) // (lane * size) * (lane * size), size)
-    if smaller := (end - first) // (lane * unit) * unit:
-        add(lane * smaller, smaller)
-    add((end - first) // unit * unit, unit)
-    add(end - first, unit, repeats=unit)
+    usual = per_group * sizes.micro_batch
+    add((end - first) // usual * usual, sizes.micro_batch)
+    if smaller := (end - first) // (per_group * smallest) * smallest:
+        add(per_group * smaller, smaller)
+    add((end - first) // smallest * smallest, smallest)
+    add(end - first, smallest, repeats=smallest)
     return calls
 
 

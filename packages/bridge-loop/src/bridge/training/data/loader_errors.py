@@ -1,8 +1,8 @@
 """Users' mistakes that a data loading process rejects, raised in the training process.
 
-torch makes another exception of one that a worker raises, with the worker's traceback in its
-message. A `UsageError` has a message of one line, so it is sent as the microbatch and raised where
-that is read.
+torch turns an exception of a worker into another one, with the worker's traceback in its message.
+The message of a `UsageError` is one line. So it is sent in place of the microbatch, and raised
+where the microbatch is read.
 """
 
 import pickle
@@ -61,7 +61,7 @@ class RejectingCollate:
             return _rejection(error)
 
 
-def raised(microbatches: Iterator[Any]) -> Iterator[Any]:
+def raise_rejections(microbatches: Iterator[Any]) -> Iterator[Any]:
     """Yield microbatches, and raise the exception of a rejection."""
     for microbatch in microbatches:
         if isinstance(microbatch, Rejection):

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import DataRequest, DataSplits, SizedDataset, named_sets
 from bridge.training.data.evaluation_plan import plan_of_run
-from bridge.training.data.loader_errors import RejectingCollate, RejectingDataset, raised
+from bridge.training.data.loader_errors import RejectingCollate, RejectingDataset, raise_rejections
 from bridge.training.data.loader_workers import LoaderWorkers, prepare_worker
 from bridge.training.data.run_length import last_step, samples_to_draw, schedule_samples
 from bridge.training.data.sample_order import EvaluationSampler, MicrobatchSampler, SampleOrder
@@ -25,7 +25,7 @@ def data_request(
     modules: frozenset[str] | None = None,
     done: TrainState | None = None,
 ) -> DataRequest:
-    """Return how much data a run draws, from its resolved configuration.
+    """Return the amount of data that a run draws, from its resolved configuration.
 
     Args:
         config: The run.
@@ -93,7 +93,7 @@ class RunData:
             for name, dataset in self.sets(split).items():
                 if len(dataset) == 0 and self._config.validation.eval_iters != 0:
                     raise UsageError(
-                        f"{name} data: it has no samples; enlarge it or leave it away, or turn "
+                        f"{name} data: it has no samples; enlarge it or leave it out, or turn "
                         "evaluation off with validation.eval_iters=0"
                     )
 
@@ -113,7 +113,7 @@ class RunData:
     def take_counts(self) -> dict[str, int]:
         """Return the counts of `DataSplits.items` since the last call, over all ranks.
 
-        A collective of the hosts where the data counts anything.
+        A collective of the hosts, if the data counts anything.
         """
         if not self._counts:
             return {}
@@ -122,7 +122,7 @@ class RunData:
         return dict(zip(self._counts, counts, strict=True))
 
     def _is_counting_rank(self) -> bool:
-        """Whether this rank counts, one of those that read the same samples."""
+        """Whether this rank counts; it is one of several that read the same samples."""
         ranks = self._ranks.model
         return ranks.reports_losses and ranks.groups.cp.rank() == 0
 
@@ -204,4 +204,4 @@ class RunData:
             worker_init_fn=prepare_worker,
         )
         iterator = self.workers.iterate(loader)
-        return raised(iterator) if has_workers else iterator
+        return raise_rejections(iterator) if has_workers else iterator

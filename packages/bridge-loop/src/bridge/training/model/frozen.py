@@ -74,14 +74,14 @@ def measure_model(
     for chunk in model:
         fractions = _fractions_of_experts(chunk)
         for parameter, shards in shards_of_parameters(unwrap_model(chunk), pg_collection):
-            if all(_is_first_copy(shard) for shard in shards):
+            if all(_is_first_replica(shard) for shard in shards):
                 trained = parameter.numel() * parameter.requires_grad
-                met = trained * fractions.get(id(parameter), 1.0)
-                counts += torch.tensor([parameter.numel(), trained, met], dtype=torch.float64)
+                per_token = trained * fractions.get(id(parameter), 1.0)
+                counts += torch.tensor([parameter.numel(), trained, per_token], dtype=counts.dtype)
     counts = counts.to(next(model[0].parameters()).device)
     dist.all_reduce(counts)
-    total, trained, met = counts.tolist()
-    return ModelSize(total=round(total), trained=round(trained), trained_per_token=met)
+    total, trained, per_token = counts.tolist()
+    return ModelSize(total=round(total), trained=round(trained), trained_per_token=per_token)
 
 
 def _fractions_of_experts(chunk: torch.nn.Module) -> dict[int, float]:
@@ -95,9 +95,9 @@ def _fractions_of_experts(chunk: torch.nn.Module) -> dict[int, float]:
     return fractions
 
 
-def _is_first_copy(shard: ShardedTensor) -> bool:
-    copy = shard.replica_id
-    return not any(copy) if isinstance(copy, tuple) else not copy
+def _is_first_replica(shard: ShardedTensor) -> bool:
+    replica = shard.replica_id
+    return not any(replica) if isinstance(replica, tuple) else not replica
 
 
 @contextlib.contextmanager

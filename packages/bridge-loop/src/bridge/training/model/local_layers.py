@@ -135,7 +135,7 @@ class LocalAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend.
+        """Compute the attention of each query over the keys.
 
         Args:
             query: ``[s, b, n, d]``, or ``[t, n, d]`` when packed.
@@ -229,11 +229,11 @@ class LocalAttention(torch.nn.Module):
         scores = (query @ key.transpose(2, 3)).float() * self.softmax_scale
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1).masked_fill(~self._kept(scores, positions), 0.0)
+        weights = scores.softmax(dim=-1).masked_fill(~self._draw_kept(scores, positions), 0.0)
         return (weights / (1.0 - self.dropout)).to(value.dtype) @ value
 
-    def _kept(self, scores: Tensor, positions: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Draw this rank's mask of the attention weights that are kept, ``[b, n, s, s]``.
+    def _draw_kept(self, scores: Tensor, positions: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Draw this rank's mask of the attention weights that dropout keeps, ``[b, n, s, s]``.
 
         The context-parallel ranks' keys are gathered: the last dimension is the full sequence.
         """

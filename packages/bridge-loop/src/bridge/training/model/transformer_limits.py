@@ -21,16 +21,8 @@ def _set(*names: str) -> Condition:
     return lambda section, _: any(getattr(section, name) not in (None, False, 0) for name in names)
 
 
-def _engine_and(name: str) -> Condition:
-    return lambda section, config: _engine(section, config) and bool(getattr(section, name))
-
-
 def _experts(section: TransformerConfig, _: ConfigContainer) -> bool:
     return section.num_moe_experts is not None
-
-
-def _pipeline(section: TransformerConfig, _: ConfigContainer) -> bool:
-    return section.pipeline_model_parallel_size > 1
 
 
 def _router_loss(section: TransformerConfig, _: ConfigContainer) -> bool:
@@ -59,16 +51,29 @@ def _no_format_of_blackwell(name: str, *values: str) -> Condition:
     return condition
 
 
-_INFERENCE = "is for inference, and the loop trains"
-_NO_ENGINE = "acts in Transformer Engine's modules, and the layers are local ones (layer_spec)"
-_NO_EXPERTS = "is about experts, and the model has none"
-_NO_MTP = "is about multi-token prediction, and the model has none"
 _NO_FP8 = "is part of fp8 or fp4, which are off"
 _UNREAD = "megatron-core 0.19 reads it nowhere"
 
 
 def _needs(what: str) -> str:
     return f"leave it out, or set {what} too"
+
+
+def _only_with(setting: str, fields: str, why: str | None = None) -> Rejection:
+    """Reject fields that have an effect only with another one, which is off.
+
+    Args:
+        setting: The other field, with the value to give it where that is not obvious.
+        fields: As for `Rejection`.
+        why: As for `Rejection`; that the fields are part of the other one if None.
+    """
+    switch = setting.partition("=")[0]
+    return Rejection(
+        fields,
+        why or f"is part of {switch}, which is off",
+        what_to_do=_needs(setting),
+        unless=_set(switch),
+    )
 
 
 LAYERS = (
@@ -78,7 +83,7 @@ LAYERS = (
         "inference_disable_triton_nvls_kernels inference_grouped_gemm_backend "
         "inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type "
         "mlp_chunks_for_prefill",
-        _INFERENCE,
+        "is for inference, and the loop trains",
     ),
     Rejection(
         "dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk dsa_indexer_topk_freq "
@@ -113,11 +118,8 @@ LAYERS = (
     ),
     Rejection("moe_enable_routing_replay", "nothing records and replays the routing in a run"),
     Rejection("quant_recipe", "the layers take no recipe for single modules"),
-    Rejection(
-        "autocast_dtype",
-        "is the type of enable_autocast, which is off",
-        what_to_do=_needs("enable_autocast=true"),
-        unless=_set("enable_autocast"),
+    _only_with(
+        "enable_autocast=true", "autocast_dtype", "is the type of enable_autocast, which is off"
     ),
     # --- Transformer Engine
     Rejection(
@@ -126,15 +128,14 @@ LAYERS = (
         "cpu_offloading fine_grained_activation_offloading moe_latent_size moe_router_fusion "
         "use_grouped_gemm_for_shared_expert moe_single_grouped_weight moe_single_grouped_bias "
         "moe_grouped_gemm use_fused_weighted_squared_relu",
-        _NO_ENGINE,
+        "acts in Transformer Engine's modules, and the layers are local ones (layer_spec)",
         what_to_do="leave it out, or run it on a GPU with Transformer Engine",
         unless=_engine,
     ),
-    Rejection(
+    _only_with(
+        "moe_shared_expert_glu_interleave_size",
         "use_grouped_gemm_for_shared_expert",
         "megatron-core builds it for interleaved gated weights alone",
-        what_to_do="leave it out, or set moe_shared_expert_glu_interleave_size too",
-        unless=_set("moe_shared_expert_glu_interleave_size"),
     ),
     Rejection(
         "cross_entropy_fusion_impl",
@@ -142,11 +143,10 @@ LAYERS = (
         what_to_do="leave it out, or run it on a GPU with Transformer Engine",
         unless=_engine,
     ),
-    Rejection(
+    _only_with(
+        "cross_entropy_loss_fusion=true",
         "cross_entropy_fusion_impl",
         "is a way of fusing the loss, which is off",
-        what_to_do=_needs("cross_entropy_loss_fusion=true"),
-        unless=_set("cross_entropy_loss_fusion"),
     ),
     Rejection(
         "persist_layer_norm memory_efficient_layer_norm masked_softmax_fusion "
@@ -165,20 +165,13 @@ LAYERS = (
         what_to_do="leave it out, or set fp8=hybrid in its place",
         unless=_no_format_of_blackwell("fp4", "e2m1"),
     ),
-    Rejection(
+    _only_with(
+        "fp8=hybrid",
         "fp8_recipe fp8_param fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_history_len "
         "fp8_amax_compute_algo fp8_wgrad fp8_output_proj fp8_dot_product_attention "
         "fp8_multi_head_attention tp_only_amax_red",
-        "is part of fp8, which is off",
-        what_to_do=_needs("fp8=hybrid"),
-        unless=_set("fp8"),
     ),
-    Rejection(
-        "fp4_recipe fp4_param fp4_quantizer_factory",
-        "is part of fp4, which is off",
-        what_to_do=_needs("fp4=e2m1"),
-        unless=_set("fp4"),
-    ),
+    _only_with("fp4=e2m1", "fp4_recipe fp4_param fp4_quantizer_factory"),
     Rejection(
         "first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 "
         "disable_parameter_transpose_cache",
@@ -192,25 +185,20 @@ LAYERS = (
         what_to_do=_needs("that"),
         unless=_set("first_last_layers_bf16"),
     ),
-    Rejection(
+    _only_with(
+        "cpu_offloading=true",
         "cpu_offloading_num_layers cpu_offloading_activations cpu_offloading_weights "
         "cpu_offloading_double_buffering cpu_offloading_retain_pinned_cpu_buffers",
-        "is part of cpu_offloading, which is off",
-        what_to_do=_needs("cpu_offloading=true"),
-        unless=_set("cpu_offloading"),
     ),
-    Rejection(
+    _only_with(
+        "fine_grained_activation_offloading=true",
         "offload_modules min_offloaded_tensor_size delta_offload_bytes_across_pp_ranks "
         "activation_offload_fraction fine_grained_offloading_max_inflight_offloads",
-        "is part of fine_grained_activation_offloading, which is off",
-        what_to_do=_needs("fine_grained_activation_offloading=true"),
-        unless=_set("fine_grained_activation_offloading"),
     ),
-    Rejection(
+    _only_with(
+        "bias_activation_fusion=true",
         "activation_func_fp8_input_store",
         "is read by the fused activation, which is off",
-        what_to_do=_needs("bias_activation_fusion=true"),
-        unless=_set("bias_activation_fusion"),
     ),
     # --- the layers
     Rejection(
@@ -218,17 +206,13 @@ LAYERS = (
         "is so without it in float32",
         unless=lambda _, config: config.mixed_precision.precision != "fp32",
     ),
-    Rejection(
-        "window_attn_skip_freq",
-        "is about sliding windows, and there is none",
-        what_to_do=_needs("window_size"),
-        unless=_set("window_size"),
+    _only_with(
+        "window_size", "window_attn_skip_freq", "is about sliding windows, and there is none"
     ),
-    Rejection(
+    _only_with(
+        "recompute_granularity",
         "recompute_method recompute_num_layers recompute_modules distribute_saved_activations",
         "is part of recomputation, which is off",
-        what_to_do=_needs("recompute_granularity"),
-        unless=_set("recompute_granularity"),
     ),
     Rejection(
         "recompute_method recompute_num_layers",
@@ -248,11 +232,10 @@ LAYERS = (
         what_to_do="leave it out, or set tensor_model_parallel_size above 1",
         unless=lambda section, _: section.tensor_model_parallel_size > 1,
     ),
-    Rejection(
+    _only_with(
+        "mtp_num_layers",
         "mtp_loss_scaling_factor mtp_use_repeated_layer mtp_detach_heads",
-        _NO_MTP,
-        what_to_do=_needs("mtp_num_layers"),
-        unless=_set("mtp_num_layers"),
+        "is about multi-token prediction, and the model has none",
     ),
     Rejection(
         "bias_dropout_fusion",
@@ -266,7 +249,7 @@ LAYERS = (
         "account_for_loss_in_pipeline_split",
         "divides the layers over a pipeline, and there is none",
         what_to_do="leave it out, or set pipeline_model_parallel_size above 1",
-        unless=_pipeline,
+        unless=lambda section, _: section.pipeline_model_parallel_size > 1,
     ),
     Rejection(
         "microbatch_group_size_per_vp_stage",
@@ -274,23 +257,15 @@ LAYERS = (
         what_to_do=_needs("virtual_pipeline_model_parallel_size"),
         unless=lambda section, _: (section.virtual_pipeline_model_parallel_size or 1) > 1,
     ),
-    Rejection(
-        "wgrad_deferral_limit",
-        "is part of defer_embedding_wgrad_compute, which is off",
-        what_to_do=_needs("defer_embedding_wgrad_compute=true"),
-        unless=_set("defer_embedding_wgrad_compute"),
-    ),
-    Rejection(
+    _only_with("defer_embedding_wgrad_compute=true", "wgrad_deferral_limit"),
+    _only_with(
+        "sequence_parallel=true",
         "clone_scatter_output_in_embedding",
         "is about sequence parallelism, which is off",
-        what_to_do=_needs("sequence_parallel=true"),
-        unless=_set("sequence_parallel"),
     ),
-    Rejection(
+    _only_with(
+        "overlap_moe_expert_parallel_comm=true",
         "high_priority_a2a_comm_stream ep_overlap_early_attn_memory_release",
-        "is part of overlap_moe_expert_parallel_comm, which is off",
-        what_to_do=_needs("overlap_moe_expert_parallel_comm=true"),
-        unless=_set("overlap_moe_expert_parallel_comm"),
     ),
     # --- experts
     Rejection(
@@ -328,15 +303,14 @@ LAYERS = (
         "moe_hybridep_num_sms_preprocessing moe_ncclep_static_shape moe_ncclep_zero_copy "
         "moe_mlp_glu_interleave_size moe_expert_rank_capacity_factor "
         "overlap_dispatch_backward_with_experts_wgrad use_fused_weighted_squared_relu",
-        _NO_EXPERTS,
+        "is about experts, and the model has none",
         what_to_do=_needs("num_moe_experts"),
         unless=_experts,
     ),
-    Rejection(
+    _only_with(
+        "moe_shared_expert_intermediate_size",
         "moe_shared_expert_gate moe_shared_expert_overlap",
         "is about shared experts, and there is none",
-        what_to_do=_needs("moe_shared_expert_intermediate_size"),
-        unless=_set("moe_shared_expert_intermediate_size"),
     ),
     Rejection(
         "moe_aux_loss_coeff",
@@ -349,17 +323,15 @@ LAYERS = (
         what_to_do=_needs("that"),
         unless=lambda section, _: section.moe_router_load_balancing_type == "quantile_balancing",
     ),
-    Rejection(
+    _only_with(
+        "moe_router_enable_expert_bias=true",
         "moe_router_bias_update_rate",
         "is about the experts' bias, and there is none",
-        what_to_do=_needs("moe_router_enable_expert_bias=true"),
-        unless=_set("moe_router_enable_expert_bias"),
     ),
-    Rejection(
+    _only_with(
+        "moe_expert_capacity_factor",
         "moe_pad_expert_input_to_capacity moe_token_drop_policy",
         "is about experts of limited capacity, and theirs has no limit",
-        what_to_do=_needs("moe_expert_capacity_factor"),
-        unless=_set("moe_expert_capacity_factor"),
     ),
     Rejection(
         "moe_flex_dispatcher_backend moe_enable_deepep moe_deepep_num_sms "
@@ -392,7 +364,9 @@ LAYERS = (
         "moe_shared_expert_glu_interleave_size moe_mlp_glu_interleave_size",
         "is part of Transformer Engine's fused products (use_transformer_engine_op_fuser)",
         what_to_do=_needs("that"),
-        unless=_engine_and("use_transformer_engine_op_fuser"),
+        unless=lambda section, config: (
+            _engine(section, config) and section.use_transformer_engine_op_fuser
+        ),
     ),
 )
 """Rejections of fields of our transformers."""

@@ -22,17 +22,6 @@ with quiet_import():
 
     from bridge.training.model.layer_specs import has_transformer_engine
 
-_AUTOMATIC = (
-    "gradient_accumulation_fusion",
-    "cross_entropy_loss_fusion",
-    "bias_activation_fusion",
-    "bias_dropout_fusion",
-    "apply_rope_fusion",
-    "moe_grouped_gemm",
-    "moe_permute_fusion",
-    "deallocate_pipeline_outputs",
-)
-
 
 @dataclass(kw_only=True)
 class TransformerSection(TransformerConfig):
@@ -117,11 +106,12 @@ class TransformerSection(TransformerConfig):
         Raises:
             ValueError, AssertionError: megatron-core found the values contradictory.
         """
-        values = {
-            known.name: _unshared(getattr(self, known.name)) for known in fields(TransformerConfig)
-        }
-        for name in _AUTOMATIC:
-            values[name] = bool(values[name])
+        values: dict[str, Any] = {}
+        for known in fields(TransformerConfig):
+            value = getattr(self, known.name)
+            # A switch that is still open is off.
+            is_open = value is None and isinstance(known.default, bool)
+            values[known.name] = False if is_open else _unshared(value)
         values["transformer_impl"] = self.layer_spec
         # megatron-core's own layers (the output layer is one) have only Apex's extension.
         values["gradient_accumulation_fusion"] &= has_fused_gradient_accumulation()

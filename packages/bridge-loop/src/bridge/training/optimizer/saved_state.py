@@ -163,7 +163,7 @@ def fitted_to(optimizer: Any, state: Any) -> Any:
     if not isinstance(optimizer, ChainedOptimizer):
         return state
     parts = optimizer.chained_optimizers
-    saved = [state] if _is_part(state) else [state[key] for key in _numbers(state)]
+    saved = [state] if _is_part(state) else [state[key] for key in _integer_keys(state)]
     if len(saved) == len(parts) and all(map(_is_part, saved)):
         return state
     wanted = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
@@ -252,7 +252,7 @@ def _groups_in(state: Any) -> Iterator[Mapping[str, Any]]:
             yield from _groups_in(part)
 
 
-def _numbers(state: Mapping[Any, Any]) -> list[int]:
+def _integer_keys(state: Mapping[Any, Any]) -> list[int]:
     return sorted(key for key in state if isinstance(key, int))
 
 

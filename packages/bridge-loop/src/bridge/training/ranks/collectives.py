@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 
 def on_first_rank[T](function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Call on global rank 0 only and return its result, or raise its exception, on every rank.
+    """Call a function on global rank 0; return its result, or raise its exception, on every rank.
 
-    An exception that went to one rank alone would leave the others waiting for it.
+    If rank 0 alone raised the exception, the others would wait for it.
 
     Args:
         function: Called without arguments; its result must pickle.

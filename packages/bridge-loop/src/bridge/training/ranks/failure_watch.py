@@ -150,8 +150,8 @@ class FailureWatch:
         """Add notes to the first exception of this rank, print it, and post it to the others.
 
         Returns:
-            The exception to raise instead, where the failure follows from another rank's rejection
-            of a user's mistake: the loss of that rank is then no news.
+            The exception to raise instead, where another rank rejected a user's mistake before: the
+            failure here is only a consequence of it.
         """
         if self._error is not None:
             return None
@@ -163,7 +163,7 @@ class FailureWatch:
                 return self._error
         phase, description = self.phase(), self._describe(error)
         error.add_note(f"rank {self._rank}, in {phase}")
-        # Whoever pressed Ctrl-C knows.
+        # The user who pressed Ctrl-C needs no message.
         if not isinstance(error, KeyboardInterrupt):
             line = f"rank {self._rank}, in {phase}: {description}"
             if self._on_failure is not None:
@@ -175,7 +175,7 @@ class FailureWatch:
                 rejection = str(error) if is_usage_error(error) else None
                 self._post(f"rank {self._rank} failed in {phase}: {description}", rejection)
             except Exception as trouble:  # It must not take the place of the run's exception.
-                _print(f"rank {self._rank}: cannot tell the other ranks: {trouble}")
+                _print(f"rank {self._rank}: cannot notify the other ranks: {trouble}")
         return None
 
     def _describe(self, error: BaseException) -> str:
@@ -204,8 +204,8 @@ class FailureWatch:
     def _note_of_timeout(self, error: BaseException) -> str | None:
         """Return a note on dist.timeout_minutes for an exception that ended a wait for other ranks.
 
-        torch's backends raise plain RuntimeErrors for it. So it is recognized by its place, torch's
-        or megatron-core's code for collectives, and by the time that it took.
+        torch's backends raise plain RuntimeErrors for it. So it is recognized by the code that
+        raised it, torch's or megatron-core's collectives, and by the time that it took.
         """
         waited = time.monotonic() - self.last_agreement()
         if (

@@ -66,7 +66,7 @@ class Ranks:
     model: ModelRanks
     """The division of the model over the ranks."""
     control_group: dist.ProcessGroup
-    """All ranks over gloo: for what the hosts agree on without a host-device sync."""
+    """All ranks over gloo, for agreements of the hosts without a host-device sync."""
 
     @property
     def pg_collection(self) -> "ProcessGroupCollection":
@@ -95,7 +95,7 @@ def ranks_of(config: ConfigContainer, device: Device) -> Iterator[Ranks]:
             stack.enter_context(torch.cuda.device(_own_gpu()))
         stack.enter_context(restored_globals())
         if not dist.is_initialized():
-            _initialize_default_group(device, config.dist.timeout_minutes)
+            _initialize_default_group(device, timeout)
             stack.callback(_destroy_default_group)
         module_ranks = None
         if isinstance(config.model, PlacesModules):
@@ -161,8 +161,7 @@ def one_process() -> Iterator[None]:
         yield
 
 
-def _initialize_default_group(device: Device, timeout_minutes: float) -> None:
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+def _initialize_default_group(device: Device, timeout: datetime.timedelta) -> None:
     # CPU tensors are exchanged too (objects, checkpoints), so a GPU run has both backends.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     device_id = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None

@@ -53,7 +53,7 @@ class StopRequest:
         """Whether this rank has a cause to stop, which other ranks may not know yet."""
         return self._own_cause() is not None
 
-    def agreed(self, control_group: dist.ProcessGroup) -> StopCause | None:
+    def agree(self, control_group: dist.ProcessGroup) -> StopCause | None:
         """Return the cause of any rank to stop, the same on every rank, and keep it as `cause`.
 
         A collective of one number on the host, without a host-device sync. All ranks leave the loop

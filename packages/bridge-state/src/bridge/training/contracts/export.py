@@ -1,4 +1,4 @@
-"""Weights in other formats: the names and parts of each, and the request for an export."""
+"""Export of weights to other formats: the names and parts of each weight, and the request."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class ExportedWeight:
     """A weight of a model in another format: as one tensor, or with its rows in several."""
 
     shape: tuple[int, ...]
-    """The weight's shape over all ranks, without rows that pad it."""
+    """The shape of the unsharded weight, without rows that pad it."""
     parts: Mapping[str, torch.Tensor | None]
-    """For each name there, the indices of the rows that it holds, in its order; None for all."""
+    """The tensors there by name, each as the indices of its rows, in its order; None for all."""
 
     def split(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the tensors of the other format by name.
@@ -54,15 +54,15 @@ class NamesWeights(Protocol):
     """A model section that knows its weights in the format in which others share them."""
 
     def exported_weights(self) -> Mapping[str, ExportedWeight]:
-        """Return every weight of the model by its name here, in the order of the layers.
+        """Return every weight of the model by name, in the order of the layers.
 
-        The name is that of a checkpoint's tensor with the layer's number in it, counted over all
-        pipeline stages: ``decoder.layers.3.self_attention.linear_qkv.weight``. The norm before a
-        linear layer is named as Transformer Engine's fused layer has it: ``linear_qkv`` has
-        ``layer_norm_weight``.
+        The name is that of a checkpoint's tensor with the layer's number added, which counts over
+        all pipeline stages: ``decoder.layers.3.self_attention.linear_qkv.weight``. The norm
+        before a linear layer has the name that Transformer Engine's fused layer gives it:
+        ``linear_qkv.layer_norm_weight``.
 
         Raises:
-            UsageError: The format has no place for such a model; the message names the fields.
+            UsageError: The format cannot represent such a model; the message names the fields.
         """
 
 

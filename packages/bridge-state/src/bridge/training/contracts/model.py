@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 class ModelConfig(Protocol):
     """A model section: it describes a model and builds one pipeline stage of it.
 
-    A config that is also a megatron-core ``ModelParallelConfig`` brings the parallel layout
-    (``tensor_model_parallel_size`` and so on); any other is trained data-parallel only.
+    A config that is also a megatron-core ``ModelParallelConfig`` has the parallel layout in its
+    fields (``tensor_model_parallel_size`` and so on). Any other is trained data-parallel only.
 
-    Its fields say what the model is, so neither a resumed run nor one that starts from its weights
-    may change them. A field that says how it is trained or executed is declared with
-    `bridge.training.config.model_field`, or has the name of one of megatron-core's.
+    A field defines the model unless declared otherwise: neither a resumed run nor one that starts
+    from its weights may change it. A field for how the model is trained or executed is declared
+    with `bridge.training.config.model_field`, or has the name of one of megatron-core's.
     """
 
     def build(

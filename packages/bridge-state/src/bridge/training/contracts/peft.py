@@ -55,8 +55,8 @@ class PEFTMethod(Protocol):
     rng.layout_invariant_init it is drawn so, as the model's own weights are. The modules that were
     attached name their shards of the model by ``sharded_state_dict``, as megatron-core's do.
 
-    Installed packages offer their methods, dataclasses with their fields, by the entry points of
-    the group ``bridge.peft``; `method` is the name there.
+    A method is a dataclass. Installed packages offer theirs by entry points of the group
+    ``bridge.peft``, under the name `method`.
     """
 
     @property
@@ -71,7 +71,7 @@ class PEFTMethod(Protocol):
         Args:
             model_chunks: This rank's part of the model with its weights, wrapped for 16 bits or
                 not.
-            group: The process group of all ranks, for what they must agree on.
+            group: The process group of all ranks, for decisions that are equal on them.
 
         Raises:
             UsageError: The fields do not fit the model.

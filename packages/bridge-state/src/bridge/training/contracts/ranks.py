@@ -66,7 +66,7 @@ class ModelRanks(Protocol):
     def wrap_model(
         self, chunks: list[Any], wrap: Callable[[list[Any], Any], list[Any]]
     ) -> list[Any]:
-        """Return the chunks with what this rank trains wrapped in DDP.
+        """Return the chunks, with the modules that this rank trains wrapped in DDP.
 
         Args:
             chunks: This rank's model chunks.
@@ -80,8 +80,9 @@ class ModelRanks(Protocol):
 
         Args:
             optimizer_config: megatron-core's OptimizerConfig.
-            modules: What DDP wraps on this rank; empty where nothing is trained.
-            overrides: How parameter groups differ from the config, as megatron-core takes it.
+            modules: The DDP wrappers on this rank; empty where nothing is trained.
+            overrides: The settings of parameter groups that differ from the config, as
+                megatron-core takes them.
         """
 
     def schedule(self, chunks: list[Any]) -> Callable[..., list[Any]]:

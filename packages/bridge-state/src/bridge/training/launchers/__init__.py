@@ -41,7 +41,7 @@ def rank_environment(variables: Mapping[str, str] = os.environ) -> RankEnvironme
 
 
 def rendezvous_url(variables: Mapping[str, str] = os.environ) -> str:
-    """Return where the ranks that a launcher started meet, as `torch.distributed` takes it.
+    """Return the address where the ranks of a launcher meet, as `torch.distributed` takes it.
 
     Args:
         variables: The environment.

@@ -19,7 +19,7 @@ class RankEnvironment:
     local_rank: int | None = None
     """The rank among those of this machine; None if it is not known."""
     start_words: tuple[str, ...] = ()
-    """The words that a user types before a command to start it on all ranks, such as srun."""
+    """The words before a command that start it on all ranks, such as srun."""
     may_see_own_gpu_alone: bool = False
     """Whether each of several ranks on a machine may see a single GPU, its own."""
     note: str | None = None
@@ -31,7 +31,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def has_started(self, given: Mapping[str, str]) -> bool:
-        """Whether this launcher started the process as a rank, or the variables claim that."""
+        """Whether the variables say that this launcher started the process as a rank."""
 
     @abstractmethod
     def rank_environment(self, given: Mapping[str, str]) -> RankEnvironment:
@@ -43,7 +43,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def rendezvous_url(self, given: Mapping[str, str]) -> str:
-        """Return where the ranks meet, as `torch.distributed` takes it.
+        """Return the address where the ranks meet, as `torch.distributed` takes it.
 
         Raises:
             UsageError: Nothing says where.

@@ -4,11 +4,11 @@ srun sets ``SLURM_PROCID``, ``SLURM_STEP_NUM_TASKS`` (older versions only ``SLUR
 ``SLURM_LOCALID``. The ranks meet at the first host of the step's node list, at a port that follows
 from the ids of job and step; a batch script may set ``MASTER_ADDR`` or ``MASTER_PORT`` itself.
 
-Two kinds of processes have variables of Slurm's and are not one of its ranks:
+Two kinds of processes have Slurm's variables and are none of its ranks:
 
 - those of torchrun in ``srun torchrun ...``, where torchrun's variables count;
-- a batch script or a shell of ``salloc``, which have the job's variables: what is started there
-  without srun is one rank.
+- a batch script or a shell of ``salloc``, which have the job's variables: a command that is started
+  there without srun is one rank.
 """
 
 import re
