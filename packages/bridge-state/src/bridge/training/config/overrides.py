@@ -21,7 +21,6 @@ from bridge.training.config.schema.convert import convert, takes_mappings
 from bridge.training.config.schema.errors import (
     ConfigError,
     ConversionError,
-    FieldProblems,
     Problem,
 )
 from bridge.training.config.schema.fields import (
@@ -171,12 +170,12 @@ class _Merge:
         try:
             plain = _read(document)
         except (ConversionError, OSError, UnicodeDecodeError) as error:
-            self._reject("", f"the document {error}")
+            self.problems.append(Problem((), f"the document {error}"))
             return
         if plain is None:
             return
         if not isinstance(plain, Mapping):
-            self._reject("", f"expected sections with their fields, got {plain!r}")
+            self.problems.append(Problem((), f"expected sections with their fields, got {plain!r}"))
             return
         for section, content in plain.items():
             if section == "recipe":
@@ -196,10 +195,8 @@ class _Merge:
         if self.config.recipe is None:
             self._set(self.config, "recipe", name, "recipe")
         elif name is not None and name != self.config.recipe:
-            self._reject(
-                "recipe",
-                f"recipe: it belongs to {name!r}, and this run is of {self.config.recipe!r}",
-            )
+            this = self.config.recipe
+            self._reject("recipe", f"it belongs to {name!r}, and this run is of {this!r}")
 
     def _merge_section(self, section: str, content: Mapping[Any, Any] | None) -> None:
         if section == "peft" and content is not None and METHOD in content:
@@ -213,8 +210,8 @@ class _Merge:
             if content != {TARGET: class_name(type(present))}:
                 self._reject(
                     section,
-                    f"{section}: {class_name(type(present))} is not a dataclass, so text cannot "
-                    "change it: set it from Python",
+                    f"{class_name(type(present))} is not a dataclass, so text cannot change it: "
+                    "set it from Python",
                 )
         else:
             self._set(self.config, section, content, section)
@@ -223,7 +220,7 @@ class _Merge:
         fields, this = fields_of(holder), class_name(type(holder))
         target = content.get(TARGET, this)
         if target != this:
-            self._reject(path, f"{path}: {TARGET} is {target!r}, and this run's is {this!r}")
+            self._reject(path, f"{TARGET} is {target!r}, and this run's is {this!r}")
             return
         for key, value in content.items():
             here = join(path, key)
@@ -258,25 +255,25 @@ class _Merge:
         path = path.strip()
         section, *keys = path.split(".")
         if not equals:
-            self._reject(path, f"{override!r}: expected section.field=value")
+            self.problems.append(Problem((path,), f"{override!r}: expected section.field=value"))
         elif section in ("recipe", "command"):
-            self._reject(path, f"{section}: it is chosen by its name, not by an override")
+            self._reject(section, "it is chosen by its name, not by an override")
         elif section not in SECTIONS or not all(keys):
             self._reject_unknown(path)
         elif not keys and text != "null":
             self._reject_value_of_section(section, text)
         elif not text.strip():
-            self._reject(path, f"{path}: has no value; write null for none, '' for empty text")
+            self._reject(path, "has no value; write null for none, '' for empty text")
         elif not keys:
             self._merge_section(section, None)
         elif path == _METHOD_PATH:
             self._choose_method(text.strip())
         elif section == "peft" and self.config.peft is None:
             if _METHOD_PATH not in self.rejected:
+                methods = ", ".join(method_names())
                 self._reject(
                     path,
-                    f"{path}: the run trains the model itself; choose {_METHOD_PATH} "
-                    f"(of {', '.join(method_names())}) too",
+                    f"the run trains the model itself; choose {_METHOD_PATH} (of {methods}) too",
                 )
         else:
             self._set_by_path(section, keys, text.strip())
@@ -296,12 +293,12 @@ class _Merge:
             annotation = Any if isinstance(holder, Mapping) else annotations_of(type(holder))[key]
             if isinstance(inner, dict) and not _has_parts(inner, annotation):
                 # A mapping of plain values: the rest of the path is the key, with its dots.
-                self._set_item(inner, ".".join(names[position:]), text, path, annotation)
+                key, item = ".".join(names[position:]), item_annotation(annotation)
+                self._set(inner, key, text, join(path, key), annotation=item, from_text=True)
                 return
             if not is_dataclass_instance(inner) and not isinstance(inner, dict):
                 kind = "has no fields" if key != section else "is not a dataclass"
-                full_path = ".".join(names)
-                self._reject(full_path, f"{full_path}: {path} {kind}, so text cannot change it")
+                self._reject(".".join(names), f"{path} {kind}, so text cannot change it")
                 return
             holder, holder_path = inner, path
         path = join(holder_path, names[-1])
@@ -309,16 +306,8 @@ class _Merge:
             self._reject_unknown(path)
         elif isinstance(holder, Mapping):
             self._reject_value_with_fields(path, holder[names[-1]], text)
-        elif self._set(holder, names[-1], text, path, from_text=True):
-            self.config.provenance.mark_given(path)
-
-    def _set_item(
-        self, mapping: dict[Any, Any], key: str, text: str, path: str, annotation: Any
-    ) -> None:
-        path = join(path, key)
-        wanted = item_annotation(annotation)
-        if self._set(mapping, key, text, path, annotation=wanted, from_text=True):
-            self.config.provenance.mark_given(path)
+        else:
+            self._set(holder, names[-1], text, path, from_text=True)
 
     def _make_absent_section(self, holder: Any, key: str, path: str) -> Any:
         """Create the optional section that is about to be set, of its annotated class."""
@@ -338,7 +327,7 @@ class _Merge:
         try:
             self.config.peft = changed_method(self.config.peft, method_class(name))
         except ConversionError as error:
-            self._reject(_METHOD_PATH, f"{_METHOD_PATH}: {error}")
+            self._reject(_METHOD_PATH, str(error))
             self.rejected.add(_METHOD_PATH)
 
     def _set(
@@ -350,27 +339,34 @@ class _Merge:
         *,
         annotation: Any = None,
         from_text: bool = False,
-    ) -> bool:
-        """Set a field, or an item of a mapping whose values are of `annotation`."""
+    ) -> None:
+        """Set a field, or an item of a mapping whose values are of `annotation`.
+
+        Args:
+            holder: A dataclass or a mapping.
+            name: The field or the key.
+            value: A plain value.
+            path: Its path.
+            annotation: Of the items of a mapping.
+            from_text: Whether the value is the text of an override.
+        """
         if not isinstance(holder, dict):
             annotation = annotations_of(type(holder))[name]
             if is_runtime_hook(fields_of(holder)[name]) and value not in (None, "null"):
-                self._reject(path, f"{path}: is set by the loop while it runs, not by text")
-                return False
+                self._reject(path, "is set by the loop while it runs, not by text")
+                return
         try:
             converted = (_convert_text if from_text else convert)(value, annotation, path)
-        except FieldProblems as error:
-            self.problems.extend(error.problems)
         except ConversionError as error:
-            self._reject(path, f"{path}: {error}")
+            self.problems += error.as_problems(path)
+            self.rejected.add(path)
+            return
+        if isinstance(holder, dict):
+            holder[name] = converted
         else:
-            if isinstance(holder, dict):
-                holder[name] = converted
-            else:
-                assign(holder, name, converted)
-            return True
-        self.rejected.add(path)
-        return False
+            assign(holder, name, converted)
+        if from_text:
+            self.config.provenance.mark_given(path)
 
     def _reject_unknown(self, path: str) -> None:
         self.problems.append(unknown_key(self.config, path))
@@ -382,10 +378,10 @@ class _Merge:
     def _reject_value_with_fields(self, path: str, present: Any, value: Any) -> None:
         example = next(iter(names_in(present)), None)
         hint = f"; set its fields, such as {path}.{example}" if example else ""
-        self._reject(path, f"{path}: is a section, it cannot be {value!r}{hint}")
+        self._reject(path, f"is a section, it cannot be {value!r}{hint}")
 
-    def _reject(self, path: str, text: str) -> None:
-        self.problems.append(Problem((path,) if path else (), text))
+    def _reject(self, path: str, why: str) -> None:
+        self.problems.append(Problem((path,), f"{path}: {why}"))
 
 
 def _chooses_method(override: str) -> bool:

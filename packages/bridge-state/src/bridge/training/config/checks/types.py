@@ -6,7 +6,7 @@ from typing import Any
 from bridge.training.config.checks.suggestions import unknown_key
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.schema.convert import convert
-from bridge.training.config.schema.errors import ConversionError, FieldProblems, Problem
+from bridge.training.config.schema.errors import ConversionError, Problem
 from bridge.training.config.schema.fields import (
     annotations_of,
     default_of,
@@ -59,10 +59,7 @@ def _check_fields(
         except ConversionError as error:
             if is_default(value, field):
                 continue  # megatron-core's own annotation does not fit its default.
-            if isinstance(error, FieldProblems):
-                problems.extend(error.problems)
-            else:
-                problems.append(Problem((here,), f"{here}: {error}"))
+            problems += error.as_problems(here)
             rejected.add(here)
             default = default_of(field)
             if default is not dataclasses.MISSING:

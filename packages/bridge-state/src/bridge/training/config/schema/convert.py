@@ -268,10 +268,8 @@ def build_dataclass(kind: type, mapping: Mapping[Any, Any], path: str) -> Any:
             continue
         try:
             values[key] = convert(item, annotations[key], here)
-        except FieldProblems as error:
-            problems.extend(error.problems)
         except ConversionError as error:
-            problems.append(Problem((here,), f"{here}: {error}"))
+            problems += error.as_problems(here)
     for name, field in fields.items():
         if name not in mapping and field.init and default_of(field) is dataclasses.MISSING:
             here = join(path, name)

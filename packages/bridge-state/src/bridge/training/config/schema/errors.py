@@ -37,6 +37,10 @@ class Problem:
 class ConversionError(UsageError):
     """One value does not fit its field, or cannot be written as text."""
 
+    def as_problems(self, path: str) -> list[Problem]:
+        """Return the problems of the field at `path`, whose value it is."""
+        return [Problem((path,), f"{path}: {self}")]
+
 
 class WrongType(ConversionError):
     """A value is of another type than its field; there is no better explanation."""
@@ -49,6 +53,10 @@ class FieldProblems(ConversionError):
         """Keep one problem for each field."""
         self.problems = list(problems)
         super().__init__("\n".join(map(str, problems)))
+
+    @override
+    def as_problems(self, path: str) -> list[Problem]:
+        return self.problems
 
 
 class ConfigError(UsageError):

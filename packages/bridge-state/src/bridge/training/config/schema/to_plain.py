@@ -50,7 +50,7 @@ def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> 
         if callable(value):
             return name_of(value)
     except ConversionError as error:
-        raise FieldProblems([Problem((path,), f"{path}: {error}")]) from error
+        raise FieldProblems(error.as_problems(path)) from error
     text = f"{path}: {value!r} ({type(value).__name__}) cannot be written as text"
     raise FieldProblems([Problem((path,), text)])
 
