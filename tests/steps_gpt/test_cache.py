@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bridge.gpt.data.cache import default_cache_dir, published, published_by_first_rank
-from bridge.gpt.data.corpora import cached_tokens
+from bridge.gpt.data.pretraining.corpora import cached_tokens
 from bridge.gpt.data.text.sources import find_source
 from bridge.training.config import TokenizerConfig
 from bridge.training.ranks.collectives import on_first_rank

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
-from bridge.gpt.data.next_token_samples import TokenSamples
+from bridge.gpt.data.pretraining.next_token_samples import TokenSamples
 from bridge.training.megatron_import import quiet_import
 from gpt_data import build_splits, write_pair
 from sft_data import word_tokenizer

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from bridge.gpt.data.pretraining.split_plan import parse_split
 from bridge.gpt.data.sft.dataset_config import SFTDatasetConfig
 from bridge.gpt.data.sft.packing import plan_packing
 from bridge.gpt.data.sft.rows.docstring_rows import held_out_modules, instructions
-from bridge.gpt.data.split_plan import parse_split
 from bridge.gpt.data.text.documents import read_text_documents
 from bridge.gpt.data.text.sources import find_source
 from bridge.training.config import ConfigError, TokenizerConfig, resolve

@@ -10,7 +10,7 @@ from typing import override
 import pytest
 
 from bridge.gpt.data.cache import published
-from bridge.gpt.data.corpora import cached_tokens
+from bridge.gpt.data.pretraining.corpora import cached_tokens
 from bridge.gpt.data.text.documents import read_text_documents
 from bridge.gpt.data.text.sources import find_source
 from bridge.gpt.data.token_files import build_token_files, write_tokens

@@ -79,7 +79,7 @@ def test_a_run_over_its_limit_is_killed_with_its_children(tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings(r"ignore:::megatron\.")
 def test_both_sides_read_the_same_tokens() -> None:
-    from bridge.gpt.data.random_tokens import RandomTokens as OurTokens
+    from bridge.gpt.data.pretraining.random_tokens import RandomTokens as OurTokens
 
     ours = OurTokens(samples=8, seq_length=16, vocab_size=1000, seed=(1234, 0))
     theirs = RandomTokens(samples=8, seq_length=16, vocab_size=1000, seed=1234)

@@ -36,8 +36,8 @@ Some errors of megatron-core are corrected with public names alone:
   are padded. NVIDIA/Megatron-LM#5077, merged after this version.
 - `bridge.gpt.model.GPT`: on the stages of MTP, an output layer that shares the embedding's weight
   has an unused weight of its own. NVIDIA/Megatron-LM#7577.
-- `bridge.gpt.data.next_token_samples`: padding is found by a token's id, and the loss mask of the
-  first sample is kept for later ones. NVIDIA/Megatron-LM#2170, NVIDIA/Megatron-LM#6981.
+- `bridge.gpt.data.pretraining.next_token_samples`: padding is found by a token's id, and the loss
+  mask of the first sample is kept for later ones. NVIDIA/Megatron-LM#2170, NVIDIA/Megatron-LM#6981.
 - `bridge.training.model.local_layers`: norms and attention without Transformer Engine that work
   with sequence and context parallelism and packed sequences. No upstream issue known.
 """

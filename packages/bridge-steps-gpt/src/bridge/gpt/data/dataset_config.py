@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.gpt.data.cache import cache_directory, digest, published_by_first_rank
-from bridge.gpt.data.corpora import open_corpora
-from bridge.gpt.data.named_sets import SetPaths, list_entries, sets_of_split, split_of_set
-from bridge.gpt.data.next_token_samples import TokenSamples, build_samples
-from bridge.gpt.data.random_tokens import random_splits
-from bridge.gpt.data.split_plan import (
+from bridge.gpt.data.pretraining.corpora import open_corpora
+from bridge.gpt.data.pretraining.named_sets import (
+    SetPaths,
+    list_entries,
+    sets_of_split,
+    split_of_set,
+)
+from bridge.gpt.data.pretraining.next_token_samples import TokenSamples, build_samples
+from bridge.gpt.data.pretraining.random_tokens import random_splits
+from bridge.gpt.data.pretraining.split_plan import (
     SPLIT_NAMES,
     SplitPlan,
     default_split,

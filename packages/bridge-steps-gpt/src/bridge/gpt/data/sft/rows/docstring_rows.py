@@ -19,8 +19,11 @@ from bridge.gpt.data.text.documents import count_documents
 from bridge.gpt.data.text.sources import TextFile, python_standard_library
 
 _TRAINED_ON = 0.98
-"""Share of the documents that gpt-tiny is trained on: `bridge.gpt.data.split_plan.default_split`
-keeps two percent of a text of this size for validation."""
+"""Share of the documents that gpt-tiny is trained on.
+
+`bridge.gpt.data.pretraining.split_plan.default_split` keeps two percent of a text of this size for
+validation.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import Any, override
 
 import torch
 
-from bridge.gpt.data.split_plan import SPLIT_NAMES, SplitPlan
+from bridge.gpt.data.pretraining.split_plan import SPLIT_NAMES, SplitPlan
 from bridge.training.contracts import SizedDataset
 from bridge.training.megatron_import import quiet_import
 from bridge.training.megatron_patches import tokens_of_sample
