@@ -156,7 +156,9 @@ class TokenCounter:
     def _take_loss_tokens(self, unreduced: int | None) -> int | None:
         counted, tokens = (0.0, 0.0) if self._reduced is None else self._reduced.tolist()
         self._reduced = None
-        return int(tokens) + (unreduced or 0) if counted or unreduced is not None else None
+        if not counted and unreduced is None:
+            return None
+        return int(tokens) + (unreduced or 0)
 
     def _add(self, tokens: int) -> None:
         self._counters.consumed_tokens += tokens

@@ -7,7 +7,7 @@ whole checkpoint.
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,20 +47,24 @@ class Verification:
 
     def __init__(self, checkpoints: Sequence[Path], group: dist.ProcessGroup | None = None) -> None:
         self._group = group
-        self._together = group is not None and dist.get_world_size(group) > 1
         rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-        self._manifests = self._on_first(lambda: [_checked(path) for path in checkpoints])
-        blocks = [
+        self._is_shared = size > 1
+
+        def check() -> list[Manifest | None]:
+            return [_checked(path) for path in checkpoints]
+
+        manifests = on_first_rank(check, group) if self._is_shared else check()
+        self._blocks = [
             (manifest, name, block)
-            for manifest in self._manifests
+            for manifest in manifests
             if manifest is not None
             for name, block in manifest.blocks()
             if name.endswith(".distcp")
         ]
         self._pool = ThreadPoolExecutor(reading_threads(), thread_name_prefix="verification")
-        self._all, self._own = blocks, set(range(rank, len(blocks), size))
+        self._own = set(range(rank, len(self._blocks), size))
         self._results: dict[int, Future[str | None]] = {
-            index: self._pool.submit(Manifest.compare, *blocks[index]) for index in self._own
+            index: self._pool.submit(Manifest.compare, *self._blocks[index]) for index in self._own
         }
 
     def close(self) -> None:
@@ -69,13 +73,13 @@ class Verification:
 
     @contextlib.contextmanager
     def explaining_errors(self) -> Iterator[None]:
-        """Read a checkpoint in this block: an error that damage has led to is raised as damage."""
+        """Read a checkpoint in this block: an error that damage caused is raised as damage."""
         try:
             yield
         except Exception as error:
             # This rank alone may have failed, so it looks at all files by itself.
-            for index in set(range(len(self._all))) - self._own:
-                self._results[index] = self._pool.submit(Manifest.compare, *self._all[index])
+            for index in set(range(len(self._blocks))) - self._own:
+                self._results[index] = self._pool.submit(Manifest.compare, *self._blocks[index])
             if (message := self._find_damage()) is not None:
                 raise DamagedCheckpoint(message) from error
             raise
@@ -89,7 +93,7 @@ class Verification:
         found = self._find_damage()
         # Data loading workers are forked next.
         self._pool.shutdown()
-        messages = from_every_rank(found, self._group) if self._together else [found]
+        messages = from_every_rank(found, self._group) if self._is_shared else [found]
         for message in messages:
             if message is not None:
                 raise DamagedCheckpoint(message)
@@ -97,12 +101,9 @@ class Verification:
     def _find_damage(self) -> str | None:
         for index in sorted(self._results):
             if (cause := self._results[index].result()) is not None:
-                manifest, name, _ = self._all[index]
+                manifest, name, _ = self._blocks[index]
                 return _message(manifest.checkpoint, name, cause)
         return None
-
-    def _on_first[T](self, function: Callable[[], T]) -> T:
-        return on_first_rank(function, self._group) if self._together else function()
 
 
 @contextlib.contextmanager
@@ -110,7 +111,7 @@ def verified(*checkpoints: Path) -> Iterator[None]:
     """Read checkpoints by one process in this block; it raises where they are damaged.
 
     Raises:
-        DamagedCheckpoint: With file and cause, in place of what damage has led to.
+        DamagedCheckpoint: With file and cause, in place of the error that damage caused.
     """
     with (
         contextlib.closing(Verification(checkpoints)) as verification,
