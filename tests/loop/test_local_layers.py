@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bridge.training import cpu
-from bridge.training.model.local_layers import LayerNorm, LocalAttention, RMSNorm
+from bridge.training.transformer.local_layers import LayerNorm, LocalAttention, RMSNorm
 from ranks import run_ranks
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8

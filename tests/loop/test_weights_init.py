@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from bridge.training.model.initial_weights import draw_with, initialize_weights
-from bridge.training.model.local_layers import LayerNorm, LocalAttention, RMSNorm
+from bridge.training.transformer.local_layers import LayerNorm, LocalAttention, RMSNorm
 from ranks import run_ranks
 
 VOCABULARY = 64

@@ -13,9 +13,9 @@ from bridge.gpt.conversion.hf_import import import_hf
 from bridge.gpt.data.dataset_config import GPTDatasetConfig
 from bridge.peft import CanonicalLoRA, DoRA, LoRA
 from bridge.training.gpt_step import forward_step
-from bridge.training.model.layer_specs import has_transformer_engine
 from bridge.training.pretrain import pretrain
 from bridge.training.train import StepResult
+from bridge.training.transformer.layer_specs import has_transformer_engine
 from gpt_models import tiny_gpt
 from hf_models import run_from, write_folder
 from sft_data import write_rows

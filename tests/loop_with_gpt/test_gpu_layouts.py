@@ -19,8 +19,8 @@ import torch
 
 from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.gpt_step import forward_step
-from bridge.training.model.layer_specs import has_transformer_engine
 from bridge.training.pretrain import pretrain
+from bridge.training.transformer.layer_specs import has_transformer_engine
 from gpt_models import microbatch, tiny_gpt
 from training_runs import gpt_run, series
 

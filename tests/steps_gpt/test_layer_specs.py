@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.gpt_step import forward_step
-from bridge.training.model.local_layers import LayerNorm, LocalAttention, RMSNorm
 from bridge.training.state import GlobalState
+from bridge.training.transformer.local_layers import LayerNorm, LocalAttention, RMSNorm
 from gpt_models import SEQUENCE, build_chunks, losses_of, microbatch, run_of, tiny_gpt
 from ranks import run_ranks
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.config import TokenizerConfig
-from bridge.training.model import transformer_section
+from bridge.training.transformer import section
 from gpt_models import build_chunks, run_of, tiny_gpt
 from ranks import run_ranks
 
@@ -86,8 +86,8 @@ class TestOpenFields:
     def test_gpu_takes_what_is_installed(
         self, has_engine: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(transformer_section, "has_transformer_engine", lambda: has_engine)
-        monkeypatch.setattr(transformer_section, "has_fused_gradient_accumulation", lambda: False)
+        monkeypatch.setattr(section, "has_transformer_engine", lambda: has_engine)
+        monkeypatch.setattr(section, "has_fused_gradient_accumulation", lambda: False)
         model = tiny_gpt(layer_spec="auto", num_moe_experts=4)
         values = model.open_fields(run_of(model), device="cuda")
         assert values == {
@@ -103,7 +103,7 @@ class TestOpenFields:
         }
 
     def test_layers_that_were_chosen_decide_the_rest(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(transformer_section, "has_transformer_engine", lambda: True)
+        monkeypatch.setattr(section, "has_transformer_engine", lambda: True)
         model = tiny_gpt(layer_spec="local")
         values = model.open_fields(run_of(model), device="cuda")
         assert values["layer_spec"] == "local"
@@ -137,7 +137,7 @@ class TestOpenFields:
     def test_layer_used_twice_accumulates_its_gradients_apart(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(transformer_section, "has_transformer_engine", lambda: True)
+        monkeypatch.setattr(section, "has_transformer_engine", lambda: True)
         model = tiny_gpt(layer_spec="auto", mtp_num_layers=2, mtp_use_repeated_layer=True)
         values = model.open_fields(run_of(model), device="cuda")
         assert values["gradient_accumulation_fusion"] is False

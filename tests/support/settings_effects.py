@@ -32,7 +32,7 @@ from bridge.training.config.checks.unsupported import DDP, MODEL, OPTIMIZER, rej
 from bridge.training.config.schema.fields import annotations_of
 from bridge.training.gpt_step import forward_step
 from bridge.training.mimo_step import forward_step as mimo_step
-from bridge.training.model.transformer_limits import LAYERS
+from bridge.training.transformer.limits import LAYERS
 from gpt_models import tiny_gpt
 from mimo_models import mimo_run, tiny_mimo
 from ranks import RankFailure, run_ranks

@@ -14,11 +14,11 @@ Only these are somewhere else:
 
 Our subclasses of megatron-core's classes override private methods, with ``typing.override``:
 
-- `bridge.training.model.router.Router._apply_seq_aux_loss`: megatron-core divides by the mean
+- `bridge.training.transformer.router.Router._apply_seq_aux_loss`: megatron-core divides by the mean
   length of the sequences, while padding lies unevenly in them. No upstream issue known; padding
   masks came with NVIDIA/Megatron-LM#2142.
-- `bridge.training.model.router.Router._apply_expert_bias`: the padding mask does not fit the shape
-  of the routing map. NVIDIA/Megatron-LM#6111, fixed after this version by #6114.
+- `bridge.training.transformer.router.Router._apply_expert_bias`: the padding mask does not fit the
+  shape of the routing map. NVIDIA/Megatron-LM#6111, fixed after this version by #6114.
 - `bridge.gpt.model.GPT._postprocess`: under uneven masks the MTP loss depends on the layout and on
   the micro batch size. NVIDIA/Megatron-LM#2417 is a part of it.
 - `bridge.gpt.model.PredictionLayer._get_embeddings`: the padding mask is shifted within the part of
@@ -38,8 +38,8 @@ Some errors of megatron-core are corrected with public names alone:
   has an unused weight of its own. NVIDIA/Megatron-LM#7577.
 - `bridge.gpt.data.pretraining.next_token_samples`: padding is found by a token's id, and the loss
   mask of the first sample is kept for later ones. NVIDIA/Megatron-LM#2170, NVIDIA/Megatron-LM#6981.
-- `bridge.training.model.local_layers`: norms and attention without Transformer Engine that work
-  with sequence and context parallelism and packed sequences. No upstream issue known.
+- `bridge.training.transformer.local_layers`: norms and attention without Transformer Engine that
+  work with sequence and context parallelism and packed sequences. No upstream issue known.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The MTP layers of a GPT; its other layers are `bridge.training.model.layer_specs`."""
+"""The MTP layers of a GPT; its other layers are `bridge.training.transformer.layer_specs`."""
 
 import dataclasses
 from typing import Any
@@ -14,8 +14,8 @@ with quiet_import():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from bridge.gpt.model import PredictionLayer
-    from bridge.training.model.layer_specs import (
-        adapted_layer,
+    from bridge.training.transformer.layer_specs import (
+        adapt_layer,
         backend_of,
         uses_transformer_engine,
     )
@@ -35,7 +35,7 @@ def mtp_block_spec(
     )
     block: Any = get_gpt_mtp_block_spec_for_backend(
         config=config,
-        spec=adapted_layer(layers[-1], config),
+        spec=adapt_layer(layers[-1], config),
         backend=backend_of(config),
         vp_stage=vp_stage,
         pp_rank=pp_rank,

@@ -18,7 +18,7 @@ with quiet_import():
     from bridge.training.config import ConfigContainer, Problem
     from bridge.training.config.model_identity import model_field
     from bridge.training.contracts import ExportedWeight
-    from bridge.training.model.language_model_section import LanguageModelSection
+    from bridge.training.transformer.language_model_section import LanguageModelSection
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -7,7 +7,7 @@ import torch
 
 from bridge.training.megatron_import import quiet_import
 from bridge.training.model.initial_weights import draw_with
-from bridge.training.model.layer_specs import backend_of
+from bridge.training.transformer.layer_specs import backend_of
 
 with quiet_import():
     from megatron.core.transformer.mlp import MLP, MLPSubmodules

@@ -9,8 +9,8 @@ from bridge.mimo.vision import VisionTransformer
 from bridge.training.config import ConfigContainer, Problem
 from bridge.training.config.model_identity import model_field
 from bridge.training.megatron_import import quiet_import
-from bridge.training.model.language_model_section import LanguageModelSection
-from bridge.training.model.transformer_section import TransformerSection
+from bridge.training.transformer.language_model_section import LanguageModelSection
+from bridge.training.transformer.section import TransformerSection
 
 with quiet_import():
     from megatron.core.models.gpt import GPTModel

@@ -7,7 +7,7 @@ import torch
 from bridge.mimo.projections import build_linear, initializer_of
 from bridge.training.megatron_import import quiet_import
 from bridge.training.model.initial_weights import draw_with
-from bridge.training.model.layer_specs import encoder_block_spec
+from bridge.training.transformer.layer_specs import encoder_block_spec
 from bridge.training.usage_error import UsageError
 
 with quiet_import():

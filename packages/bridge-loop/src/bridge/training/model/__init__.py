@@ -1,1 +1,1 @@
-"""The model: building, initial weights, DDP, hooks, and the modules that transformers share."""
+"""A rank's part of any model: building, initial weights, wrapping in DDP, hooks, frozen weights."""

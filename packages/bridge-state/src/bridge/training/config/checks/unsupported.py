@@ -2,7 +2,7 @@
 
 A field at its default, or derived by resolution, is never rejected. Here are the settings that the
 loop does not support, of the optimizer, the DDP wrapper and any model. Those that the layers do not
-support are in `bridge.training.model.transformer_limits`.
+support are in `bridge.training.transformer.limits`.
 """
 
 import dataclasses

@@ -14,13 +14,13 @@ from bridge.training.config.model_identity import model_field
 from bridge.training.config.schema.to_plain import text_of
 from bridge.training.megatron_import import quiet_import
 from bridge.training.megatron_patches import has_fused_gradient_accumulation
-from bridge.training.model.transformer_limits import LAYERS
+from bridge.training.transformer.limits import LAYERS
 from bridge.training.usage_error import UsageError
 
 with quiet_import():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from bridge.training.model.layer_specs import has_transformer_engine
+    from bridge.training.transformer.layer_specs import has_transformer_engine
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 The local layers are for the CPU emulation and for GPUs without Transformer Engine. megatron-core's
 own local layers reject sequence parallelism (their norm) and context parallelism (their attention).
-Those of `bridge.training.model.local_layers` support both.
+Those of `bridge.training.transformer.local_layers` support both.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ with quiet_import():
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from bridge.training.model.local_layers import LayerNorm, LocalAttention, RMSNorm
-    from bridge.training.model.router import Router
+    from bridge.training.transformer.local_layers import LayerNorm, LocalAttention, RMSNorm
+    from bridge.training.transformer.router import Router
 
 
 def has_transformer_engine() -> bool:
@@ -39,7 +39,7 @@ def uses_transformer_engine(config: TransformerConfig) -> bool:
     return config.transformer_impl == "transformer_engine"
 
 
-def adapted_layer(layer: Any, config: TransformerConfig) -> ModuleSpec:
+def adapt_layer(layer: Any, config: TransformerConfig) -> ModuleSpec:
     """Return a layer spec of megatron-core with our choice of modules in it."""
     mlp = layer.submodules.mlp
     if isinstance(mlp, partial) and mlp.func is MoELayer:
@@ -65,7 +65,7 @@ def decoder_block_spec(
     *,
     vp_stage: int | None = None,
     pp_rank: int = 0,
-    adapt: Callable[[Any, TransformerConfig], ModuleSpec] = adapted_layer,
+    adapt: Callable[[Any, TransformerConfig], ModuleSpec] = adapt_layer,
 ) -> TransformerBlockSubmodules:
     """Return the layers of one chunk of a causal transformer and the norm after the last of them.
 
@@ -132,7 +132,7 @@ def _local_norm(config: TransformerConfig) -> Any:
 
 
 def _layer_without_mask(layer: Any, config: TransformerConfig) -> ModuleSpec:
-    layer = adapted_layer(layer, config)
+    layer = adapt_layer(layer, config)
     attention = layer.submodules.self_attention
     params = {**(attention.params or {}), "attn_mask_type": AttnMaskType.no_mask}
     attention = dataclasses.replace(attention, params=params)

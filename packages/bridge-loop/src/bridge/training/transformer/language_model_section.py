@@ -12,8 +12,8 @@ from bridge.training.usage_error import UsageError
 with quiet_import():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from bridge.training.model.layer_specs import decoder_block_spec
-    from bridge.training.model.transformer_section import TransformerSection
+    from bridge.training.transformer.layer_specs import decoder_block_spec
+    from bridge.training.transformer.section import TransformerSection
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
