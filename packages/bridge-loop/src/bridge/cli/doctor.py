@@ -4,59 +4,41 @@ import argparse
 import importlib
 import platform
 import shutil
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from bridge.training.entry_points import RECIPES
 
+_PURPOSES = {
+    "torch": "tensors",
+    "megatron-core": "the engine",
+    "bridge-state": "configuration and state",
+    "bridge-loop": "the training loop",
+    "bridge-steps-gpt": "GPT: step, data, recipes",
+    "bridge-peft": "LoRA, DoRA, canonical LoRA",
+    "transformer-engine": "fused layers on GPUs",
+    "apex": "fused gradient accumulation on GPUs",
+    "tensorboard": "curves",
+    "wandb": "tracking",
+    "transformers": "Hugging Face tokenizers",
+    "datasets": "Hugging Face datasets on disk",
+    "sentencepiece": "SentencePiece tokenizers",
+    "tiktoken": "tiktoken tokenizers",
+}
+"""The packages that a run may use."""
 
-@dataclass(frozen=True)
-class _Part:
-    """A package that a run may use."""
 
-    distribution: str
-    purpose: str
-    remedy: str
-
-
-def _parts() -> tuple[_Part, ...]:
+def _remedy(package: str) -> str:
+    """Return how to get a package that is not installed."""
     from bridge.training.megatron_patches import MEGATRON_CORE  # Imports torch.
 
-    return (
-        _Part("torch", "tensors", "pip install torch"),
-        _Part("megatron-core", "the engine", f"pip install megatron-core=={MEGATRON_CORE}"),
-        _Part(
-            "bridge-state", "configuration and state", "pip install --find-links DIST bridge-state"
-        ),
-        _Part("bridge-loop", "the training loop", "pip install --find-links DIST bridge-loop"),
-        _Part(
-            "bridge-steps-gpt",
-            "GPT: step, data, recipes",
-            "pip install --find-links DIST bridge-steps-gpt",
-        ),
-        _Part(
-            "bridge-peft",
-            "LoRA, DoRA, canonical LoRA",
-            "pip install --find-links DIST bridge-peft",
-        ),
-        _Part(
-            "transformer-engine",
-            "fused layers on GPUs",
-            'pip install "transformer-engine[core-cu13,pytorch]" on a machine with a GPU and its '
-            "compiler; without it GPUs use our local layers",
-        ),
-        _Part(
-            "apex",
-            "fused gradient accumulation on GPUs",
-            "nothing to do: Transformer Engine brings what the loop uses",
-        ),
-        _Part("tensorboard", "curves", "pip install tensorboard"),
-        _Part("wandb", "tracking", "pip install wandb"),
-        _Part("transformers", "Hugging Face tokenizers", "pip install transformers"),
-        _Part("datasets", "Hugging Face datasets on disk", "pip install datasets"),
-        _Part("sentencepiece", "SentencePiece tokenizers", "pip install sentencepiece"),
-        _Part("tiktoken", "tiktoken tokenizers", "pip install tiktoken"),
-    )
+    if package.startswith("bridge-"):
+        return f"pip install --find-links DIST {package}"
+    return {
+        "megatron-core": f"pip install megatron-core=={MEGATRON_CORE}",
+        "transformer-engine": 'pip install "transformer-engine[core-cu13,pytorch]" on a machine '
+        "with a GPU and its compiler; without it GPUs use our local layers",
+        "apex": "nothing to do: Transformer Engine brings what the loop uses",
+    }.get(package, f"pip install {package}")
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -67,12 +49,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def _run(options: argparse.Namespace) -> int:
     print(f"python              {platform.python_version()}")
-    for part in _parts():
+    for package, purpose in _PURPOSES.items():
         try:
-            found = version(part.distribution)
+            found = version(package)
         except PackageNotFoundError:
-            found = f"not installed ({part.purpose}): {part.remedy}"
-        print(f"{part.distribution:<20}{found}")
+            found = f"not installed ({purpose}): {_remedy(package)}"
+        print(f"{package:<20}{found}")
     _print_devices()
     free = shutil.disk_usage(".").free / 2**30
     print(f"{'disk':<20}{free:.0f} GiB free here")

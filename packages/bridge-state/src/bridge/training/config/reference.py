@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -104,7 +105,7 @@ def _keys(holder: Any, path: str) -> Iterator[Key]:
 
 
 def _meanings_of(cls: type) -> dict[str, str]:
-    """Return the first sentence of each field's docstring, the nearest class's."""
+    """Return the first sentence of each field's docstring, that of the nearest class."""
     meanings: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
@@ -119,15 +120,13 @@ def _own_meanings(cls: type) -> Iterator[tuple[str, str]]:
         return  # Defined where there is no source to read, such as an interactive session.
     (definition,) = tree.body
     assert isinstance(definition, ast.ClassDef)
-    for field, docstring in zip(definition.body, definition.body[1:], strict=False):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(docstring, ast.Expr)
-            and isinstance(docstring.value, ast.Constant)
-            and isinstance(docstring.value.value, str)
-        ):
-            yield field.target.id, _first_sentence(docstring.value.value)
+    for pair in itertools.pairwise(definition.body):
+        match pair:
+            case (
+                ast.AnnAssign(target=ast.Name(id=field)),
+                ast.Expr(value=ast.Constant(value=str(docstring))),
+            ):
+                yield field, _first_sentence(docstring)
 
 
 def _first_sentence(text: str) -> str:

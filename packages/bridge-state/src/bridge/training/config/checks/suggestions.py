@@ -1,35 +1,25 @@
 """Unknown keys, and the existing ones that were probably meant."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.schema.errors import Problem
-from bridge.training.config.schema.fields import (
-    annotations_of,
-    fields_of,
-    names_in,
-    parts_of,
-    value_at,
-)
+from bridge.training.config.schema.fields import annotations_of, names_in, parts_of, value_at
 from bridge.training.spelling import nearest
 
 
 def section_fields(config: ConfigContainer, section: str) -> list[str]:
     """Return the keys of a section; of one that is None, those of its declared class."""
-    value: Any = getattr(config, section)
-    if value is None:
-        value = declared_class(section)
-    return list(fields_of(value)) if dataclasses.is_dataclass(value) else []
+    present: Any = getattr(config, section)
+    return names_in(declared_class(section) if present is None else present)
 
 
-def declared_class(section: str) -> type | None:
-    """Return the dataclass that a section's annotation names, if it names one."""
+def declared_class(section: str) -> Any:
+    """Return the dataclass that a section's annotation names, None if it names none."""
     annotation = annotations_of(ConfigContainer)[section]
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
-            return candidate
-    return None
+    candidates = (annotation, *get_args(annotation))
+    return next((cls for cls in candidates if dataclasses.is_dataclass(cls)), None)
 
 
 def unknown_key(config: ConfigContainer, path: str) -> Problem:

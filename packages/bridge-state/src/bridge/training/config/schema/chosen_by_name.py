@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from bridge.training.config.schema.errors import ConversionError
 from bridge.training.config.schema.fields import default_of, fields_of
@@ -54,7 +54,7 @@ def class_of_section(kind: type, content: Mapping[Any, Any]) -> type | None:
 
 def is_found_by_name(value: Any, annotation: Any) -> bool:
     """Whether a section is written without its class, since its field ``method`` leads to it."""
-    if PEFTMethod not in (annotation, *getattr(annotation, "__args__", ())):
+    if PEFTMethod not in (annotation, *get_args(annotation)):
         return False
     entry = PEFT_METHODS.entries().get(getattr(value, METHOD, ""))
     return entry is not None and entry.load() is type(value)
