@@ -67,7 +67,7 @@ class CallbackContext:
 
         A collective: a callback calls it on every rank, with the same arguments. The model
         computes as in an evaluation, in the schedule of its layout, in evaluation mode and without
-        gradients; metrics, counters and what is logged stay as they are. Each microbatch's loss
+        gradients; metrics, counters and records do not change. Each microbatch's loss
         function is called as ``loss_func(output, non_loss_data=True)`` (the keyword only where it
         takes one) and may return anything; without a loss function it is the output itself.
 
@@ -117,8 +117,8 @@ class Callback:
     def on_before_optimizer_step(self, context: CallbackContext) -> None:
         """Before the optimizer's step: the reduced gradients are in ``main_grad``, not yet clipped.
 
-        They are those of the whole step, divided by its tokens, unsharded on every rank; in fp16
-        they are multiplied by the loss scale.
+        They are those of all microbatches, divided by the step's tokens, and unsharded on every
+        rank. In fp16 they are multiplied by the loss scale.
         """
 
     def on_evaluate_start(self, context: CallbackContext) -> None:

@@ -4,10 +4,10 @@ Every sample of a set counts once (`bridge.training.data.evaluation_plan`). The 
 
     sum of its sums over the set / sum of its counts over the set
 
-and depends neither on batch sizes nor on the layout. A mean of pattern 1 weighs each microbatch by
-its samples, and so does the mean of microbatches' means with train.loss_normalization=microbatch.
-The latter depends on the sizes of the microbatches, as in training, and so on the layout for the
-samples that fill no microbatch.
+and depends neither on batch sizes nor on the layout. In a mean of pattern 1 a microbatch has the
+weight of its samples, and so it has with train.loss_normalization=microbatch. The latter depends on
+the sizes of the microbatches, as in training, and so on the layout for the samples that fill no
+microbatch.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The components of a run that train it: what a program with its own loop gets."""
+"""The components of a run that train it, also given to a program with its own loop."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run while it goes on: its components, and what the loop does at its fixed points."""
+"""A run in progress: its components, and the actions at the fixed points of the loop."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ __all__ = ["Run", "TrainingParts"]
 
 
 class Run:
-    """The components of a run, and what `bridge.training.train.train` asks of them."""
+    """A run as `bridge.training.train.train` sees it: its parts, and the actions of the loop."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Run:
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Name what the run does in this block; after an error the name stays, for its message."""
+        """Name the phase of this block; after an error the name stays, for its message."""
         before, self.phase = self.phase, phase
         yield
         self.phase = before

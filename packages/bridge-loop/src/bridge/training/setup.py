@@ -77,7 +77,7 @@ from bridge.training.step.schedule import sequence_length
 def training_parts(
     config: ConfigContainer, forward_step_func: Callable[..., Any]
 ) -> Iterator[TrainingParts]:
-    """Build what `bridge.training.train.train_step` needs, for a program with a loop of its own.
+    """Build the arguments of `bridge.training.train.train_step`, for a program with its own loop.
 
     The program keeps everything else: signals, logging, callbacks, when to evaluate and to save.
     Existing process groups are used and kept; missing ones are created. Nothing is printed. Only

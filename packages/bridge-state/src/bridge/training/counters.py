@@ -149,7 +149,7 @@ class TokenCounter:
             self._interval[name] = self._interval.get(name, 0) + number
 
     def take_interval(self) -> dict[str, int]:
-        """Return what was counted since the last call, by name; "tokens" is always among it."""
+        """Return the counts since the last call by name, always with "tokens"."""
         interval, self._interval = self._interval, {}
         return {TOKENS: 0} | interval
 

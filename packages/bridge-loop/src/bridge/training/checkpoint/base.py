@@ -39,7 +39,7 @@ class Base:
         return cls(place=str(checkpoint), fingerprint=fingerprint(checkpoint))
 
     def record(self) -> dict[str, str]:
-        """Return what a checkpoint keeps of it."""
+        """Return the values that are saved with the adapters."""
         return {"place": self.place, "fingerprint": self.fingerprint}
 
     def reject_other_weights(self, saved: Mapping[str, str], checkpoint: Path) -> None:
@@ -64,7 +64,7 @@ def fingerprint(checkpoint: Path) -> str:
     """Return a digest of a checkpoint's files.
 
     Of large files it takes the size and blocks spread over them, so that it costs no more than
-    reading a few MB: enough to tell the steps of a run apart, not to find a flipped bit. The
+    reading a few MB: enough to distinguish the steps of a run, not to find a flipped bit. The
     configuration next to the weights does not count.
     """
     digest = hashlib.blake2b(digest_size=16)

@@ -187,7 +187,7 @@ class Checkpointer:
         )
         if same_ranks:
             self._restore_state_of_rank(state[_rng_key()])
-        # The ranks must agree on what is evaluated already.
+        # All ranks must skip the same evaluations.
         self._run.state.results = on_first_rank(
             lambda: saved_results(checkpoint, common), self._ranks.control_group
         )

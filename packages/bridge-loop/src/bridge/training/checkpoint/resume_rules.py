@@ -1,9 +1,9 @@
-"""Rules for what a start may change of the run that it resumes, or of the weights it starts from.
+"""The rules of a resume: the settings that it may change, and those of a start from other weights.
 
 A run that is resumed keeps its model, its adapters and their base, its data, its seed and the kind
-of its optimizer. A run that starts from the weights of another keeps the model. Settings that only
-say how a model is executed may differ in both (`bridge.training.config.model_identity` says of each
-field what it decides).
+of its optimizer. A run that starts from the weights of another keeps the model. Settings of a
+model's execution may differ in both (`bridge.training.config.model_identity` has the kind of each
+field).
 """
 
 from collections.abc import Iterator, Mapping
@@ -173,7 +173,7 @@ def optimizer_kind(config: ConfigContainer) -> dict[str, Any]:
 def decided_by_checkpoint(
     section: Mapping[str, Any], kinds: Mapping[str, FieldKind], place: str = ""
 ) -> dict[str, Any]:
-    """Return the fields of a saved model section that say what the model is.
+    """Return the fields of a saved model section that make up the model's identity.
 
     Args:
         section: The section, or one of a module within it.
@@ -203,7 +203,7 @@ def flatten(fields: Mapping[str, Any], place: str = "") -> dict[str, Any]:
 def _reject_another_command(
     made_by: str | None, directory: RunDirectory, config: ConfigContainer
 ) -> None:
-    # Runs from before this was recorded say nothing.
+    # Older runs did not record it.
     if None not in (made_by, config.command) and made_by != config.command:
         raise UsageError(
             f"checkpoint.run_dir={str(directory.path)!r}: it holds a run of {made_by}, and "

@@ -1,7 +1,7 @@
 """The verification of checkpoints: their files are compared with the manifest while they are read.
 
-What was read is used once the comparison has ended. The message about damage names the newest older
-whole checkpoint.
+Nothing that was read is used before the comparison has ended. The message about damage names the
+newest older checkpoint without damage.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ class Verification:
 
     Names, sizes and small files are compared at once, before anything is read; the tensors' files
     in the background, divided over the ranks. The caller reads within `explaining_errors`, calls
-    `finish` before what was read is used, and `close` at the end, also after an error.
+    `finish` before it uses anything, and `close` at the end, also after an error.
 
     Args:
         checkpoints: The folders.
         group: All ranks of the run, which all make the same calls; None for one process.
 
     Raises:
-        DamagedCheckpoint: On every rank, with file and cause and the newest older whole checkpoint.
+        DamagedCheckpoint: On every rank, with file, cause and the newest older checkpoint to use.
     """
 
     def __init__(self, checkpoints: Sequence[Path], group: dist.ProcessGroup | None = None) -> None:
@@ -140,7 +140,7 @@ def reject_missing_manifest(checkpoint: Path) -> None:
         raise DamagedCheckpoint(_message(checkpoint, MANIFEST, "is missing"))
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_undamaged(checkpoint: Path) -> bool:
     """Whether all files of a checkpoint are those that were written; reads all of them."""
     try:
         manifest = Manifest.read(checkpoint)
@@ -154,8 +154,8 @@ def is_whole(checkpoint: Path) -> bool:
         return not any(pool.map(lambda block: manifest.compare(*block), manifest.blocks()))
 
 
-def newest_whole(folder: Path, before: int | None = None) -> Path | None:
-    """Return the newest whole checkpoint in a run's folder of checkpoints, None if there is none.
+def newest_undamaged(folder: Path, before: int | None = None) -> Path | None:
+    """Return the newest undamaged checkpoint in a run's folder of checkpoints; None without one.
 
     Args:
         folder: The run's ``checkpoints``.
@@ -163,7 +163,7 @@ def newest_whole(folder: Path, before: int | None = None) -> Path | None:
     """
     known = RunDirectory(folder.parent).saved() if folder.name == "checkpoints" else []
     for path in reversed(known):
-        if (before is None or step_of(path) < before) and is_whole(path):
+        if (before is None or step_of(path) < before) and is_undamaged(path):
             return path
     return None
 
@@ -214,7 +214,7 @@ def _warn_of_no_manifest(checkpoint: Path) -> None:
 
 def _message(checkpoint: Path, name: str, cause: str) -> str:
     step = step_in_name(checkpoint)
-    older = None if step is None else newest_whole(checkpoint.parent, before=step)
+    older = None if step is None else newest_undamaged(checkpoint.parent, before=step)
     if older is None:
         remedy = "there is no older whole checkpoint; take another copy of it, or start anew"
     else:

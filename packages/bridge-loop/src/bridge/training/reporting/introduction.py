@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def describe_run(parts: "TrainingParts") -> Iterator[str]:
-    """Yield lines that say what a run trains, on which ranks, with which data, and from where."""
+    """Yield lines about a run: its ranks, model and data, and where it continues."""
     config, ranks, data, counters = parts.config, parts.ranks, parts.data, parts.state.train_state
     yield _describe_ranks(config, ranks)
     if isinstance(config.model, DrawsLayout):

@@ -43,7 +43,7 @@ class CountsWeightGradients(CountsFlops, Protocol):
     def weight_gradient_flops_per_token(self) -> float:
         """Return the part of `training_flops_per_token` that goes into the weights' gradients.
 
-        That is 2 W: a third of what a token costs at each weight that it is multiplied with.
+        That is 2 W, a third of the FLOPs of a token at each weight that it is multiplied with.
         """
         ...
 

@@ -137,7 +137,7 @@ class RunDirectory:
         return latest
 
     def choices(self) -> str:
-        """Describe what the run can be continued from, for the end of a message."""
+        """List the checkpoints to continue the run from, for the end of a message."""
         steps = [step_of(path) for path in self.saved()]
         if not steps:
             return "there is no checkpoint to continue from; start a new run with another --run-dir"
@@ -156,7 +156,7 @@ class RunDirectory:
         return read_config_text(self.config, self.remedy_of_config())
 
     def check_presence(self) -> None:
-        """Check that the run's files are still there while it goes on.
+        """Check during the run that its files are still there.
 
         Raises:
             FileNotFoundError: The directory was deleted or moved.
@@ -176,7 +176,7 @@ class RunDirectory:
         return aside
 
     def remedy_of_config(self) -> str:
-        """Describe what to do where config.yaml is damaged."""
+        """Return the remedy for a damaged config.yaml, for the end of a message."""
         if not (saved := self.saved()):
             return "start a new run with another --run-dir"
         source = saved[-1] / self.config.name

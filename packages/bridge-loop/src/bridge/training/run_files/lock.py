@@ -133,8 +133,7 @@ def launcher_lock(path: Path) -> Iterator[None]:
 def rank_lock(path: Path) -> Iterator[None]:
     """Keep other runs from a directory while this rank of its run trains.
 
-    A rank whose machine does not show the file, or not yet, goes on without: the owner's lock
-    suffices.
+    A rank whose machine does not show the file (yet) trains without a lock: the owner's suffices.
 
     Raises:
         UsageError: Another process has locked it for another run.

@@ -48,7 +48,7 @@ class TensorBoardLogger:
         for name, value in metrics.items():
             if value is not None:
                 self.writer.add_scalar(name, value, step)
-        # A record comes once in many steps, and whoever watches a curve wants its last point.
+        # Records are many steps apart; without a flush a curve would lack its last point.
         self.writer.flush()
 
     def sync(self) -> None:

@@ -86,7 +86,7 @@ def _row(content: bytes) -> WandbRow | None:
 
 
 def _records(content: bytes) -> Iterator[bytes]:
-    """Yield the whole records of a file; the last one may be torn."""
+    """Yield the complete records of a file; the last one may be torn."""
     position, parts = _HEADER, list[bytes]()
     while position + _CHUNK_HEADER <= len(content):
         left = _BLOCK - position % _BLOCK
