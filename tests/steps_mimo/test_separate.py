@@ -1,4 +1,4 @@
-"""Modules on ranks of their own: the gradients, losses and samples of one process."""
+"""Modules on separate ranks: the gradients, losses and samples of one process."""
 
 import math
 from dataclasses import asdict, astuple

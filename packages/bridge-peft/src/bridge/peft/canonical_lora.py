@@ -1,8 +1,8 @@
-"""Canonical LoRA: an update of its own for each part of megatron-core's fused layers.
+"""Canonical LoRA: a separate update for each part of megatron-core's fused layers.
 
-``linear_qkv`` holds the projections to queries, keys and values, ``linear_fc1`` of a gated MLP the
-gate and the values that it multiplies. LoRA gives such a layer one A for all of its parts. Here
-each part has an A and a B, like a layer of its own, and any of them may be skipped.
+``linear_qkv`` holds the projections to queries, keys and values. ``linear_fc1`` of a gated MLP
+holds the gate and the values that it multiplies. LoRA gives such a layer one A for all of its
+parts. Here each part has an A and a B, as a separate layer would, and any of them may be skipped.
 """
 
 from collections.abc import Mapping, Sequence

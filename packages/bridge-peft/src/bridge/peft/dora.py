@@ -1,8 +1,8 @@
 """DoRA: a low-rank update turns a weight's rows, a vector sets their length (arXiv:2402.09353).
 
 With V = W + s B A and m one number for each output feature, y = m / |V| * V x, where |V| is the
-length of each row of V. Gradients do not pass through |V| (section 4.3 there). The length needs no
-V of its own:
+length of each row of V. Gradients do not pass through |V| (section 4.3). The length is
+computed without V:
 
     |V_i|^2 = |W_i|^2 + 2 s B_i . (A W_i) + s^2 B_i (A A^T) B_i
 """

@@ -25,7 +25,7 @@ class LowRankMethod:
     )
     """Layers to adapt: the end of their dotted names, or a pattern with * for whole names."""
     exclude_modules: list[str] = field(default_factory=list)
-    """Layers to leave out of those, in the same form."""
+    """Layers to exclude from those, in the same form."""
     dim: int = 32
     """The rank of the updates."""
     alpha: float = 32.0

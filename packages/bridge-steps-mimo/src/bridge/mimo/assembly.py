@@ -28,15 +28,15 @@ def assemble_model(
     Args:
         language: The resolved section of the language model.
         encoders: The resolved sections of the encoders, by modality.
-        projections: By modality; the default where one is absent.
-        special_token_ids: The token that stands for an embedding of each modality.
+        projections: Their projections, by modality; the default one where a modality has none.
+        special_token_ids: The token at the positions of each modality's embeddings.
         groups_by_module: The process groups of each module that is on this rank, at least one.
         grids: The ranks of each module, for modules on separate ranks, of which this rank has one;
             None puts all modules on all ranks, in megatron-core's own groups.
     """
     own = next(iter(groups_by_module.values()))
     language_groups = groups_by_module.get(LANGUAGE, own)
-    # A rank without a module specifies it all the same; megatron-core then does not build it.
+    # A rank specifies all modules. megatron-core builds only those that are on it.
     language_spec = language.build_spec(language_groups)
     modality_specs = {
         name: _modality_spec(

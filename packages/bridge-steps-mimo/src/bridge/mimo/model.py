@@ -31,7 +31,7 @@ class MultimodalModel(MimoModel):
     - A wrong number of embeddings is an error on the device.
     - In training, an encoder without an input in a microbatch runs on a blank one that has no
       position in the text. Its gradients are then zeros, not absent, so all ranks reduce and gather
-      in one order, whatever their microbatches hold.
+      in the same order, whatever their microbatches hold.
 
     On separate ranks this rank holds one of the modules. The caller of an encoder's last stage then
     passes the number of embeddings of each sample.
@@ -72,7 +72,7 @@ class MultimodalModel(MimoModel):
             position_ids: Positions, [batch, sequence].
             attention_mask: None: the language model is causal.
             loss_mask: Returned as it is, or cut as the sequence is.
-            labels: The tokens to predict, [batch, sequence]; None for logits in place of losses.
+            labels: The tokens to predict, [batch, sequence]; None returns logits instead of losses.
             modality_inputs: ``{modality: {encoder: arguments}}``; an absent modality has no item.
             packing_kwargs: megatron-core's boundaries of packed sequences.
             embeddings_per_sample: By modality, for the last stage of an encoder on separate ranks:

@@ -42,12 +42,12 @@ class MultimodalModelConfig:
     encoders: dict[str, VisionEncoderConfig]
     """The encoders, by the name of their modality."""
     projections: dict[str, ProjectionConfig] = field(default_factory=dict)
-    """From each encoder to the language model; linear where none is given."""
+    """The projection of each encoder to the language model; linear where none is given."""
     special_token_ids: dict[str, int] = field(default_factory=dict)
-    """The token that stands for an embedding of each modality; it need not be in the vocabulary."""
-    # The optimizer of modules on ranks of their own saves its state in a form of its own.
+    """The token at the positions of each modality's embeddings; the vocabulary need not have it."""
+    # The optimizer of modules on separate ranks saves its state in another form.
     placement: Literal["colocated", "separate"] = model_field("training", default="colocated")
-    """colocated: all modules on all ranks. separate: each on ranks of its own."""
+    """colocated: all modules on all ranks. separate: each on its own ranks."""
     parallelism: dict[str, ModuleParallelism] = model_field("execution", default_factory=dict)
     """The ranks of each module, and its layout over them."""
     freeze: list[str] = model_field("training", default_factory=list)

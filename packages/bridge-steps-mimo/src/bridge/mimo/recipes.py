@@ -47,7 +47,7 @@ def _mimo_digits() -> ConfigContainer:
         "hidden_size": 64,
         "ffn_hidden_size": 256,
         "num_attention_heads": 4,
-        # 0.02 is for wide models.
+        # The default of 0.02 is for wide models.
         "init_method_std": 0.12,
     }
     vision = VisionEncoderConfig(
@@ -73,8 +73,8 @@ def _mimo_digits() -> ConfigContainer:
             special_token_ids={"vision": IMAGE},
             parallelism={"vision": ModuleParallelism(), "language": ModuleParallelism()},
         ),
-        # Two microbatches a step, one for each of two data-parallel ranks. The 360 images that are
-        # held out are six global batches.
+        # Two microbatches a step, one for each of two data-parallel ranks. The 360 held-out images
+        # are six global batches.
         train=TrainConfig(train_iters=500, global_batch_size=60, micro_batch_size=30),
         optimizer=_adam(lr=2e-3, min_lr=2e-5),
         scheduler=SchedulerConfig(lr_warmup_fraction=0.05),

@@ -59,11 +59,8 @@ class ModuleSection(TransformerSection):
                 "model.lr_multipliers scales; leave it out"
             )
         for name in ("num_moe_experts", "mtp_num_layers", "virtual_pipeline_model_parallel_size"):
-            if getattr(self, name) is not None:
-                yield (
-                    f"{path}.{name}={getattr(self, name)}: is not supported by multimodal models; "
-                    "set null"
-                )
+            if (value := getattr(self, name)) is not None:
+                yield f"{path}.{name}={value}: is not supported by multimodal models; set null"
         if self.context_parallel_size != 1:
             yield (
                 f"{path}.context_parallel_size={self.context_parallel_size}: context parallelism "
@@ -81,8 +78,7 @@ class LanguageModelConfig(ModuleSection, LanguageModelSection):
     vocab_size: int = field()
     """Number of tokens."""
     seq_length: int = model_field("extensible", default=1024)
-    """Tokens of a sample, those that stand for images included; also the number of learned
-    positions."""
+    """Tokens of a sample, including those of images; also the number of learned positions."""
 
     def build_spec(self, pg_collection: "ProcessGroupCollection") -> ModuleSpec:
         """Return the specification of the stage that is on a rank.

@@ -57,8 +57,8 @@ def forward_step(
         return_schedule_plan: Not supported: megatron-core has no schedule plan for these models.
 
     Returns:
-        Where the language model ends, the losses of the tokens, [batch, sequence], and their loss
-        function. On other ranks the output of each module by its name, and None.
+        On the last stage of the language model the losses of the tokens, [batch, sequence], and
+        their loss function. On other ranks the output of each module by its name, and None.
 
     Raises:
         UsageError: The microbatch lacks an input of the modules on this rank, the model's output is
@@ -94,7 +94,7 @@ def read_inputs(
     """Read a microbatch, and return the model's arguments on this rank.
 
     Args:
-        data_iterator: As for `forward_step`. Nothing is drawn from it where nothing is needed.
+        data_iterator: As for `forward_step`. Nothing is read from it if this rank needs no input.
         model: The model, as wrapped for training.
 
     Raises:

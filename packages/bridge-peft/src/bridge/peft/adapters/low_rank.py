@@ -67,8 +67,8 @@ class Factor(torch.nn.Module):
 
         Args:
             x: [..., in features of the factor].
-            onto: [..., out features of the factor], added in the same pass over memory; None for
-                nothing.
+            onto: A tensor that is added in the same pass over memory, [..., out features of the
+                factor]; None adds nothing.
         """
         weight = sum_expert_gradient(self.weight, self._layout)
         if onto is None:
@@ -168,7 +168,7 @@ class LowRankAdapter(torch.nn.Module):
         with torch.no_grad(), self._random_stream(differs_by_rank=is_split):
             torch.nn.init.uniform_(weight, -bound, bound)
         if self.layout.num_ranks > 1 and not is_split:
-            # Experts draw from streams of their own, which differ by rank.
+            # The random streams of experts differ by rank.
             dist.broadcast(weight.data, group=self.layout.group, group_src=0)
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
@@ -223,7 +223,7 @@ class LowRankAdapter(torch.nn.Module):
 
 
 def gather_like(delta: torch.Tensor, output: torch.Tensor, layout: LinearLayout) -> torch.Tensor:
-    """Gather the rows of all ranks where the base layer has gathered its own."""
+    """Gather the features of all ranks where the base layer has gathered its output."""
     if delta.shape[-1] == output.shape[-1]:
         return delta
     gathered: torch.Tensor = gather_from_tensor_model_parallel_region(delta, group=layout.group)

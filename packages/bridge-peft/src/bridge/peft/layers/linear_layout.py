@@ -28,7 +28,7 @@ class LinearLayout:
     group: Any
     """The tensor-parallel ranks, None where there are none."""
     is_expert: bool
-    """Whether the layer belongs to an expert, which gets tokens of its own."""
+    """Whether the layer belongs to an expert, which gets only the tokens that are routed to it."""
     is_sequence_parallel: bool
     """Whether the side that is not split holds this rank's part of the sequence."""
     is_communicating: bool

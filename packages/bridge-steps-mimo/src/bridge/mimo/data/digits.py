@@ -3,11 +3,10 @@
 The images are scikit-learn's: 1,797 real ones of 8 x 8 pixels, bundled with it (Alpaydin and
 Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998). Every fifth image in the order of
 the file, from the first on, is held out for validation: 360 images. The other 1,437 are trained on.
-A nearest-neighbor classifier on them (three neighbors, distance of pixels) is right on 98.3 % of
-the 360.
+A classifier by the three nearest neighbors, in distance of pixels, is right on 98.3 % of the 360.
 
-A sample is ``image tokens, QUESTION, answer``. The answer is the digit's own token, and its
-prediction alone counts in the loss.
+A sample is ``image tokens, QUESTION, answer``. The answer is the digit's token, and only its
+prediction counts in the loss.
 """
 
 import importlib.util
@@ -47,7 +46,7 @@ class DigitsDatasetConfig:
     """The encoder of the images."""
     views: int = 32
     """Training samples that are made of each image: the image itself, and copies of it that are
-    turned, scaled and moved a little, each in a way of its own."""
+    turned, scaled and moved a little, each differently."""
 
     def problems(self, config: ConfigContainer) -> Iterator[str]:
         """Yield the reasons why the model cannot read the digits."""
@@ -66,8 +65,7 @@ class DigitsDatasetConfig:
             return
         encoder, path = model.encoders[self.modality], f"model.encoders.{self.modality}"
         for name, wanted in (("image_size", IMAGE_SIZE), ("num_channels", 1)):
-            if getattr(encoder, name) != wanted:
-                value = getattr(encoder, name)
+            if (value := getattr(encoder, name)) != wanted:
                 yield f"{path}.{name}={value}: that of the digits is {wanted}; set it"
         needed = encoder.tokens_per_image + 1
         if model.seq_length < needed:
@@ -115,7 +113,7 @@ class DigitSamples:
     Args:
         images: [images, 1, 8, 8].
         digits: Their labels, [images].
-        model: The model that they are for.
+        model: The model that reads them.
         modality: The encoder of the images.
         views: Samples of each image.
         with_images: Whether this rank loads the images.

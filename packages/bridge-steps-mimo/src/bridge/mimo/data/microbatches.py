@@ -28,11 +28,11 @@ class Collate:
     """
 
     special_token_ids: Mapping[str, int]
-    """The token that stands for an embedding of each modality."""
+    """The token at the positions of each modality's embeddings."""
     tokens_per_item: Mapping[str, int]
     """Number of those tokens for one item."""
     pack: bool = False
-    """Put the samples of a microbatch into one row, without their padding (`pack`)."""
+    """Whether to put the samples of a microbatch into one row, without their padding (`pack`)."""
     multiple_of: int = 1
     """The length of such a row is a multiple of this."""
 

@@ -26,9 +26,9 @@ class MockDatasetConfig:
     validation_size: int = 1024
     """Validation samples."""
     max_images: int = 1
-    """Images of a sample for each encoder: a random number from min_images to this."""
+    """The most images of a sample for each encoder; the number is random."""
     min_images: int = 1
-    """See max_images; 0 makes some samples text alone."""
+    """The fewest images of a sample for each encoder; 0 makes some samples text alone."""
     pack: bool = False
     """Put the samples of a microbatch into one row (`bridge.mimo.data.packing.pack`)."""
 
@@ -96,7 +96,7 @@ class _MockSamples:
                 items[name] = make_unloaded_images(number)
                 continue
             shape = (number, encoder.num_channels, encoder.image_size, encoder.image_size)
-            # A generator of its own: the text is the same where no image is drawn.
+            # Another generator than the text's, which is then the same where no image is drawn.
             image_generator = torch.Generator().manual_seed(seed + (len(items) + 1) * _STREAM)
             items[name] = {"pixels": torch.rand(shape, generator=image_generator)}
         images, length = len(tokens), model.seq_length + 1

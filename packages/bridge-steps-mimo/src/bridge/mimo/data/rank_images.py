@@ -1,8 +1,8 @@
 """The images that a rank loads: those of its samples, where it holds their encoder's first stage.
 
 The loop draws the samples of a rank (`bridge.training.contracts.DataShard`). A rank without the
-first stage of an encoder loads none of its images. There a sample has their number alone, which
-must match the number of special tokens.
+first stage of an encoder loads none of its images. Its samples hold only the number of images,
+which must match the number of special tokens.
 """
 
 import torch

@@ -5,7 +5,7 @@ A sample is a dict:
 - ``input_ids``, ``labels``, ``loss_mask`` and ``position_ids``, each [sequence];
 - ``items``: ``{modality: {argument: [items, ...]}}``, the arguments of the modality's encoder. A
   sample without images has no entry for them, or 0 items. On a rank that loads no items of a
-  modality only their number counts (`bridge.mimo.data.rank_images`);
+  modality only their number matters (`bridge.mimo.data.rank_images`);
 - ``length``: the number of tokens before its padding; all of them if it is absent.
 """
 
@@ -70,7 +70,7 @@ def make_next_token_sample(
 
 
 def find_padding_token(special_token_ids: Collection[int]) -> int:
-    """Return the smallest token that stands for no embedding."""
+    """Return the smallest token that is not special."""
     return next(token for token in itertools.count() if token not in special_token_ids)
 
 

@@ -1,1 +1,1 @@
-"""Modules on ranks of their own: placement, process groups, communication, optimizer."""
+"""Modules on separate ranks: placement, process groups, communication, optimizer."""

@@ -1,4 +1,4 @@
-"""Communication between modules with ranks of their own, which may have different replicas."""
+"""Communication between modules on separate ranks, whose numbers of replicas may differ."""
 
 from collections import deque
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class _Bridge(BridgeCommunicator):
     """megatron-core's bridge, for encoders with more replicas than the language model.
 
     A replica of the language model then concatenates the embeddings of several encoder ranks, which
-    may differ in their number of tokens, and sends each rank the gradients of its own.
+    may differ in their number of tokens, and sends each rank the gradients of its embeddings.
     megatron-core would split the gradients into equal parts.
     """
 

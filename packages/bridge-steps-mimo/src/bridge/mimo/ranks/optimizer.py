@@ -1,4 +1,4 @@
-"""megatron-core's optimizer over modules with ranks of their own, without host-device syncs.
+"""megatron-core's optimizer over modules on separate ranks, without host-device syncs.
 
 The gradients of each module are clipped by the norm of all modules' gradients.
 """
@@ -42,7 +42,7 @@ class ModulesOptimizer(MimoOptimizer):
     @torch.no_grad()
     @override
     def step(self) -> tuple[bool, Any, int | None]:
-        """Clip by the norm of all gradients and step, unless it is too large.
+        """Clip by the norm of all gradients and step, unless the norm is too large.
 
         Returns:
             Whether the step was taken (optimizer.grad_norm_skip_threshold), the norm, and the

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from bridge.mimo.ranks.placement import ModulePlacement, name_ranks
 
 _COLUMNS, _MOST_COLUMNS = 8, 32
-"""Ranks in a line of a picture, and in the largest picture."""
+"""Ranks in a line of a picture, and the most ranks that are drawn."""
 
 
 def draw_placement(placements: Mapping[str, ModulePlacement], world_size: int) -> str:
     """Draw stage, replica and tensor-parallel rank of each rank, one column a rank.
 
-    Ranks that do not exist are in brackets. For many ranks it is one line a module instead.
+    Ranks that do not exist are in brackets. For many ranks the picture is one line a module.
     """
     number = max(world_size, *(placement.ranks.stop for placement in placements.values()))
     if number > _MOST_COLUMNS:

@@ -38,7 +38,7 @@ class ModulePlacement:
 def place_modules(
     modules: Mapping[str, ModuleParallelism], world_size: int
 ) -> tuple[dict[str, ModulePlacement], list[str]]:
-    """Place modules on ranks of their own, and derive the sizes that their settings leave open.
+    """Place modules on separate ranks, and derive the sizes that their settings leave open.
 
     Modules without a number of replicas get the same number each, as many as fit on the remaining
     ranks. A module without an offset begins where the module before it ends.
