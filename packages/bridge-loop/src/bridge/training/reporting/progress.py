@@ -74,10 +74,7 @@ class Progress:
     def phase(self, name: str) -> Iterator[None]:
         """Show that a phase of the set-up begins, and at its end how long it took."""
         start = time.monotonic()
-        if self._is_terminal:
-            self._draw(f"{name} ...")
-        else:
-            self.note(f"{name} ...")
+        self._show(f"{name} ...")
         try:
             yield
         except BaseException:
@@ -105,10 +102,7 @@ class Progress:
         if skipped := record.get("skipped_steps"):
             parts.append(f"{skipped:.0f} skipped")
         self._details = " | ".join(parts)
-        if self._is_terminal:
-            self._draw(self._step_line(step, total_steps))
-        else:
-            self.note(self._step_line(step, total_steps))
+        self._show(self._step_line(step, total_steps))
 
     def tick(self, step: int, total_steps: int) -> None:
         """Show the number of a step that is not logged, on a terminal."""
@@ -140,6 +134,13 @@ class Progress:
         if self._step_seconds is not None and step < total_steps:
             parts.append(f"eta {_duration((total_steps - step) * self._step_seconds)}")
         return " | ".join(parts)
+
+    def _show(self, line: str) -> None:
+        """Write a line: over the live one on a terminal, to stay anywhere else."""
+        if self._is_terminal:
+            self._draw(line)
+        else:
+            self.note(line)
 
     def _draw(self, line: str) -> None:
         """Write a line over the live one, cut to the width of the terminal."""
