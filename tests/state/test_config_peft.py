@@ -60,7 +60,7 @@ def rejected(*overrides: str, **arguments: object) -> list[str]:
 
 
 @pytest.mark.usefixtures("methods")
-def test_a_method_is_chosen_by_name_wherever_its_fields_are_set() -> None:
+def test_a_method_is_peft_methods_wherever_its_fields_are_set() -> None:
     config = apply_overrides(
         tiny_config(), ["peft.dim=4", "peft.targets=[x,y]", "peft.method=small"]
     )
@@ -126,7 +126,7 @@ def test_without_a_package_of_methods_the_message_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nobodys = dataclasses.replace(PEFT_METHODS, name="bridge.none")
-    monkeypatch.setattr("bridge.training.config.schema.chosen_by_name.PEFT_METHODS", nobodys)
+    monkeypatch.setattr("bridge.training.config.schema.peft_methods.PEFT_METHODS", nobodys)
     [line] = rejected("peft.method=lora")
     assert "such as bridge-peft (pip install --find-links DIST bridge-peft" in line
     paths = {key.path for key in describe(tiny_config())}

@@ -23,10 +23,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         description="Write a checkpoint in another format, such as Hugging Face's (--to hf).",
     )
     parser.add_argument(
-        "checkpoint",
-        metavar="RUN_OR_CHECKPOINT",
-        action=PathOption,
-        help="saved under any layout",
+        "checkpoint", metavar="RUN_OR_CHECKPOINT", action=PathOption, help="saved under any layout"
     )
     parser.add_argument("--to", required=True, metavar="TARGET", help="the format, such as hf")
     parser.add_argument(

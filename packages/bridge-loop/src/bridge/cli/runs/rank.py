@@ -15,10 +15,10 @@ if __name__ == "__main__":
     launcher, command, name, path, nproc, *words = sys.argv[1:]
     # Imported after the environment is as the launcher made it.
     from bridge.training.config import ConfigContainer
-    from bridge.training.config.schema.import_limits import files_of_this_program
+    from bridge.training.config.schema.import_limits import trust_files
 
     start = StartCommand(tuple(words), int(nproc))
     parent = Launcher(int(launcher), Path(path).parent, start)
-    with files_of_this_program():
+    with trust_files():
         config = ConfigContainer.from_yaml(Path(path).read_text())
     sys.exit(train_as_rank(parent, cast("Command", command), find_recipe(name), config))

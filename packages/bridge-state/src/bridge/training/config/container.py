@@ -10,10 +10,10 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from bridge.training.config.provenance import DERIVED, Provenance
-from bridge.training.config.schema.chosen_by_name import METHOD
 from bridge.training.config.schema.convert import build_dataclass, convert
 from bridge.training.config.schema.errors import ConfigError, ConversionError, FieldProblems
-from bridge.training.config.schema.import_limits import names_of_a_file
+from bridge.training.config.schema.import_limits import limit_imports
+from bridge.training.config.schema.peft_methods import METHOD
 from bridge.training.config.schema.to_plain import to_plain
 from bridge.training.config.schema.yaml12 import dump_yaml, load_yaml
 from bridge.training.config.sections import (
@@ -131,7 +131,7 @@ class ConfigContainer:
         """
         try:
             sections = {key: value for key, value in plain.items() if key != DERIVED}
-            with names_of_a_file():
+            with limit_imports():
                 config: Self = build_dataclass(cls, sections, "")
         except FieldProblems as error:
             raise ConfigError(error.problems) from error

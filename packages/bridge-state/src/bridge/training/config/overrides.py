@@ -11,18 +11,8 @@ from bridge.training.config.checks.types import assign
 from bridge.training.config.container import SECTIONS, ConfigContainer
 from bridge.training.config.provenance import DERIVED
 from bridge.training.config.resolution import resolve_collecting
-from bridge.training.config.schema.chosen_by_name import (
-    METHOD,
-    changed_method,
-    method_class,
-    method_names,
-)
 from bridge.training.config.schema.convert import convert, takes_mappings
-from bridge.training.config.schema.errors import (
-    ConfigError,
-    ConversionError,
-    Problem,
-)
+from bridge.training.config.schema.errors import ConfigError, ConversionError, Problem
 from bridge.training.config.schema.fields import (
     TARGET,
     annotations_of,
@@ -35,7 +25,13 @@ from bridge.training.config.schema.fields import (
     names_in,
     step_into,
 )
-from bridge.training.config.schema.import_limits import names_of_a_file
+from bridge.training.config.schema.import_limits import limit_imports
+from bridge.training.config.schema.peft_methods import (
+    METHOD,
+    changed_method,
+    method_class,
+    method_names,
+)
 from bridge.training.config.schema.yaml12 import dump_yaml, load_yaml
 
 _METHOD_PATH = f"peft.{METHOD}"
@@ -148,7 +144,7 @@ class _Merge:
                 source = str(document)
             elif isinstance(document, YamlText):
                 source = document.source
-            with names_of_a_file(lambda: self._given_names(overrides)):
+            with limit_imports(lambda: self._given_names(overrides)):
                 self._merge_document(document)
             self.problems[before:] = [
                 problem.with_text(f"{problem} ({source})") for problem in self.problems[before:]

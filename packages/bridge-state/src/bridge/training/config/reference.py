@@ -12,7 +12,6 @@ from typing import Any
 
 from bridge.training.config.checks.suggestions import declared_class
 from bridge.training.config.container import SECTIONS, ConfigContainer
-from bridge.training.config.schema.chosen_by_name import METHOD, method_names
 from bridge.training.config.schema.errors import FieldProblems
 from bridge.training.config.schema.fields import (
     annotations_of,
@@ -22,6 +21,7 @@ from bridge.training.config.schema.fields import (
     is_runtime_hook,
     join,
 )
+from bridge.training.config.schema.peft_methods import METHOD, method_names
 from bridge.training.config.schema.to_plain import to_plain
 from bridge.training.config.schema.yaml12 import dump_scalar
 

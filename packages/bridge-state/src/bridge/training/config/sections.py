@@ -40,11 +40,11 @@ class TrainConfig:
     every step; skip skips the step on every rank. log: a warning."""
     spike_factor: float | None = None
     """A microbatch is a spike if its loss is above this many times the mean of its rank's recent
-    ones; None looks for none."""
+    ones; None turns the search off."""
     spike_action: AnomalyAction = "log"
     """The reaction to a spike; values as of nan_action."""
     time_limit_minutes: float | None = None
-    """End the run, with a checkpoint, after the step in which it has taken so long, setup included.
+    """End the run, with a checkpoint, after the step in which this time has passed, setup included.
     An evaluation that it cuts short is not logged."""
     manual_gc_interval: int = 100
     """Steps between Python garbage collections, at the same step on every rank; 0 leaves them to
@@ -71,8 +71,8 @@ class ValidationConfig:
     eval_at_start: bool = False
     """Evaluate before the first step too."""
     time_limit_minutes: float | None = None
-    """End an evaluation after the global batch in which it has taken so long; its metrics are then
-    those of the samples up to there. Several sets are one evaluation."""
+    """End an evaluation after the global batch in which this time has passed; its metrics are then
+    those of the samples so far. Several sets are one evaluation."""
 
 
 @dataclass(kw_only=True)
@@ -88,7 +88,7 @@ class SchedulerConfig:
     lr_warmup_init: float = 0.0
     """Learning rate at the start of the warm-up."""
     lr_decay_iters: int | None = None
-    """Steps after which the rate has reached optimizer.min_lr; those of the run if None."""
+    """Steps after which the rate has reached optimizer.min_lr; the length of the run if None."""
     lr_wsd_decay_iters: int | None = None
     """Steps of the final decay of the WSD style."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"

@@ -6,7 +6,7 @@ A launcher is a module here with a `Launcher`, and a line in ``_LAUNCHERS``.
 import os
 from collections.abc import Mapping
 
-from bridge.training.launchers.launcher import Launcher, RankEnvironment, number
+from bridge.training.launchers.launcher import Launcher, RankEnvironment, read_number
 from bridge.training.launchers.slurm import Slurm
 from bridge.training.launchers.torchrun import Torchrun
 from bridge.training.usage_error import UsageError
@@ -14,10 +14,7 @@ from bridge.training.usage_error import UsageError
 __all__ = ["RankEnvironment", "rank_environment", "rendezvous_url"]
 
 # The first that has started this process counts.
-_LAUNCHERS: tuple[Launcher, ...] = (
-    Slurm(),
-    Torchrun(),
-)
+_LAUNCHERS: tuple[Launcher, ...] = (Slurm(), Torchrun())
 
 
 def rank_environment(variables: Mapping[str, str] = os.environ) -> RankEnvironment:
@@ -35,7 +32,7 @@ def rank_environment(variables: Mapping[str, str] = os.environ) -> RankEnvironme
         return launcher.rank_environment(given)
     notes = (launcher.note_without(given) for launcher in _LAUNCHERS)
     return RankEnvironment(
-        local_rank=number(given, "LOCAL_RANK") if "LOCAL_RANK" in given else None,
+        local_rank=read_number(given, "LOCAL_RANK") if "LOCAL_RANK" in given else None,
         note=next((note for note in notes if note is not None), None),
     )
 

@@ -54,7 +54,7 @@ class Launcher(ABC):
         return None
 
 
-def number(given: Mapping[str, str], name: str, default: int = 0) -> int:
+def read_number(given: Mapping[str, str], name: str, default: int = 0) -> int:
     """Return the value of a variable, `default` if it is not set.
 
     Raises:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import override
 
-from bridge.training.launchers.launcher import Launcher, RankEnvironment, check_rank, number
+from bridge.training.launchers.launcher import Launcher, RankEnvironment, check_rank, read_number
 from bridge.training.usage_error import UsageError
 
 _OF_STEP = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
@@ -37,9 +37,9 @@ class Slurm(Launcher):
     @override
     def rank_environment(self, given: Mapping[str, str]) -> RankEnvironment:
         name, world_size = _tasks(given)
-        rank = number(given, "SLURM_PROCID")
+        rank = read_number(given, "SLURM_PROCID")
         check_rank("SLURM_PROCID", rank, name, world_size)
-        if number(given, "WORLD_SIZE", world_size) != world_size:
+        if read_number(given, "WORLD_SIZE", world_size) != world_size:
             raise UsageError(
                 f"WORLD_SIZE={given['WORLD_SIZE']}: Slurm has started {world_size} tasks ({name}); "
                 "start torchrun in each of them, or unset WORLD_SIZE"
@@ -48,7 +48,7 @@ class Slurm(Launcher):
             launcher="Slurm",
             rank=rank,
             world_size=world_size,
-            local_rank=number(given, "SLURM_LOCALID") if "SLURM_LOCALID" in given else None,
+            local_rank=read_number(given, "SLURM_LOCALID") if "SLURM_LOCALID" in given else None,
             start_words=("srun",),
             # In a step with --gpus-per-task.
             may_see_own_gpu_alone=True,
@@ -70,8 +70,8 @@ class Slurm(Launcher):
                 "them with srun, or set MASTER_PORT to a free one"
             )
         # Jobs that share a host, and steps of one job, need different ports.
-        ids = number(given, "SLURM_JOB_ID") * 31 + number(given, "SLURM_STEP_ID")
-        port = number(given, "MASTER_PORT", _FIRST_PORT + ids % _PORTS)
+        ids = read_number(given, "SLURM_JOB_ID") * 31 + read_number(given, "SLURM_STEP_ID")
+        port = read_number(given, "MASTER_PORT", _FIRST_PORT + ids % _PORTS)
         return f"tcp://{host or first_host(nodes or '')}:{port}"
 
     @override
@@ -100,5 +100,5 @@ def _tasks(given: Mapping[str, str]) -> tuple[str, int]:
     """Return the variable that holds the number of tasks, and the number."""
     for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
         if name in given:
-            return name, number(given, name)
+            return name, read_number(given, name)
     return "SLURM_NTASKS", 1

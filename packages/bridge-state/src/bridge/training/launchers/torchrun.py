@@ -6,7 +6,7 @@ The variables are ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and 
 from collections.abc import Mapping
 from typing import override
 
-from bridge.training.launchers.launcher import Launcher, RankEnvironment, check_rank, number
+from bridge.training.launchers.launcher import Launcher, RankEnvironment, check_rank, read_number
 from bridge.training.usage_error import UsageError
 
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -23,13 +23,13 @@ class Torchrun(Launcher):
     def rank_environment(self, given: Mapping[str, str]) -> RankEnvironment:
         if "RANK" not in given or "WORLD_SIZE" not in given:
             raise _incomplete(given)
-        rank, world_size = number(given, "RANK"), number(given, "WORLD_SIZE")
+        rank, world_size = read_number(given, "RANK"), read_number(given, "WORLD_SIZE")
         check_rank("RANK", rank, "WORLD_SIZE", world_size)
         return RankEnvironment(
             launcher="torchrun",
             rank=rank,
             world_size=world_size,
-            local_rank=number(given, "LOCAL_RANK") if "LOCAL_RANK" in given else None,
+            local_rank=read_number(given, "LOCAL_RANK") if "LOCAL_RANK" in given else None,
         )
 
     @override

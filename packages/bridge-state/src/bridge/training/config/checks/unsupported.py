@@ -285,8 +285,7 @@ OPTIMIZER = (
 DDP = (
     _SHARED_MXFP8_BUFFER,
     Rejection(
-        "use_megatron_fsdp use_custom_fsdp",
-        "is not supported, as the loop uses the DDP wrapper",
+        "use_megatron_fsdp use_custom_fsdp", "is not supported, as the loop uses the DDP wrapper"
     ),
     Rejection(
         "num_distributed_optimizer_instances",

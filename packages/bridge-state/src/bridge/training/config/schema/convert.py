@@ -17,13 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 
-from bridge.training.config.schema.chosen_by_name import class_of_section
-from bridge.training.config.schema.errors import (
-    ConversionError,
-    FieldProblems,
-    Problem,
-    WrongType,
-)
+from bridge.training.config.schema.errors import ConversionError, FieldProblems, Problem, WrongType
 from bridge.training.config.schema.fields import (
     PARTIAL,
     TARGET,
@@ -39,6 +33,7 @@ from bridge.training.config.schema.importable_names import (
     import_by_name,
 )
 from bridge.training.config.schema.megatron_errors import ERRORS, is_about_values, problem_of
+from bridge.training.config.schema.peft_methods import class_of_section
 from bridge.training.contracts import PEFTMethod
 from bridge.training.spelling import did_you_mean, nearest
 

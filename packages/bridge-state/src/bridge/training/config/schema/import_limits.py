@@ -34,7 +34,7 @@ _trusts_files: ContextVar[bool] = ContextVar("_trusts_files", default=False)
 
 
 @contextlib.contextmanager
-def names_of_a_file(also: _Names = tuple) -> Iterator[None]:
+def limit_imports(also: _Names = tuple) -> Iterator[None]:
     """Limit the imports by name within the block.
 
     Args:
@@ -48,8 +48,8 @@ def names_of_a_file(also: _Names = tuple) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def files_of_this_program() -> Iterator[None]:
-    """Trust the files that are read within the block: this program or its parent wrote them."""
+def trust_files() -> Iterator[None]:
+    """Lift the limits within the block, for files that this program or its parent wrote."""
     token = _trusts_files.set(True)
     try:
         yield

@@ -9,7 +9,6 @@ from typing import Any, get_args
 
 import torch
 
-from bridge.training.config.schema.chosen_by_name import is_found_by_name
 from bridge.training.config.schema.errors import ConversionError, FieldProblems, Problem
 from bridge.training.config.schema.fields import (
     PARTIAL,
@@ -24,6 +23,7 @@ from bridge.training.config.schema.fields import (
     join,
 )
 from bridge.training.config.schema.importable_names import dtype_name, name_of
+from bridge.training.config.schema.peft_methods import is_found_by_name
 
 
 def to_plain(value: Any, annotation: Any, path: str, *, brief: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""The section whose class is found by a name: ``peft.method`` among the installed packages."""
+"""PEFT methods: the class of the section ``peft`` by ``peft.method``, from installed packages."""
 
 import dataclasses
 from collections.abc import Mapping
