@@ -1,4 +1,4 @@
-"""The GPT: megatron-core's, with multi-token prediction that is the same under every layout.
+"""megatron-core's GPT, with multi-token prediction that is the same under every layout.
 
 The targets of MTP layer d are the labels moved by d positions. A target counts where the loss mask,
 moved as well, is not zero. With w the moved masks, l the losses and N the tokens in the main loss,

@@ -36,6 +36,21 @@ class GPTModelConfig(LanguageModelSection):
     """Content of the Hugging Face folder that the model was imported from: the JSON of
     config.json and generation_config.json, for `bridge export`; not to be set by hand."""
 
+    @property
+    def query_groups(self) -> int:
+        """Number of key and value heads: num_query_groups, or its default."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head: kv_channels, or its default."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of a dense layer's MLP: ffn_hidden_size, or its default."""
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
     @override
     def __getstate__(self) -> dict[str, Any]:
         # The shared config holds the hooks of a running model, so it is neither copied nor saved.
@@ -102,7 +117,7 @@ class GPTModelConfig(LanguageModelSection):
         The second term is the causal half of the attention matrices (PaLM, arXiv:2204.02311,
         appendix B).
         """
-        matrices = self.seq_length * self.num_attention_heads * self._head_width()
+        matrices = self.seq_length * self.num_attention_heads * self.head_width
         layers = self.num_layers + (self.mtp_num_layers or 0)
         return 6.0 * (self._weights_per_token() + layers * matrices)
 
@@ -112,15 +127,12 @@ class GPTModelConfig(LanguageModelSection):
 
     def _weights_per_token(self) -> int:
         """Return the number of weights that a token is multiplied with."""
-        heads, groups = self.num_attention_heads, self.num_query_groups or self.num_attention_heads
-        attention = self.hidden_size * self._head_width() * 2 * (heads + groups)
+        heads = self.num_attention_heads + self.query_groups
+        attention = 2 * self.hidden_size * self.head_width * heads
         layers = [attention + self._mlp_weights(is_moe) for is_moe in self._moe_pattern()]
         logits = self.hidden_size * self.padded_vocab_size
         one_more_token = 2 * self.hidden_size**2 + layers[-1] + logits
         return sum(layers) + logits + (self.mtp_num_layers or 0) * one_more_token
-
-    def _head_width(self) -> int:
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     def exported_weights(self) -> Mapping[str, ExportedWeight]:
         """Return the weights as the model's family shares them (see `contracts.NamesWeights`).
@@ -177,9 +189,8 @@ class GPTModelConfig(LanguageModelSection):
     def _mlp_weights(self, is_moe: bool) -> int:
         """Return the number of weights of a layer's MLP that a token is multiplied with."""
         matrices = 3 if self.gated_linear_unit else 2
-        width = self.ffn_hidden_size or 4 * self.hidden_size
         if not is_moe:
-            return matrices * self.hidden_size * width
+            return matrices * self.hidden_size * self.mlp_width
         experts, shared = self.num_moe_experts or 0, self.moe_shared_expert_intermediate_size or 0
-        active = self.moe_router_topk * (self.moe_ffn_hidden_size or width) + shared
+        active = self.moe_router_topk * (self.moe_ffn_hidden_size or self.mlp_width) + shared
         return self.hidden_size * (matrices * active + experts)

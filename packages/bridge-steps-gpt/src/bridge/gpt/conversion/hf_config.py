@@ -1,4 +1,4 @@
-"""config.json in Hugging Face's format and our model section, from each to the other."""
+"""Conversion between config.json in Hugging Face's format and our model section."""
 
 import json
 from collections.abc import Mapping

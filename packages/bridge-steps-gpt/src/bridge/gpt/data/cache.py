@@ -100,5 +100,5 @@ def published_by_first_rank(final: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         yield on_first_rank(lambda: stack.enter_context(published(final)))
         if torch.distributed.is_initialized():
-            # The others may still open files by the temporary name, which this block ends.
+            # Until here the other ranks may open files by the temporary name, which then goes away.
             torch.distributed.barrier()

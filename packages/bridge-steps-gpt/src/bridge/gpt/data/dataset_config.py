@@ -26,6 +26,7 @@ from bridge.gpt.data.pretraining.split_plan import (
 )
 from bridge.gpt.data.token_files import ALL, Bounds, TokenFiles, check_files
 from bridge.gpt.data.tokenization.tokenizers import Tokenizer, build_tokenizer, tokenizer_identity
+from bridge.training.config import TokenizerConfig
 from bridge.training.contracts import DataRequest, DataSplits
 from bridge.training.local_paths import local_path
 from bridge.training.megatron_import import quiet_import
@@ -118,13 +119,16 @@ class GPTDatasetConfig:
         """
         if self.mock:
             return random_splits(request, seq_length=self.sequence_length(request.config))
-        if request.config.tokenizer is None:
+        tokenizer_config = request.config.tokenizer
+        if tokenizer_config is None:
             raise UsageError("tokenizer: real data needs one; set tokenizer.type")
-        plans, indices_key, warning_lines = on_first_rank(lambda: self._plan(request))
+        plans, indices_key, warning_lines = on_first_rank(
+            lambda: self._plan(request, tokenizer_config)
+        )
         for plan in plans.values():
             for prefix in plan.prefixes:
                 check_files(prefix)
-        tokenizer = build_tokenizer(request.config.tokenizer)
+        tokenizer = build_tokenizer(tokenizer_config)
         final = cache_directory(self.cache_dir) / "indices" / indices_key
         with published_by_first_rank(final) as directory:
             sets = {
@@ -187,14 +191,15 @@ class GPTDatasetConfig:
             standard_library=self.standard_library,
         )
 
-    def _plan(self, request: DataRequest) -> tuple[dict[str, SplitPlan], str, list[str]]:
+    def _plan(
+        self, request: DataRequest, tokenizer: TokenizerConfig
+    ) -> tuple[dict[str, SplitPlan], str, list[str]]:
         """Tokenize what is not cached and plan the splits. Runs on rank 0.
 
         Returns:
             The plan of each set that the run draws from, the key of their indices in the cache,
             and the warnings for the startup messages.
         """
-        assert request.config.tokenizer is not None
         corpora: dict[str, list[TokenFiles]] = {}
         warning_lines: list[str] = []
         with ExitStack() as stack:
@@ -202,7 +207,7 @@ class GPTDatasetConfig:
                 corpora[name], lines = open_corpora(
                     sources,
                     has_weights=name == "train" and self.weights is not None,
-                    tokenizer=request.config.tokenizer,
+                    tokenizer=tokenizer,
                     cache_dir=cache_directory(self.cache_dir),
                     json_key=self.json_key,
                     stack=stack,
@@ -210,7 +215,7 @@ class GPTDatasetConfig:
                 warning_lines += [f"warning: {name} data: {line}" for line in lines]
             # Too little data raises here, and then nothing enters the cache.
             plans = self._plan_splits(corpora, request)
-        return plans, self._indices_key(request, plans), warning_lines
+        return plans, self._indices_key(request, tokenizer, plans), warning_lines
 
     def _plan_splits(
         self, corpora: dict[str, list[TokenFiles]], request: DataRequest
@@ -264,8 +269,9 @@ class GPTDatasetConfig:
             create_attention_mask=False,
         )
 
-    def _indices_key(self, request: DataRequest, plans: Mapping[str, SplitPlan]) -> str:
-        assert request.config.tokenizer is not None
+    def _indices_key(
+        self, request: DataRequest, tokenizer: TokenizerConfig, plans: Mapping[str, SplitPlan]
+    ) -> str:
         # megatron-core finds its cached indices by the path of the data, not by its contents.
         return digest(
             {
@@ -279,7 +285,7 @@ class GPTDatasetConfig:
                     for plan in plans.values()
                     for prefix in plan.prefixes
                 ],
-                "tokenizer": tokenizer_identity(request.config.tokenizer),
+                "tokenizer": tokenizer_identity(tokenizer),
                 "seq_length": self.sequence_length(request.config),
                 "seed": request.config.rng.seed,
             }

@@ -149,17 +149,16 @@ class LlamaLike:
 
     def config_json(self, model: "GPTModelConfig", dtype: torch.dtype) -> dict[str, Any]:
         """Return the config.json of a model of the family, with weights of a type."""
-        heads = model.num_attention_heads
         values: dict[str, Any] = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             "vocab_size": model.vocab_size,
             "hidden_size": model.hidden_size,
-            "intermediate_size": model.ffn_hidden_size or 4 * model.hidden_size,
+            "intermediate_size": model.mlp_width,
             "num_hidden_layers": model.num_layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": model.num_query_groups or heads,
-            "head_dim": model.kv_channels or model.hidden_size // heads,
+            "num_attention_heads": model.num_attention_heads,
+            "num_key_value_heads": model.query_groups,
+            "head_dim": model.head_width,
             "hidden_act": "silu",
             "max_position_embeddings": model.seq_length,
             "rms_norm_eps": model.layernorm_epsilon,

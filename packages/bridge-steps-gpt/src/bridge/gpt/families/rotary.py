@@ -18,7 +18,7 @@ _LLAMA31_CONSTANTS = {
 
 
 def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a config.json says of the rotary embedding, by the keys of newer files.
+    """Return the rotary embedding that a config.json describes, by the keys of newer files.
 
     Older files have rope_theta on its own and rope_scaling, whose kind was first called type.
     """
@@ -32,7 +32,7 @@ def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_problems(rope: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each thing in `read_rope`'s answer that is not supported."""
+    """Yield a line for each value in the result of `read_rope` that is not supported."""
     kind = rope["rope_type"]
     if kind not in ("default", "llama3"):
         yield f"rope_type: {kind!r}; only 'default' and 'llama3' are"

@@ -38,9 +38,8 @@ def weight_map(model: "GPTModelConfig") -> dict[str, ExportedWeight]:
 
 
 def _layer(model: "GPTModelConfig", hf_layer: str) -> Iterator[tuple[str, ExportedWeight]]:
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    width = model.kv_channels or hidden // heads
-    mlp = model.ffn_hidden_size or 4 * hidden
+    hidden, mlp = model.hidden_size, model.mlp_width
+    heads, width = model.num_attention_heads, model.head_width
     qkv = {f"{hf_layer}.self_attn.{name}_proj": rows for name, rows in _rows_of_qkv(model).items()}
     gated = {
         f"{hf_layer}.mlp.gate_proj": torch.arange(mlp),
@@ -72,9 +71,8 @@ def _rows_of_qkv(model: "GPTModelConfig") -> dict[str, torch.Tensor]:
     The rows are ``[query groups, queries of a group + 2, head width]``: in each group first its
     queries, then its key, then its value.
     """
-    heads = model.num_attention_heads
-    groups, width = model.num_query_groups or heads, model.kv_channels or model.hidden_size // heads
-    queries = heads // groups
+    groups, width = model.query_groups, model.head_width
+    queries = model.num_attention_heads // groups
     rows = torch.arange(groups * (queries + 2) * width).view(groups, queries + 2, width)
     return {
         "q": rows[:, :queries].flatten(),

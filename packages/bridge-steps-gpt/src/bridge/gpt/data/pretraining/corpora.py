@@ -124,8 +124,8 @@ def cached_tokens(
 ) -> Iterator[CachedTokens]:
     """Tokenize files into the cache, unless it has the tokens already.
 
-    Its key is of the files' names, sizes and times of change, and of the tokenizer and its files.
-    New tokens enter the cache when the block ends. If the block raises, they are removed.
+    The key is made of the files' names, sizes and times of change, and of the tokenizer and its
+    files. New tokens enter the cache when the block ends. If the block raises, they are removed.
 
     Raises:
         UsageError: There is no text, or the cache cannot be written.

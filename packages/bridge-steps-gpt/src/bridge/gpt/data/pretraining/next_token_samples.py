@@ -22,8 +22,8 @@ class TokenSamples(GPTDataset):
 
     megatron-core finds padding by the tokenizer's pad id. Such a token within a document becomes
     token 0, and the loss mask of the first sample that is served, its padding included, serves all
-    later ones too (NVIDIA/Megatron-LM#6981). Here padding is found by its position, behind the end
-    of the data, where the dataset itself puts it. A pad token within a document is data as any
+    later ones too (NVIDIA/Megatron-LM#6981). Here padding is found by its position, after the end
+    of the data, where the dataset itself puts it. A pad token within a document is data like any
     other.
     """
 
@@ -38,7 +38,7 @@ class TokenSamples(GPTDataset):
         tokens, labels = torch.from_numpy(text[:-1].copy()), torch.from_numpy(text[1:].copy())
         position_ids = torch.arange(len(tokens))
         ends = tokens == config.tokenizer.eod
-        # The last token of the data has no successor. All behind it is padding, whose id may be
+        # The last token of the data has no successor. All after it is padding, whose id may be
         # outside the embedding.
         predictions = sum(lengths) - 1
         tokens[predictions + 1 :] = 0
@@ -75,7 +75,7 @@ def build_samples(config: GPTDatasetConfig, plan: SplitPlan, *, split: str) -> S
     sizes[index] = plan.size
     builder = BlendedMegatronDatasetBuilder(TokenSamples, sizes, lambda: True, config)
     with warnings.catch_warnings():
-        # It is about padding by id, which `TokenSamples` does not use.
+        # The warning is about padding by id, which `TokenSamples` does not use.
         warnings.filterwarnings("ignore", "The pad token id")
         dataset: Any = builder.build()[index]
     samples: SizedDataset = dataset

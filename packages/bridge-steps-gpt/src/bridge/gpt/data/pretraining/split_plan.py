@@ -1,7 +1,7 @@
 """The plan of a split: its documents, and the number of samples in them.
 
-It is made before megatron-core sees the data. On an empty split megatron-core counts epochs for
-ever, and a sequence longer than the data fails deep inside it.
+It is made before megatron-core sees the data. On an empty split megatron-core counts epochs
+forever, and a sequence longer than the data fails deep inside it.
 """
 
 import hashlib
@@ -71,8 +71,8 @@ def default_split(
 ) -> str:
     """Return a dataset.split with two percent for validation, or more of a small corpus.
 
-    The share is large enough for `validation_samples`, but half at most: `plan_split` reports what
-    is then missing.
+    The share is large enough for `validation_samples`, but half at most. If half is too little,
+    `plan_split` reports it.
     """
     share = _sufficient_share(corpora, seq_length, validation_samples) or _SHARES[-1]
     return f"{100 - share},{share},0"

@@ -128,10 +128,10 @@ class Renderer:
         except UsageError as error:
             raise UsageError(f"{conversation.place}: {error}") from error
 
-    def _text(self, messages: list[dict[str, str]], *, asks: bool = False) -> str:
+    def _text(self, messages: list[dict[str, str]], *, with_generation_prompt: bool = False) -> str:
         with _errors_of_template():
             text: str = self._template.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=asks
+                messages, tokenize=False, add_generation_prompt=with_generation_prompt
             )
         return text
 
@@ -178,26 +178,27 @@ class Renderer:
     def _answer_pieces(
         self, messages: list[dict[str, str]], counted: list[int]
     ) -> Iterator[_Piece]:
-        """Yield the text that each answer adds to the conversation before it, and the rest.
+        """Yield the pieces of the conversation's text: each answer, and the text between answers.
 
-        The conversation before it ends with the assistant's opening. Each of these conversations
-        must be the beginning of the next.
+        The text before an answer is that of the turns before it, with the template's generation
+        prompt. It must be the beginning of the text up to the answer's end, and that the beginning
+        of the full text.
         """
-        whole, done = self._text(messages), 0
+        full, done = self._text(messages), 0
         for number in counted:
-            before = self._text(messages[:number], asks=True)
+            before = self._text(messages[:number], with_generation_prompt=True)
             after = self._text(messages[: number + 1])
-            if not (whole.startswith(after) and after.startswith(before) and done <= len(before)):
+            if not (full.startswith(after) and after.startswith(before) and done <= len(before)):
                 raise UsageError(
                     f"the tokenizer's chat template writes the conversation up to turn {number} "
                     "otherwise than as the beginning of the whole, so its tokens cannot be "
                     "separated; set dataset.loss_on=answer or all, or dataset.chat_template=plain, "
                     "or mark the assistant's text with {% generation %} in the template"
                 )
-            yield _Piece(text=whole[done : len(before)])
-            yield _Piece(text=whole[len(before) : len(after)], counts=True)
+            yield _Piece(text=full[done : len(before)])
+            yield _Piece(text=full[len(before) : len(after)], counts=True)
             done = len(after)
-        yield _Piece(text=whole[done:])
+        yield _Piece(text=full[done:])
 
     def _join(
         self,

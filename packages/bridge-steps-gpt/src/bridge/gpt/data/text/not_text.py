@@ -1,7 +1,7 @@
 """Rejection of files that are not text.
 
 The message has the kind of the file, or the position of the first byte that is not text. For kinds
-that hold rows, it has the command that makes JSON Lines of the file.
+that hold rows, the message also has the command that converts the file to JSON Lines.
 """
 
 from dataclasses import dataclass
@@ -62,10 +62,10 @@ class NotText:
     def _remedy(self, kind: FileKind) -> str:
         if kind in (FileKind.UTF_16, FileKind.UTF_32):
             return f"give what comes of it: {self._utf8_command(kind.removeprefix('text in '))}"
-        return _remedy(kind, str(self.path))
+        return _remedy_for_kind(kind, str(self.path))
 
     def _utf8_command(self, encoding: str) -> str:
-        """Return the command that makes UTF-8 of the file, which keeps its suffix."""
+        """Return the command that converts the file to UTF-8; the new file has the same suffix."""
         name = self.path.name
         unpack = ""
         compression = kind_of(head_of(self.path))
@@ -131,7 +131,7 @@ def conversion_of_folder(folder: Path) -> str | None:
     return None
 
 
-def _remedy(kind: FileKind, path: str) -> str:
+def _remedy_for_kind(kind: FileKind, path: str) -> str:
     lines = f"{Path(path).stem}.jsonl"
     to_json = f"to_json({lines!r}, orient='records', lines=True)"
     match kind:

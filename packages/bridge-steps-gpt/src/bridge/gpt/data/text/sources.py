@@ -64,7 +64,7 @@ class Source:
     files: tuple[TextFile, ...] = ()
     """Files of text, which are to be tokenized."""
     not_read: tuple[str, ...] = ()
-    """Warnings of files that the entry matches too and that are not read, one for each kind."""
+    """Warnings about files that the entry matches and that are not read, one for each kind."""
 
 
 def find_source(entry: str, *, field: str = "dataset.path") -> Source:
@@ -203,7 +203,7 @@ def _source_of_files(
 
 
 def _walk(root: Path) -> list[Path]:
-    """Return the files below a directory, also behind links; each directory is read once."""
+    """Return the files below a directory, through links too; each directory is read once."""
     found, entered = [], {os.path.realpath(root)}
 
     def is_new(place: str) -> bool:

@@ -35,11 +35,6 @@ def text_suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in COMPRESSION_SUFFIXES else suffix
 
 
-def is_compressed(path: Path) -> bool:
-    """Whether a file is compressed in a way that `open_text` reads."""
-    return kind_of(head_of(path)) in COMPRESSED
-
-
 @contextmanager
 def open_text(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed.
@@ -90,7 +85,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def mapped_text(path: Path) -> Iterator[bytes | mmap.mmap]:
     """Map the text of a file into memory; a compressed file is unpacked to a temporary one."""
     with open_text(path) as stream:
-        if not is_compressed(path):
+        if kind_of(head_of(path)) not in COMPRESSED:
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
                 yield text
             return

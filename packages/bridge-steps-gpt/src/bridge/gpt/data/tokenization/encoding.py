@@ -1,4 +1,4 @@
-"""Text to token ids: of a text, of a piece of a text, and of special tokens as text."""
+"""Encoding of text as token ids: all of a text, a piece of one, and special tokens as text."""
 
 from typing import Any
 

@@ -130,7 +130,7 @@ class HiddenTokens:
         if begins or not self._marks_beginnings():
             return self._text_spans(text)
         # This piece is not the beginning of a text, so it must not get the mark of one: encode it
-        # behind a lead, and remove the lead's tokens.
+        # after a lead, and remove the lead's tokens.
         for lead in ("\n", ".", "a"):
             lead_tokens, tokens = self._text_spans(lead), self._text_spans(lead + text)
             rest, size = tokens[len(lead_tokens) :], len(lead)
@@ -147,8 +147,8 @@ class HiddenTokens:
         return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
     def _marks_beginnings(self) -> bool:
-        """Whether the first token of a text differs from the same text's after a special token."""
+        """Whether a text has other tokens at the beginning than after a special token."""
         inner: Any = self._inner
         end = inner.eos_token
-        behind = inner(f"{end}a", add_special_tokens=False).input_ids[1:]
-        return bool(behind != inner("a", add_special_tokens=False).input_ids)
+        after_special = inner(f"{end}a", add_special_tokens=False).input_ids[1:]
+        return bool(after_special != inner("a", add_special_tokens=False).input_ids)

@@ -92,7 +92,7 @@ class ByteTokenizer:
     @property
     def unique_identifiers(self) -> OrderedDict[str, Any]:
         """The tokenizer's part in the names of megatron-core's cached indices."""
-        # No longer the path of this class: another text would make all cached indices anew.
+        # The former path of this class: with another name, all cached indices would be rebuilt.
         return OrderedDict({"class": "bridge.gpt.data.tokenizers.ByteTokenizer"})
 
 

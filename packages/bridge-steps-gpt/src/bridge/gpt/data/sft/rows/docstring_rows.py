@@ -46,14 +46,14 @@ class DocstringRows:
 
 
 def held_out_modules(files: Sequence[TextFile]) -> list[TextFile]:
-    """Return the library's files of which gpt-tiny is trained on no part, in order."""
+    """Return the library's files that gpt-tiny is not trained on, not even in part, in order."""
     documents = count_documents(files)
     first = round(_TRAINED_ON * sum(documents))
-    begins = 0
+    start = 0
     for number, count in enumerate(documents):
-        if begins >= first:
+        if start >= first:
             return list(files[number:])
-        begins += count
+        start += count
     return []
 
 
