@@ -37,11 +37,7 @@ def derived_values(config: "ConfigContainer") -> dict[str, Derived]:
 
     Values that depend on a precision or a device that is not known yet are skipped.
     """
-    transformers = {
-        path: part
-        for path, part in megatron_configs(config).items()
-        if isinstance(part, TransformerConfig)
-    }
+    transformers = transformer_configs(config)
     derived: dict[str, Derived] = {}
     derived.update(_from_model_section(config))
     if config.mixed_precision.precision != "auto":
@@ -78,6 +74,12 @@ def megatron_configs(config: "ConfigContainer") -> dict[str, ModelParallelConfig
         for path, part in parts_of(config.model, "model")
         if isinstance(part, ModelParallelConfig)
     }
+
+
+def transformer_configs(config: "ConfigContainer") -> dict[str, TransformerConfig]:
+    """Return those of `megatron_configs` that are of transformers."""
+    parts = megatron_configs(config).items()
+    return {path: part for path, part in parts if isinstance(part, TransformerConfig)}
 
 
 def _from_model_section(config: "ConfigContainer") -> Iterator[tuple[str, Derived]]:

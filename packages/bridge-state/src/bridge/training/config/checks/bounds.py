@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from bridge.training.config.derivation import transformer_configs
 from bridge.training.config.schema.errors import Problem
-from bridge.training.config.schema.fields import fields_of, parts_of
+from bridge.training.config.schema.fields import fields_of
 from bridge.training.config.schema.to_plain import text_of
 
 if TYPE_CHECKING:
@@ -107,10 +108,9 @@ def range_problems(config: "ConfigContainer") -> Iterator[Problem]:
     """Yield a problem for each value out of its range."""
     for name, bounds in SECTIONS.items():
         yield from bound_problems(bounds, getattr(config, name), name)
-    for path, part in parts_of(config.model, "model"):
-        if isinstance(part, TransformerConfig):
-            yield from bound_problems(MODEL, part, path)
-            yield from _expert_problems(part, path)
+    for path, part in transformer_configs(config).items():
+        yield from bound_problems(MODEL, part, path)
+        yield from _expert_problems(part, path)
 
 
 def bound_problems(bounds: tuple[Bound, ...], section: Any, path: str) -> Iterator[Problem]:

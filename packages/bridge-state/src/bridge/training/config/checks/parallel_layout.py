@@ -12,10 +12,9 @@ from bridge.training.config.checks.contradictions import batch_problems
 from bridge.training.config.checks.own_sections import as_problem
 from bridge.training.config.checks.transformer import transformer_problems
 from bridge.training.config.container import ConfigContainer
-from bridge.training.config.derivation import sources_of
+from bridge.training.config.derivation import sources_of, transformer_configs
 from bridge.training.config.layout import Layout, layout_of, placed_layers
 from bridge.training.config.schema.errors import Problem
-from bridge.training.config.schema.fields import parts_of
 from bridge.training.contracts import ArrangesRanks, DrawsLayout
 
 
@@ -61,9 +60,8 @@ def _problems_of_valid_sizes(config: ConfigContainer, world_size: int) -> Iterat
         yield from _pipeline_problems(model, layout)
         yield from _sequence_problems(model, layout)
     sources = sources_of(config)
-    for path, part in parts_of(model, "model"):
-        if isinstance(part, TransformerConfig):
-            yield from transformer_problems(part, layout_of(part, world_size), path, sources)
+    for path, part in transformer_configs(config).items():
+        yield from transformer_problems(part, layout_of(part, world_size), path, sources)
 
 
 def _rank_problems(model: ModelParallelConfig, layout: Layout) -> Iterator[Problem]:

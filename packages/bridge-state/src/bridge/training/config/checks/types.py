@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from bridge.training.config.checks.suggestions import unknown_key
-from bridge.training.config.container import SECTIONS, ConfigContainer
+from bridge.training.config.container import ConfigContainer
 from bridge.training.config.schema.convert import convert
 from bridge.training.config.schema.errors import ConversionError, Problem
 from bridge.training.config.schema.fields import (
@@ -27,11 +27,9 @@ def check_types(config: ConfigContainer) -> tuple[list[Problem], set[str]]:
     """
     problems: list[Problem] = []
     rejected: set[str] = set()
-    _check_fields(config, "", config, problems, rejected)
-    for name in SECTIONS:
-        # A field's value is replaced before the parts within it are looked at.
-        for path, part in parts_of(getattr(config, name), name):
-            _check_fields(part, path, config, problems, rejected)
+    # A field's value is replaced before the parts within it are checked.
+    for path, part in parts_of(config, ""):
+        _check_fields(part, path, config, problems, rejected)
     return problems, rejected
 
 
@@ -39,8 +37,7 @@ def url_problems(config: ConfigContainer) -> list[Problem]:
     """Return a problem for each URL in a field that takes paths of this machine."""
     return [
         Problem((place,), url_problem(place, url))
-        for section in SECTIONS
-        for path, part in parts_of(getattr(config, section), section)
+        for path, part in parts_of(config, "")
         for name, field in fields_of(part).items()
         if holds_local_paths(field)
         for place, url in urls_in(getattr(part, name), join(path, name))

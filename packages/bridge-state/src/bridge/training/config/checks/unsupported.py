@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from megatron.core.transformer.transformer_config import TransformerConfig
-
+from bridge.training.config.derivation import transformer_configs
 from bridge.training.config.schema.errors import Problem
-from bridge.training.config.schema.fields import default_of, fields_of, parts_of
+from bridge.training.config.schema.fields import default_of, fields_of
 from bridge.training.config.schema.to_plain import text_of
 from bridge.training.spelling import did_you_mean
 
@@ -77,9 +76,8 @@ def unsupported_settings(config: "ConfigContainer") -> Iterator[Problem]:
     yield from _optimizer_problems(config)
     yield from rejections_in(config.optimizer, "optimizer", config, OPTIMIZER)
     yield from rejections_in(config.ddp, "ddp", config, DDP)
-    for path, part in parts_of(config.model, "model"):
-        if isinstance(part, TransformerConfig):
-            yield from rejections_in(part, path, config, MODEL)
+    for path, part in transformer_configs(config).items():
+        yield from rejections_in(part, path, config, MODEL)
 
 
 def has_emerging_optimizers() -> bool:
@@ -118,7 +116,7 @@ def _any_model_part(name: str) -> Condition:
     """Whether a transformer of the model has the switch on; a model without one may have it on."""
 
     def condition(_: Any, config: "ConfigContainer") -> bool:
-        parts = [p for _, p in parts_of(config.model, "model") if isinstance(p, TransformerConfig)]
+        parts = transformer_configs(config).values()
         return not parts or any(getattr(part, name) for part in parts)
 
     return condition

@@ -160,15 +160,10 @@ def parts_of(holder: Any, path: str) -> Iterator[tuple[str, Any]]:
     if is_dataclass_instance(holder):
         yield path, holder
         for name in fields_of(holder):
-            yield from _parts_of_value(getattr(holder, name), join(path, name))
-
-
-def _parts_of_value(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _parts_of_value(item, join(path, key))
-    else:
-        yield from parts_of(value, path)
+            yield from parts_of(getattr(holder, name), join(path, name))
+    elif isinstance(holder, Mapping):
+        for key, item in holder.items():
+            yield from parts_of(item, join(path, key))
 
 
 def names_in(holder: Any) -> list[str]:
