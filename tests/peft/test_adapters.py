@@ -110,7 +110,7 @@ def test_the_dtype_is_that_of_the_adapters_parameters_and_not_of_the_output(meth
     assert {parameter.dtype for parameter in plain.adapter.parameters()} == {torch.bfloat16}
 
 
-def test_dropout_zeroes_inputs_of_the_adapter_in_training_alone() -> None:
+def test_dropout_zeroes_inputs_of_the_adapter_only_in_training() -> None:
     _, layer = attached(LoRA(target_modules=["layer"], dim=2, dropout=0.5))
     x = torch.ones(400, 5)
     layer.eval()
@@ -119,7 +119,7 @@ def test_dropout_zeroes_inputs_of_the_adapter_in_training_alone() -> None:
     layer.train()
     dropped = layer(x) - layer.base(x)
     assert not torch.equal(dropped[0], dropped[1])
-    # On average it is the same.
+    # The mean over dropped inputs is the update without dropout.
     torch.testing.assert_close(dropped.mean(0), update[0], atol=1.0, rtol=0.3)
 
 

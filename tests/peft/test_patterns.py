@@ -32,7 +32,7 @@ def test_a_pattern_matches_the_end_of_a_name_or_with_a_star_all_of_it(
     assert matches(NAME, pattern) is is_match
 
 
-def test_a_star_is_the_only_sign_in_a_pattern() -> None:
+def test_a_star_is_the_only_wildcard_in_a_pattern() -> None:
     assert matches("layers[0].linear", "*[0].linear")
     assert not matches("layers0.linear", "*[0].linear")
     assert not matches("layersX.linear", "*?.linea?")

@@ -50,7 +50,7 @@ def config(directory: Path, layout: MimoLayout, samples: int = 0) -> Any:
     made = run_in_layout(directory, layout)
     made.dataset = Chosen(IMAGES, validation=samples)
     made.train.train_iters = 1
-    # The weights stay as they are.
+    # At a learning rate of zero the weights do not change.
     made.optimizer.lr = made.optimizer.min_lr = 0.0
     made.optimizer.weight_decay = 0.0
     return made
@@ -66,7 +66,7 @@ def config(directory: Path, layout: MimoLayout, samples: int = 0) -> Any:
     ],
     ids=lambda value: value.name if isinstance(value, MimoLayout) else "",
 )
-def test_it_is_the_fraction_of_right_answers_next_to_the_loss(
+def test_accuracy_is_the_fraction_of_right_answers_next_to_the_loss(
     layout: MimoLayout,
     samples: int,
     by_hand: list[tuple[int, int, float]],

@@ -39,7 +39,7 @@ class TestSamples:
 
     @pytest.mark.parametrize(
         ("tokens", "counted", "says"),
-        [([1] * 6, [1], "6 tokens does not fit"), ([1, 2], [0], "must be positions from 1 to 1")],
+        [([1] * 6, [1], "a sample has 6 tokens"), ([1, 2], [0], "must be positions from 1 to 1")],
     )
     def test_a_text_that_cannot_be_predicted_is_rejected(
         self, tokens: list[int], counted: list[int], says: str

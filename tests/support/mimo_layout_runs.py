@@ -50,7 +50,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class MimoLayout:
-    """Modules on ranks of their own; without vision sizes all modules are on all ranks."""
+    """Modules on separate ranks; without vision sizes all modules are on all ranks."""
 
     language: Sizes
     vision: Sizes | None = None
@@ -115,7 +115,7 @@ class Chosen:
 
     images: list[int]
     validation: int = 0
-    """So many of the first samples are validation data too."""
+    """The number of first samples that are validation data too."""
     numbered: bool = False
     """Whether the position ids of a sample are its number."""
     pack: bool = False

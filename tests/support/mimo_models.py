@@ -94,7 +94,7 @@ def resolved(model: MultimodalModelConfig, world_size: int = 1) -> MultimodalMod
 
 
 def build(model: MultimodalModelConfig, seed: int = 1) -> MultimodalModel:
-    """Bring up the groups for colocated modules and build the model on this rank."""
+    """Initialize the groups of colocated modules and build the model on this rank."""
     model = resolved(model, torch.distributed.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=model.tensor_parallel_size("language")
@@ -107,7 +107,7 @@ def build(model: MultimodalModelConfig, seed: int = 1) -> MultimodalModel:
 
 
 def sample(images: int, text: int, seed: int = 0) -> dict[str, Any]:
-    """Return a sample of random images, then random text; all of the text is to be predicted."""
+    """Return a sample of random images, then random text; all of the text counts in the loss."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(VOCABULARY, (text,), generator=generator).tolist()
     tokens = [IMAGE] * (images * PER_IMAGE) + words

@@ -158,7 +158,7 @@ def _rows_of_parts(layer: Layer) -> Rows:
             f"model.tensor_model_parallel_size={layer.layout.num_ranks}, so ranks share keys; "
             "choose another layout or peft.method=lora"
         )
-    if getattr(config, "attention_output_gate", False):
+    if config.attention_output_gate:
         raise UsageError(
             f"{layer.name}: model.attention_output_gate=true puts a gate among queries, keys and "
             "values, which canonical LoRA does not know; choose peft.method=lora"

@@ -264,8 +264,8 @@ class MultimodalModel(MimoModel):
         if output.shape[0] != total:
             raise UsageError(
                 f"rank {dist.get_rank()}, last stage of {name}: a microbatch has {total} tokens "
-                f"that stand for embeddings and {output.shape[0]} embeddings; give a token "
-                f"(model.special_token_ids.{name}={self.special_token_ids[name]}) for each"
+                f"model.special_token_ids.{name}={self.special_token_ids[name]} and "
+                f"{output.shape[0]} embeddings; give a token for each embedding"
             )
         # The bridge divides the output by them over the replicas of the language model.
         mark_split_sizes(output, numbers)

@@ -318,8 +318,8 @@ class MultimodalModelConfig:
         for name in self.encoders:
             if name not in self.special_token_ids:
                 yield (
-                    f"model.special_token_ids: {name!r} has none; give the token that stands for "
-                    f"one of its embeddings, such as model.special_token_ids.{name}=-200"
+                    f"model.special_token_ids: {name!r} has none; give the token at the "
+                    f"positions of its embeddings, such as model.special_token_ids.{name}=-200"
                 )
         tokens = list(self.special_token_ids.values())
         if len(set(tokens)) < len(tokens):

@@ -206,9 +206,10 @@ def _embeddings_per_sample(sample: Mapping[str, Any], name: str, token: int) -> 
     counts = (sample["input_ids"] == token).sum(dim=1)
     items = sample.get("item_counts", {}).get(name)
     if items is not None and counts.numel() != items.numel():
-        # Packed samples are in one row. All items have the same number of embeddings.
+        # Packed samples are in one row. Every item has the same number of embeddings.
         counts = items * (counts.sum() // items.sum().clamp(min=1))
-    return [int(count) for count in counts.tolist()]
+    embeddings: list[int] = counts.tolist()
+    return embeddings
 
 
 def _select_required(

@@ -27,7 +27,7 @@ def reject_unmatched(
     patterns: Sequence[str],
     names: set[str],
     unadaptable: Mapping[str, str],
-    group: Any = None,
+    group: Any,
 ) -> None:
     """Reject patterns that match no name on any rank.
 

@@ -43,12 +43,12 @@ def make_next_token_sample(
     """
     if not 2 <= len(tokens) <= seq_length + 1:
         raise UsageError(
-            f"a sample of {len(tokens)} tokens does not fit model.language.seq_length={seq_length}:"
-            f" it takes 2 to {seq_length + 1}"
+            f"model.language.seq_length={seq_length}: a sample has {len(tokens)} tokens; give it "
+            f"2 to {seq_length + 1}"
         )
     if not all(1 <= position < len(tokens) for position in counted):
         raise UsageError(
-            f"counted: {sorted(counted)} must be positions from 1 to {len(tokens) - 1}"
+            f"counted={sorted(counted)}: must be positions from 1 to {len(tokens) - 1}; change them"
         )
     text = torch.tensor(tokens, dtype=torch.int64)
     input_ids = torch.full((seq_length,), padding, dtype=torch.int64)
