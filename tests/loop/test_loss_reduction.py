@@ -426,9 +426,11 @@ def test_every_rank_contributes_to_a_metric_of_all_ranks(normalization: Any) -> 
         ours = {"r": ratio(torch.tensor(1.0 + dist.get_rank()), 4.0), "none": ratio(0.0, 0.0)}
         if last:
             ours["own"] = ratio(6.0, 4.0)
-        reducer.reduce([record(m=2.0)], of_all_ranks=ours).to_dict()
+        reducer.add_step([record(m=2.0)], of_all_ranks=ours)
+        reducer.reduce().to_dict()
+        reducer.add_step([record(m=2.0)], of_all_ranks=ours)
         with Collectives() as calls:
-            values = reducer.reduce([record(m=2.0)], of_all_ranks=ours).to_dict()
+            values = reducer.reduce().to_dict()
         return calls, values
 
     # (1 + 2) / (4 + 4), also where token means are means of ratios.

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -141,14 +141,10 @@ def _torch_compile_is_identity() -> Iterator[None]:
     compile_function = torch.compile
 
     def identity(model: Any = None, **_: Any) -> Any:
-        return _same if model is None else model
+        return identity if model is None else model
 
     torch.compile = identity
     try:
         yield
     finally:
         torch.compile = compile_function
-
-
-def _same(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function

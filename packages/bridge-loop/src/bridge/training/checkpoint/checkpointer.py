@@ -55,7 +55,7 @@ from bridge.training.loss.anomalies import LossWatch
 from bridge.training.model.ddp import parameters_in_sync, without_ddp
 from bridge.training.model.frozen import load_trained, only_trained
 from bridge.training.optimizer.saved_state import (
-    fitted_to,
+    fit_to,
     is_shifted,
     let_sgd_be_loaded,
     make_state,
@@ -251,7 +251,7 @@ class Checkpointer:
 
     def _reject_shifted_optimizer(self, checkpoint: Path, state: Any) -> None:
         optimizer = self._run.optimizer
-        shifted = is_shifted(optimizer, fitted_to(optimizer, state))
+        shifted = is_shifted(optimizer, fit_to(optimizer, state))
         if largest_of_all(int(shifted), self._ranks.control_group):
             raise UsageError(
                 f"{checkpoint}: its optimizer state belongs to other weights, as it was once saved "
@@ -271,7 +271,7 @@ class Checkpointer:
         take_saved_rates(
             groups, state, saved=schedule["max_lr"], present=self._run.scheduler.max_lr
         )
-        self._run.optimizer.load_state_dict(fitted_to(self._run.optimizer, state))
+        self._run.optimizer.load_state_dict(fit_to(self._run.optimizer, state))
         for group, settings in zip(self._run.optimizer.param_groups, wanted, strict=True):
             group.update(
                 (name, value) for name, value in settings.items() if name not in ("params", "step")

@@ -172,12 +172,16 @@ class MetricReducer:
 
         Args:
             records: The step's records that the schedule returned, one for each microbatch.
-            of_all_ranks: As for `reduce`.
+            of_all_ranks: Totals and ratios of the step, from every rank that has any: they count
+                even on a rank whose records do not (`contributes`).
             is_skipped: Whether the optimizer's step was skipped, which must be the same on every
                 rank. Then the metrics are not averaged, but tokens and microbatches are counted.
         """
         self.accumulate(records)
-        self._accumulate_of_all_ranks(of_all_ranks or {})
+        if of_all_ranks:
+            shared = {key: snapshot(metric, self._device) for key, metric in of_all_ranks.items()}
+            kinds = {key: metric.kind for key, metric in shared.items()}
+            self._open.append(self._stack([shared], kinds))
         if self.average == "step":
             self._taken, self._skipped = Steps(), Steps()
         self._close_step(self._skipped if is_skipped else self._taken)
@@ -187,7 +191,6 @@ class MetricReducer:
         records: Iterable[MicrobatchRecord] | None = None,
         *,
         anomaly_flag: torch.Tensor | None = None,
-        of_all_ranks: Mapping[str, Metric] | None = None,
     ) -> ReducedMetrics:
         """Reduce the records since the last reduction over the group, and clear them.
 
@@ -197,12 +200,9 @@ class MetricReducer:
             records: More records of the current step, which ends here; after `add_step`, they are
                 a step of their own. None where no rank has any.
             anomaly_flag: `LossWatch.anomaly_flag` of this rank.
-            of_all_ranks: Totals and ratios of that step, from every rank that has any: they count
-                even on a rank whose records do not (`contributes`).
         """
         if records is not None:
             self.accumulate(records)
-        self._accumulate_of_all_ranks(of_all_ranks or {})
         if self._is_open or not (self._taken.number or self._skipped.number):
             self._close_step(self._taken)
         pending = Contribution(
@@ -234,13 +234,6 @@ class MetricReducer:
             dist.all_reduce(numbers, group=self._group)
         counted, tokens = numbers.tolist()
         return int(tokens) if counted else None
-
-    def _accumulate_of_all_ranks(self, metrics: Mapping[str, Metric]) -> None:
-        if metrics:
-            shared = {key: snapshot(metric, self._device) for key, metric in metrics.items()}
-            kinds = {key: metric.kind for key, metric in shared.items()}
-            self._open.append(self._stack([shared], kinds))
-            self._is_open = True
 
     def _close_step(self, steps: Steps) -> None:
         steps.add(self._open, self._open_weights)

@@ -84,7 +84,7 @@ class GradientFinalizer:
     A schedule that does not call it leaves gradients unreduced and undivided without an error.
 
     Args:
-        watch: Knows the parameters that got a gradient; None where they are not checked.
+        watch: Checks in the first step that all trained parameters got a gradient; None to skip it.
     """
 
     def __init__(self, watch: GradientWatch | None = None) -> None:

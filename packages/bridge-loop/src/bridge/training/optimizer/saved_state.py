@@ -89,7 +89,7 @@ def is_shifted(optimizer: Any, state: Any) -> bool:
 
     Args:
         optimizer: megatron-core's optimizer, over a model that has the checkpoint's weights.
-        state: Its loaded state, with one entry for each chained optimizer (`fitted_to`).
+        state: Its loaded state, with one entry for each chained optimizer (`fit_to`).
     """
     return any(
         not _rounds_to(weight, loaded["param_state"][index]["param"])
@@ -146,7 +146,7 @@ def take_saved_rates(
         group.update(rates)
 
 
-def fitted_to(optimizer: Any, state: Any) -> Any:
+def fit_to(optimizer: Any, state: Any) -> Any:
     """Return a loaded state with one entry for each chained optimizer.
 
     Args:
