@@ -76,12 +76,9 @@ class PackedDocuments:
 
     def to_megatron(self, device: Any) -> PackedSeqParams:
         """Return the boundaries in megatron-core's form, on `device`."""
-        real = self.cu_seqlens.to(device, non_blocking=True)
-        padded = (
-            None
-            if self.cu_seqlens_padded is None
-            else self.cu_seqlens_padded.to(device, non_blocking=True)
-        )
+        real, padded = self.cu_seqlens.to(device, non_blocking=True), self.cu_seqlens_padded
+        if padded is not None:
+            padded = padded.to(device, non_blocking=True)
         # These may be None, which megatron-core's annotations do not say.
         padding: dict[str, Any] = {"cu_seqlens_q_padded": padded, "cu_seqlens_kv_padded": padded}
         return PackedSeqParams(

@@ -5,7 +5,7 @@ They are megatron-core's indexed datasets. A build leaves both files or none.
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,31 +87,32 @@ class TokenFiles:
 
 
 def write_tokens(
-    documents: Iterable[bytes],
+    files: Sequence[TextFile],
     tokenizer: Tokenizer,
     prefix: str,
     *,
+    json_key: str = "text",
     append_eod: bool = True,
-    skipped: Sequence[str] = (),
 ) -> TokenCounts:
-    """Write documents to ``prefix.bin`` and ``prefix.idx`` in megatron-core's format.
+    """Write the documents of files to ``prefix.bin`` and ``prefix.idx`` in megatron-core's format.
 
     Args:
-        documents: Texts in UTF-8.
+        files: Files of text.
         tokenizer: The tokenizer.
-        prefix: The path of the files, without their suffixes.
+        prefix: The path of the token files, without their suffixes.
+        json_key: Key of the text in a line of JSON Lines.
         append_eod: Whether the end-of-document token follows each document.
-        skipped: The files that `documents` skips; the list may fill while it is read.
 
     Raises:
-        UsageError: There is no document.
+        UsageError: There is no document, or a file is not text (see `read_text_documents`).
     """
+    skipped: list[str] = []
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     encode = DocumentEncoder(tokenizer, dtype, append_eod=append_eod)
     written = tokens = 0
     try:
-        for document in documents:
+        for document in read_text_documents(files, json_key=json_key, skipped=skipped):
             # megatron-core annotates a tensor and takes an array.
             ids: Any = encode(document)
             if len(ids) == 0:
@@ -122,7 +123,7 @@ def write_tokens(
     finally:
         builder.data_file.close()
     if not written:
-        why = TokenCounts(documents=0, tokens=0, skipped=list(skipped)).warnings()
+        why = TokenCounts(documents=0, tokens=0, skipped=skipped).warnings()
         raise UsageError(": ".join(["the files hold no text", *why]) + "; give files of text")
     builder.finalize(f"{prefix}.idx")
     if encode.repaired_documents:
@@ -134,7 +135,7 @@ def write_tokens(
     return TokenCounts(
         documents=written,
         tokens=tokens,
-        skipped=list(skipped),
+        skipped=skipped,
         with_special_tokens=encode.documents_with_special_tokens,
     )
 
@@ -172,13 +173,8 @@ def build_token_files(
         raise UsageError(f"--output={prefix!r}: create the directory {target.parent} first")
     full_disk = reject_full_disk(f"--output={prefix!r}: {target.parent}", "--output PREFIX")
     with full_disk, temporary_folder(target) as parts:
-        skipped: list[str] = []
         counts = write_tokens(
-            read_text_documents(files, json_key=json_key, skipped=skipped),
-            tokenizer,
-            str(parts / _TOKENS),
-            append_eod=append_eod,
-            skipped=skipped,
+            files, tokenizer, str(parts / _TOKENS), json_key=json_key, append_eod=append_eod
         )
         sync_tree(parts)
         for half in halves:

@@ -118,7 +118,10 @@ class LlamaLike:
         """
 
         def size(name: str, default: int | None = None) -> int:
-            return _positive_int(values, name, path, default)
+            value = default if values.get(name) is None else values[name]
+            if type(value) is not int or value < 1:
+                raise UsageError(f"{path}: {name} is {value!r}; it must be a whole number above 0")
+            return value
 
         heads, hidden, vocabulary = (
             size(name) for name in ("num_attention_heads", "hidden_size", "vocab_size")
@@ -185,13 +188,6 @@ class LlamaLike:
             UsageError: The model's vocab_size is open.
         """
         return weight_map(model)
-
-
-def _positive_int(values: Mapping[str, Any], name: str, path: Path, default: int | None) -> int:
-    value = default if values.get(name) is None else values[name]
-    if type(value) is not int or value < 1:
-        raise UsageError(f"{path}: {name} is {value!r}; it must be a whole number above 0")
-    return value
 
 
 def _name_of(value: Any) -> str:

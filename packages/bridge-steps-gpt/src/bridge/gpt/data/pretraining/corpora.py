@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bridge.gpt.data.cache import digest, published
-from bridge.gpt.data.text.documents import read_text_documents
 from bridge.gpt.data.text.sources import Source, TextFile
 from bridge.gpt.data.token_files import (
     TokenCounts,
@@ -157,9 +156,7 @@ def _tokenize_into(
     logger.info("tokenizing %d files, %.1f MB", len(files), size / 1e6)
     start = time.monotonic()
     tokenizer = build_tokenizer(tokenizer_config)
-    skipped: list[str] = []
-    documents = read_text_documents(files, json_key=json_key, skipped=skipped)
-    counts = write_tokens(documents, tokenizer, str(prefix), skipped=skipped)
+    counts = write_tokens(files, tokenizer, str(prefix), json_key=json_key)
     prefix.with_suffix(".json").write_text(json.dumps(asdict(counts)))
     logger.info(
         "tokenized %d documents into %d tokens in %.1f s",

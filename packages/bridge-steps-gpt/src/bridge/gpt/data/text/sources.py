@@ -82,7 +82,8 @@ def find_source(entry: str, *, field: str = "dataset.path") -> Source:
     path = Path(entry).expanduser()
     if not entry.strip():
         raise UsageError(f"{field}: an empty string is no path; give a file, directory or glob")
-    if _is_prefix(path):
+    halves = [Path(f"{path}.bin"), Path(f"{path}.idx")]
+    if all(half.is_file() for half in halves):
         return Source(entry=entry, prefixes=(_absolute(path),))
     if path.is_dir():
         return _source_of_many(entry, _walk(path), field)
@@ -97,7 +98,7 @@ def find_source(entry: str, *, field: str = "dataset.path") -> Source:
         files = [p for p in found if p.is_file()]
         folders = [p for p in found if p.is_dir() and not any(f.is_relative_to(p) for f in files)]
         return _source_of_many(entry, files, field, folders)
-    for half in (Path(f"{path}.bin"), Path(f"{path}.idx")):
+    for half in halves:
         if half.is_file():
             _prefix_of_half(half, field)
     raise UsageError(
@@ -231,10 +232,6 @@ def _text_file(path: Path, *, is_chosen: bool = False) -> TextFile:
         modified_ns=status.st_mtime_ns,
         is_chosen=is_chosen,
     )
-
-
-def _is_prefix(path: Path) -> bool:
-    return Path(f"{path}.bin").is_file() and Path(f"{path}.idx").is_file()
 
 
 def _prefix_of_half(path: Path, field: str) -> str:
