@@ -51,14 +51,12 @@ class AnswerAccuracy(Callback):
         assert context.data is not None
         for name in context.data.sets("validation"):
             counts = context.collect_non_loss_data(count_step, name)
-            total = torch.zeros(2, dtype=torch.int64, device=torch.cuda.current_device())
-            for count in counts:
-                total += count
+            none = torch.zeros(2, dtype=torch.int64, device=torch.cuda.current_device())
+            total = sum(counts, none)
             # Every microbatch is counted on the same number of ranks, so the quotient is right.
             dist.all_reduce(total)
             right, labels = total.tolist()
-            set_name = name.removeprefix("validation").lstrip("/")
-            key = f"{set_name}/accuracy" if set_name else "accuracy"
+            key = f"{name.removeprefix('validation')}/accuracy".lstrip("/")
             results[key] = right / labels if labels else None
 
     @override

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, override
 
 import torch
+from torch.nn import functional
 
 from bridge.mimo.projections import build_linear, initializer_of
 from bridge.training.megatron_import import quiet_import
@@ -140,6 +141,4 @@ class ImageModality(VisionModalitySubmodules):
 
 def _patches(images: torch.Tensor, size: int) -> torch.Tensor:
     """Cut [images, channels, height, width] into [images, patches, channels * size * size]."""
-    number, channels, height, width = images.shape
-    grid = images.reshape(number, channels, height // size, size, width // size, size)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(number, -1, channels * size * size)
+    return functional.pixel_unshuffle(images, size).flatten(2).transpose(1, 2).contiguous()
