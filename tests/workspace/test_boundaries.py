@@ -15,7 +15,7 @@ TOP_LEVEL = {"packages", "tests", "tools", "pyproject.toml", "uv.lock", "README.
 
 # A user's own forward step or loss imports these; they must not pull in a training stack.
 # Imported one after the other: the losses import nothing but torch, the others nothing heavy.
-LOSSES = ["losses", "loss.adapter"]
+LOSSES = ["losses", "loss.normalization"]
 LIGHT_MODULES = [
     "loss_reduction",
     "forward_step",

@@ -15,7 +15,7 @@ from bridge.training.megatron_patches import MEGATRON_CORE
 PACKAGES = Path(__file__).resolve().parents[2] / "packages"
 SEAM = PACKAGES / "bridge-state/src/bridge/training/megatron_patches.py"
 ELSEWHERE = (
-    "bridge/peft/megatron_patches.py",
+    "bridge/peft/private_names.py",
     # The CPU emulation, and what holds while megatron-core is imported.
     "bridge/training/cpu/",
     "bridge/training/megatron_import.py",

@@ -20,14 +20,14 @@ import torch.distributed as dist
 
 from bridge.training.contracts import ModelRanks
 from bridge.training.data.evaluation_plan import EvaluationCall, plan_of_run
-from bridge.training.loss.adapter import LossAdapter
+from bridge.training.loss.normalization import LossAdapter
 from bridge.training.loss.reduced import ReducedMetrics
 from bridge.training.loss.reducer import MetricReducer
 from bridge.training.model.ddp import parameters_in_sync
 from bridge.training.ranks.collectives import largest_of_all
 from bridge.training.ranks.model_ranks import to_model_ranks
 from bridge.training.state import GlobalState
-from bridge.training.step.schedule import Schedule
+from bridge.training.step.pipeline_schedule import Schedule
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 
 from bridge.training.callbacks import CallbackContext, Callbacks
+from bridge.training.components import TrainingParts
 from bridge.training.contracts import SizedDataset
 from bridge.training.evaluate import EvaluationResult, evaluate
 from bridge.training.forward_step import prepare_forward_step_func
-from bridge.training.loss.adapter import LossAdapter
-from bridge.training.parts import TrainingParts
+from bridge.training.loss.normalization import LossAdapter
 from bridge.training.ranks.stop_request import StopRequest
 from bridge.training.reporting.progress import Progress
 from bridge.training.reporting.training_log import TrainingLog

@@ -1,7 +1,7 @@
 """The loss of next-token training: a sum over positions, and their count.
 
 A loss function returns a sum and a count, never a mean: the one division is over all microbatches
-and ranks (`bridge.training.loss.adapter`).
+and ranks (`bridge.training.loss.normalization`).
 """
 
 import torch

@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from bridge.training.callbacks import CallbackContext, Callbacks
+from bridge.training.components import TrainingParts
 from bridge.training.evaluations import Evaluations
-from bridge.training.parts import TrainingParts
 from bridge.training.ranks.collectives import on_first_rank
 from bridge.training.ranks.stop_request import StopRequest
 from bridge.training.reporting.progress import Progress

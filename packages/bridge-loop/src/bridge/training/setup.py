@@ -34,7 +34,7 @@ from bridge.training.data.run_data import RunData, data_request
 from bridge.training.data.splits import as_splits
 from bridge.training.durable_files import make_directory
 from bridge.training.forward_step import prepare_forward_step_func
-from bridge.training.loss.adapter import LossAdapter
+from bridge.training.loss.normalization import LossAdapter
 from bridge.training.loss.reducer import MetricReducer
 from bridge.training.megatron_import import expected_messages_held_back
 from bridge.training.megatron_patches import own_loss_trackers
@@ -54,8 +54,8 @@ from bridge.training.ranks.groups import Ranks, choose_device, ranks_of
 from bridge.training.ranks.launcher_store import world_size
 from bridge.training.ranks.seeding import restore_random_streams_at_exit, seed_all, seed_stage
 from bridge.training.ranks.stop_request import stop_signals
-from bridge.training.reporting.introduction import describe_run
 from bridge.training.reporting.progress import Progress
+from bridge.training.reporting.startup_messages import describe_run
 from bridge.training.reporting.throughput import model_flops_per_token
 from bridge.training.reporting.training_log import TrainingLog
 from bridge.training.run import Run, TrainingParts
@@ -70,7 +70,7 @@ from bridge.training.run_files.start import (
 )
 from bridge.training.state import GlobalState
 from bridge.training.step import rerun
-from bridge.training.step.schedule import sequence_length
+from bridge.training.step.pipeline_schedule import sequence_length
 
 
 @contextlib.contextmanager

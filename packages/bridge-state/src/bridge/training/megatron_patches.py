@@ -10,7 +10,7 @@ Only these are somewhere else:
 - changes that last while megatron-core is being imported: `bridge.training.megatron_import`;
 - the table of the CPU emulation: `bridge.training.cpu.patches`;
 - the private name that bridge-peft needs, which imports no other package:
-  `bridge.peft.megatron_patches`.
+  `bridge.peft.private_names`.
 
 Our subclasses of megatron-core's classes override private methods, with ``typing.override``:
 

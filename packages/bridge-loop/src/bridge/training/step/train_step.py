@@ -8,8 +8,8 @@ import torch
 
 from bridge.training.contracts import ModelRanks
 from bridge.training.loss import auxiliary
-from bridge.training.loss.adapter import LossAdapter
 from bridge.training.loss.anomalies import actions_of
+from bridge.training.loss.normalization import LossAdapter
 from bridge.training.loss.reduced import ReducedMetrics
 from bridge.training.loss.reducer import MetricReducer
 from bridge.training.model.ddp import ddp_parts, gather_gradients
@@ -19,7 +19,7 @@ from bridge.training.optimizer.step import OptimizerStep, step_optimizer
 from bridge.training.ranks.model_ranks import to_model_ranks
 from bridge.training.state import GlobalState
 from bridge.training.step import rerun
-from bridge.training.step.schedule import Schedule, has_sequences, sequence_length
+from bridge.training.step.pipeline_schedule import Schedule, has_sequences, sequence_length
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from megatron.core.extensions import transformer_engine as engine
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from bridge.peft.megatron_patches import tensor_parallel_group
+from bridge.peft.private_names import tensor_parallel_group
 
 type Split = Literal["rows", "columns"] | None
 

@@ -9,7 +9,7 @@ import torch
 from bridge.training.checkpoint.checkpointer import Checkpointer
 from bridge.training.config import ConfigContainer
 from bridge.training.data.run_data import RunData
-from bridge.training.loss.adapter import LossAdapter
+from bridge.training.loss.normalization import LossAdapter
 from bridge.training.loss.reducer import MetricReducer
 from bridge.training.model.frozen import ModelSize
 from bridge.training.ranks.groups import Ranks

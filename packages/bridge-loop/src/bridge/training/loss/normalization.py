@@ -1,4 +1,4 @@
-"""The adapter between users' loss functions and megatron-core's schedules.
+"""The normalization of losses: the adapter from loss functions to megatron-core's schedules.
 
 With l the loss that a microbatch m on data-parallel rank d and context-parallel rank c returns and
 n its count, over M microbatches, D and C ranks, the objective is
@@ -6,6 +6,9 @@ n its count, over M microbatches, D and C ranks, the objective is
     pattern 1, (l, metrics), either normalization:  sum_dmc l / (D * M * C)
     pattern 2, (l, n, metrics), token:              sum_dmc l / sum_dmc n
     pattern 2, (l, n, metrics), microbatch:         sum_dm (sum_c l / sum_c n) / (D * M)
+
+Sums over tokens are divided once per step, with the gradients
+(`bridge.training.model.hooks.GradientFinalizer`); the other quotients are taken here.
 
 A comment at each conversion below says what the schedules and DDP do to a returned pair or triple,
 from which follows what the adapter returns.

@@ -5,7 +5,7 @@ from typing import Any
 
 from bridge.training.config import ConfigContainer
 from bridge.training.contracts import ModelRanks
-from bridge.training.loss.adapter import LossAdapter
+from bridge.training.loss.normalization import LossAdapter
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -12,7 +12,7 @@ from bridge.training.ranks.groups import Ranks
 from bridge.training.state import TrainState
 
 if TYPE_CHECKING:
-    from bridge.training.parts import TrainingParts
+    from bridge.training.components import TrainingParts
 
 
 def describe_run(parts: "TrainingParts") -> Iterator[str]:

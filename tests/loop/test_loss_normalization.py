@@ -12,7 +12,7 @@ from typing import Any, override
 import pytest
 import torch
 
-from bridge.training.loss.adapter import LossAdapter
+from bridge.training.loss.normalization import LossAdapter
 from bridge.training.loss_reduction import MetricReducer, maximum
 from bridge.training.losses import masked_token_loss
 from loss_cells import (
