@@ -31,7 +31,7 @@ def test_one_file_a_directory_and_a_glob_are_found_sorted(tmp_path: Path) -> Non
     assert find_source(str(tmp_path / "**")).not_read == ()
 
 
-def test_a_directory_is_read_once_also_behind_links(tmp_path: Path) -> None:
+def test_a_directory_is_read_once_even_through_links(tmp_path: Path) -> None:
     (tmp_path / "texts" / "deep").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.txt").write_text("text")

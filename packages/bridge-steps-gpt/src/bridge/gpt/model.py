@@ -106,7 +106,7 @@ class PredictionLayer(MultiTokenPredictionLayer):
     """megatron-core's MTP layer, with the padding mask moved as the tokens are.
 
     Position i takes the token at i + 1. megatron-core moves each sequence-parallel rank's shard of
-    the mask alone, and takes the last position for a real token, also behind padding.
+    the mask alone, and takes the last position for a real token, even after padding.
     """
 
     # megatron-core passes all arguments by name.

@@ -136,7 +136,6 @@ class SFTDatasetConfig:
         padding = build_tokenizer(_tokenizer_of(config)).eod
         length = sample_length(config)
         sets: dict[str, SizedDataset] = {}
-        sequences: dict[str, int] = {}
         collate: PaddedBatch | None = None
         if self.packing:
             for name, corpus in corpora.items():
@@ -148,7 +147,6 @@ class SFTDatasetConfig:
                 sets[name] = PackedSamples(
                     corpus=corpus, plan=plan, length=length, multiple=multiple, padding=padding
                 )
-                sequences[name] = len(plan)
         else:
             sets.update({name: SingleSamples(corpus=c) for name, c in corpora.items()})
             fixed = length if needs_equal_lengths(config) else None
@@ -159,7 +157,9 @@ class SFTDatasetConfig:
             test=sets.get("test"),
             collate=collate,
             fingerprint=self._fingerprint(config, corpora["train"], len(sets["train"]), multiple),
-            notes=collect_notes(corpora, sequences),
+            notes=collect_notes(
+                corpora, {n: len(s) for n, s in sets.items()} if self.packing else {}
+            ),
             warnings=collect_warnings(corpora, self.ignore_keys),
             items={TOKENS: count_tokens},
         )

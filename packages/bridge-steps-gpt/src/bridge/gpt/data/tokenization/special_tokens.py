@@ -107,9 +107,9 @@ class HiddenTokens:
         """Yield the tokens of a piece of text, encoded anew if a special token is hidden in it.
 
         Args:
-            text: The whole text.
+            text: The full text.
             span: The piece.
-            tokens: The tokens of the piece as the whole text was encoded.
+            tokens: The tokens of the piece where the full text was encoded at once.
         """
         hidden = text[slice(*span)]
         if not self.are_in(hidden):
