@@ -322,7 +322,7 @@ def adapt_forward_step(
         UsageError: Its signature is none of the accepted forms.
     """
     config, layout = state.cfg, ranks.layout
-    tokens = config.train.micro_batch_size * sequence_length(config.model)
+    tokens = config.train.micro_batch_size * (sequence_length(config.model) or 1)
     return LossAdapter(
         prepare_forward_step_func(forward_step_func, state),
         normalization=config.train.loss_normalization,

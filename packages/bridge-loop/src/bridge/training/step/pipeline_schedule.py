@@ -49,18 +49,13 @@ class Schedule:
             data_iterator=self.data_iterator if is_interleaved else self.data_iterator[0],
             model=self.model if is_interleaved else self.model[0],
             num_microbatches=num_microbatches,
-            seq_length=sequence_length(self.config.model),
+            seq_length=sequence_length(self.config.model) or 1,
             micro_batch_size=micro_batch_size or self.config.train.micro_batch_size,
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
         )
 
 
-def has_sequences(model_config: Any) -> bool:
-    """Whether a sample of the model has a known number of tokens, ``seq_length``."""
-    return bool(getattr(model_config, "seq_length", None))
-
-
-def sequence_length(model_config: Any) -> int:
-    """Return the tokens of a sample; 1 for a model that has no sequences."""
-    return int(getattr(model_config, "seq_length", None) or 1)
+def sequence_length(model_config: Any) -> int | None:
+    """Return the tokens of a sample, ``seq_length``; None for a model that has no sequences."""
+    return getattr(model_config, "seq_length", None) or None

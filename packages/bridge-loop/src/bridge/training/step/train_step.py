@@ -19,7 +19,7 @@ from bridge.training.optimizer.step import OptimizerStep, step_optimizer
 from bridge.training.ranks.model_ranks import to_model_ranks
 from bridge.training.state import GlobalState
 from bridge.training.step import rerun
-from bridge.training.step.pipeline_schedule import Schedule, has_sequences, sequence_length
+from bridge.training.step.pipeline_schedule import Schedule, sequence_length
 from bridge.training.usage_error import UsageError
 
 if TYPE_CHECKING:
@@ -168,14 +168,14 @@ def train_step(  # noqa: PLR0913  # as megatron-core's own loops take them
         has_metrics=reducer is not None,
         reduced=None if reduced is None else reduced.token_count,
     )
-    padded_tokens = samples * sequence_length(state.cfg.model)
+    length = sequence_length(state.cfg.model)
     return StepResult(
         learning_rate=rate,
         grad_norm=update.grad_norm,
         zeros_in_grad=update.zeros,
         skipped=not update.succeeded,
         samples=samples,
-        padded_tokens=padded_tokens if has_sequences(state.cfg.model) else None,
+        padded_tokens=None if length is None else samples * length,
         reduced=reduced,
     )
 
@@ -188,7 +188,7 @@ def _compute_gradients(
     *,
     has_metrics: bool,
 ) -> list[Any]:
-    """Fill the gradient buffers, as often as the rerun state machine asks for.
+    """Run the forward and backward passes, as often as the rerun state machine asks for.
 
     Returns:
         The microbatches' records on the last pipeline stage.
