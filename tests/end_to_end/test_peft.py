@@ -69,7 +69,7 @@ def commands(folder: Path) -> None:
     resume = ("finetune", "gpt-tiny-lora", "--run-dir", "C", "--resume")
     assert "checkpoint.pretrained_checkpoint" in bridge(*resume, code=2)
     error = bridge(*resume, "peft.dim=4", "checkpoint.pretrained_checkpoint=moved", code=2)
-    assert "peft.dim: the run was started with 16, and 4 would make another model" in error
+    assert "peft.dim=4: the run was started with 16, and another value changes the model" in error
     bridge(*resume, "checkpoint.pretrained_checkpoint=moved")
     assert trajectory(folder / "C") == trajectory(folder / "L")
 

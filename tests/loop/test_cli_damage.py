@@ -122,7 +122,7 @@ def test_no_run_starts_from_a_checkpoint_with_a_flipped_bit(work: Path) -> None:
     ended = run("finetune", "sine", "--from", "R", "--run-dir", "T", folder=work)
     assert ended.code == 2
     assert ended.err.startswith(f"bridge: {file}: has other content than was written")
-    assert f"the newest older whole checkpoint is {file.parent.parent}/step-0000004" in ended.err
+    assert f"the newest older complete checkpoint is {file.parent.parent}/step-0000004" in ended.err
     assert not (work / "T").exists()
 
 
@@ -176,7 +176,7 @@ def test_a_full_disk_in_a_save_is_reported_with_rank_path_and_newest_checkpoint(
         line = next(line for line in ended.err.splitlines() if "cannot write" in line)
         assert "in checkpoint at step 6: SaveError: rank " in line
         assert "cannot write ../disk/R/checkpoints/step-0000006.partial/__" in line
-        assert ": No space left on device; the newest whole checkpoint is " in line
+        assert ": No space left on device; the newest complete checkpoint is " in line
         assert line.endswith("../disk/R/checkpoints/step-0000004; continue from it with --resume")
         assert "Segmentation" not in ended.err
         assert len(ended.err.splitlines()) < 40 * ranks

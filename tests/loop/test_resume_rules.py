@@ -27,9 +27,9 @@ def _data(config: ConfigContainer) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_width, "model.width: the run was started with"),
-        (_seed, "rng.seed: the run was started with"),
-        (_data, "dataset.train: the run was started with"),
+        (_width, "model.width=\\S+: the run was started with"),
+        (_seed, "rng.seed=\\S+: the run was started with"),
+        (_data, "dataset.train=\\S+: the run was started with"),
     ],
 )
 def test_a_resumed_run_keeps_its_model_its_data_and_its_seed_on_every_rank(

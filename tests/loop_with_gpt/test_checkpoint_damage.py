@@ -152,7 +152,7 @@ def is_reported(run: RunDirectory, name: str, message: str) -> bool:
         message.startswith(first)
         and ", so the checkpoint is damaged; " in message
         and message.endswith(
-            f"the newest older whole checkpoint is {run.checkpoint(2)}: give that, or {REMEDY}"
+            f"the newest older complete checkpoint is {run.checkpoint(2)}: give that, or {REMEDY}"
         )
         and "\n" not in message
     )
@@ -264,8 +264,8 @@ def test_a_block_of_a_large_file_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         ({"files": {"a": {"size": "1", "crc32": [1]}}}, "the record of 'a' has no size"),
         ({"files": {"a": {"size": 9, "crc32": []}}}, "the record of 'a' has no size"),
         ({"files": {}}, "it lacks .metadata"),
-        ({"files": []}, "is no whole manifest"),
-        ({"saved_at": "now"}, "is no whole manifest"),
+        ({"files": []}, "is no complete manifest"),
+        ({"saved_at": "now"}, "is no complete manifest"),
         ({"step": "8"}, "'8' is no number"),
     ],
 )

@@ -148,7 +148,7 @@ def test_a_shifted_state_of_the_first_format_is_rejected_and_an_intact_one_conti
         assert load(tmp_path, whole, 1) == []
         found = []
         for seed in shifted:
-            with pytest.raises(UsageError, match="its weights are whole") as error:
+            with pytest.raises(UsageError, match="its weights are intact") as error:
                 load(tmp_path, [seed], 1)
             found.append(str(error.value))
         run_state.FORMAT_VERSION = 0

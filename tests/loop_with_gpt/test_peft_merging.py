@@ -116,9 +116,9 @@ def test_a_run_that_cannot_be_merged_is_rejected(
     whole, other, no_adapters, to_merge = [
         line for line in capfd.readouterr().err.splitlines() if line.startswith("bridge: ")
     ]
-    assert whole.endswith("holds a whole model and no adapters")
+    assert whole.endswith("holds a full model and no adapters")
     assert "has other weights than" in other
-    assert no_adapters.endswith("holds a whole model and no adapters")
+    assert no_adapters.endswith("holds a full model and no adapters")
     assert "bridge merge" in to_merge
     assert not (tmp_path / "merged").exists()
 

@@ -180,7 +180,7 @@ def test_the_layout_is_the_sections_own() -> None:
         "model.spread.tensor_model_parallel_size=2 does not divide 3"
     ]
     (problem,) = problems_of("train.micro_batch_size=8", world_size=2)
-    assert "times 2 data-parallel ranks" in problem
+    assert "times 2 data-parallel replicas" in problem
     config = modules(spread=Spread(tensor_model_parallel_size=2))
     assert layout_of(config.model, 6).data == 3
 

@@ -245,7 +245,7 @@ def transformer(**values: Any) -> Any:
             1,
             "train.train_samples=10: is not a multiple of train.global_batch_size=8; the nearest",
         ),
-        (tiny_config(), 3, "train.micro_batch_size=2 times 3 data-parallel ranks"),
+        (tiny_config(), 3, "train.micro_batch_size=2 times 3 data-parallel replicas"),
         (
             tiny_config(scheduler=SchedulerConfig(lr_warmup_fraction=0.1, lr_warmup_iters=1)),
             1,

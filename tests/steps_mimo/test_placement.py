@@ -148,7 +148,7 @@ class TestReport:
     def test_samples_must_make_equal_parts(self) -> None:
         three = modules(vision={"data_parallel": 3}, language={"data_parallel": 1})
         text = self.report(4, {"parallelism": three})
-        assert "are 2 samples, which do not make 3 equal parts" in text
+        assert "makes 2 samples, not a multiple of the 3 replicas of a module" in text
         assert "\n      vision    s0 r0 t0  s0 r1 t0  s0 r2 t0  ." in text
 
     def test_layers_must_fill_the_stages(self) -> None:

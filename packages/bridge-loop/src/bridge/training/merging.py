@@ -75,7 +75,10 @@ def adapted_model(
         UsageError: There are no adapters, or the base is not there or is another one.
     """
     if config.peft is None:
-        raise UsageError(f"{checkpoint}: holds a whole model and no adapters")
+        raise UsageError(
+            f"{checkpoint}: holds a full model and no adapters; give the "
+            "checkpoint of a run with peft"
+        )
     config = _of_one_rank(config)
     weights = None if adapters_alone else _find_weights(config, base)
     choose_device("cpu")

@@ -255,7 +255,7 @@ class Checkpointer:
         if largest_of_all(int(shifted), self._ranks.control_group):
             raise UsageError(
                 f"{checkpoint}: its optimizer state belongs to other weights, as it was once saved "
-                "where gradient buckets have padding; its weights are whole: start a new run from "
+                "where gradient buckets have padding; its weights are intact: start a new run from "
                 f"them with checkpoint.pretrained_checkpoint={checkpoint} (the command: "
                 "bridge finetune RECIPE --from CHECKPOINT)"
             )

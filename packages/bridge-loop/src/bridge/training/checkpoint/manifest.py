@@ -149,7 +149,7 @@ class Manifest:
             cause = f"cannot be read ({error.strerror})"
             raise DamagedManifest(path, cause) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            cause = f"is no whole manifest ({type(error).__name__}: {error})"
+            cause = f"is no complete manifest ({type(error).__name__}: {error})"
             raise DamagedManifest(path, cause) from error
 
     def find_problem(self) -> tuple[str, str] | None:

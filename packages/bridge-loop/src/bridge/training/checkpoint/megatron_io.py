@@ -77,7 +77,7 @@ def saving(directory: RunDirectory) -> Iterator[None]:
         remedy = (
             "the run has no checkpoint yet"
             if newest is None
-            else f"the newest whole checkpoint is {newest}; continue from it with --resume"
+            else f"the newest complete checkpoint is {newest}; continue from it with --resume"
         )
         raise SaveError(f"{problem}; {remedy}") from None
 

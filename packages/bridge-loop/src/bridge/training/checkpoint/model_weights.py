@@ -62,7 +62,10 @@ def load_adapters(chunks: list[Any], checkpoint: Path, base: Base | None, ranks:
     """
     saved = read_common(checkpoint).get("base")
     if saved is None:
-        raise UsageError(f"{checkpoint}: holds a whole model and no adapters")
+        raise UsageError(
+            f"{checkpoint}: holds a full model and no adapters; give the "
+            "checkpoint of a run with peft"
+        )
     if base is not None:
         base.reject_other_weights(saved, checkpoint)
     metadata = {"singleton_local_shards": True, "dp_cp_group": ranks.model.groups.dp_cp}

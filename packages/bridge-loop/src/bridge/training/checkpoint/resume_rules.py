@@ -50,8 +50,8 @@ def reject_another_run(directory: RunDirectory, config: ConfigContainer) -> None
     problems = [
         Problem(
             (path,),
-            f"{path}: the run was started with {old!r}, and {new!r} would make "
-            f"{_consequence(path)} of it; leave it, or start a new run "
+            f"{path}={new!r}: the run was started with {old!r}, and another value changes "
+            f"{_what_changes(path)}; leave it, or start a new run "
             "(checkpoint.pretrained_checkpoint takes the weights along)",
         )
         for path, old, new in _changed_values(saved, config)
@@ -133,7 +133,7 @@ def reject_other_data(checkpoint: Path, common: Mapping[str, Any], fingerprint: 
     if saved != fingerprint:
         raise UsageError(
             f"{checkpoint}: the run was trained on data in the order {saved!r}; the present "
-            f"configuration draws {fingerprint!r}. Undo the overrides of dataset.*, rng.seed or "
+            f"configuration draws {fingerprint!r}; undo the overrides of dataset.*, rng.seed or "
             "train.train_iters, or start a new run with checkpoint.pretrained_checkpoint"
         )
 
@@ -216,9 +216,9 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _consequence(path: str) -> str:
+def _what_changes(path: str) -> str:
     of_the_model = path.partition(".")[0] in ("model", "peft")
-    return "another model (or optimizer state)" if of_the_model else "another order of the data"
+    return "the model (or the state of its optimizer)" if of_the_model else "the order of its data"
 
 
 def _changed_values(

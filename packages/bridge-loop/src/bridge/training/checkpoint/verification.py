@@ -216,10 +216,12 @@ def _message(checkpoint: Path, name: str, cause: str) -> str:
     step = step_in_name(checkpoint)
     older = None if step is None else newest_undamaged(checkpoint.parent, before=step)
     if older is None:
-        remedy = "there is no older whole checkpoint; take another copy of it, or start anew"
+        remedy = (
+            "there is no older complete checkpoint; take another copy of it, or start a new run"
+        )
     else:
         remedy = (
-            f"the newest older whole checkpoint is {older}: give that, or continue from it with "
+            f"the newest older complete checkpoint is {older}: give that, or continue from it with "
             f"--resume --step {step_of(older)} (checkpoint.step={step_of(older)})"
         )
     return f"{checkpoint / name}: {cause}, so the checkpoint is damaged; {remedy}"

@@ -72,8 +72,8 @@ def as_metric(key: str, value: Any) -> Metric:
         return mean(value)
     except UsageError as error:
         raise UsageError(
-            f"Metric {key!r}: {error} Return a tensor [sum, count], one number, or token_mean(), "
-            "mean(), total(), maximum() or local() of bridge.training.loss_reduction."
+            f"metric {key!r}: {error}; return a tensor [sum, count], one number, or token_mean(), "
+            "mean(), total(), maximum() or local() of bridge.training.loss_reduction"
         ) from None
 
 
@@ -96,11 +96,11 @@ class MicrobatchRecord:
 def _number(value: Any) -> Number:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex():
-            raise UsageError(f"a tensor of shape {tuple(value.shape)} is not one number.")
+            raise UsageError(f"a tensor of shape {tuple(value.shape)} is not one number")
         return value
     if isinstance(value, int | float):
         return float(value)
-    raise UsageError(f"a {type(value).__name__} is not one number.")
+    raise UsageError(f"a {type(value).__name__} is not one number")
 
 
 def _copy(number: Number, device: torch.device) -> Number:

@@ -68,10 +68,11 @@ class LossAdapter:
             on_loss: Called with each microbatch's loss (detached). It may be a host-device sync.
         """
         if padded_tokens < 1:
-            raise UsageError(f"padded_tokens={padded_tokens} must be at least 1.")
+            raise UsageError(f"padded_tokens={padded_tokens}: must be at least 1; change it")
         if context_parallel_size > 1 and context_parallel_group is None:
             raise UsageError(
-                f"context_parallel_size={context_parallel_size} needs a context_parallel_group."
+                f"context_parallel_size={context_parallel_size}: needs a group; give "
+                "context_parallel_group"
             )
         self.normalization = normalization
         self.padded_tokens = padded_tokens
@@ -112,7 +113,7 @@ class LossAdapter:
             result = self._forward_step(data_iterator, model)
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise UsageError(
-                f"The forward step returned {_describe(result)}; return (output, loss_func)."
+                f"forward step: returned {_describe(result)}; return (output, loss_func)"
             )
         output, loss_func = result
 
@@ -121,8 +122,8 @@ class LossAdapter:
                 return _collect(loss_func, output)
             if loss_func is None:
                 raise UsageError(
-                    "The forward step returned None for loss_func on the last pipeline stage. "
-                    f"Return a function of the output that returns {PATTERNS}."
+                    "forward step: returned None for loss_func on the last pipeline stage; return "
+                    f"a function of the output that returns {PATTERNS}"
                 )
             return self._convert(loss_func(output), output)
 
@@ -176,19 +177,17 @@ class LossAdapter:
     ) -> tuple[torch.Tensor, torch.Tensor | None, Mapping[str, Any]]:
         """Return loss, count (None in pattern 1) and metrics of a loss function's result."""
         if not isinstance(returned, tuple | list) or len(returned) not in (2, 3):
-            raise UsageError(
-                f"The loss function returned {_describe(returned)}; return {PATTERNS}."
-            )
+            raise UsageError(f"loss function: returned {_describe(returned)}; return {PATTERNS}")
         loss, metrics = returned[0], returned[-1]
         if not isinstance(metrics, Mapping):
             raise UsageError(
-                f"The loss function returned {_describe(metrics)} for its metrics; return a dict "
-                f"of names and values, the last element of {PATTERNS}."
+                f"loss function: returned {_describe(metrics)} for its metrics; return a dict of "
+                f"names and values, the last element of {PATTERNS}"
             )
         if not isinstance(loss, torch.Tensor) or not loss.is_floating_point() or loss.numel() != 1:
             raise UsageError(
-                f"The loss function returned {_describe(loss)} for the loss; return one floating "
-                "point number as a tensor: a sum or a mean of the token losses."
+                f"loss function: returned {_describe(loss)} for the loss; return one floating "
+                "point number as a tensor: a sum or a mean of the token losses"
             )
         if (
             torch.is_grad_enabled()
@@ -197,17 +196,18 @@ class LossAdapter:
             and output.requires_grad
         ):
             raise UsageError(
-                "The loss does not depend on the model's output (it has no grad_fn), so nothing "
-                "would be trained. Compute it from the output without detach() or item()."
+                "loss function: the loss does not depend on the model's output (it has no "
+                "grad_fn), so nothing would be trained; compute it from the output without "
+                "detach() or item()"
             )
         pattern = len(returned) - 1
         if self._pattern is None:
             self._pattern = pattern
         elif pattern != self._pattern:
             raise UsageError(
-                f"The loss function returned {len(returned)} elements, and {self._pattern + 1} "
-                "earlier in this run. The two patterns weigh microbatches differently: return "
-                f"always {PATTERNS}."
+                f"loss function: returned {len(returned)} elements, and {self._pattern + 1} "
+                "earlier in this run, and the two patterns weigh microbatches differently; "
+                f"return always {PATTERNS}"
             )
         count = None if pattern == 1 else _integer_count(returned[1], loss.device)
         return loss, count, metrics
@@ -226,13 +226,13 @@ def _integer_count(count: Any, device: torch.device) -> torch.Tensor:
         return torch.full((), count, dtype=torch.int32, device=device)
     if not isinstance(count, torch.Tensor) or count.numel() != 1:
         raise UsageError(
-            f"The loss function returned {_describe(count)} for num_tokens; return one integer: "
-            "the number of tokens in loss_sum."
+            f"loss function: returned {_describe(count)} for num_tokens; return one integer: the "
+            "number of tokens in loss_sum"
         )
     if count.is_floating_point() or count.is_complex() or count.dtype == torch.bool:
         raise UsageError(
-            f"The loss function returned num_tokens as {count.dtype}; a count must be an integer, "
-            "as float32 stops counting at 2**24: return num_tokens.to(torch.int)."
+            f"loss function: returned num_tokens as {count.dtype}, and a count must be an integer, "
+            "as float32 stops counting at 2**24; return num_tokens.to(torch.int)"
         )
     if count.device.type == "cpu" and device.type != "cpu":
         # Filled, as a copy from pageable memory would be a host-device sync.

@@ -273,13 +273,13 @@ class MetricReducer:
                     conflicts.add(f"{key!r} ({self._registered[key]} and {kind})")
         if conflicts:
             raise UsageError(
-                "Metrics are declared with different reductions on different microbatches, steps "
-                f"or ranks: {', '.join(sorted(conflicts))}. Declare each always the same way."
+                f"metrics {', '.join(sorted(conflicts))}: declared with different reductions on "
+                "different microbatches, steps or ranks; declare each always the same way"
             )
         if len(patterns) > 1:
             raise UsageError(
-                f"Loss functions return {' and '.join(sorted(patterns))} on different ranks. The "
-                "two weigh microbatches differently: return always the same."
+                f"loss function: returns {' and '.join(sorted(patterns))} on different ranks, "
+                "which weigh microbatches differently; return always the same"
             )
         return self._launch(pending)
 

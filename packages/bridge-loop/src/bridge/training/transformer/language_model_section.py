@@ -50,7 +50,8 @@ class LanguageModelSection(TransformerSection):
         """Rows of the embedding: vocab_size and the padding."""
         if self.vocab_size is None:
             raise UsageError(
-                "model.vocab_size=null: is unknown; give it, or a tokenizer section to take it from"
+                "model.vocab_size=null: the size of the vocabulary is not known; give it, or a "
+                "tokenizer section to take it from"
             )
         multiple = math.lcm(self.make_vocab_size_divisible_by, self.tensor_model_parallel_size)
         return math.ceil(self.vocab_size / multiple) * multiple

@@ -28,7 +28,7 @@ def batch_problems(config: ConfigContainer, layout: Layout) -> Iterator[Problem]
         yield Problem(
             ("train.global_batch_size", "train.micro_batch_size"),
             f"train.global_batch_size={batch}: is not a multiple of train.micro_batch_size={micro} "
-            f"times {layout.data} data-parallel ranks ({layout.world_size} ranks in all); the "
+            f"times {layout.data} data-parallel replicas (world size {layout.world_size}); the "
             f"nearest is {_nearest_multiple(batch, step)}",
         )
         return
@@ -36,9 +36,9 @@ def batch_problems(config: ConfigContainer, layout: Layout) -> Iterator[Problem]
     if step % parts:
         yield Problem(
             ("train.micro_batch_size",),
-            f"train.micro_batch_size={micro}: on {layout.data} replicas of the model these are "
-            f"{step} samples, which do not make {parts} equal parts for the module that has "
-            f"{parts} replicas; change it, or the replicas",
+            f"train.micro_batch_size={micro}: times {layout.data} replicas of the model it makes "
+            f"{step} samples, not a multiple of the {parts} replicas of a module; change it, or "
+            "the replicas",
         )
     model = config.model
     if isinstance(model, ModelParallelConfig) and (layout.virtual_pipeline or 1) > 1:
@@ -108,8 +108,8 @@ def _warmup_problems(config: ConfigContainer) -> Iterator[Problem]:
         elif horizon and decay + (warmup or 0) > horizon:
             yield Problem(
                 ("scheduler.lr_wsd_decay_iters", horizon_name),
-                f"scheduler.lr_wsd_decay_iters={decay}: is with the warm-up longer than "
-                f"{horizon_name}={horizon}; lower it",
+                f"scheduler.lr_wsd_decay_iters={decay}: together with the warm-up it is longer "
+                f"than {horizon_name}={horizon}; lower it",
             )
 
 
