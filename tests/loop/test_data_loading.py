@@ -136,6 +136,18 @@ def test_the_start_says_how_many_samples_are_evaluated_of_how_many(
     assert series(tmp_path / "off", "validation/wiki/error") == []
 
 
+def test_an_evaluation_at_the_start_without_validation_data_is_said_to_have_no_effect(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> None:
+        config = own_run(tmp_path / "run", dataset=OwnData(validation=0))
+        config.validation = ValidationConfig(eval_at_start=True)
+        pretrain(config, token_step)
+
+    run_ranks(1, body)
+    assert "warning: validation.eval_at_start=true: has no effect" in capfd.readouterr().out
+
+
 def test_the_smallest_size_of_a_set_counts_on_every_rank(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

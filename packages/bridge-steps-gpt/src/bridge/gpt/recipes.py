@@ -207,14 +207,14 @@ gpt_tiny = Recipe(
 
 gpt_tiny_sft = Recipe(
     name="gpt-tiny-sft",
-    summary="Fine-tunes gpt-tiny to sum up Python functions: a minute on a CPU, no preparation",
+    summary="Fine-tunes gpt-tiny to summarize Python functions: a minute on a CPU, no preparation",
     make_config=_gpt_tiny_sft,
     forward_step=forward_step,
 )
 
 gpt_tiny_lora = Recipe(
     name="gpt-tiny-lora",
-    summary="Fine-tunes gpt-tiny to sum up Python functions, with LoRA; needs bridge-peft",
+    summary="Fine-tunes gpt-tiny to summarize Python functions, with LoRA; needs bridge-peft",
     make_config=_gpt_tiny_lora,
     forward_step=forward_step,
 )

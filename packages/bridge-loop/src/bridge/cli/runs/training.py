@@ -50,7 +50,7 @@ def add_parser(
     parser.add_argument(
         "--dry-run", action="store_true", help="check the configuration of all ranks; build nothing"
     )
-    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="list the keys and leave")
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="list the keys and exit")
     return parser
 
 

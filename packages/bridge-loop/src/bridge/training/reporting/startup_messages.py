@@ -32,6 +32,11 @@ def describe_run(parts: "TrainingParts") -> Iterator[str]:
             for name, dataset in sets.items()
         )
         yield f"evaluates {drawn} samples"
+    if config.validation.eval_at_start and not data.sets("validation"):
+        yield (
+            "warning: validation.eval_at_start=true: has no effect, as the dataset has no "
+            "validation data; leave it out, or give some"
+        )
     if parts.restored_from is not None:
         yield f"continues after step {counters.step}, from {parts.restored_from}"
         # A run that is finished takes no step at another rate.

@@ -37,7 +37,7 @@ class Rejection:
     unless: Condition | None = None
     """The condition under which the fields have their effect; None is never."""
     depends_on: tuple[str, ...] = ()
-    """Paths of other fields that decide it, and that the text speaks of."""
+    """Paths of other fields that decide it, and that the text names."""
     overrides_only: bool = False
     """Reject values that an override set, and accept a recipe's: another override may have made
     them useless."""
