@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from bridge.gpt.model_config import GPTModelConfig
 from bridge.training.config import TokenizerConfig
+from bridge.training.config.model_identity import field_kinds, kind_at
 from bridge.training.transformer import section
 from gpt_models import build_chunks, run_of, tiny_gpt
 from ranks import run_ranks
@@ -251,3 +252,18 @@ class TestFlops:
 
 def problems(model: GPTModelConfig, **sections: Any) -> list[str]:
     return [str(problem) for problem in model.problems(run_of(model, **sections))]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("num_layers", "identity"),
+        ("vocab_size", "identity"),
+        ("seq_length", "extensible"),
+        ("rope_scaling_factor", "extensible"),
+        ("moe_aux_loss_coeff", "training"),
+        ("layer_spec", "execution"),
+    ],
+)
+def test_a_field_decides_the_models_identity_or_is_free(path: str, kind: str) -> None:
+    assert kind_at(path, field_kinds(GPTModelConfig)) == kind

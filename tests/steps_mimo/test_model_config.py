@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from bridge.cli.runs.starting_checkpoint import find_starting_checkpoint
+from bridge.mimo.model_config import MultimodalModelConfig
 from bridge.mimo.sections import ModuleParallelism
 from bridge.training.checkpoint.manifest import write_manifest
 from bridge.training.checkpoint.resume_rules import reject_another_model
 from bridge.training.config import ConfigError, resolve
+from bridge.training.config.model_identity import field_kinds, kind_at
 from bridge.training.recipe_lookup import configure, find_recipe
 from bridge.training.run_files.configuration import write_config
 from mimo_models import mimo_run, resolved, tiny_mimo
@@ -79,3 +81,18 @@ def test_a_checkpoint_is_fine_tuned_by_its_own_recipe_under_any_placement(
     other = configure(recipe, [start.document], asked, world_size=ranks)
     with pytest.raises(ConfigError, match="is of a model with"):
         reject_another_model(start.path, other)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("language.seq_length", "extensible"),
+        ("encoders.vision.image_size", "identity"),
+        ("encoders.vision.pipeline_model_parallel_size", "execution"),
+        ("parallelism.vision.rank_offset", "execution"),
+        ("projections.vision.kind", "identity"),
+        ("lr_multipliers.vision", "training"),
+    ],
+)
+def test_a_field_decides_the_models_identity_or_is_free(path: str, kind: str) -> None:
+    assert kind_at(path, field_kinds(MultimodalModelConfig)) == kind
