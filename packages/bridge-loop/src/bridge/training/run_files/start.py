@@ -30,10 +30,12 @@ def chosen_directory(
         control_group: All ranks, over gloo.
         is_locked: Whether no other run may use it until the block is left.
     """
-    chosen = [config.checkpoint.run_dir or new_run_name(config.recipe)]
-    dist.broadcast_object_list(chosen, src=0, group=control_group)
-    config.checkpoint.run_dir = chosen[0]
-    directory = RunDirectory(Path(chosen[0]))
+    # The ranks could not agree on a time of day.
+    chosen = on_first_rank(
+        lambda: config.checkpoint.run_dir or new_run_name(config.recipe), control_group
+    )
+    config.checkpoint.run_dir = chosen
+    directory = RunDirectory(Path(chosen))
     with contextlib.ExitStack() as stack:
 
         def lock_and_check() -> None:
