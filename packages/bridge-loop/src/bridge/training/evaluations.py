@@ -115,17 +115,33 @@ class Evaluations:
             self._during(f"collection of {name} data at step {parts.state.train_state.step}"),
             self._training_log.pause(),
         ):
-            iterators, samples = parts.data.evaluation(parts.data.set_named(name), num_samples)
-            return evaluate(
+            return self._evaluate(
                 forward_step,
-                iterators,
-                parts.model,
-                parts.state,
-                num_samples=samples,
-                pg_collection=parts.ranks.pg_collection,
-                reducer=parts.reducer,
+                parts.data.set_named(name),
+                num_samples,
                 collect_non_loss_data=True,
             ).non_loss_data
+
+    def _evaluate(
+        self,
+        forward_step: LossAdapter,
+        dataset: SizedDataset,
+        num_samples: int | None = None,
+        **options: Any,
+    ) -> EvaluationResult:
+        """Evaluate a set from its beginning; `options` are those of `evaluate`."""
+        parts = self._parts
+        iterators, samples = parts.data.evaluation(dataset, num_samples)
+        return evaluate(
+            forward_step,
+            iterators,
+            parts.model,
+            parts.state,
+            num_samples=samples,
+            pg_collection=parts.ranks.pg_collection,
+            reducer=parts.reducer,
+            **options,
+        )
 
     def _is_done(self, split: Split) -> bool:
         newest = self._results.evaluations.get(split)
@@ -145,15 +161,9 @@ class Evaluations:
 
         results: dict[str, EvaluationResult] = {}
         for name, dataset in sets.items():
-            iterators, samples = parts.data.evaluation(dataset)
-            results[name] = evaluate(
+            results[name] = self._evaluate(
                 parts.forward_step,
-                iterators,
-                parts.model,
-                parts.state,
-                num_samples=samples,
-                pg_collection=parts.ranks.pg_collection,
-                reducer=parts.reducer,
+                dataset,
                 stop=should_stop,
                 control_group=parts.ranks.control_group,
                 name=name,
