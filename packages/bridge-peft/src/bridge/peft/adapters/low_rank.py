@@ -32,7 +32,7 @@ _COMMUNICATION: dict[tuple[Split, bool], Any] = {
     ("columns", False): reduce_from_tensor_model_parallel_region,
     ("columns", True): reduce_scatter_to_sequence_parallel_region,
 }
-"""What happens to A x before B, by the layer's split and whether it is sequence-parallel."""
+"""The communication of A x before B, by the layer's split and whether it is sequence-parallel."""
 
 
 class Factor(torch.nn.Module):
